@@ -1,0 +1,31 @@
+# `make demo` and `make test` set up .venv first; nothing else is needed beforehand but Python 3.10 or newer.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test long lint check clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed  ## train on the bundled digits, tracked in ./mlflow.db
+	$(BIN)/shufflenet train
+
+test: $(VENV)/.installed  ## the fast tests
+	$(BIN)/python -m pytest
+
+long: $(VENV)/.installed  ## the tests that take minutes: servers, `mlflow run`, killed processes
+	$(BIN)/python -m pytest -m long
+
+lint: $(VENV)/.installed  ## style, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test long  ## everything
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

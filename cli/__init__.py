@@ -1,0 +1,59 @@
+"""The `shufflenet` command.
+
+Commands are thin: they turn options into a request, run a job of the library and print its summary. torch and MLflow
+are imported when a command begins to work, so that help and wrong usage answer at once.
+"""
+
+import sys
+from typing import Any
+
+import click
+
+import shufflenet_mlflow
+from shufflenet_mlflow.errors import ShuffleNetError
+from shufflenet_mlflow.stopping import EXIT_BASE, StopRequested
+
+from .data import data
+from .eval import eval_
+from .models import models
+from .options import DEBUG, debug_option
+from .train import train
+
+SIGINT = 2
+
+
+class _Commands(click.Group):
+    """Ends foreseen errors with one line and the exit status that is documented for them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ShuffleNetError as error:
+            if ctx.meta.get(DEBUG):
+                raise
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            sys.exit(error.exit_status)
+        except StopRequested as stop:
+            click.echo(f"Stopped by {stop}.", err=True)
+            sys.exit(stop.exit_status)
+        except KeyboardInterrupt:
+            click.echo("Stopped by SIGINT.", err=True)
+            sys.exit(EXIT_BASE + SIGINT)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(shufflenet_mlflow.__version__, prog_name="shufflenet")
+@debug_option
+def main() -> None:
+    """Train, evaluate and resume ShuffleNet image classifiers, tracked in MLflow.
+
+    \b
+    Begin with:
+      shufflenet train                     the bundled handwritten digits, about a minute
+      shufflenet train --train-dir images/train --val-dir images/val
+      shufflenet eval RUN_ID
+    """
+
+
+for command in (train, eval_, models, data):
+    main.add_command(command)

@@ -1,0 +1,151 @@
+"""What a person sees while a job runs: a live display on a terminal, plain lines elsewhere. All of it on stderr."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from shufflenet_mlflow.stopping import StopFlag
+
+
+class _Handler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        prefix = "Warning: " if record.levelno >= logging.WARNING else ""
+        self._console.print(f"[{style}]{prefix}{escape(record.getMessage())}[/]", highlight=False)
+
+
+class _LivePhase:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+
+class _PlainPhase:
+    def advance(self) -> None:
+        pass
+
+
+class ConsoleReporter:
+    """Implements `shufflenet_mlflow.reporting.Reporter`."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._total = self._first = 0
+        self._began = time.monotonic()
+        logger = logging.getLogger("shufflenet_mlflow")
+        logger.handlers = [_Handler(self.console)]
+        logger.propagate = False
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
+
+    @contextmanager
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[_LivePhase | _PlainPhase]:
+        """A bar on a terminal; phases may lie within one another."""
+        if name == "training":
+            self._total, self._first, self._began = total, done, time.monotonic()
+        if not self.console.is_terminal:
+            yield _PlainPhase()
+            return
+        outermost = self._progress is None
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[detail]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._progress.start()
+        progress = self._progress
+        task = progress.add_task(name, total=total, completed=done, detail="")
+        try:
+            yield _LivePhase(progress, task)
+        finally:
+            progress.remove_task(task)
+            if outermost:
+                progress.stop()
+                self._progress = None
+
+    def metrics(self, iters: int, values: Mapping[str, float]) -> None:
+        """Training metrics beside the bar, or as a line; validations always as a line."""
+        if "val/top1" in values:
+            self._line(
+                f"[bold]validation[/] at iteration {iters}: top1 {values['val/top1']:.4f}  "
+                f"top5 {values['val/top5']:.4f}  loss {values['val/loss']:.4f}"
+            )
+            return
+        text = (
+            f"loss {values['train/loss']:.4f}  top1 {values['train/top1']:.4f}  lr {values['train/lr']:.5f}  "
+            f"{values['train/images_per_second']:.0f} img/s"
+        )
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], detail=text)
+        else:
+            width = len(str(self._total))
+            self._line(f"iteration {iters:>{width}}/{self._total}  {text}  ETA {self._eta(iters)}")
+
+    def _eta(self, iters: int) -> str:
+        done = max(1, iters - self._first)
+        seconds = round((time.monotonic() - self._began) / done * (self._total - iters))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+    def note(self, text: str) -> None:
+        self._line(escape(text))
+
+    def warn(self, text: str) -> None:
+        self._line(f"[yellow]Warning:[/] {escape(text)}")
+
+    def _line(self, markup: str) -> None:
+        self.console.print(markup, highlight=False)
+
+
+def _announce_stop(name: str) -> None:
+    # In a signal handler: no buffered stream, which may be in the middle of a write.
+    os.write(2, f"\n{name}: saving a checkpoint, then leaving; once more leaves at once\n".encode())
+
+
+def stop_flag() -> StopFlag:
+    """A flag that tells the person at the terminal what is going on."""
+    return StopFlag(_announce_stop)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; what is not finite becomes null."""
+    click.echo(json.dumps(_finite(document), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,69 @@
+"""What several commands share: option types, and the options themselves as decorators."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+DEBUG = "shufflenet_mlflow.debug"
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Option(click.Option):
+    """An option for which empty text means that it was not given.
+
+    `mlflow run` passes every parameter of an entry point, and the ones that were not set as empty text.
+    """
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        return None if value == "" else super().type_cast_value(ctx, value)
+
+
+def option(*names: str, **attributes: Any) -> Callable[[Command], Command]:
+    """`click.option` of the class above."""
+    return click.option(*names, cls=Option, **attributes)
+
+
+def _set_debug(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[DEBUG] = True
+        logging.getLogger("shufflenet_mlflow").setLevel(logging.DEBUG)
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_debug,
+    help="Show the traceback of an error.",
+)
+
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON document on stdout, and nothing else there.",
+)
+
+tracking_uri_option = option(
+    "--tracking-uri",
+    metavar="URI",
+    help="Where runs are kept.  [default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db]",
+)
+
+cache_dir_option = option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    help="Where fetched checkpoints are kept.  [default: SHUFFLENET_CACHE_DIR, or the user's cache folder]",
+)
+
+bad_image_option = option(
+    "--on-bad-image",
+    type=click.Choice(["fail", "skip"]),
+    help="What an unreadable file means.  [default: fail]",
+)
+
+device_option = option("--device", metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.  [default: auto]")

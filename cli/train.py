@@ -1,0 +1,152 @@
+"""`shufflenet train`."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import (
+    bad_image_option,
+    cache_dir_option,
+    debug_option,
+    device_option,
+    json_option,
+    option,
+    tracking_uri_option,
+)
+
+if TYPE_CHECKING:
+    from shufflenet_mlflow.jobs import TrainSummary
+
+REQUEST_OPTIONS = (
+    "resume",
+    "new_run",
+    "save_dir",
+    "tracking_uri",
+    "experiment",
+    "run_name",
+    "cache_dir",
+)
+"""Options that say where a run is kept; the others say what it does."""
+
+
+@click.command()
+@option(
+    "--model",
+    metavar="NAME",
+    help="Network; see `shufflenet models`.  [default: shufflenet_v2_x0_5]",
+)
+@option("--train-dir", metavar="DIR", help="Training images, a folder per class.  [default: digits]")
+@option("--val-dir", metavar="DIR", help="Validation images, same classes.  [default: digits]")
+@option("--num-classes", type=int, help="Width of the classifier.  [default: as many as folders]")
+@option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: 224; digits: 64]")
+@option("--batch-size", type=int, help="Images per iteration.  [default: 64]")
+@option("--epochs", type=int, help="Passes over the images.  [default: the paper's; digits: 20]")
+@option("--total-iters", type=int, help="Length in iterations, instead of --epochs.")
+@option("--lr", type=float, help="First learning rate.  [default: the paper's, scaled to the batch]")
+@option("--momentum", type=float, help="Of SGD.  [default: the paper's, 0.9]")
+@option("--weight-decay", type=float, help="Not on biases and BN.  [default: the paper's, 4e-5]")
+@option("--label-smooth", type=float, help="Label smoothing.  [default: the paper's, 0.1]")
+@option("--seed", type=int, help="Of everything random.  [default: 0]")
+@option(
+    "--augment",
+    type=click.Choice(["release", "shift", "none"]),
+    help="release: random crop, colour, flip; shift: random place.  [default: release; digits: shift]",
+)
+@bad_image_option
+@option("--workers", type=int, help="Decoding processes.  [default: one per core, at most 4; digits: 0]")
+@device_option
+@option("--display-interval", type=int, help="Iterations between progress lines.  [default: 20]")
+@option("--val-interval", type=int, help="Iterations between validations.  [default: about 10 per run]")
+@option("--save-interval", type=int, help="Iterations between checkpoints.  [default: about 10 per run]")
+@option(
+    "--save-dir",
+    type=click.Path(path_type=Path),
+    help="Folder for checkpoints.  [default: models/RUN_ID]",
+)
+@option(
+    "--resume",
+    metavar="auto|none|REF",
+    default="auto",
+    help="auto: continue what lies in --save-dir; or a file, folder, run ID, runs:/ID@ITERS.  [default: auto]",
+)
+@click.option("--new-run", is_flag=True, help="Resume as a run of its own.")
+@tracking_uri_option
+@option("--experiment", metavar="NAME", help="MLflow experiment.  [default: shufflenet]")
+@option("--run-name", metavar="NAME", help="Name of the run.  [default: network, data, size]")
+@cache_dir_option
+@json_option
+@debug_option
+def train(as_json: bool, **options: Any) -> None:
+    """Train a network, or continue training one.
+
+    Without options it trains on the bundled handwritten digits. Ctrl-C or SIGTERM saves a checkpoint before leaving;
+    the same command, or --resume RUN_ID, then continues where it stopped.
+
+    \b
+    Examples:
+      shufflenet train
+      shufflenet train --train-dir pets/train --val-dir pets/val --epochs 30 --save-dir pets/models
+      shufflenet train --resume 0123456789abcdef0123456789abcdef
+    """
+    request_options = {name: options.pop(name) for name in REQUEST_OPTIONS}
+    given = {name: value for name, value in options.items() if value is not None}
+    _check_numbers(given)
+
+    from shufflenet_mlflow.planning import TrainRequest
+
+    from .console import ConsoleReporter, print_json, stop_flag
+
+    reporter = ConsoleReporter()
+    with stop_flag() as stop:
+        from shufflenet_mlflow.jobs import run_training
+
+        request_options["resume"] = request_options["resume"] or "auto"
+        request = TrainRequest(options=given, **request_options)
+        summary = run_training(request, reporter=reporter, stop=stop)
+    if as_json:
+        print_json(summary.to_dict())
+    else:
+        click.echo(_closing_lines(summary))
+    if summary.result.stopped_by is not None:
+        from shufflenet_mlflow.stopping import EXIT_BASE
+
+        sys.exit(EXIT_BASE + summary.result.stopped_by)
+
+
+def _check_numbers(given: dict[str, Any]) -> None:
+    """What is wrong whatever the data: reported before anything heavy is imported."""
+    for name in ("num_classes", "epochs", "total_iters"):
+        if name in given and given[name] < 1:
+            raise click.BadParameter(f"{given[name]} is not at least 1", param_hint=f"--{name.replace('_', '-')}")
+
+
+def _closing_lines(summary: "TrainSummary") -> str:
+    result = summary.result
+    lines = [
+        f"run ID               {summary.run_id}  ({summary.run_name})",
+        f"iterations           {result.iters}  (epoch {result.epoch})",
+        f"checkpoint           {result.checkpoint or 'none yet'}",
+    ]
+    if result.val_top1 is not None:
+        lines.append(f"validation accuracy  {result.val_top1:.4f}")
+    lines.append("")
+    if result.stopped_by is not None:
+        lines.append(f"continue with        shufflenet train --resume {summary.run_id}")
+    else:
+        lines.append(f"evaluate it          shufflenet eval {summary.run_id}")
+    lines.append(f"see it in the UI     {_ui_hint(summary)}")
+    return "\n".join(lines)
+
+
+def _ui_hint(summary: "TrainSummary") -> str:
+    page = f"/#/experiments/{summary.experiment_id}/runs/{summary.run_id}"
+    from shufflenet_mlflow.client import redact
+
+    uri = redact(summary.tracking_uri)
+    if uri.startswith("http"):
+        return uri.rstrip("/") + page
+    mlflow = "mlflow" if shutil.which("mlflow") else f"{sys.executable} -m mlflow"
+    return f"{mlflow} ui --backend-store-uri {uri}   then http://127.0.0.1:5000{page}"

@@ -1,0 +1,56 @@
+"""Train, evaluate, resume and compare ShuffleNet-series image classifiers with MLflow.
+
+The names below are the public interface. They are imported when they are first used: importing this package costs
+next to nothing, importing torch and MLflow does not.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shufflenet_mlflow.checkpoint import LoadReport, load_checkpoint
+    from shufflenet_mlflow.errors import ShuffleNetError
+    from shufflenet_mlflow.models import create_model, list_models
+    from shufflenet_mlflow.resolve import get_latest_model
+    from shufflenet_mlflow.resolve import get_latest_model as get_lastest_model
+    from shufflenet_mlflow.tracking import save_checkpoint
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoadReport",
+    "ShuffleNetError",
+    "__version__",
+    "create_model",
+    "get_lastest_model",
+    "get_latest_model",
+    "list_models",
+    "load_checkpoint",
+    "save_checkpoint",
+]
+
+_HOMES = {
+    "LoadReport": "checkpoint",
+    "ShuffleNetError": "errors",
+    "create_model": "models",
+    "get_latest_model": "resolve",
+    "list_models": "models",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "tracking",
+}
+
+# The original release spelled it so; scripts that import that name go on working.
+_ALIASES = {"get_lastest_model": "get_latest_model"}
+
+
+def __getattr__(name: str) -> Any:
+    target = _ALIASES.get(name, name)
+    if target not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[target]}"), target)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

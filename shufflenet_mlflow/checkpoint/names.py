@@ -1,0 +1,64 @@
+"""How checkpoint files are called: `{tag}checkpoint-{iters:06}.pth.tar`, as in the original release."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from shufflenet_mlflow.errors import ConfigError
+
+FINAL_TAG = "bnps-"
+"""Marks the state after BN re-estimation, the last one of a run."""
+
+SUFFIX = ".pth.tar"
+_NAME = re.compile(r"(?P<tag>.*?)checkpoint-(?P<iters>\d+)\.pth\.tar", re.DOTALL)
+_TAG = re.compile(r"[\w.+-]*")
+
+
+class CheckpointName(NamedTuple):
+    """The two parts of a checkpoint file's name."""
+
+    iters: int
+    tag: str
+
+
+def checkpoint_name(iters: int, tag: str = "") -> str:
+    """The file name of the checkpoint after `iters` iterations.
+
+    Raises:
+        ConfigError: `iters` is negative, or `tag` holds what does not belong into a file name.
+    """
+    if iters < 0:
+        raise ConfigError(f"iters (={iters}) must not be negative")
+    if not _TAG.fullmatch(tag) or tag.startswith("."):
+        raise ConfigError(f"the tag {tag!r} may hold letters, digits and '_', '-', '+', '.', and not begin with '.'")
+    return f"{tag}checkpoint-{iters:06}{SUFFIX}"
+
+
+def parse_name(name: str) -> CheckpointName | None:
+    """The inverse of `checkpoint_name`; None for a file that is not called like a checkpoint."""
+    match = _NAME.fullmatch(name)
+    if match is None or name.startswith("."):
+        return None
+    return CheckpointName(int(match["iters"]), match["tag"])
+
+
+def newest_first(names: Iterable[str]) -> list[str]:
+    """The names that belong to checkpoints, by iterations, newest first.
+
+    Of several at one iteration, the re-estimated one comes first and the untagged one last.
+    """
+
+    def order(name: str) -> tuple[int, bool, str]:
+        iters, tag = parsed[name]
+        return iters, tag == FINAL_TAG, tag
+
+    parsed = {name: parts for name in names if (parts := parse_name(name)) is not None}
+    return sorted(parsed, key=order, reverse=True)
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoint files in `directory`, newest first; [] where there is no such folder."""
+    if not directory.is_dir():
+        return []
+    return [directory / name for name in newest_first(entry.name for entry in directory.iterdir() if entry.is_file())]

@@ -1,0 +1,80 @@
+"""The record of a checkpoint: what it is, and what its bytes must be.
+
+It stands as JSON beside the file (`<file>.json`), beside the artifact, and in the run's tags
+`checkpoint.latest` and `checkpoint.best`.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shufflenet_mlflow.errors import CheckpointError
+
+ARTIFACT_FOLDER = "checkpoints"
+LATEST_TAG = "checkpoint.latest"
+BEST_TAG = "checkpoint.best"
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN: what is not finite is null."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """One checkpoint, as its writer knew it."""
+
+    path: str
+    """Artifact path, `checkpoints/<file>`."""
+    iters: int
+    epoch: int | None
+    loss: float | None
+    val_top1: float | None
+    """Top-1 accuracy on the validation set at this very state; None if it was not validated."""
+    sha256: str
+    bytes: int
+
+    @property
+    def file_name(self) -> str:
+        """The last part of `path`."""
+        return self.path.rpartition("/")[2]
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "CheckpointRecord":
+        """The inverse of `to_json`; keys that a later version may add are passed over.
+
+        Raises:
+            CheckpointError: the text is not such a record.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            record = cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"not a checkpoint record: {text[:80]!r}") from error
+        if not (
+            isinstance(record.path, str)
+            and isinstance(record.sha256, str)
+            and type(record.iters) is int
+            and type(record.bytes) is int
+        ):
+            raise CheckpointError(f"not a checkpoint record: {text[:80]!r}")
+        return record
+
+
+def record_path(checkpoint: Path) -> Path:
+    """Where the record of the file `checkpoint` stands."""
+    return checkpoint.with_name(checkpoint.name + ".json")
+
+
+def read_record(checkpoint: Path) -> CheckpointRecord | None:
+    """The record beside the file `checkpoint`; None if there is none, or none that can be read."""
+    try:
+        return CheckpointRecord.from_json(record_path(checkpoint).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, CheckpointError):
+        return None

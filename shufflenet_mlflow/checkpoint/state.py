@@ -1,0 +1,69 @@
+"""What a checkpoint holds: plain containers, tensors on the CPU, bare parameter names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shufflenet_mlflow.errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+STATE_DICT = "state_dict"
+
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def bare_key(key: str) -> str:
+    """A parameter's name without what DataParallel, DDP and torch.compile put before it."""
+    while key.startswith(_WRAPPERS):
+        key = key.partition(".")[2]
+    return key.replace("._orig_mod.", ".")
+
+
+def bare_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The same entries under their bare names.
+
+    Raises:
+        CheckpointError: two entries have the same bare name.
+    """
+    bare = {bare_key(key): value for key, value in state_dict.items()}
+    if len(bare) != len(state_dict):
+        raise CheckpointError("two entries of the state dict differ only in their prefix")
+    return bare
+
+
+def to_plain(value: Any, where: str = "state") -> Any:
+    """A copy of nested containers that `torch.load(weights_only=True)` can read anywhere.
+
+    Tensors are detached and on the CPU; those that are a small view of a large storage are copied, so that the
+    file holds only what is seen.
+
+    Raises:
+        CheckpointError: something in it is neither a tensor nor plain; the message says where.
+    """
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu()
+        if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
+            plain = plain.clone(memory_format=torch.contiguous_format)
+        return plain
+    if isinstance(value, Mapping):
+        return {_plain_key(key, where): to_plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [to_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if isinstance(value, (bool, int, float, str)):  # subclasses, such as numpy.float64 or an enum
+        return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
+    raise CheckpointError(
+        f"{where} holds a {type(value).__module__}.{type(value).__qualname__}; a checkpoint takes tensors, "
+        "numbers, text, lists and dicts"
+    )
+
+
+def _plain_key(key: Any, where: str) -> str | int:
+    if isinstance(key, (str, int)):
+        return key
+    raise CheckpointError(f"{where} has the key {key!r}; keys must be text or integers")

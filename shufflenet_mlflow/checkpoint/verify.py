@@ -1,0 +1,129 @@
+"""Reading a checkpoint: verified first, and never able to run code.
+
+`torch.load` does not check the CRCs of the zip file it reads, so one flipped bit would load silently. Here every
+member's CRC is checked before anything is loaded, and size and SHA-256 where a record of them exists.
+"""
+
+import pickle
+import re
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from shufflenet_mlflow.checkpoint.files import sha256_of
+from shufflenet_mlflow.checkpoint.record import CheckpointRecord, read_record
+from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)|global ([\w.]+)|class '?([\w.]+)")
+
+
+def verify_checkpoint(path: str | Path, record: CheckpointRecord | None = None) -> None:
+    """Check a checkpoint file without loading it.
+
+    Args:
+        record: what the file must be; by default the record beside the file, if there is one.
+
+    Raises:
+        CorruptCheckpointError: the file is truncated or altered, or not what the record says.
+        CheckpointError: the file cannot be opened.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        _verify(path, file, record or read_record(path))
+
+
+def read_checkpoint(path: str | Path, record: CheckpointRecord | None = None) -> dict[str, Any]:
+    """Verify a checkpoint file, then load it onto the CPU, running none of its code.
+
+    Args:
+        record: as for `verify_checkpoint`.
+
+    Returns:
+        The dict that was saved; a bare state dict is returned as it is.
+
+    Raises:
+        CorruptCheckpointError: verification failed.
+        UnsafeCheckpointError: the file holds more than tensors and plain containers.
+        CheckpointError: the file cannot be opened, or is no checkpoint.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        _verify(path, file, record or read_record(path))
+        payload = _load(path, file)
+    if not isinstance(payload, dict):
+        raise CheckpointError(f"{str(path)!r} holds a {type(payload).__name__}, not a checkpoint")
+    return payload
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise CheckpointError(f"the checkpoint {str(path)!r} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot open the checkpoint {str(path)!r}: {error.strerror}") from None
+
+
+def _verify(path: Path, file: BinaryIO, record: CheckpointRecord | None) -> None:
+    if record is not None:
+        size = file.seek(0, 2)
+        if size != record.bytes:
+            raise CorruptCheckpointError(
+                f"{str(path)!r} is corrupt: it has {size} bytes, its record says {record.bytes}"
+            )
+        if sha256_of(file) != record.sha256:
+            raise CorruptCheckpointError(
+                f"{str(path)!r} is corrupt: its SHA-256 is not the recorded {record.sha256[:12]}…"
+            )
+    file.seek(0)
+    magic = file.read(len(_ZIP_MAGIC))
+    file.seek(0)
+    if magic == _ZIP_MAGIC:
+        _verify_zip(path, file)
+    elif not magic:
+        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: it is empty")
+    # The old pickle format holds no checksums: what can be checked shows while loading.
+
+
+def _verify_zip(path: Path, file: BinaryIO) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+    # Whatever a flipped bit can make of a zip header.
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:
+        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: {error}") from error
+    if bad is not None:
+        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: the CRC of {bad!r} is wrong")
+    file.seek(0)
+
+
+def _load(path: Path, file: BinaryIO) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        match = _GLOBAL.search(str(error))
+        if match is None:
+            raise CorruptCheckpointError(
+                f"{str(path)!r} is no readable checkpoint: {str(error).splitlines()[0]}"
+            ) from error
+        culprit = next(group for group in match.groups() if group)
+        raise UnsafeCheckpointError(
+            f"{str(path)!r} is refused: it holds a {culprit}, which is more than tensors and plain "
+            "containers; save it again as {'state_dict': model.state_dict()}"
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as error:
+        # Files in the old format, cut short or altered, fail in any of these ways.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorruptCheckpointError(f"{str(path)!r} is no readable checkpoint: {reason}") from error

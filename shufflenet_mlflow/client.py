@@ -1,0 +1,98 @@
+"""The door to MLflow: connecting, naming its failures in one line, keeping credentials out of what is said.
+
+Everything else that talks to MLflow takes a client from here. `mlflow` takes 1.6 s to import, so it is imported
+when a client is asked for, not before.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from shufflenet_mlflow.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_USERINFO = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@'\"]*@")
+
+# MLflow's own defaults make one call to a dead server block for four minutes.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+_SHORT_REASONS = (
+    "Connection refused",
+    "Read timed out",
+    "timed out",
+    "Name or service not known",
+    "Temporary failure in name resolution",
+    "No route to host",
+    "Connection reset by peer",
+    "Remote end closed connection",
+    "Invalid username or password",
+    "not authenticated",
+)
+
+_LONGEST = 300
+
+
+def redact(text: str) -> str:
+    """`text` with the user and password of every URI in it taken out."""
+    return _USERINFO.sub(r"\g<scheme>", text)
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    if "filesystem tracking backend" in text:
+        return "MLflow keeps no runs in a plain folder any more; use sqlite:///FOLDER/mlflow.db"
+    for reason in _SHORT_REASONS:
+        if reason in text:
+            return reason[0].lower() + reason[1:]
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return redact(first)[:_LONGEST]
+
+
+@contextmanager
+def mlflow_errors(doing: str) -> Iterator[None]:
+    """Turn whatever MLflow and its transport raise into one line.
+
+    Args:
+        doing: completes "cannot …", such as "read run 1f…".
+
+    Raises:
+        TrackingError: instead of an MLflow, HTTP or operating system error.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+
+    try:
+        yield
+    except (MlflowException, RequestException, OSError) as error:
+        raise TrackingError(f"cannot {doing}: {_reason(error)}") from error
+
+
+def connect(tracking_uri: str | None = None) -> "MlflowClient":
+    """A client of the store at `tracking_uri`.
+
+    Args:
+        tracking_uri: by default what MLflow itself would use: `MLFLOW_TRACKING_URI`, or the embedded store
+            `sqlite:///mlflow.db` below the working directory.
+
+    Raises:
+        TrackingError: MLflow does not take that URI.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # The embedded store's first use reports every step of its schema.
+    for name in ("mlflow.store.db.utils", "mlflow.tracking.fluent", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    with mlflow_errors(f"open the tracking store {redact(tracking_uri or 'given by the environment')}"):
+        return MlflowClient(tracking_uri=tracking_uri)

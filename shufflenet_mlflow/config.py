@@ -1,0 +1,173 @@
+"""What a training run was asked to do: plain values, checked where they are built.
+
+No torch, mlflow or click is imported here, so that the command line can report wrong usage at once.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+
+from shufflenet_mlflow.errors import ConfigError, ResumeError
+
+DEFAULT_MODEL = "shufflenet_v2_x0_5"
+DEFAULT_EXPERIMENT = "shufflenet"
+DEFAULT_SAVE_ROOT = "models"
+
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+def default_cache_dir() -> Path:
+    """Where remote checkpoints and the demo set are kept: `SHUFFLENET_CACHE_DIR`, or the user's cache."""
+    chosen = os.environ.get("SHUFFLENET_CACHE_DIR")
+    return Path(chosen) if chosen else platformdirs.user_cache_path("shufflenet-mlflow")
+
+
+def option(name: str) -> str:
+    """How the command line spells a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _require(condition: bool, field: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{option(field)} (={value}) must be {rule}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run, with nothing left open: what is stored in its checkpoints and as `config.json`.
+
+    Keys are the command line's options, with underscores.
+
+    Raises:
+        ConfigError: a value cannot work; the message names the option.
+    """
+
+    model: str
+    """Name of the network."""
+    train_dir: str | None
+    """Folder of training images, absolute; None means the bundled digits."""
+    val_dir: str | None
+    """Folder of validation images, absolute; None means the bundled digits."""
+    num_classes: int
+    """Width of the classifier, at least the number of classes in the folder."""
+    input_size: int
+    """Height and width of the network's input, pixels."""
+    batch_size: int
+    """Images per iteration."""
+    total_iters: int
+    """Iterations in the whole run."""
+    lr: float
+    """Learning rate at the first iteration; it falls linearly to 0."""
+    momentum: float
+    """Of SGD."""
+    weight_decay: float
+    """On weights of two or more dimensions."""
+    label_smooth: float
+    """Share of the target that is spread over all classes."""
+    seed: int
+    """Of everything random."""
+    augment: str
+    """Name of the training augmentation."""
+    on_bad_image: Literal["fail", "skip"]
+    """What an unreadable file means."""
+    workers: int
+    """Processes that decode images; 0 decodes in the training process."""
+    device: str
+    """`auto`, `cpu`, `mps`, `cuda` or `cuda:N`."""
+    display_interval: int
+    """Iterations between two lines of progress and two metric points."""
+    val_interval: int
+    """Iterations between two passes over the validation set."""
+    save_interval: int
+    """Iterations between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_classes",
+            "batch_size",
+            "total_iters",
+            "display_interval",
+            "val_interval",
+            "save_interval",
+        ):
+            value = getattr(self, name)
+            _require(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
+        _require(
+            self.input_size >= 32 and self.input_size % 32 == 0,
+            "input_size",
+            self.input_size,
+            "a multiple of 32, at least 32",
+        )
+        _require(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "above 0")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and below 1")
+        _require(
+            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
+            "weight_decay",
+            self.weight_decay,
+            "at least 0",
+        )
+        _require(0 <= self.label_smooth < 1, "label_smooth", self.label_smooth, "at least 0 and below 1")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
+        _require(self.workers >= 0, "workers", self.workers, "at least 0")
+        _require(
+            _DEVICE.fullmatch(self.device) is not None,
+            "device",
+            self.device,
+            "auto, cpu, mps, cuda or cuda:N",
+        )
+        _require(self.on_bad_image in ("fail", "skip"), "on_bad_image", self.on_bad_image, "fail or skip")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by field."""
+        return asdict(self)
+
+
+FIELDS = tuple(field.name for field in fields(TrainConfig))
+
+BREAKING = ("model", "num_classes", "seed", "batch_size")
+"""Changing one of these makes a checkpoint's continuation meaningless."""
+
+HARMLESS = (
+    "train_dir",
+    "val_dir",
+    "workers",
+    "device",
+    "display_interval",
+    "val_interval",
+    "save_interval",
+    "on_bad_image",
+)
+"""These may change when a run is resumed; the data's content is compared on its own."""
+
+
+def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: bool) -> None:
+    """Refuse options that would make a resumed run another run than it was.
+
+    Args:
+        before: the checkpoint's configuration.
+        new_run: the continuation is a run of its own, in which anything but `BREAKING` may change.
+
+    Raises:
+        ResumeError: an option changed that may not; the message names it, both values and the way out.
+    """
+    changed = {
+        name: (before[name], value)
+        for name, value in now.to_dict().items()
+        if name in before and before[name] != value and name not in HARMLESS
+    }
+    breaking = {name: pair for name, pair in changed.items() if name in BREAKING}
+    refused = breaking or ({} if new_run else changed)
+    if refused:
+        listed = ", ".join(f"{option(name)} ({was} -> {is_})" for name, (was, is_) in refused.items())
+        way_out = (
+            "train anew with --resume none and another --save-dir"
+            if breaking
+            else "leave them as they were, or pass --new-run to continue as a run of its own"
+        )
+        raise ResumeError(f"the checkpoint cannot be continued with changed {listed}; {way_out}")

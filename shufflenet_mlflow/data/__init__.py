@@ -1,0 +1,1 @@
+"""Image folders, preprocessing, the order of samples, and the bundled demo set."""

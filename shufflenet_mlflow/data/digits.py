@@ -1,0 +1,75 @@
+"""The bundled demo set: scikit-learn's handwritten digits, written as an image folder.
+
+1,797 grey images of 8x8 pixels in ten classes (the test part of the UCI "Optical Recognition of Handwritten
+Digits" set), enlarged to 32x32. Every fifth image of a class is for validation.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shufflenet_mlflow.errors import DataError
+
+SIZE = 32
+EVERY = 5
+MAXIMUM = 16
+"""The largest grey value in the source."""
+
+
+def _write_images(folder: Path) -> None:
+    from sklearn.datasets import load_digits  # 0.6 s to import: only when the set is really written
+
+    source = load_digits()
+    counts: dict[int, int] = {}
+    for pixels, digit in zip(source.images, source.target.tolist(), strict=True):
+        number = counts[digit] = counts.get(digit, 0) + 1
+        part = folder / ("val" if number % EVERY == 0 else "train") / str(digit)
+        part.mkdir(parents=True, exist_ok=True)
+        grey = (pixels * (255 / MAXIMUM)).round().astype(np.uint8)
+        image = Image.fromarray(grey).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        # Stored, not compressed: file sizes, and with them the digest, are then equal everywhere.
+        image.save(part / f"{number:04}.png", compress_level=0)
+
+
+def write_digits(folder: str | Path) -> Path:
+    """Write the demo set to `folder`, as `train/<digit>/*.png` and `val/<digit>/*.png`.
+
+    It appears whole or not at all.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        DataError: `folder` exists and is not empty, or cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError(f"{str(folder)!r} exists and is not empty; name a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _write_images(aside)
+            aside.chmod(0o755)
+            os.replace(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"cannot write the digits to {str(folder)!r}: {error.strerror}") from error
+    return folder
+
+
+def cached_digits(cache_dir: Path) -> Path:
+    """The demo set below `cache_dir`, written there the first time."""
+    folder = cache_dir / "digits-v1"
+    if not folder.is_dir():
+        try:
+            write_digits(folder)
+        except DataError:
+            if not folder.is_dir():  # another process may have been faster
+                raise
+    return folder

@@ -1,0 +1,174 @@
+"""Batches of images, decoded in worker processes."""
+
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import cv2
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from shufflenet_mlflow.data.folder import ImageListing
+from shufflenet_mlflow.data.preprocess import Transform, seeded
+from shufflenet_mlflow.data.sampler import Key, derive_seed
+from shufflenet_mlflow.errors import BadImageError, DataError
+
+
+class BadImage(NamedTuple):
+    """A file that could not be decoded."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path!r} is not a readable image ({self.reason})"
+
+
+class Batch(NamedTuple):
+    """One batch, still on the CPU."""
+
+    images_NCHW: Tensor
+    """uint8."""
+    labels_N: Tensor
+    """int64."""
+    bad: tuple[BadImage, ...]
+    """The files of this batch that could not be decoded."""
+
+
+class _Item(NamedTuple):
+    image_CHW: Tensor | None
+    label: int
+    bad: tuple[BadImage, ...]
+
+
+def decode(path: str) -> Image.Image:
+    """Read an image file of any kind that Pillow knows as RGB.
+
+    Raises:
+        BadImageError: it cannot be opened or decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            rgb: Image.Image = image.convert("RGB")
+            return rgb
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        # Pillow repeats the path in "cannot identify image file '...'".
+        reason = str(error).split(" '")[0] or type(error).__name__
+        raise BadImageError(reason) from error
+
+
+class ImageDataset(Dataset[_Item]):
+    """The images of a listing, through a transform.
+
+    Every random draw of the transform is a function of (seed, epoch, index of the sample), so an image looks
+    the same whichever process loads it.
+
+    Args:
+        replace_bad: put the next readable image of the listing in the place of one that cannot be read, so
+            that a training batch keeps its size; otherwise the batch is smaller.
+    """
+
+    def __init__(self, listing: ImageListing, transform: Transform, *, seed: int = 0, replace_bad: bool) -> None:
+        self.listing = listing
+        self.transform = transform
+        self.seed = seed
+        self.replace_bad = replace_bad
+
+    def __len__(self) -> int:
+        return len(self.listing)
+
+    def __getitem__(self, key: Key) -> _Item:
+        epoch, first = key
+        bad: list[BadImage] = []
+        for offset in range(len(self) if self.replace_bad else 1):
+            index = (first + offset) % len(self)
+            sample = self.listing.samples[index]
+            path = str(self.listing.root / sample.path)
+            try:
+                image = decode(path)
+            except BadImageError as error:
+                bad.append(BadImage(path, str(error)))
+                continue
+            with seeded(derive_seed(self.seed, epoch, first)):
+                return _Item(self.transform(image), sample.label, tuple(bad))
+        return _Item(None, -1, tuple(bad))
+
+
+def collate(items: list[_Item]) -> Batch:
+    """Stack the images that could be read."""
+    bad = tuple(entry for item in items for entry in item.bad)
+    images = [item.image_CHW for item in items if item.image_CHW is not None]
+    labels = [item.label for item in items if item.image_CHW is not None]
+    stacked = torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    return Batch(stacked, torch.tensor(labels, dtype=torch.int64), bad)
+
+
+def _start_worker(_worker_id: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach the whole process group, to the main process.
+
+    The loader ends its workers through a queue, and they end by themselves once their parent is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+
+
+def make_loader(
+    dataset: ImageDataset, batches: Sampler[list[Key]], *, workers: int, pin_memory: bool
+) -> DataLoader[_Item]:
+    """A loader that yields a `Batch` for each list of keys in `batches`, in order.
+
+    It never draws from the global random generator, which belongs to the training state.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
+    )
+
+
+class BadImageLog:
+    """Decides what a batch's unreadable files mean: an error, or a count.
+
+    Args:
+        skip: count them instead of raising.
+    """
+
+    def __init__(self, *, skip: bool) -> None:
+        self.skip = skip
+        self.seen: dict[str, str] = {}
+
+    def new_in(self, batch: Batch) -> list[BadImage]:
+        """The files of this batch that were not known to be unreadable.
+
+        Raises:
+            BadImageError: there is one, and it is not to be skipped.
+        """
+        new = [bad for bad in dict.fromkeys(batch.bad) if bad.path not in self.seen]
+        if new and not self.skip:
+            raise BadImageError(f"{new[0]}; remove it or pass --on-bad-image skip")
+        self.seen.update(new)
+        return new
+
+
+def iterate(loader: DataLoader[_Item]) -> Iterator[Batch]:
+    """The loader's batches; a worker process that dies becomes one clear error.
+
+    Raises:
+        DataError: a worker died, most often for want of memory.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a data loading process died ({str(error).splitlines()[0]}); "
+            "if memory ran out, lower --workers or --batch-size"
+        ) from error

@@ -1,0 +1,77 @@
+"""Every error this project raises on purpose.
+
+    ShuffleNetError
+    ├── ConfigError            an option or a combination of options that cannot work
+    ├── DataError              an image folder that cannot be used
+    │   └── BadImageError      one file in it that is not a readable image
+    ├── ModelError             an unknown network, or arguments it does not take
+    ├── CheckpointError        a checkpoint that cannot be used
+    │   ├── CorruptCheckpointError   it failed verification
+    │   ├── UnsafeCheckpointError    loading it would mean running code
+    │   └── MismatchError            its tensors do not fit the network
+    ├── UnresolvedError        nothing stands behind a checkpoint reference
+    ├── ResumeError            a run that cannot be continued as asked
+    ├── TrackingError          the MLflow store refused or did not answer
+    └── NonFiniteLossError     training diverged
+
+Each message is one line that names the value and the way out; the command line prints it and exits
+with status 1, or 2 for `ConfigError` and `ModelError`, which mean wrong usage.
+"""
+
+
+class ShuffleNetError(Exception):
+    """Base class: catch this to catch everything the project raises on purpose."""
+
+    exit_status = 1
+
+
+class ConfigError(ShuffleNetError, ValueError):
+    """An option, or a combination of options, that cannot work."""
+
+    exit_status = 2
+
+
+class DataError(ShuffleNetError):
+    """An image folder that cannot be used as it is."""
+
+
+class BadImageError(DataError):
+    """One file that is not a readable image."""
+
+
+class ModelError(ShuffleNetError, ValueError):
+    """An unknown network, or arguments it does not take."""
+
+    exit_status = 2
+
+
+class CheckpointError(ShuffleNetError):
+    """A checkpoint that cannot be read, written or used."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint that failed verification: truncated, bit-flipped, or not the recorded file."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint that holds more than tensors and plain containers."""
+
+
+class MismatchError(CheckpointError):
+    """A checkpoint whose tensors do not fit the network."""
+
+
+class UnresolvedError(ShuffleNetError):
+    """A checkpoint reference behind which nothing usable was found."""
+
+
+class ResumeError(ShuffleNetError):
+    """A run that cannot be continued as it was asked to."""
+
+
+class TrackingError(ShuffleNetError):
+    """The MLflow store refused a request or did not answer."""
+
+
+class NonFiniteLossError(ShuffleNetError):
+    """The training loss became NaN or infinite."""

@@ -1,0 +1,97 @@
+"""One full pass over a set of images."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from shufflenet_mlflow.data.folder import ImageListing
+from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, iterate, make_loader
+from shufflenet_mlflow.data.preprocess import EvalTransform, Preprocess, to_input
+from shufflenet_mlflow.data.sampler import EvalBatches
+from shufflenet_mlflow.errors import DataError
+from shufflenet_mlflow.recipe import count_correct, make_loss
+from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.stopping import StopFlag
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Accuracies in 0..1 and the mean cross-entropy over `n` images."""
+
+    top1: float
+    top5: float
+    """Equal to 1 with five classes or fewer."""
+    loss: float
+    n: int
+    skipped: int
+    """Unreadable files that were left out."""
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How images reach the network; none of it changes a result but for rounding."""
+
+    batch_size: int
+    workers: int
+    device: torch.device
+
+
+def evaluate(
+    model: nn.Module,
+    listing: ImageListing,
+    preprocess: Preprocess,
+    settings: EvalSettings,
+    *,
+    bad_images: BadImageLog,
+    reporter: Reporter,
+    stop: StopFlag,
+) -> EvalResult:
+    """Evaluate `model`, which is on `settings.device`, on every image of `listing`, once.
+
+    The model is put into evaluation mode and left in the mode it was in. Every image counts the same, whatever
+    the size of the last batch.
+
+    Raises:
+        StopRequested: a signal arrived.
+        DataError: a file could not be read and is not to be skipped, or none could be read.
+    """
+    dataset = ImageDataset(listing, EvalTransform(preprocess), replace_bad=False)
+    batches = EvalBatches(len(listing), settings.batch_size)
+    loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")
+    loss_function = make_loss()
+    device = settings.device
+    top1 = torch.zeros((), dtype=torch.int64, device=device)
+    top5 = torch.zeros_like(top1)
+    loss_sum = torch.zeros((), device=device)
+    n = skipped = 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), reporter.phase("validating", len(batches)) as phase:
+            for batch in iterate(loader):
+                stop.check()
+                for bad in bad_images.new_in(batch):
+                    reporter.warn(f"left out: {bad}")
+                skipped += len(batch.bad)
+                size = len(batch.labels_N)
+                if size:
+                    labels = batch.labels_N.to(device, non_blocking=True)
+                    logits = model(to_input(batch.images_NCHW, preprocess, device))
+                    correct1, correct5 = count_correct(logits, labels)
+                    top1 += correct1
+                    top5 += correct5
+                    loss_sum += loss_function(logits, labels) * size
+                    n += size
+                phase.advance()
+    finally:
+        model.train(was_training)
+    if not n:
+        raise DataError(f"none of the {skipped} files in {str(listing.root)!r} is a readable image")
+    return EvalResult(
+        top1=top1.item() / n,
+        top5=top5.item() / n,
+        loss=loss_sum.item() / n,
+        n=n,
+        skipped=skipped,
+    )

@@ -1,0 +1,62 @@
+"""ShuffleNetV2: Ma et al., "ShuffleNet V2", 2018, arXiv:1807.11164, table 5.
+
+Deviations of the released networks from the paper, kept here so that their weights fit: the even/odd
+split stands before the branch instead of a channel shuffle behind it, the classifier has no bias, and
+x2.0 drops out 20 % of the features before the classifier.
+"""
+
+from torch import Tensor, nn
+
+from shufflenet_mlflow.models.blocks import ShuffleUnit, conv_bn_relu, initialise
+
+STAGE_UNITS = (4, 8, 4)
+
+# name -> widths of first_conv, the three stages and conv_last
+WIDTHS: dict[str, tuple[int, int, int, int, int]] = {
+    "shufflenet_v2_x0_5": (24, 48, 96, 192, 1024),
+    "shufflenet_v2_x1_0": (24, 116, 232, 464, 1024),
+    "shufflenet_v2_x1_5": (24, 176, 352, 704, 1024),
+    "shufflenet_v2_x2_0": (24, 244, 488, 976, 2048),
+}
+
+DROPOUT = {"shufflenet_v2_x2_0": 0.2}
+
+
+class ShuffleNetV2(nn.Module):
+    """(N, 3, H, W) float images -> (N, num_classes) logits; H and W multiples of 32.
+
+    Args:
+        widths: channels of `first_conv`, the three stages and `conv_last`.
+        dropout: probability of dropping a feature before the classifier.
+    """
+
+    def __init__(self, widths: tuple[int, int, int, int, int], num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        first, *stages, last = widths
+        self.first_conv = nn.Sequential(*conv_bn_relu(3, first, 3, stride=2))
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        units: list[nn.Module] = []
+        in_channels = first
+        for width, repeats in zip(stages, STAGE_UNITS, strict=True):
+            for index in range(repeats):
+                stride = 2 if index == 0 else 1
+                units.append(ShuffleUnit(in_channels, width, mid_channels=width // 2, kernel=3, stride=stride))
+                in_channels = width
+        self.features = nn.Sequential(*units)
+        self.conv_last = nn.Sequential(*conv_bn_relu(in_channels, last, 1))
+        self.globalpool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.classifier = nn.Sequential(nn.Linear(last, num_classes, bias=False))
+        initialise(self)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        x_NCHW = self.maxpool(self.first_conv(x_NCHW))
+        x_NCHW = self.conv_last(self.features(x_NCHW))
+        x_NC = self.globalpool(x_NCHW).flatten(1)
+        logits: Tensor = self.classifier(self.dropout(x_NC))
+        return logits
+
+
+def build(name: str, num_classes: int) -> ShuffleNetV2:
+    """The variant `name` of `WIDTHS`, freshly initialised."""
+    return ShuffleNetV2(WIDTHS[name], num_classes, DROPOUT.get(name, 0.0))

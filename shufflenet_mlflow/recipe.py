@@ -1,0 +1,117 @@
+"""How the series is trained: loss, parameter groups, schedule, BN re-estimation.
+
+Figures: the training scripts of the original release (SGD with momentum 0.9, weight decay 4e-5, label smoothing
+0.1, a rate of 0.5 at batch 1,024 that falls linearly to 0 over 300,000 iterations, then BN statistics averaged
+over 1,280,000 images).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import update_bn
+
+from shufflenet_mlflow.models import get_variant
+
+REESTIMATION_IMAGES = 1_280_000
+"""At most this many training images pass to re-estimate the BN statistics; never more than one epoch."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A family's published training settings."""
+
+    batch_size: int
+    lr: float
+    """Rate at `batch_size`; another batch size scales it in proportion."""
+    total_iters: int
+    momentum: float = 0.9
+    weight_decay: float = 4e-5
+    label_smooth: float = 0.1
+    train_images: int = 1_280_000
+
+    @property
+    def epochs(self) -> int:
+        """Passes over ImageNet-1k that `total_iters` amounts to."""
+        return round(self.total_iters * self.batch_size / self.train_images)
+
+    def scaled_lr(self, batch_size: int) -> float:
+        """The rate for batches of `batch_size`."""
+        return self.lr * batch_size / self.batch_size
+
+
+RECIPES: dict[str, Recipe] = {
+    "v2": Recipe(batch_size=1024, lr=0.5, total_iters=300_000),
+    "oneshot": Recipe(batch_size=1024, lr=0.5, total_iters=300_000),
+}
+
+
+def get_recipe(model: str) -> Recipe:
+    """The recipe of the network `model`'s family."""
+    return RECIPES[get_variant(model).family]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on tensors of two or more dimensions; none on biases and batch normalisation."""
+    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(model: nn.Module, *, lr: float, momentum: float, weight_decay: float) -> SGD:
+    """SGD over `parameter_groups`."""
+    return SGD(parameter_groups(model, weight_decay), lr=lr, momentum=momentum)
+
+
+def linear_decay(total_iters: int) -> Callable[[int], float]:
+    """Factor of the rate after `iters` iterations: 1 at the start, 0 at `total_iters` and beyond."""
+    return lambda iters: max(0.0, 1.0 - iters / total_iters)
+
+
+def make_scheduler(optimizer: SGD, total_iters: int) -> LambdaLR:
+    """A schedule that is stepped once per iteration."""
+    return LambdaLR(optimizer, linear_decay(total_iters))
+
+
+def make_loss(label_smooth: float = 0.0) -> nn.CrossEntropyLoss:
+    """Cross-entropy; smoothing spreads `label_smooth` evenly over all classes."""
+    return nn.CrossEntropyLoss(label_smoothing=label_smooth)
+
+
+def reestimate_bn(model: nn.Module, inputs: Iterable[Tensor]) -> None:
+    """Replace the running BN statistics by the cumulative average over `inputs`.
+
+    Args:
+        inputs: float (N, 3, H, W) batches on the model's device.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    try:
+        update_bn(inputs, model)
+    finally:  # `update_bn` leaves them unset when `inputs` raises
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """How many labels are among the highest one, and the highest five, logits.
+
+    With fewer than five classes the second counts all of them.
+
+    Args:
+        logits: (N, num_classes).
+        labels: (N,) int64.
+
+    Returns:
+        Two scalar int64 tensors on the logits' device.
+    """
+    k = min(5, logits.shape[1])
+    hits = logits.topk(k, dim=1).indices.eq(labels.unsqueeze(1))
+    return hits[:, :1].sum(), hits.sum()

@@ -1,0 +1,65 @@
+"""From a checkpoint reference to a verified file."""
+
+from pathlib import Path
+
+from shufflenet_mlflow.config import default_cache_dir
+from shufflenet_mlflow.errors import UnresolvedError
+from shufflenet_mlflow.resolve.local import Resolved, newest_valid, resolve_file
+from shufflenet_mlflow.resolve.reference import FORMS, RunReference, is_run_id, parse_reference
+
+__all__ = ["Resolved", "get_latest_model", "is_run_id", "newest_valid", "resolve"]
+
+
+def resolve(ref: str | Path, *, tracking_uri: str | None = None, cache_dir: str | Path | None = None) -> Resolved:
+    """The verified file that `ref` means.
+
+    Args:
+        ref: a file, a folder, a run ID, `runs:/<id>`, `runs:/<id>@latest|@best|@<iters>`, or
+            `models:/<name>@<alias>` or `models:/<name>/<version>`.
+        tracking_uri: where runs are looked up; by default as MLflow does.
+        cache_dir: where remote files land; by default in the user's cache folder.
+
+    Raises:
+        UnresolvedError: nothing usable stands behind it; the message says what was found instead.
+        CheckpointError: a file that was named exactly does not verify.
+        TrackingError: MLflow did not answer.
+    """
+    reference = parse_reference(ref)
+    if isinstance(reference, Path):
+        if reference.is_dir():
+            found = newest_valid(reference)
+            if found is None:
+                raise UnresolvedError(f"{str(ref)!r} is a folder without checkpoints")
+            return found
+        if reference.exists():
+            return resolve_file(reference)
+        raise UnresolvedError(f"{str(ref)!r} does not exist; a checkpoint is {FORMS}")
+    from shufflenet_mlflow.resolve import remote  # imports MLflow's side only when it is needed
+
+    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    if isinstance(reference, RunReference):
+        return remote.resolve_run(reference, tracking_uri=tracking_uri, cache_dir=folder)
+    return remote.resolve_model(reference, tracking_uri=tracking_uri, cache_dir=folder)
+
+
+def get_latest_model(
+    ref: str | Path = "./models",
+    *,
+    tracking_uri: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[Path | None, int]:
+    """The newest valid checkpoint behind `ref`, and its iterations.
+
+    Args: as for `resolve`.
+
+    Returns:
+        The file and its iterations; (None, 0) for an empty or missing folder.
+
+    Raises: as `resolve` does.
+    """
+    reference = parse_reference(ref)
+    if isinstance(reference, Path) and not reference.is_file():
+        found = newest_valid(reference)
+        return (found.path, found.iters) if found else (None, 0)
+    resolved = resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir)
+    return resolved.path, resolved.iters

@@ -1,0 +1,68 @@
+"""What can stand where a command takes a checkpoint, parsed."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shufflenet_mlflow.errors import UnresolvedError
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_RUN = re.compile(r"(?:runs:/)?(?P<id>[0-9a-f]{32})(?:@(?P<which>[^/]*)|/(?P<path>.+))?/?")
+_MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+
+FORMS = (
+    "a checkpoint file, a folder of checkpoints, a run ID, runs:/ID, runs:/ID@latest, runs:/ID@best, "
+    "runs:/ID@ITERS, models:/NAME@ALIAS or models:/NAME/VERSION"
+)
+
+
+@dataclass(frozen=True)
+class RunReference:
+    """A checkpoint of an MLflow run."""
+
+    run_id: str
+    which: Literal["latest", "best"] | int = "latest"
+    """An integer means the checkpoint after so many iterations."""
+    artifact: str | None = None
+    """An artifact path, such as `checkpoints/checkpoint-000100.pth.tar`; overrides `which`."""
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A version of a registered model that stands for a checkpoint."""
+
+    name: str
+    alias: str | None
+    version: str = ""
+    """Used where there is no alias."""
+
+
+Reference = Path | RunReference | ModelReference
+
+
+def is_run_id(text: str) -> bool:
+    """Whether `text` looks like an MLflow run ID."""
+    return _RUN_ID.fullmatch(text) is not None
+
+
+def parse_reference(ref: str | Path) -> Reference:
+    """Tell the forms apart; a path that exists wins over a look-alike run ID.
+
+    Raises:
+        UnresolvedError: it begins like a URI but is none of the known forms.
+    """
+    if isinstance(ref, Path) or Path(ref).exists():
+        return Path(ref)
+    if match := _RUN.fullmatch(ref):
+        which = match["which"] or "latest"
+        if which in ("latest", "best"):
+            return RunReference(match["id"], which, match["path"])  # type: ignore[arg-type]
+        if which.isdecimal():
+            return RunReference(match["id"], int(which))
+        raise UnresolvedError(f"{ref!r}: behind @ stands latest, best or a number of iterations")
+    if match := _MODEL.fullmatch(ref):
+        return ModelReference(match["name"], match["alias"], match["version"] or "")
+    if ref.startswith(("runs:", "models:")):
+        raise UnresolvedError(f"{ref!r} is not understood; a checkpoint is {FORMS}")
+    return Path(ref)

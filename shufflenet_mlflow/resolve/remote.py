@@ -1,0 +1,279 @@
+"""Checkpoints in MLflow, fetched into a cache folder.
+
+`checkpoint.latest` and `checkpoint.best` each name one artifact, so nothing is listed on the usual path. A file
+gets its name in the cache only after it was verified against its record, and is not fetched again.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shufflenet_mlflow.checkpoint import (
+    ARTIFACT_FOLDER,
+    BEST_TAG,
+    LATEST_TAG,
+    CheckpointRecord,
+    newest_first,
+    parse_name,
+    read_record,
+    record_path,
+    verify_checkpoint,
+)
+from shufflenet_mlflow.checkpoint.files import write_atomically
+from shufflenet_mlflow.client import connect, mlflow_errors, redact
+from shufflenet_mlflow.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    TrackingError,
+    UnresolvedError,
+)
+from shufflenet_mlflow.resolve.local import Resolved
+from shufflenet_mlflow.resolve.reference import ModelReference, RunReference, is_run_id
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+MODEL_VERSION_TAG = "checkpoint"
+"""Tag of a registered model's version: the record of the checkpoint it stands for."""
+
+_NAMED = 8
+
+
+def _missing(error: TrackingError) -> bool:
+    """Whether MLflow answered that a thing does not exist, rather than not at all."""
+    code = getattr(error.__cause__, "error_code", None)
+    return code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+class RemoteCheckpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, client: "MlflowClient", run_id: str, cache_dir: Path) -> None:
+        self.client = client
+        self.run_id = run_id
+        self.folder = cache_dir / "runs" / run_id
+        with_uri = f"run {run_id} in {redact(client.tracking_uri)}"
+        try:
+            with mlflow_errors(f"read {with_uri}"):
+                run = client.get_run(run_id)
+        except TrackingError as error:
+            if not _missing(error):
+                raise
+            raise UnresolvedError(
+                f"there is no {with_uri}; --tracking-uri or MLFLOW_TRACKING_URI names another store"
+            ) from error
+        self.name = run.info.run_name
+        self.tags: dict[str, str] = run.data.tags
+
+    def tagged(self, tag: str) -> CheckpointRecord:
+        """The record in `checkpoint.latest` or `checkpoint.best`.
+
+        Raises:
+            UnresolvedError: the run has no such tag.
+        """
+        if tag not in self.tags:
+            found = self.list_names()
+            raise UnresolvedError(
+                f"run {self.run_id} ({self.name}) has no {tag}; among its artifacts are "
+                + (f"the checkpoints {', '.join(found[:_NAMED])}" if found else "no checkpoints")
+            )
+        try:
+            return CheckpointRecord.from_json(self.tags[tag])
+        except CheckpointError as error:
+            raise UnresolvedError(f"run {self.run_id}: its tag {tag} is {error}") from error
+
+    def list_names(self) -> list[str]:
+        """Names of the checkpoints among the run's artifacts, newest first."""
+        with mlflow_errors(f"list the checkpoints of run {self.run_id}"):
+            artifacts = self.client.list_artifacts(self.run_id, ARTIFACT_FOLDER)
+        return newest_first(artifact.path.rpartition("/")[2] for artifact in artifacts)
+
+    def at(self, iters: int) -> str:
+        """Name of the checkpoint after `iters` iterations.
+
+        Raises:
+            UnresolvedError: the run has none; the message lists those it has.
+        """
+        names = self.list_names()
+        for name in names:
+            parsed = parse_name(name)
+            if parsed is not None and parsed.iters == iters:
+                return name
+        steps = sorted({parsed.iters for name in names if (parsed := parse_name(name))})
+        listed = ", ".join(map(str, steps[-_NAMED:])) or "none"
+        raise UnresolvedError(
+            f"run {self.run_id} has no checkpoint at iteration {iters}; it has: "
+            + ("…, " if len(steps) > _NAMED else "")
+            + listed
+        )
+
+    def record_of(self, name: str) -> CheckpointRecord | None:
+        """The record beside the artifact `name`; None if it has none."""
+        for tag in (LATEST_TAG, BEST_TAG):
+            if tag in self.tags:
+                record = self.tagged(tag)
+                if record.file_name == name:
+                    return record
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                path = self._download(f"{ARTIFACT_FOLDER}/{name}.json", Path(scratch))
+            except TrackingError:
+                return None
+            try:
+                return CheckpointRecord.from_json(path.read_text("utf-8"))
+            except (CheckpointError, UnicodeDecodeError):
+                return None
+
+    def fetch(self, artifact: str, record: CheckpointRecord | None) -> Path:
+        """The file of an artifact in the cache, verified; downloaded unless it is there already.
+
+        Raises:
+            UnresolvedError: the artifact is not called like a checkpoint.
+            CorruptCheckpointError: what arrived is not what was recorded.
+            TrackingError: it could not be downloaded.
+        """
+        name = artifact.rpartition("/")[2]
+        if parse_name(name) is None:
+            raise UnresolvedError(
+                f"run {self.run_id}: {artifact!r} is not called like a checkpoint, {{tag}}checkpoint-{{iters}}.pth.tar"
+            )
+        target = self.folder / name
+        if record is not None and read_record(target) == record:
+            try:
+                verify_checkpoint(target, record)
+            except CheckpointError as error:
+                logger.warning("fetching again: %s", error)
+            else:
+                return target
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".fetch-", dir=self.folder))
+        try:
+            logger.info("fetching %s of run %s", name, self.run_id)
+            arrived = self._download(artifact, scratch)
+            verify_checkpoint(arrived, record)
+            record_path(target).unlink(missing_ok=True)
+            os.replace(arrived, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if record is not None:
+            line = record.to_json().encode() + b"\n"
+            write_atomically(record_path(target), lambda file: file.write(line))
+        return target
+
+    def _download(self, artifact: str, folder: Path) -> Path:
+        with mlflow_errors(f"download {artifact} of run {self.run_id}"):
+            return Path(self.client.download_artifacts(self.run_id, artifact, str(folder)))
+
+    def newest_valid(self) -> Resolved:
+        """What `checkpoint.latest` names, or, where that fails, the newest checkpoint that verifies.
+
+        Raises:
+            UnresolvedError: the run has no checkpoint, or none that verifies.
+        """
+        failures: list[str] = []
+        for artifact, record in self._newest_first():
+            try:
+                path = self.fetch(artifact, record)
+            except (CorruptCheckpointError, TrackingError) as error:
+                if isinstance(error, TrackingError) and not self._reachable():
+                    raise
+                logger.warning("passed over: %s", error)
+                failures.append(str(error))
+                continue
+            return self._resolved(path)
+        raise UnresolvedError(
+            f"run {self.run_id}: none of its {len(failures)} checkpoints verifies; the newest: {failures[0]}"
+        )
+
+    def _newest_first(self) -> Iterator[tuple[str, CheckpointRecord | None]]:
+        latest = self.tagged(LATEST_TAG)
+        yield latest.path, latest
+        for name in self.list_names():
+            if name != latest.file_name:
+                yield f"{ARTIFACT_FOLDER}/{name}", self.record_of(name)
+
+    def _reachable(self) -> bool:
+        try:
+            with mlflow_errors("reach the server"):
+                self.client.get_run(self.run_id)
+        except TrackingError:
+            return False
+        return True
+
+    def _resolved(self, path: Path) -> Resolved:
+        name = parse_name(path.name)
+        return Resolved(path, name.iters if name else 0, self.run_id)
+
+    def resolve(self, reference: RunReference) -> Resolved:
+        """The checkpoint that `reference` means.
+
+        Raises:
+            UnresolvedError: there is none such; the message says what there is.
+            CorruptCheckpointError: a checkpoint that was named exactly does not verify.
+        """
+        if reference.artifact is not None:
+            record = self.record_of(reference.artifact.rpartition("/")[2])
+            return self._resolved(self.fetch(reference.artifact, record))
+        if reference.which == "latest":
+            return self.newest_valid()
+        if reference.which == "best":
+            record = self.tagged(BEST_TAG)
+            return self._resolved(self.fetch(record.path, record))
+        name = self.at(reference.which)
+        return self._resolved(self.fetch(f"{ARTIFACT_FOLDER}/{name}", self.record_of(name)))
+
+
+def resolve_run(reference: RunReference, *, tracking_uri: str | None, cache_dir: Path) -> Resolved:
+    """Fetch the checkpoint of a run; see `RemoteCheckpoints.resolve`."""
+    client = connect(tracking_uri)
+    return RemoteCheckpoints(client, reference.run_id, cache_dir).resolve(reference)
+
+
+def resolve_model(reference: ModelReference, *, tracking_uri: str | None, cache_dir: Path) -> Resolved:
+    """Fetch the checkpoint that a registered model's version stands for.
+
+    Raises:
+        UnresolvedError: there is no such model, version or alias, or it stands for no checkpoint.
+    """
+    client = connect(tracking_uri)
+    asked = f"models:/{reference.name}" + (f"@{reference.alias}" if reference.alias else f"/{reference.version}")
+    try:
+        with mlflow_errors(f"read {asked}"):
+            version = (
+                client.get_model_version_by_alias(reference.name, reference.alias)
+                if reference.alias
+                else client.get_model_version(reference.name, reference.version)
+            )
+    except TrackingError as error:
+        if not _missing(error):
+            raise
+        raise UnresolvedError(_registry_hint(client, reference, asked)) from error
+    if MODEL_VERSION_TAG in version.tags and version.run_id:
+        record = CheckpointRecord.from_json(version.tags[MODEL_VERSION_TAG])
+        run = RemoteCheckpoints(client, version.run_id, cache_dir)
+        return run._resolved(run.fetch(record.path, record))
+    source = str(version.source).removeprefix("runs:/")
+    run_id, _, artifact = source.partition("/")
+    if is_run_id(run_id) and parse_name(artifact.rpartition("/")[2]):
+        run = RemoteCheckpoints(client, run_id, cache_dir)
+        return run.resolve(RunReference(run_id, artifact=artifact))
+    raise UnresolvedError(
+        f"{asked} is version {version.version} from {redact(str(version.source))!r}, which is no checkpoint"
+    )
+
+
+def _registry_hint(client: "MlflowClient", reference: ModelReference, asked: str) -> str:
+    with mlflow_errors("search the model registry"):
+        models = client.search_registered_models(max_results=_NAMED)
+    named = {model.name: model for model in models}
+    if reference.name not in named:
+        listed = ", ".join(named) or "none"
+        return f"there is no {asked} in {redact(client.tracking_uri)}; registered models: {listed}"
+    aliases = ", ".join(f"@{alias}" for alias in named[reference.name].aliases) or "none"
+    return f"there is no {asked}; {reference.name} has the aliases: {aliases}"
