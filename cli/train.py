@@ -69,7 +69,6 @@ REQUEST_OPTIONS = (
 @option(
     "--resume",
     metavar="auto|none|REF",
-    default="auto",
     help="auto: continue what lies in --save-dir; or a file, folder, run ID, runs:/ID@ITERS.  [default: auto]",
 )
 @click.option("--new-run", is_flag=True, help="Resume as a run of its own.")

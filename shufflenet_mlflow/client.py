@@ -24,6 +24,8 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # It prints the run's address on stdout, which belongs to our own output.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 _SHORT_REASONS = (
@@ -77,6 +79,15 @@ def mlflow_errors(doing: str) -> Iterator[None]:
         raise TrackingError(f"cannot {doing}: {_reason(error)}") from error
 
 
+def prepare_environment() -> None:
+    """Set MLflow's environment variables for a process that is ours; what the user has set stands.
+
+    Library functions leave the environment of their caller's process alone.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def connect(tracking_uri: str | None = None) -> "MlflowClient":
     """A client of the store at `tracking_uri`.
 
@@ -87,8 +98,6 @@ def connect(tracking_uri: str | None = None) -> "MlflowClient":
     Raises:
         TrackingError: MLflow does not take that URI.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     # The embedded store's first use reports every step of its schema.
     for name in ("mlflow.store.db.utils", "mlflow.tracking.fluent", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)

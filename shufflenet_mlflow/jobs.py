@@ -10,9 +10,8 @@ from torch import nn
 
 from shufflenet_mlflow.checkpoint import load_checkpoint, read_checkpoint
 from shufflenet_mlflow.checkpoint.files import remove_temporaries
-from shufflenet_mlflow.client import connect
+from shufflenet_mlflow.client import connect, prepare_environment
 from shufflenet_mlflow.config import (
-    DEFAULT_EXPERIMENT,
     DEFAULT_SAVE_ROOT,
     TrainConfig,
     check_resumable,
@@ -84,6 +83,7 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
     Raises:
         ShuffleNetError: see `shufflenet_mlflow.errors`; the run, if there was one by then, is marked FAILED.
     """
+    prepare_environment()
     start = find_start(request)
     config, data = plan(request, start)
     if start is not None:
@@ -158,8 +158,7 @@ def _open_run(request: TrainRequest, config: TrainConfig, start: Start | None) -
     if adopted is not None:
         return TrackedRun.adopt(client, adopted, name=request.run_name, tags=tags)
     name = request.run_name or f"{config.model} {data_name(config.train_dir)} {config.input_size}px"
-    experiment = request.experiment or DEFAULT_EXPERIMENT
-    return TrackedRun.create(client, experiment=experiment, name=name, tags=tags)
+    return TrackedRun.create(client, experiment=request.experiment, name=name, tags=tags)
 
 
 def _save_dir(request: TrainRequest, start: Start | None, run_id: str) -> Path:
@@ -287,6 +286,7 @@ def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) 
     Raises:
         ShuffleNetError: see `shufflenet_mlflow.errors`.
     """
+    prepare_environment()
     adopted = adopted_run_id()
     if adopted is None:
         return _evaluate(request, reporter, stop)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import shufflenet_mlflow
 from shufflenet_mlflow.client import mlflow_errors, redact
+from shufflenet_mlflow.config import DEFAULT_EXPERIMENT
 from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.stopping import StopRequested
@@ -110,9 +111,19 @@ class TrackedRun:
         self.status: Status = "FINISHED"
 
     @classmethod
-    def create(cls, client: "MlflowClient", *, experiment: str, name: str, tags: Mapping[str, str]) -> "TrackedRun":
-        """A new run."""
-        experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID") or get_experiment_id(client, experiment)
+    def create(
+        cls, client: "MlflowClient", *, experiment: str | None, name: str, tags: Mapping[str, str]
+    ) -> "TrackedRun":
+        """A new run.
+
+        Args:
+            experiment: by default `MLFLOW_EXPERIMENT_ID` or `MLFLOW_EXPERIMENT_NAME`, or else
+                `DEFAULT_EXPERIMENT`.
+        """
+        experiment_id = None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID")
+        if not experiment_id:
+            named = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
+            experiment_id = get_experiment_id(client, named)
         with mlflow_errors("create a run"):
             run = client.create_run(
                 experiment_id,

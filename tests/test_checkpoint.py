@@ -1,0 +1,394 @@
+"""The checkpoint file: atomic, verified, plain, and loaded only when it fits."""
+
+import os
+import pickle
+import random
+import resource
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_equal_payloads
+from torch import nn
+
+from shufflenet_mlflow import create_model, load_checkpoint
+from shufflenet_mlflow.checkpoint import (
+    checkpoint_name,
+    files,
+    newest_first,
+    parse_name,
+    read_checkpoint,
+    read_record,
+    record_path,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from shufflenet_mlflow.checkpoint.files import remove_temporaries, write_atomically
+from shufflenet_mlflow.checkpoint.state import bare_key
+from shufflenet_mlflow.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpointError,
+    MismatchError,
+    UnsafeCheckpointError,
+)
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+def small_state() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {"state_dict": small_model().state_dict(), "epoch": 3, "loss": 0.25}
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("iters", "tag", "name"),
+    [
+        (0, "", "checkpoint-000000.pth.tar"),
+        (150, "bnps-", "bnps-checkpoint-000150.pth.tar"),
+        (1_234_567, "", "checkpoint-1234567.pth.tar"),
+    ],
+)
+def test_names(iters: int, tag: str, name: str) -> None:
+    assert checkpoint_name(iters, tag) == name
+    assert parse_name(name) == (iters, tag)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoint-.pth.tar",
+        "checkpoint-12.pth",
+        "x.pth.tar",
+        "checkpoint-12.pth.tar.json",
+        ".checkpoint-000012.pth.tar",
+    ],
+)
+def test_foreign_names(name: str) -> None:
+    assert parse_name(name) is None
+
+
+def test_newest_is_by_number_not_by_text() -> None:
+    names = ["checkpoint-999999.pth.tar", "checkpoint-1000000.pth.tar", "checkpoint-000100.pth.tar", "readme"]
+    assert newest_first(names) == [names[1], names[0], names[2]]
+
+
+def test_at_one_iteration_the_reestimated_state_is_the_newest() -> None:
+    names = ["checkpoint-000010.pth.tar", "bnps-checkpoint-000010.pth.tar", "x-checkpoint-000010.pth.tar"]
+    assert newest_first(names) == [names[1], names[2], names[0]]
+
+
+@pytest.mark.parametrize("tag", ["../", "a/b", ".hidden", "a b"])
+def test_tags_that_do_not_belong_into_a_file_name(tag: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the tag"):
+        write_checkpoint(small_state(), 1, tag, directory=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- writing and reading
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    state = {**small_state(), "nested": {"list": [1, 2.5, "x", None, True], "tuple": (1, torch.ones(2))}}
+    path, record = write_checkpoint(state, 7, directory=tmp_path, run_id="r" * 32, val_top1=0.5)
+    payload = read_checkpoint(path)
+    for key in state:
+        assert_equal_payloads(payload[key], dict(state[key]) if key == "state_dict" else state[key])
+    assert payload["format_version"] == 1
+    assert (payload["iters"], payload["run_id"]) == (7, "r" * 32)
+    assert payload["created_at"].endswith("+00:00")
+    assert (record.path, record.iters, record.epoch, record.loss, record.val_top1) == (
+        "checkpoints/checkpoint-000007.pth.tar",
+        7,
+        3,
+        0.25,
+        0.5,
+    )
+    assert read_record(path) == record
+    assert record.bytes == path.stat().st_size
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, path.name + ".json"]
+
+
+def test_it_is_an_ordinary_zip_that_torch_reads_weights_only(tmp_path: Path) -> None:
+    path, _ = write_checkpoint(small_state(), 1, directory=tmp_path)
+    assert zipfile.is_zipfile(path)
+    assert torch.load(path, weights_only=True)["epoch"] == 3
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_keys_are_bare(prefix: str, tmp_path: Path) -> None:
+    state = small_state()
+    wrapped = {prefix + key: value for key, value in state["state_dict"].items()}
+    path, _ = write_checkpoint({"state_dict": wrapped}, 1, directory=tmp_path)
+    assert list(read_checkpoint(path)["state_dict"]) == list(state["state_dict"])
+
+
+def test_inner_compiled_modules_are_bare_too() -> None:
+    assert bare_key("features._orig_mod.0.weight") == "features.0.weight"
+
+
+def test_a_small_view_does_not_drag_its_storage_along(tmp_path: Path) -> None:
+    view = torch.zeros(1_000_000)[:3]
+    path, _ = write_checkpoint({"state_dict": {"w": view}}, 1, directory=tmp_path)
+    assert path.stat().st_size < 10_000
+
+
+def test_not_finite_values_are_null_in_the_record(tmp_path: Path) -> None:
+    path, record = write_checkpoint(small_state(), 1, directory=tmp_path, loss=float("nan"), val_top1=float("inf"))
+    assert (record.loss, record.val_top1) == (None, None)
+    assert read_record(path) == record
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"epoch": 1}, "needs a 'state_dict'; this state has"),
+        ({"state_dict": {}, "args": object()}, r"state\['args'\] holds a builtins.object"),
+        ({"state_dict": {}, "x": {"y": [1, {2}]}}, r"state\['x'\]\['y'\]\[1\] holds a builtins.set"),
+        ({"state_dict": {}, "x": {(1, 2): 3}}, r"state\['x'\] has the key \(1, 2\)"),
+        ({"state_dict": {"w": 1, "module.w": 2}}, "differ only in their prefix"),
+    ],
+)
+def test_what_is_not_plain_is_refused(state: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        write_checkpoint(state, 1, directory=tmp_path)
+
+
+def test_every_phase_of_a_write_can_fail_without_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each system call of the write fails in turn; a file of the same name stays readable all the time."""
+    first, _ = write_checkpoint(small_state(), 1, directory=tmp_path)
+    newer = {**small_state(), "epoch": 4}
+    calls: list[str] = []
+    fail_at = 0
+
+    def faulty(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            calls.append(name)
+            if len(calls) == fail_at:
+                raise OSError(28, "No space left on device")
+            return original(*arguments, **keywords)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(files.os, name, faulty(name, getattr(os, name)))
+    write_checkpoint(newer, 2, directory=tmp_path)
+    total = len(calls)
+    assert calls.count("replace") == 2
+    assert calls.count("fsync") >= 4
+    for fail_at in range(1, total + 1):  # noqa: B007 - read by the closure above
+        calls.clear()
+        with pytest.raises(CheckpointError, match="No space left on device; earlier checkpoints are intact"):
+            write_checkpoint(newer, 1, directory=tmp_path)
+        verify_checkpoint(first)
+        assert read_checkpoint(first)["epoch"] in (3, 4)
+        assert not [entry for entry in tmp_path.iterdir() if entry.name.endswith(".tmp")]
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    first, _ = write_checkpoint(small_state(), 1, directory=tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="File too large; earlier checkpoints are intact"):
+            write_checkpoint({"state_dict": {"w": torch.randn(100_000)}}, 2, directory=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [first.name, first.name + ".json"]
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("")
+    with pytest.raises(CheckpointError, match="--save-dir takes another place"):
+        write_checkpoint(small_state(), 1, directory=tmp_path / "models")
+
+
+def test_nobody_sees_half_a_file(tmp_path: Path) -> None:
+    target = tmp_path / "checkpoint-000001.pth.tar"
+
+    def write(file: Any) -> None:
+        file.write(b"half")
+        file.flush()
+        assert [entry.name for entry in tmp_path.iterdir()] != [target.name]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(target, write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    path, _ = write_checkpoint(small_state(), 1, directory=tmp_path)
+    (tmp_path / f".{path.name}.0123456789abcdef.tmp").write_bytes(b"half")
+    (tmp_path / ".mine.tmp").write_bytes(b"")
+    remove_temporaries(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".mine.tmp", path.name, path.name + ".json"]
+
+
+# ---------------------------------------------------------------- verification
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_flipped_bits_and_truncations_are_detected_or_change_nothing(with_record: bool, tmp_path: Path) -> None:
+    path, _ = write_checkpoint(small_state(), 1, directory=tmp_path)
+    original, payload = path.read_bytes(), read_checkpoint(path)
+    if not with_record:
+        record_path(path).unlink()
+    generator = random.Random(0)
+    detected = 0
+    for trial in range(150):
+        damaged = bytearray(original)
+        if trial % 5:
+            damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        else:
+            del damaged[generator.randrange(len(damaged)) :]
+        path.write_bytes(damaged)
+        try:
+            assert_equal_payloads(read_checkpoint(path), payload)
+        except CheckpointError:
+            detected += 1
+    assert detected == 150 if with_record else detected > 60
+
+
+def test_a_flipped_bit_in_a_tensor_is_named(tmp_path: Path) -> None:
+    path, _ = write_checkpoint({"state_dict": {"w": torch.zeros(5000)}}, 1, directory=tmp_path)
+    record_path(path).unlink()
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    assert torch.load(path, weights_only=True)["state_dict"]["w"].any()  # torch itself does not notice
+    with pytest.raises(CorruptCheckpointError, match=r"is corrupt: the CRC of '.*/data/0' is wrong"):
+        verify_checkpoint(path)
+
+
+def test_size_and_hash_come_from_the_record(tmp_path: Path) -> None:
+    first, _ = write_checkpoint(small_state(), 1, directory=tmp_path)
+    second, _ = write_checkpoint({**small_state(), "epoch": 9}, 2, directory=tmp_path)
+    first.write_bytes(second.read_bytes())  # a sound file, but not the recorded one
+    with pytest.raises(CorruptCheckpointError, match="its SHA-256 is not the recorded"):
+        verify_checkpoint(first)
+    first.write_bytes(second.read_bytes()[:-1])
+    with pytest.raises(CorruptCheckpointError, match="its record says"):
+        verify_checkpoint(first)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nothing behind", b"hello", b"\x80\x02}q\x00."])
+def test_files_that_are_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-000001.pth.tar"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(small_model(), path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_checkpoint(tmp_path / "checkpoint-000001.pth.tar")
+
+
+class Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_checkpoint_never_runs(legacy: bool, tmp_path: Path) -> None:
+    path, marker = tmp_path / "checkpoint-000001.pth.tar", tmp_path / "it ran"
+    torch.save({"state_dict": {}, "x": Hostile(marker)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UnsafeCheckpointError, match=r"is refused: it holds a posix.mkdir"):
+        read_checkpoint(path)
+    assert not marker.exists()
+    with open(path, "wb") as file:
+        pickle.dump(Hostile(marker), file)
+    with pytest.raises(CheckpointError):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+# ---------------------------------------------------------------- loading
+
+
+def assert_same_weights(first: nn.Module, second: nn.Module) -> None:
+    for (key, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other), key
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_original_files_load(prefix: str, bare: bool, legacy: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source, target = create_model("shufflenet_v2_x0_5", 10), create_model("shufflenet_v2_x0_5", 10)
+    state_dict = {prefix + key: value for key, value in source.state_dict().items()}
+    path = tmp_path / "model.pkl"
+    torch.save(state_dict if bare else {"state_dict": state_dict}, path, _use_new_zipfile_serialization=not legacy)
+    report = load_checkpoint(target, path)
+    assert len(report.loaded) == 337
+    assert not (report.missing or report.unexpected or report.reshaped)
+    assert_same_weights(source, target)
+    load_checkpoint(nn.DataParallel(target), torch.load(path, weights_only=True))
+
+
+def test_strict_names_what_does_not_fit_and_leaves_the_model_alone() -> None:
+    torch.manual_seed(0)
+    model = small_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    wrong = {**small_model().state_dict(), "3.weight": torch.ones(5, 4), "extra": torch.ones(1)}
+    del wrong["0.bias"]
+    with pytest.raises(
+        MismatchError,
+        match=r"1 missing: 0.bias; 1 unexpected: extra; 1 reshaped: 3.weight; 3.weight is \(5, 4\) in the checkpoint",
+    ):
+        load_checkpoint(model, {"state_dict": wrong})
+    assert_equal_payloads(dict(model.state_dict()), before)
+
+
+class WithAuxiliaryHead(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.features = nn.Linear(4, 4)
+        self.fc = nn.Linear(4, classes)
+        self.predict_14 = nn.Linear(4, classes)
+
+
+def test_tolerant_lets_auxiliary_heads_lack_and_nothing_else() -> None:
+    model, source = WithAuxiliaryHead(3), WithAuxiliaryHead(3).state_dict()
+    without = {key: value for key, value in source.items() if not key.startswith("predict_")}
+    with pytest.raises(MismatchError, match="predict_14.weight"):
+        load_checkpoint(model, without)
+    report = load_checkpoint(model, without, strict=False)
+    assert report.missing == ("predict_14.weight", "predict_14.bias")
+    assert torch.equal(model.fc.weight, source["fc.weight"])
+    del without["features.bias"]
+    with pytest.raises(MismatchError, match="1 missing: features.bias"):
+        load_checkpoint(model, without, strict=False)
+
+
+def test_tolerant_resets_a_head_of_another_width_only_when_asked() -> None:
+    model = WithAuxiliaryHead(10)
+    before = model.fc.weight.clone()
+    source = {key: value for key, value in WithAuxiliaryHead(1000).state_dict().items() if "predict" not in key}
+    with pytest.raises(MismatchError, match="2 reshaped: fc.weight, fc.bias"):
+        load_checkpoint(model, source, strict=False)
+    report = load_checkpoint(model, source, strict=False, reset_head=True)
+    assert report.reshaped == ("fc.weight", "fc.bias")
+    assert torch.equal(model.fc.weight, before)
+    assert torch.equal(model.features.weight, source["features.weight"])
+
+
+@pytest.mark.parametrize("payload", [{}, {"epoch": 3}, {"state_dict": 5}, {"state_dict": {}}])
+def test_dicts_without_weights(payload: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        load_checkpoint(small_model(), payload)

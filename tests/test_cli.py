@@ -1,0 +1,298 @@
+"""The command as people meet it: documents on stdout, one line per error, exit statuses."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Invoke, small_options, write_images
+from mlflow import MlflowClient
+from shufflenet_mlflow.cli import main
+from shufflenet_mlflow.cli.console import print_json
+
+from shufflenet_mlflow import create_model
+
+SmallTrain = Callable[..., dict[str, Any]]
+
+
+def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    words = [sys.executable, "-m", "shufflenet_mlflow", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+
+
+# ---------------------------------------------------------------- what works
+
+
+def test_train_then_eval_from_an_empty_folder(
+    small_train: SmallTrain, shufflenet: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = small_train()
+    assert trained.keys() == {"run_id", "iters", "epoch", "loss", "val_top1", "val_top5", "checkpoint", "save_dir"}
+    assert (trained["iters"], trained["epoch"]) == (12, 3)
+    monkeypatch.chdir(tmp_path)
+    result = shufflenet("eval", trained["run_id"], "--json", "--cache-dir", tmp_path / "cache")
+    assert result.exit_code == 0, result.output
+    evaluated = json.loads(result.stdout)
+    assert {"top1", "top5", "loss", "n", "checkpoint", "run_id"} <= evaluated.keys()
+    assert (evaluated["top1"], evaluated["top5"]) == (trained["val_top1"], trained["val_top5"])
+    assert (evaluated["n"], evaluated["run_id"]) == (15, trained["run_id"])
+    assert Path(evaluated["checkpoint"]).is_relative_to(tmp_path / "cache")
+
+
+def test_every_form_of_reference_evaluates(small_train: SmallTrain, shufflenet: Invoke, workplace: Path) -> None:
+    trained = small_train("--save-dir", "models")
+    run_id = trained["run_id"]
+    for ref in ("models", trained["checkpoint"], f"runs:/{run_id}", f"runs:/{run_id}@best", f"{run_id}@10"):
+        result = shufflenet("eval", ref, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["run_id"] == run_id
+
+
+def test_the_batch_size_does_not_change_the_accuracy(small_train: SmallTrain, shufflenet: Invoke) -> None:
+    trained = small_train()
+    documents = [
+        json.loads(shufflenet("eval", trained["run_id"], "--json", "--batch-size", size).stdout) for size in (1, 4, 15)
+    ]
+    assert {document["top1"] for document in documents} == {trained["val_top1"]}
+    assert all(document["n"] == 15 for document in documents)
+    assert documents[0]["loss"] == pytest.approx(documents[2]["loss"], rel=1e-5)
+
+
+def test_people_get_lines(images: Path, shufflenet: Invoke) -> None:
+    result = shufflenet("train", *small_options(images))
+    assert result.exit_code == 0, result.output
+    for expected in ("run ID  ", "validation accuracy", "bnps-checkpoint-000012.pth.tar", "mlflow", "#/experiments/"):
+        assert expected in result.stdout
+    assert "iteration  2/12" in result.stderr
+    assert "validation at iteration 4" in result.stderr
+    run_id = result.stdout.split()[2]
+    result = shufflenet("eval", run_id)
+    assert result.exit_code == 0, result.output
+    assert "top1        " in result.stdout
+
+
+def test_models(shufflenet: Invoke) -> None:
+    rows = json.loads(shufflenet("models", "--json").stdout)
+    [row] = [row for row in rows if row["name"] == "shufflenet_v2_x1_0"]
+    assert row == {
+        "name": "shufflenet_v2_x1_0",
+        "family": "v2",
+        "parameters": 2278760,
+        "macs": 145814296,
+        "top1_error": 30.6,
+        "top5_error": 11.1,
+        "preprocess": "bgr255",
+    }
+    assert "2.28 M   146 M" in shufflenet("models").stdout
+
+
+def test_data_digits(shufflenet: Invoke, tmp_path: Path) -> None:
+    result = shufflenet("data", "digits", tmp_path / "digits", "--json")
+    assert json.loads(result.stdout) == {"directory": str(tmp_path / "digits"), "train": 1442, "val": 355}
+    again = shufflenet("data", "digits", tmp_path / "digits")
+    assert (again.exit_code, again.stderr.count("\n")) == (1, 1)
+
+
+def test_bundled_digits_train(shufflenet: Invoke) -> None:
+    result = shufflenet("train", "--total-iters", 2, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["iters"] == 2
+
+
+def test_empty_text_means_the_default(small_train: SmallTrain, client: MlflowClient) -> None:
+    trained = small_train("--seed", "", "--model", "", "--resume", "", "--save-dir", "", "--on-bad-image", "")
+    params = client.get_run(trained["run_id"]).data.params
+    assert (params["seed"], params["model"]) == ("0", "shufflenet_v2_x0_5")
+
+
+def test_json_is_all_there_is_on_stdout(images: Path) -> None:
+    result = command("train", *small_options(images), "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["iters"] == 12
+    assert "iteration  2/12" in result.stderr
+    assert "\x1b[" not in result.stderr  # not a terminal: no colours, no moving bars
+
+
+def test_not_finite_values_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": {"d": -float("inf")}})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": {"d": None}}
+
+
+# ---------------------------------------------------------------- below `mlflow run`
+
+
+def test_the_run_that_mlflow_made_is_adopted(
+    small_train: SmallTrain, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = client.create_experiment("projects")
+    made = client.create_run(experiment, run_name="made").info.run_id
+    client.log_param(made, "lr", "2e-2")  # as `mlflow run -P lr=2e-2` does
+    client.log_param(made, "seed", "''")
+    client.log_param(made, "epochs", "3")
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
+    trained = small_train()
+    assert trained["run_id"] == made
+    run = client.get_run(made)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "made")
+    assert (run.data.params["lr"], run.data.params["resolved/lr"]) == ("2e-2", "0.02")
+    assert run.data.params["resolved/seed"] == "0"
+    assert "resolved/epochs" not in run.data.params
+    assert "MLFLOW_RUN_ID" not in os.environ
+    assert len(client.search_runs([experiment])) == 1
+
+
+def test_eval_logs_to_the_run_that_mlflow_made(
+    small_train: SmallTrain, shufflenet: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = small_train()
+    made = client.create_run(client.create_experiment("projects")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    assert shufflenet("eval", trained["run_id"]).exit_code == 0
+    run = client.get_run(made)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["val/top1"] == trained["val_top1"]
+    assert run.data.tags["evaluated.run"] == trained["run_id"]
+
+
+def test_a_failing_eval_fails_the_run_that_mlflow_made(
+    shufflenet: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = client.create_run(client.create_experiment("projects")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    assert shufflenet("eval", "nowhere").exit_code == 1
+    assert client.get_run(made).info.status == "FAILED"
+
+
+def test_resuming_below_mlflow_run_continues_the_old_run_and_says_so(
+    small_train: SmallTrain, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = small_train()
+    made = client.create_run(client.create_experiment("projects")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    assert small_train("--resume", f"{trained['run_id']}@5")["run_id"] == trained["run_id"]
+    run = client.get_run(made)
+    assert (run.info.status, run.data.tags["continues.run"]) == ("FINISHED", trained["run_id"])
+
+
+# ---------------------------------------------------------------- what does not
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["train", "--lr", "fast"], 2, "Invalid value for '--lr': 'fast' is not a valid float"),
+        (["train", "--epochs", "0"], 2, "Invalid value for --epochs: 0 is not at least 1"),
+        (["train", "--lerning-rate", "1"], 2, "No such option '--lerning-rate'"),
+        (
+            ["train", "--model", "shufflenet_v2_x3_0"],
+            2,
+            "Error: there is no network 'shufflenet_v2_x3_0'; did you mean",
+        ),
+        (["train", "--lr", "-1"], 2, "Error: --lr (=-1.0) must be above 0"),
+        (["train", "--on-bad-image", "ignore"], 2, "'ignore' is not one of 'fail', 'skip'"),
+        (["train", "--train-dir", "no", "--val-dir", "no"], 1, "does not exist"),
+        (["train", "--resume", "no"], 1, "Error: 'no' does not exist; a checkpoint is"),
+        (
+            ["train", "--tracking-uri", "http://u:pw@127.0.0.1:9"],
+            1,
+            "Error: cannot open the experiment 'shufflenet' in",
+        ),
+        (["train", "--tracking-uri", "./mlruns"], 1, "MLflow keeps no runs in a plain folder any more"),
+        (["train", "--tracking-uri", "gopher://x"], 1, "Error: cannot open the tracking store gopher://x"),
+        (["eval"], 2, "Missing argument 'REF'"),
+        (["eval", "0" * 32], 1, "Error: there is no run 00000000000000000000000000000000"),
+        (["eval", "models:/net@best"], 1, "Error: there is no models:/net@best"),
+        (["data", "digits", "/proc/x"], 1, "Error: cannot write the digits to '/proc/x'"),
+        (["frobnicate"], 2, "No such command 'frobnicate'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], status: int, message: str, shufflenet: Invoke) -> None:
+    result = shufflenet(*arguments)
+    assert result.exit_code == status, result.output
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.output
+    assert "pw" not in result.output
+    if status == 1:
+        assert result.stderr.count("\n") == 1
+
+
+def test_foreign_checkpoints_are_refused_clearly(images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-000001.pth.tar"
+    torch.save({"state_dict": create_model("shufflenet_v2_x0_5", 3).state_dict()}, path)
+    result = shufflenet("eval", path, "--val-dir", images / "val")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "does not say which network it is of" in result.stderr
+
+
+def test_evaluating_on_other_classes_is_refused(small_train: SmallTrain, shufflenet: Invoke, tmp_path: Path) -> None:
+    trained = small_train()
+    other = write_images(tmp_path / "other", classes=("blue", "green", "violet"))
+    result = shufflenet("eval", trained["run_id"], "--val-dir", other)
+    assert result.exit_code == 1
+    assert "it lacks 'red'; it alone has 'violet'" in result.stderr
+
+
+def test_debug_shows_the_traceback(shufflenet: Invoke) -> None:
+    assert shufflenet("--debug", "eval", "nowhere").exception is not None
+    result = shufflenet("eval", "nowhere", "--debug")
+    assert type(result.exception).__name__ == "UnresolvedError"
+
+
+def test_a_full_disk_is_one_line(images: Path) -> None:
+    words = " ".join([sys.executable, "-m", "shufflenet_mlflow", "train", *map(str, small_options(images))])
+    result = subprocess.run(
+        ["bash", "-c", f"ulimit -f 1500; exec {words}"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Error: cannot write the checkpoint" in result.stderr
+    assert "File too large; earlier checkpoints are intact" in result.stderr
+
+
+def test_ctrl_c_before_anything_has_begun(monkeypatch: pytest.MonkeyPatch, shufflenet: Invoke) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shufflenet_mlflow.models.cost.model_cost", interrupt)
+    result = shufflenet("models")
+    assert (result.exit_code, result.stderr) == (130, "Stopped by SIGINT.\n")
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_help_and_usage_errors_import_nothing_heavy() -> None:
+    code = (
+        "import sys, click.testing, shufflenet_mlflow.cli as cli\n"
+        "for words in (['--help'], ['train', '--help'], ['train', '--lr', 'x'], ['train', '--epochs', '0']):\n"
+        "    click.testing.CliRunner().invoke(cli.main, words)\n"
+        "print(sorted({'torch', 'mlflow', 'torchvision', 'rich', 'numpy'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["eval"], ["models"], ["data"], ["data", "digits"]])
+def test_every_command_has_help(words: list[str], shufflenet: Invoke) -> None:
+    result = shufflenet(*words, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_version(shufflenet: Invoke) -> None:
+    assert shufflenet("--version").output == "shufflenet, version 0.1.0\n"
+
+
+def test_every_option_has_help_text() -> None:
+    for command_name, found in main.commands.items():
+        for parameter in found.params:
+            if parameter.param_type_name == "option":
+                assert parameter.help, f"{command_name} {parameter.name}"  # type: ignore[attr-defined]

@@ -1,0 +1,326 @@
+"""Image folders, preprocessing, the order of samples."""
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from shufflenet_mlflow.data.digits import write_digits
+from shufflenet_mlflow.data.folder import (
+    list_images,
+    require_images_only,
+    require_same_classes,
+)
+from shufflenet_mlflow.data.loader import (
+    BadImageLog,
+    Batch,
+    ImageDataset,
+    iterate,
+    make_loader,
+)
+from shufflenet_mlflow.data.preprocess import (
+    AUGMENTATIONS,
+    EvalTransform,
+    Preprocess,
+    seeded,
+    to_input,
+)
+from shufflenet_mlflow.data.sampler import (
+    EvalBatches,
+    ReestimationBatches,
+    SampleOrder,
+    TrainBatches,
+)
+from shufflenet_mlflow.errors import BadImageError, ConfigError, DataError
+
+# ---------------------------------------------------------------- folders
+
+
+def test_listing(images: Path) -> None:
+    listing = list_images(images / "train")
+    assert listing.classes == ("blue", "green", "red")
+    assert listing.class_to_idx == {"blue": 0, "green": 1, "red": 2}
+    assert len(listing) == 36
+    assert listing.samples[12].path == "green/000.png"
+    assert listing.samples[12].label == 1
+
+
+def test_digest_follows_the_content_not_the_place(tmp_path: Path) -> None:
+    first = list_images(write_images(tmp_path / "a"))
+    again = list_images(write_images(tmp_path / "elsewhere" / "b"))
+    assert first.digest == again.digest
+    assert len(first.digest) <= 36
+    (tmp_path / "a" / "red" / "003.png").unlink()
+    assert list_images(tmp_path / "a").digest != first.digest
+
+
+def test_images_lie_at_any_depth_and_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    write_images(tmp_path, per_class=2)
+    deep = tmp_path / "red" / "deep" / "er"
+    deep.mkdir(parents=True)
+    (tmp_path / "red" / "000.png").rename(deep / "x.PNG")
+    for hidden in ("red/.DS_Store", "red/Thumbs.db", ".ipynb_checkpoints/x.png", "red/.cache/y.png"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_bytes(b"?")
+    (tmp_path / "blue" / "loop").symlink_to(tmp_path / "blue")
+    listing = list_images(tmp_path)
+    assert listing.classes == ("blue", "green", "red")
+    assert [sample.path for sample in listing.samples if sample.label == 2] == ["red/001.png", "red/deep/er/x.PNG"]
+    assert not listing.foreign
+    assert len(listing) == 6
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--train-dir '.*nowhere' does not exist"):
+        list_images(tmp_path / "nowhere", option="--train-dir")
+
+
+def test_a_file_instead_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    with pytest.raises(DataError, match="is a file"):
+        list_images(tmp_path / "x")
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no class folders; it needs one folder per class"):
+        list_images(tmp_path)
+
+
+def test_class_without_images(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    (tmp_path / "violet").mkdir()
+    with pytest.raises(DataError, match="no image in class 'violet'"):
+        list_images(tmp_path)
+
+
+def test_non_image_file_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    (tmp_path / "red" / "notes.txt").write_text("hello")
+    listing = list_images(tmp_path)
+    assert len(listing) == 36
+    with pytest.raises(DataError, match=r"'red/notes.txt'; remove them or pass --on-bad-image skip"):
+        require_images_only(listing, option="--train-dir")
+
+
+def test_differing_classes_are_listed(tmp_path: Path) -> None:
+    train = list_images(write_images(tmp_path / "train"))
+    val = list_images(write_images(tmp_path / "val", classes=("blue", "red", "violet")))
+    with pytest.raises(DataError, match="it lacks 'green'; it alone has 'violet'"):
+        require_same_classes(train.class_to_idx, val, expected_in="train", option="--val-dir")
+    require_same_classes(train.class_to_idx, train, expected_in="train", option="--val-dir")
+
+
+def test_digits(tmp_path: Path) -> None:
+    folder = write_digits(tmp_path / "digits")
+    train, val = list_images(folder / "train"), list_images(folder / "val")
+    assert train.classes == val.classes == tuple("0123456789")
+    assert (len(train), len(val)) == (1442, 355)
+    # Sizes do not depend on the compression library, so the digest is the same on every machine.
+    assert train.digest == "69d644f671c2cb9789cdbcb761dffa9c"
+    with Image.open(folder / "train" / "3" / "0001.png") as image:
+        assert image.size == (32, 32)
+    with pytest.raises(DataError, match="exists and is not empty"):
+        write_digits(folder)
+
+
+# ---------------------------------------------------------------- preprocessing
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (500, 333), (64, 48), (32, 32), (301, 1000)])
+def test_evaluation_pixels_are_those_of_the_release(shape: tuple[int, int]) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    height, width = shape
+    if height < width:
+        size = (int(256 / height * width + 0.5), 256)
+    else:
+        size = (256, int(256 / width * height + 0.5))
+    resized = cv2.resize(rgb, size, interpolation=cv2.INTER_LINEAR)
+    expected_rgb = np.asarray(v2.CenterCrop(224)(Image.fromarray(resized)))
+    tensor = EvalTransform(Preprocess("bgr255", 224))(Image.fromarray(rgb))
+    assert tensor.dtype == torch.uint8
+    assert np.array_equal(tensor.numpy(), expected_rgb[:, :, ::-1].transpose(2, 0, 1))
+
+
+def test_pixels_reach_the_network_as_bgr_0_255() -> None:
+    red = Image.new("RGB", (50, 40), (200, 10, 0))
+    preprocess = Preprocess("bgr255", 32)
+    image = EvalTransform(preprocess)(red)
+    x = to_input(image[None], preprocess, torch.device("cpu"))
+    assert x.dtype == torch.float32
+    assert x[0, :, 5, 5].tolist() == [0.0, 10.0, 200.0]
+
+
+def test_release_augmentation_is_torchvisions_with_the_releases_parameters() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    reference = v2.Compose([v2.RandomResizedCrop(32), v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomHorizontalFlip(0.5)])
+    transform = AUGMENTATIONS["release"](Preprocess("bgr255", 32))
+    for seed in range(5):
+        with seeded(seed):
+            expected = np.asarray(reference(image))[:, :, ::-1].transpose(2, 0, 1)
+        with seeded(seed):
+            assert np.array_equal(transform(image).numpy(), expected)
+
+
+def test_shift_augmentation_only_moves_the_crop() -> None:
+    preprocess = Preprocess("bgr255", 32)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 37, 3), dtype=np.uint8))
+    pixels = np.asarray(image)[:, :, ::-1].transpose(2, 0, 1)
+    crops = {pixels[:, y : y + 32, x : x + 32].tobytes() for y in range(6) for x in range(6)}
+    seen = {AUGMENTATIONS["shift"](preprocess)(image).numpy().tobytes() for _ in range(200)}
+    assert seen <= crops
+    assert len(seen) > 20
+
+
+@pytest.mark.parametrize(("mode", "size"), [("bgr255", 50), ("bgr255", 0), ("hsv", 32)])
+def test_unknown_mode_or_size(mode: str, size: int) -> None:
+    with pytest.raises(ConfigError, match="multiple of 32|no preprocessing mode 'hsv'"):
+        Preprocess(mode, size)
+
+
+def test_seeded_leaves_the_generator_as_it_was() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with seeded(99):
+        torch.rand(5)
+    assert torch.equal(torch.rand(2), expected)
+
+
+# ---------------------------------------------------------------- order and batches
+
+
+def test_an_epoch_is_a_permutation_and_epochs_differ() -> None:
+    order = SampleOrder(num_samples=30, batch_size=10, seed=1)
+    epochs = [[key for i in range(3) for key in order.batch(3 * epoch + i)] for epoch in range(2)]
+    for number, keys in enumerate(epochs):
+        assert {epoch for epoch, _ in keys} == {number}
+        assert sorted(index for _, index in keys) == list(range(30))
+    assert [index for _, index in epochs[0]] != [index for _, index in epochs[1]]
+    other_seed = SampleOrder(num_samples=30, batch_size=10, seed=2)
+    assert other_seed.batch(0) != order.batch(0)
+
+
+def test_any_iteration_can_be_the_first() -> None:
+    order = SampleOrder(num_samples=37, batch_size=5, seed=0)
+    whole = list(TrainBatches(order, 0, 40))
+    for start in (1, 6, 7, 8, 39):
+        assert list(TrainBatches(order, start, 40)) == whole[start:]
+    assert len(TrainBatches(order, 40, 40)) == 0
+
+
+def test_starting_late_costs_nothing() -> None:
+    order = SampleOrder(num_samples=1000, batch_size=10, seed=0)
+    epoch, _ = order.batch(10**9)[0]
+    assert epoch == 10**7
+
+
+def test_fewer_images_than_a_batch() -> None:
+    with pytest.raises(DataError, match=r"7 images, fewer than one batch of 8; use --batch-size 7"):
+        SampleOrder(num_samples=7, batch_size=8, seed=0)
+
+
+def test_evaluation_sees_every_image_once() -> None:
+    keys = [key for batch in EvalBatches(23, 5) for key in batch]
+    assert keys == [(0, index) for index in range(23)]
+    assert len(EvalBatches(23, 5)) == len(list(EvalBatches(23, 5))) == 5
+
+
+def load(dataset: ImageDataset, order: SampleOrder, workers: int, start: int = 0) -> list[Batch]:
+    loader = make_loader(dataset, TrainBatches(order, start, 8), workers=workers, pin_memory=False)
+    return list(iterate(loader))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_are_the_same_bits_whatever_the_workers(images: Path, workers: int) -> None:
+    listing = list_images(images / "train")
+    transform = AUGMENTATIONS["release"](Preprocess("bgr255", 32))
+    dataset = ImageDataset(listing, transform, seed=5, replace_bad=True)
+    order = SampleOrder(len(listing), 8, seed=5)
+    torch.manual_seed(0)
+    alone = load(dataset, order, 0)
+    torch.manual_seed(1)
+    spread = load(dataset, order, workers, start=3)
+    for one, other in zip(alone[3:], spread, strict=True):
+        assert torch.equal(one.images_NCHW, other.images_NCHW)
+        assert torch.equal(one.labels_N, other.labels_N)
+    # The same image looks different in another epoch.
+    first = {index: image for (_, index), image in zip(order.batch(0), alone[0].images_NCHW, strict=True)}
+    later = {index: image for (_, index), image in zip(order.batch(5), alone[5].images_NCHW, strict=True)}
+    for index in first.keys() & later.keys():
+        assert not torch.equal(first[index], later[index])
+
+
+def test_loading_does_not_draw_from_the_global_generator(images: Path) -> None:
+    listing = list_images(images / "train")
+    dataset = ImageDataset(listing, AUGMENTATIONS["release"](Preprocess("bgr255", 32)), replace_bad=True)
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        load(dataset, SampleOrder(len(listing), 8, seed=0), workers)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_reestimation_goes_through_the_data_once() -> None:
+    batches = list(ReestimationBatches(SampleOrder(37, 5, seed=0), count=1000))
+    indices = [index for batch in batches for _, index in batch]
+    assert len(indices) == len(set(indices)) == 35
+
+
+# ---------------------------------------------------------------- bad files
+
+
+@pytest.fixture
+def folder_with_bad_files(tmp_path: Path) -> Path:
+    folder = write_images(tmp_path / "bad", per_class=4)
+    (folder / "green" / "001.png").write_bytes(b"not an image at all")
+    whole = (folder / "green" / "002.png").read_bytes()
+    (folder / "green" / "002.png").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def loader_of(folder: Path, *, replace_bad: bool, workers: int = 0) -> "DataLoader[object]":
+    listing = list_images(folder)
+    dataset = ImageDataset(listing, EvalTransform(Preprocess("bgr255", 32)), replace_bad=replace_bad)
+    return make_loader(dataset, EvalBatches(len(listing), 6), workers=workers, pin_memory=False)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_file_is_named(folder_with_bad_files: Path, workers: int) -> None:
+    log = BadImageLog(skip=False)
+    loader = loader_of(folder_with_bad_files, replace_bad=False, workers=workers)
+    with pytest.raises(BadImageError, match=r"green/001.png' is not a readable image \(cannot identify") as caught:
+        for batch in iterate(loader):
+            log.new_in(batch)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files_are_left_out_and_counted(folder_with_bad_files: Path) -> None:
+    log = BadImageLog(skip=True)
+    batches = list(iterate(loader_of(folder_with_bad_files, replace_bad=False)))
+    for batch in batches:
+        log.new_in(batch)
+        log.new_in(batch)  # a second sight of the same file is no news
+    assert sum(len(batch.labels_N) for batch in batches) == 10
+    assert sorted(os.path.basename(path) for path in log.seen) == ["001.png", "002.png"]
+
+
+def test_training_batches_keep_their_size(folder_with_bad_files: Path) -> None:
+    batches = list(iterate(loader_of(folder_with_bad_files, replace_bad=True)))
+    assert [len(batch.labels_N) for batch in batches] == [6, 6]
+    # Samples 5 and 6 are unreadable: the next readable one, sample 7, stands in for both.
+    assert torch.equal(batches[0].images_NCHW[5], batches[1].images_NCHW[1])
+
+
+def test_other_runtime_errors_are_not_disguised() -> None:
+    def failing() -> object:
+        raise RuntimeError("something else")
+        yield
+
+    with pytest.raises(RuntimeError, match="something else"):
+        list(iterate(failing()))  # type: ignore[arg-type]

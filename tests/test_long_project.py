@@ -1,0 +1,118 @@
+"""`mlflow run`, the wheel, the bare checkout. Minutes: marked long."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is tracked, as a clone would have it."""
+    folder = tmp_path_factory.mktemp("checkout") / "project"
+    folder.mkdir()
+    for name in ("shufflenet_mlflow", "cli"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("MLproject", "conda.yaml", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def mlflow_run(checkout: Path, *arguments: object, **parameters: object) -> "subprocess.CompletedProcess[str]":
+    words = [sys.executable, "-m", "mlflow", "run", str(checkout), "--env-manager=local", *map(str, arguments)]
+    for name, value in parameters.items():
+        words += ["-P", f"{name}={value}"]
+    # Entry points call `python`: that of this environment.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PATH": path}, check=False)
+
+
+def newest_run(client: MlflowClient) -> Run:
+    runs = client.search_runs(
+        [item.experiment_id for item in client.search_experiments()], order_by=["attributes.start_time DESC"]
+    )
+    assert runs
+    return runs[0]
+
+
+def test_train_and_eval(checkout: Path, client: MlflowClient, images: Path) -> None:
+    result = mlflow_run(
+        checkout,
+        *("--experiment-name", "with spaces"),
+        train_dir=images / "train",
+        val_dir=images / "val",
+        input_size=32,
+        batch_size=8,
+        total_iters=6,
+        lr="1e-2",
+        run_name="a name with spaces",
+    )
+    assert result.returncode == 0, result.stderr
+    trained = newest_run(client)
+    assert (trained.info.status, trained.info.run_name) == ("FINISHED", "a name with spaces")
+    assert trained.data.tags["mlflow.project.entryPoint"] == "main"
+    assert (trained.data.params["lr"], trained.data.params["resolved/lr"]) == ("1e-2", "0.01")
+    assert json.loads(trained.data.tags["checkpoint.latest"])["iters"] == 6
+    result = mlflow_run(checkout, "-e", "eval", checkpoint=trained.info.run_id)
+    assert result.returncode == 0, result.stderr
+    evaluated = newest_run(client)
+    assert evaluated.info.run_id != trained.info.run_id
+    assert evaluated.info.status == "FINISHED"
+    assert evaluated.data.metrics["val/top1"] == trained.data.metrics["val/top1"]
+
+
+def test_failure_is_failure(checkout: Path, client: MlflowClient) -> None:
+    result = mlflow_run(checkout, "-e", "train", train_dir="nowhere", val_dir="nowhere")
+    assert result.returncode != 0
+    assert "does not exist" in result.stderr
+    assert newest_run(client).info.status == "FAILED"
+    result = mlflow_run(checkout, "-e", "eval", checkpoint="nowhere")
+    assert result.returncode != 0
+    assert newest_run(client).info.status == "FAILED"
+
+
+def test_the_bare_checkout_runs(checkout: Path) -> None:
+    """Without the finder of the editable installation there is no `shufflenet_mlflow.cli` but the one beside."""
+    code = (
+        "import runpy, sys\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
+        "sys.argv = ['shufflenet', '--version']\n"
+        "runpy.run_module('shufflenet_mlflow', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("shufflenet, version"), result.stderr
+
+
+def test_the_wheel(checkout: Path, tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(checkout)], check=True
+    )
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    tops = {name.partition("/")[0] for name in names}
+    assert len(tops) == 2
+    assert "shufflenet_mlflow" in tops
+    assert {"shufflenet_mlflow/cli/train.py", "shufflenet_mlflow/py.typed"} <= set(names)
+    code = "import shufflenet_mlflow.cli as cli; print(cli.__file__); cli.main(['--version'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.splitlines()[0].startswith(str(tmp_path / "site"))

@@ -1,0 +1,106 @@
+"""The networks against figures of the original release's networks (`reference_models.json`)."""
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from shufflenet_mlflow import create_model, list_models
+from shufflenet_mlflow.errors import ModelError
+from shufflenet_mlflow.models.blocks import ShuffleUnit, split_even_odd
+from shufflenet_mlflow.models.cost import model_cost
+
+REFERENCE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "reference_models.json").read_text())
+
+
+def fill(model: nn.Module) -> None:
+    """Weights that depend on nothing but their names, as the reference figures were made with."""
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if key.endswith("num_batches_tracked"):
+                continue
+            generator = np.random.RandomState(zlib.crc32(key.encode()))
+            z = torch.from_numpy(generator.standard_normal(tensor.numel()).astype(np.float32)).reshape(tensor.shape)
+            if key.endswith("running_mean"):
+                z = 0.1 * z
+            elif key.endswith("running_var"):
+                z = 1 + 0.1 * z.abs()
+            elif tensor.dim() == 1 and key.endswith("weight"):
+                z = 1 + 0.1 * z
+            elif tensor.dim() == 1:
+                z = 0.1 * z
+            else:
+                z = z * float(np.sqrt(2 / np.prod(tensor.shape[1:])))
+            tensor.copy_(z)
+
+
+def test_every_network_of_the_table_has_reference_figures() -> None:
+    assert set(list_models()) == set(REFERENCE)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_keys_shapes_and_cost(name: str) -> None:
+    state_dict = create_model(name).state_dict()
+    lines = "".join(f"{key} {'x'.join(map(str, value.shape))}\n" for key, value in state_dict.items())
+    assert hashlib.sha256(lines.encode()).hexdigest() == REFERENCE[name]["state_dict_sha256"]
+    cost = model_cost(name)
+    assert (cost.parameters, cost.macs) == (REFERENCE[name]["params"], REFERENCE[name]["macs"])
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_logits(name: str) -> None:
+    model = create_model(name).eval()
+    fill(model)
+    images = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32))
+    with torch.no_grad():
+        logits = model(images)
+    # The figures have six digits, and magnitudes are large: relative to the spread of the logits.
+    scale = REFERENCE[name]["logits_std"]
+    expected = torch.tensor(REFERENCE[name]["logits_first8"])
+    assert (logits[0, :8] - expected).abs().max() < 1e-4 * scale
+    assert logits.argmax(1).tolist() == REFERENCE[name]["argmax"]
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("size", [32, 96])
+def test_any_multiple_of_32_and_any_number_of_classes(name: str, size: int) -> None:
+    assert create_model(name, num_classes=3).eval()(torch.zeros(1, 3, size, size)).shape == (1, 3)
+
+
+def test_initial_weights_follow_the_release() -> None:
+    torch.manual_seed(0)
+    model = create_model("shufflenet_v2_x1_0")
+    state = model.state_dict()
+    assert state["first_conv.0.weight"].std().item() == pytest.approx(0.01, rel=0.1)
+    assert state["conv_last.0.weight"].std().item() == pytest.approx(1 / 464, rel=0.05)
+    assert state["classifier.0.weight"].std().item() == pytest.approx(0.01, rel=0.05)
+    assert torch.all(state["conv_last.1.bias"] == 1e-4)
+    assert torch.all(state["conv_last.1.weight"] == 1)
+
+
+def test_even_odd_split() -> None:
+    x = torch.arange(4.0).view(1, 4, 1, 1)
+    even, odd = split_even_odd(x)
+    assert even.flatten().tolist() == [0, 2]
+    assert odd.flatten().tolist() == [1, 3]
+
+
+def test_a_stride_1_unit_passes_the_even_channels_on() -> None:
+    unit = ShuffleUnit(8, 8, mid_channels=4, kernel=3, stride=1).eval()
+    x = torch.randn(1, 8, 4, 4)
+    assert torch.equal(unit(x)[:, :4], x[:, 0::2])
+
+
+def test_errors_name_the_value_and_the_way_out() -> None:
+    with pytest.raises(ModelError, match=r"'shufflenet_v2_x10'; did you mean shufflenet_v2_x1_0"):
+        create_model("shufflenet_v2_x10")
+    with pytest.raises(ModelError, match=r"num_classes \(=0\)"):
+        create_model("shufflenet_oneshot", num_classes=0)
+    with pytest.raises(ModelError, match=r"in_channels \(=6\)"):
+        ShuffleUnit(6, 6, mid_channels=3, kernel=3, stride=1)

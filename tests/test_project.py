@@ -1,0 +1,158 @@
+"""What holds between the project's files: MLproject and the CLI, conda.yaml and pyproject.toml, who imports whom."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from shufflenet_mlflow.cli import main
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "shufflenet_mlflow"
+
+
+def read_yaml(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((ROOT / name).read_text())
+    return document
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+# ---------------------------------------------------------------- MLproject and conda.yaml
+
+
+def test_conda_yaml_agrees_with_pyproject() -> None:
+    dependencies = read_yaml("conda.yaml")["dependencies"]
+    [pip_list] = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
+    assert pip_list == pyproject()["project"]["dependencies"]
+    # Everything outside the pip list would become a pip requirement under uv and virtualenv.
+    others = [entry for entry in dependencies if isinstance(entry, str)]
+    assert [re.split(r"[=<>]", entry)[0] for entry in others] == ["python", "pip"]
+
+
+def test_entry_points() -> None:
+    project = read_yaml("MLproject")
+    assert project["conda_env"] == "conda.yaml"
+    assert set(project["entry_points"]) == {"main", "train", "eval"}
+    assert project["entry_points"]["main"] == project["entry_points"]["train"]
+
+
+NOT_IN_MLPROJECT = {
+    "tracking_uri",  # `mlflow run` passes it in the environment
+    "experiment",  # `mlflow run --experiment-name`
+    "cache_dir",
+    "as_json",
+    "new_run",
+    "debug",
+    "help",
+}
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_mlproject_mirrors_the_command(name: str) -> None:
+    entry = read_yaml("MLproject")["entry_points"][name]
+    options = {parameter.name: parameter for parameter in main.commands[name].params}
+    options.pop("ref", None)
+    parameters = dict(entry["parameters"])
+    checkpoint = parameters.pop("checkpoint", None)
+    assert (checkpoint is not None) == (name == "eval")
+    assert set(parameters) == set(options) - NOT_IN_MLPROJECT
+    ref = ["REF"] if name == "eval" else []
+    words = list(ref)
+    for key, parameter in parameters.items():
+        flag = f"--{key.replace('_', '-')}"
+        assert f"{flag} {{{key}}}" in entry["command"]
+        words += [flag, str(parameter["default"])]
+    # Passing every default is the same as passing nothing: the defaults are the command's own, in one place.
+    command = main.commands[name]
+    assert command.make_context(name, words).params == command.make_context(name, ref).params
+
+
+# ---------------------------------------------------------------- layers
+
+LAYERS = [
+    {"errors"},
+    {"config", "stopping", "reporting"},
+    {"models", "data", "checkpoint", "client"},
+    {"recipe", "resolve"},
+    {"evaluate", "state"},
+    {"train"},
+    {"tracking", "planning"},
+    {"jobs"},
+]
+"""From the bottom up; a module may import its own layer and those below."""
+
+HEAVY = {
+    "mlflow": {"client", "resolve", "tracking"},
+    "click": set(),
+    "rich": set(),
+}
+"""Package -> the parts of the library that may import it."""
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(LIBRARY).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def modules() -> list[Path]:
+    return [path for path in sorted(LIBRARY.rglob("*.py")) if part_of(path) not in ("__init__", "__main__")]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(LIBRARY)))
+def test_direction_of_imports(path: Path) -> None:
+    height = {part: number for number, parts in enumerate(LAYERS) for part in parts}
+    own = part_of(path)
+    assert own in height, f"{own} has no place in LAYERS"
+    for name in imports_of(path):
+        words = name.split(".")
+        if words[0] == "shufflenet_mlflow" and len(words) > 1 and words[1] in height:
+            assert height[words[1]] <= height[own], f"{own} imports {name}"
+        assert words[:2] != ["shufflenet_mlflow", "cli"]
+        if words[0] in HEAVY:
+            assert own in HEAVY[words[0]], f"{own} imports {name}"
+
+
+def test_the_loop_does_not_know_mlflow() -> None:
+    for name in ("train.py", "state.py", "evaluate.py"):
+        assert not {word for word in imports_of(LIBRARY / name) if "tracking" in word or "client" in word}
+
+
+def test_config_imports_nothing_heavy() -> None:
+    for name in ("config.py", "errors.py"):
+        assert not {word.split(".")[0] for word in imports_of(LIBRARY / name)} & {"torch", "mlflow", "click", "numpy"}
+
+
+# ---------------------------------------------------------------- packaging
+
+
+def test_every_package_is_listed() -> None:
+    listed = set(pyproject()["tool"]["setuptools"]["packages"])
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in LIBRARY.rglob("__init__.py")}
+    assert listed == found | {"shufflenet_mlflow.cli"}
+
+
+def test_tracked_files_name_no_machine() -> None:
+    pattern = re.compile(r"(^|[\"'= (:])/(root|home/[a-z]+)/")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *LIBRARY.rglob("*.py"), *ROOT.glob("cli/*.py")]:
+        assert not pattern.search(path.read_text()), path
