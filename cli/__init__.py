@@ -5,6 +5,7 @@ are imported when a command begins to work, so that help and wrong usage answer 
 """
 
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -30,7 +31,10 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except ShuffleNetError as error:
             if ctx.meta.get(DEBUG):
-                raise
+                from shufflenet_mlflow.client import redact
+
+                click.echo(redact(traceback.format_exc()), err=True, nl=False)
+                sys.exit(error.exit_status)
             click.echo(f"Error: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_status)
         except StopRequested as stop:

@@ -132,9 +132,9 @@ def _closing_lines(summary: "TrainSummary") -> str:
     if result.val_top1 is not None:
         lines.append(f"validation accuracy  {result.val_top1:.4f}")
     lines.append("")
-    if result.stopped_by is not None:
+    if result.stopped_by is not None and result.checkpoint is not None:
         lines.append(f"continue with        shufflenet train --resume {summary.run_id}")
-    else:
+    elif result.checkpoint is not None:
         lines.append(f"evaluate it          shufflenet eval {summary.run_id}")
     lines.append(f"see it in the UI     {_ui_hint(summary)}")
     return "\n".join(lines)

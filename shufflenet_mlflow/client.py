@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shufflenet_mlflow.errors import TrackingError
@@ -16,7 +17,9 @@ from shufflenet_mlflow.errors import TrackingError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_USERINFO = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@'\"]*@")
+# Up to the last @: a password that was not quoted may hold anything. File names may hold an @ of their own.
+_USERINFO = re.compile(r"\b(?!sqlite:|file:)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s'\"]*@")
+_SECRET = re.compile(r"(?P<name>[?&][\w.-]*(?:password|passwd|pwd|token|secret|key|signature|sig)=)[^&\s'\"]*", re.I)
 
 # MLflow's own defaults make one call to a dead server block for four minutes.
 _ENVIRONMENT = {
@@ -45,8 +48,8 @@ _LONGEST = 300
 
 
 def redact(text: str) -> str:
-    """`text` with the user and password of every URI in it taken out."""
-    return _USERINFO.sub(r"\g<scheme>", text)
+    """`text` with user, password and secret query values of every URI in it taken out."""
+    return _SECRET.sub(r"\g<name>***", _USERINFO.sub(r"\g<scheme>", text))
 
 
 def _reason(error: BaseException) -> str:
@@ -72,11 +75,13 @@ def mlflow_errors(doing: str) -> Iterator[None]:
     """
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, RequestException, OSError) as error:
-        raise TrackingError(f"cannot {doing}: {_reason(error)}") from error
+    except (MlflowException, RequestException, SQLAlchemyError, ImportError, OSError) as error:
+        # Not chained: what these say holds addresses with their credentials.
+        raise TrackingError(f"cannot {doing}: {_reason(error)}", getattr(error, "error_code", None)) from None
 
 
 def prepare_environment() -> None:
@@ -86,6 +91,17 @@ def prepare_environment() -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def _check_database_file(uri: str) -> None:
+    """MLflow would try for minutes to open a database file that cannot exist."""
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    if path.is_dir():
+        raise TrackingError(f"the tracking store {uri} is a folder; name a file in it, such as {uri}/mlflow.db")
+    if not path.parent.is_dir():
+        raise TrackingError(f"the tracking store {uri} lies in a folder that does not exist; make it first")
 
 
 def connect(tracking_uri: str | None = None) -> "MlflowClient":
@@ -98,10 +114,12 @@ def connect(tracking_uri: str | None = None) -> "MlflowClient":
     Raises:
         TrackingError: MLflow does not take that URI.
     """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    _check_database_file(uri)
     # The embedded store's first use reports every step of its schema.
     for name in ("mlflow.store.db.utils", "mlflow.tracking.fluent", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
-    with mlflow_errors(f"open the tracking store {redact(tracking_uri or 'given by the environment')}"):
+    with mlflow_errors(f"open the tracking store {redact(uri)}"):
         return MlflowClient(tracking_uri=tracking_uri)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import platformdirs
 
@@ -19,7 +19,16 @@ DEFAULT_MODEL = "shufflenet_v2_x0_5"
 DEFAULT_EXPERIMENT = "shufflenet"
 DEFAULT_SAVE_ROOT = "models"
 
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
+
+
+# A field's annotation -> what may stand in it. Whole numbers are welcome where a fraction may stand.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "<class 'str'>": (str,),
+    "<class 'int'>": (int,),
+    "<class 'float'>": (float, int),
+    "str | None": (str, type(None)),
+}
 
 
 def default_cache_dir() -> Path:
@@ -36,6 +45,29 @@ def option(name: str) -> str:
 def _require(condition: bool, field: str, value: object, rule: str) -> None:
     if not condition:
         raise ConfigError(f"{option(field)} (={value}) must be {rule}")
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError for a name that no machine could have."""
+    _require(_DEVICE.fullmatch(device) is not None, "device", device, "auto, cpu, mps, cuda or cuda:N")
+
+
+def check_types(values: Mapping[str, Any]) -> None:
+    """Check the types of those values that are fields of `TrainConfig`.
+
+    Raises:
+        ConfigError: a value is of another type than its field.
+    """
+    for field in fields(TrainConfig):
+        if field.name in values:
+            value = values[field.name]
+            expected = _TYPES[str(field.type)]
+            _require(
+                isinstance(value, expected) and not isinstance(value, bool),
+                field.name,
+                repr(value),
+                f"of type {' or '.join(kind.__name__ for kind in expected)}",
+            )
 
 
 @dataclass(frozen=True)
@@ -74,8 +106,8 @@ class TrainConfig:
     """Of everything random."""
     augment: str
     """Name of the training augmentation."""
-    on_bad_image: Literal["fail", "skip"]
-    """What an unreadable file means."""
+    on_bad_image: str
+    """What an unreadable file means: `fail` or `skip`."""
     workers: int
     """Processes that decode images; 0 decodes in the training process."""
     device: str
@@ -88,6 +120,7 @@ class TrainConfig:
     """Iterations between two checkpoints."""
 
     def __post_init__(self) -> None:
+        check_types(self.to_dict())
         for name in (
             "num_classes",
             "batch_size",
@@ -97,7 +130,7 @@ class TrainConfig:
             "save_interval",
         ):
             value = getattr(self, name)
-            _require(type(value) is int and value >= 1, name, value, "a whole number of at least 1")
+            _require(value >= 1, name, value, "at least 1")
         _require(
             self.input_size >= 32 and self.input_size % 32 == 0,
             "input_size",
@@ -115,12 +148,7 @@ class TrainConfig:
         _require(0 <= self.label_smooth < 1, "label_smooth", self.label_smooth, "at least 0 and below 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
         _require(self.workers >= 0, "workers", self.workers, "at least 0")
-        _require(
-            _DEVICE.fullmatch(self.device) is not None,
-            "device",
-            self.device,
-            "auto, cpu, mps, cuda or cuda:N",
-        )
+        check_device(self.device)
         _require(self.on_bad_image in ("fail", "skip"), "on_bad_image", self.on_bad_image, "fail or skip")
 
     def to_dict(self) -> dict[str, Any]:

@@ -70,7 +70,15 @@ class ResumeError(ShuffleNetError):
 
 
 class TrackingError(ShuffleNetError):
-    """The MLflow store refused a request or did not answer."""
+    """The MLflow store refused a request or did not answer.
+
+    Args:
+        code: MLflow's own error code, such as `RESOURCE_DOES_NOT_EXIST`, if it answered.
+    """
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class NonFiniteLossError(ShuffleNetError):

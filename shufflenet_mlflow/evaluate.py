@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from shufflenet_mlflow.data.folder import ImageListing
-from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, iterate, make_loader
+from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import EvalTransform, Preprocess, to_input
 from shufflenet_mlflow.data.sampler import EvalBatches
 from shufflenet_mlflow.errors import DataError
@@ -69,7 +69,7 @@ def evaluate(
     model.eval()
     try:
         with torch.inference_mode(), reporter.phase("validating", len(batches)) as phase:
-            for batch in iterate(loader):
+            for batch in batches_of(loader):
                 stop.check()
                 for bad in bad_images.new_in(batch):
                     reporter.warn(f"left out: {bad}")

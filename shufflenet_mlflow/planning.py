@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from shufflenet_mlflow.checkpoint import FINAL_TAG, parse_name, read_checkpoint
-from shufflenet_mlflow.config import DEFAULT_MODEL, FIELDS, TrainConfig, default_cache_dir
+from shufflenet_mlflow.checkpoint import FINAL_TAG, RESUME_KEYS, check_payload, parse_name, read_checkpoint
+from shufflenet_mlflow.config import DEFAULT_MODEL, FIELDS, TrainConfig, check_device, check_types, default_cache_dir
 from shufflenet_mlflow.data.digits import cached_digits
 from shufflenet_mlflow.data.folder import (
     ImageListing,
@@ -114,6 +114,11 @@ def find_start(request: TrainRequest) -> Start | None:
     if request.resume == "auto":
         if found is None:
             return None
+        if request.new_run:
+            raise ResumeError(
+                f"--save-dir {str(directory)!r} holds the run's own checkpoints; for a fork pass "
+                f"--resume {directory} and another --save-dir"
+            )
         return _load_start(found.path, in_cache=False)
     resolved = resolve(request.resume, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
     start = _load_start(resolved.path, in_cache=resolved.run_id is not None)
@@ -126,10 +131,13 @@ def find_start(request: TrainRequest) -> Start | None:
 
 def _load_start(path: Path, *, in_cache: bool) -> Start:
     payload = read_checkpoint(path)
-    lacking = [key for key in ("iters", "config", "model", "class_to_idx") if key not in payload]
-    if lacking:
-        raise CheckpointError(f"{str(path)!r} cannot be resumed from: it holds weights only (no {', '.join(lacking)})")
-    return Start(path, {"run_id": None, **payload}, in_cache)
+    source = repr(str(path))
+    check_payload(payload, RESUME_KEYS, source)
+    try:
+        check_types(payload["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{source}: its configuration is not understood: {error}") from error
+    return Start(path, payload, in_cache)
 
 
 def choose_device(device: str) -> torch.device:
@@ -138,6 +146,7 @@ def choose_device(device: str) -> torch.device:
     Raises:
         ConfigError: there is no such device.
     """
+    check_device(device)
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = torch.device(device)

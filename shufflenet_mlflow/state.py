@@ -10,6 +10,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from shufflenet_mlflow.checkpoint import load_checkpoint
+from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.errors import CheckpointError, NonFiniteLossError
 
 
@@ -53,6 +54,8 @@ class Meter:
 
     def load_state_dict(self, sums: list[float]) -> None:
         """The inverse of `state_dict`."""
+        if len(sums) != len(self._sums):
+            raise ValueError(f"meter_state has {len(sums)} numbers, not {len(self._sums)}")
         self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
 
 
@@ -82,7 +85,7 @@ class TrainingState:
         self.meter = Meter(device)
         self.iters = 0
         self.loss = math.nan
-        """Mean training loss of the last stretch that was reported."""
+        """Mean training loss of the last stretch that was reported; see `current_loss`."""
         self.validation: dict[str, float] = {}
         """The last validation's metrics."""
         self.validated_iters = 0
@@ -95,6 +98,11 @@ class TrainingState:
         """The rate of the next iteration."""
         lr: float = self.optimizer.param_groups[0]["lr"]
         return lr
+
+    def current_loss(self) -> float:
+        """Mean training loss since the last report, or of the stretch before it if that was just now."""
+        mean = self.meter.means()["train/loss"]
+        return self.loss if math.isnan(mean) else mean
 
     def check_finite(self) -> None:
         """Waits for the device.
@@ -125,15 +133,15 @@ class TrainingState:
             "state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
             "lr_scheduler_state_dict": self.scheduler.state_dict(),
-            "loss": self.loss,
+            "loss": self.current_loss(),
             "metrics": {**self.validation, "validated_iters": self.validated_iters},
             "best": self.best,
             "rng_state": rng_state(self.device),
             "meter_state": self.meter.state_dict(),
         }
 
-    def load_state_dict(self, payload: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint.
+    def load_state_dict(self, payload: Mapping[str, Any], config: TrainConfig) -> None:
+        """Continue from a checkpoint, with the rates of `config`, which differ from its own in a fork.
 
         Raises:
             CheckpointError: it holds weights only, or state of another kind.
@@ -150,7 +158,11 @@ class TrainingState:
             self.validation = metrics
             self.best = payload["best"]
             restore_rng_state(payload["rng_state"], self.device)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise CheckpointError(
                 f"the checkpoint cannot be resumed from: {type(error).__name__} {error}; it may hold weights only"
             ) from error
+        factor = self.scheduler.lr_lambdas[0](self.iters)
+        for group, decay in zip(self.optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
+            group.update(initial_lr=config.lr, lr=config.lr * factor, momentum=config.momentum, weight_decay=decay)
+        self.scheduler.base_lrs = [config.lr for _ in self.optimizer.param_groups]

@@ -14,7 +14,13 @@ from torch import Tensor
 from shufflenet_mlflow.checkpoint import FINAL_TAG
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.data.folder import ImageListing
-from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, iterate, make_loader
+from shufflenet_mlflow.data.loader import (
+    BadImageLog,
+    ImageDataset,
+    batches_of,
+    make_loader,
+    worker_death,
+)
 from shufflenet_mlflow.data.preprocess import AUGMENTATIONS, Preprocess, to_input
 from shufflenet_mlflow.data.sampler import ReestimationBatches, SampleOrder, TrainBatches
 from shufflenet_mlflow.errors import DataError, NonFiniteLossError
@@ -43,6 +49,13 @@ class CheckpointStore(Protocol):
         best: bool,
     ) -> Path:
         """Keep `state`; `best` says that no earlier one had as high a `val_top1`."""
+
+    def mark_best(self, checkpoint: Path, val_top1: float) -> bool:
+        """A checkpoint that is kept already has turned out to be the best.
+
+        Its file is not written again: it may be what the run's latest checkpoint is committed to be. False if
+        that cannot be done, because it was not this store that kept it.
+        """
 
 
 class MetricSink(Protocol):
@@ -100,6 +113,7 @@ class Trainer:
         self.bad_images = BadImageLog(skip=self.config.on_bad_image == "skip")
         self.saved: Path | None = None
         self._saved_iters: int | None = None
+        self._mid_step = False
 
     def run(self, resumed_from: Path | None = None) -> TrainResult:
         """Train from `state.iters` to `config.total_iters`, then re-estimate the BN statistics and validate.
@@ -111,7 +125,8 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: training diverged; the last good checkpoint is kept.
-            DataError: an image cannot be read; a checkpoint of the last complete iteration is kept.
+            DataError: an image cannot be read, or a process that reads them died; a checkpoint of the last
+                complete iteration is kept.
         """
         if resumed_from is not None:
             self.saved, self._saved_iters = resumed_from, self.state.iters
@@ -127,6 +142,13 @@ class Trainer:
         except DataError:
             self._save_once()
             raise
+        except RuntimeError as error:
+            death = worker_death(error)
+            if death is None:
+                raise
+            if not self._mid_step:
+                self._save_once()
+            raise death from error
         except NonFiniteLossError as error:
             kept = f"the last good checkpoint is {str(self.saved)!r}" if self.saved else "no checkpoint yet"
             raise NonFiniteLossError(f"{error}; {kept}") from error
@@ -146,19 +168,23 @@ class Trainer:
         state.model.train()
         clock = _Clock(state.iters)
         with self.reporter.phase("training", config.total_iters, state.iters) as phase:
-            for batch in iterate(loader):
+            for batch in batches_of(loader):
                 for bad in self.bad_images.new_in(batch):
                     self.reporter.warn(f"another image stands in for it: {bad}")
+                if not len(batch.labels_N):
+                    raise DataError(f"no file in {str(self.data.train.root)!r} is a readable image")
                 lr = state.lr
                 labels = batch.labels_N.to(state.device, non_blocking=True)
                 logits = state.model(to_input(batch.images_NCHW, self.data.preprocess, state.device))
                 loss = loss_function(logits, labels)
+                self._mid_step = True
                 state.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 state.optimizer.step()
                 state.scheduler.step()
                 state.iters += 1
                 state.meter.update(state.iters, loss, *count_correct(logits.detach(), labels), len(labels))
+                self._mid_step = False
                 phase.advance()
                 if state.device.type == "cpu":  # elsewhere looking would make the device wait
                     state.check_finite()
@@ -196,7 +222,7 @@ class Trainer:
             workers=config.workers,
             pin_memory=device.type == "cuda",
         )
-        for batch in iterate(loader):
+        for batch in batches_of(loader):
             self.stop.check()
             self.bad_images.new_in(batch)
             yield to_input(batch.images_NCHW, self.data.preprocess, device)
@@ -222,7 +248,10 @@ class Trainer:
         return 0 < iters < self.config.total_iters and iters % self.config.val_interval == 0
 
     def _validate_and_keep_best(self) -> None:
-        if self._validate():
+        if not self._validate():
+            return
+        kept = self.saved if self._saved_iters == self.state.iters else None
+        if kept is None or not self.store.mark_best(kept, self.state.validation["val/top1"]):
             self._save("", best=True)
 
     def _validate(self) -> bool:
@@ -250,8 +279,6 @@ class Trainer:
     def _save(self, tag: str, *, best: bool) -> None:
         state = self.state
         state.check_finite()  # a poisoned state must never become the newest checkpoint
-        if state.loss != state.loss:  # nothing was reported yet
-            state.loss = state.meter.means()["train/loss"]
         epoch = self.data.order.epoch_of(state.iters)
         validated = state.validated_iters == state.iters
         self.saved = self.store.save(
@@ -274,7 +301,7 @@ class Trainer:
         return TrainResult(
             iters=state.iters,
             epoch=self.data.order.epoch_of(state.iters),
-            loss=state.loss,
+            loss=state.current_loss(),
             val_top1=state.validation.get("val/top1"),
             val_top5=state.validation.get("val/top5"),
             checkpoint=self.saved,

@@ -1,5 +1,7 @@
 """The checkpoint file: atomic, verified, plain, and loaded only when it fits."""
 
+import contextlib
+import logging
 import os
 import pickle
 import random
@@ -256,6 +258,28 @@ def test_flipped_bits_and_truncations_are_detected_or_change_nothing(with_record
         except CheckpointError:
             detected += 1
     assert detected == 150 if with_record else detected > 60
+
+
+def test_no_single_bit_of_the_directory_changes_a_tensor(tmp_path: Path) -> None:
+    """Every bit behind the data, without a record: one there can make PyTorch read a tensor as nothing."""
+    path, _ = write_checkpoint({"state_dict": {"w": torch.arange(4.0)}}, 1, directory=tmp_path)
+    record_path(path).unlink()
+    original, payload = path.read_bytes(), read_checkpoint(path)
+    directory = original.index(b"PK\x01\x02")
+    for bit in range(8 * directory, 8 * len(original)):
+        damaged = bytearray(original)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            assert_equal_payloads(read_checkpoint(path), payload)
+
+
+def test_a_record_that_cannot_be_read_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, _ = write_checkpoint(small_state(), 1, directory=tmp_path)
+    record_path(path).write_text("{}")
+    logging.getLogger("shufflenet_mlflow").propagate = True
+    verify_checkpoint(path)
+    assert f"the record {record_path(path)} cannot be used" in caplog.text
 
 
 def test_a_flipped_bit_in_a_tensor_is_named(tmp_path: Path) -> None:

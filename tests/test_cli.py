@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import Invoke, small_options, write_images
 from mlflow import MlflowClient
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.cli.console import print_json
 
 from shufflenet_mlflow import create_model
+from shufflenet_mlflow.checkpoint import read_checkpoint
+from shufflenet_mlflow.client import redact
 
 SmallTrain = Callable[..., dict[str, Any]]
 
@@ -171,14 +174,20 @@ def test_a_failing_eval_fails_the_run_that_mlflow_made(
 
 
 def test_resuming_below_mlflow_run_continues_the_old_run_and_says_so(
-    small_train: SmallTrain, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+    small_train: SmallTrain, shufflenet: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = small_train()
-    made = client.create_run(client.create_experiment("projects")).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", made)
-    assert small_train("--resume", f"{trained['run_id']}@5")["run_id"] == trained["run_id"]
-    run = client.get_run(made)
-    assert (run.info.status, run.data.tags["continues.run"]) == ("FINISHED", trained["run_id"])
+    experiment = client.create_experiment("projects")
+    for options, status in (([], "FINISHED"), (["--seed", 9], "RUNNING")):
+        made = client.create_run(experiment).info.run_id
+        monkeypatch.setenv("MLFLOW_RUN_ID", made)
+        result = shufflenet("train", "--resume", trained["run_id"], *options, "--json")
+        assert (result.exit_code == 0) == (status == "FINISHED")
+        run = client.get_run(made)
+        assert run.info.status == status  # wrong options are found before it is adopted: MLflow then ends it
+    assert client.get_run(trained["run_id"]).info.status == "FINISHED"
+    [continued] = client.search_runs([experiment], "attributes.status = 'FINISHED'")
+    assert continued.data.tags["continues.run"] == trained["run_id"]
 
 
 # ---------------------------------------------------------------- what does not
@@ -206,6 +215,16 @@ def test_resuming_below_mlflow_run_continues_the_old_run_and_says_so(
         ),
         (["train", "--tracking-uri", "./mlruns"], 1, "MLflow keeps no runs in a plain folder any more"),
         (["train", "--tracking-uri", "gopher://x"], 1, "Error: cannot open the tracking store gopher://x"),
+        (
+            ["train", "--tracking-uri", "sqlite:///."],
+            1,
+            "is a folder; name a file in it, such as sqlite:///./mlflow.db",
+        ),
+        (["train", "--tracking-uri", "sqlite:///no/x.db"], 1, "lies in a folder that does not exist"),
+        (["train", "--tracking-uri", "postgresql://127.0.0.1/x"], 1, "No module named 'psycopg"),
+        (["train", "--device", "cuda:99999999999999999999"], 2, "must be auto, cpu, mps, cuda or cuda:N"),
+        (["eval", "x" * 5000], 1, "does not exist"),
+        (["eval", ""], 1, "the checkpoint is empty text"),
         (["eval"], 2, "Missing argument 'REF'"),
         (["eval", "0" * 32], 1, "Error: there is no run 00000000000000000000000000000000"),
         (["eval", "models:/net@best"], 1, "Error: there is no models:/net@best"),
@@ -229,7 +248,87 @@ def test_foreign_checkpoints_are_refused_clearly(images: Path, shufflenet: Invok
     torch.save({"state_dict": create_model("shufflenet_v2_x0_5", 3).state_dict()}, path)
     result = shufflenet("eval", path, "--val-dir", images / "val")
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-    assert "does not say which network it is of" in result.stderr
+    assert "was not written by this project's training: it has no model, preprocess" in result.stderr
+
+
+def test_eval_checks_its_device(small_train: SmallTrain, shufflenet: Invoke) -> None:
+    result = shufflenet("eval", small_train("--save-dir", "models")["checkpoint"], "--device", "tpu")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "Error: --device (=tpu) must be auto, cpu, mps, cuda or cuda:N\n",
+    )
+
+
+def test_an_unusable_cache_folder(small_train: SmallTrain, shufflenet: Invoke) -> None:
+    result = shufflenet("eval", small_train()["run_id"], "--cache-dir", "/dev/null/x")
+    assert result.exit_code == 1
+    assert "'/dev/null/x/runs/" in result.stderr
+    assert "Not a directory; --cache-dir or SHUFFLENET_CACHE_DIR" in result.stderr
+
+
+STRANGE: list[dict[str, Any]] = [
+    {"class_to_idx": ["a"]},
+    {"class_to_idx": {"a": "x"}},
+    {"class_to_idx": {5: 5}},
+    {"config": "x"},
+    {"config": {"batch_size": "8"}},
+    {"config": {"val_dir": 7}},
+    {"iters": None},
+    {"iters": "7"},
+    {"iters": True},
+    {"preprocess": "bgr255"},
+    {"preprocess": {"mode": "bgr255"}},
+    {"preprocess": {"mode": "x", "input_size": 32}},
+    {"model": "shufflenet_v2_x0_5"},
+    {"model": {"name": "nothing", "kwargs": {}}},
+    {"model": {"name": "shufflenet_v2_x0_5", "kwargs": {"depth": 3}}},
+    {"best": "0.9"},
+    {"best": {"val_top1": 0.9}},
+    {"run_id": 7},
+    {"data": None},
+    {"optimizer_state_dict": None},
+    {"optimizer_state_dict": {"state": {}, "param_groups": []}},
+    {"lr_scheduler_state_dict": {}},
+    {"meter_state": [1.0]},
+    {"rng_state": {"cpu": torch.zeros(3, dtype=torch.uint8)}},
+    {"metrics": {}},
+    {"state_dict": {1: torch.zeros(1)}},
+    {"state_dict": {"w": torch.zeros(2).to_sparse()}},
+    {"state_dict": {"w": 1}},
+    {"state_dict": {}},
+]
+
+
+@pytest.mark.parametrize("change", STRANGE, ids=lambda change: str(change)[:60])
+def test_strange_checkpoints_are_one_line(
+    change: dict[str, Any],
+    small_train: SmallTrain,
+    shufflenet: Invoke,
+    images: Path,
+    tmp_path: Path,
+    strange_base: dict[str, Any],
+) -> None:
+    """Whatever loads may be in a file: it works or is one line."""
+    path = tmp_path / "checkpoint-000010.pth.tar"
+    torch.save({**strange_base, **change}, path)
+    evaluated = shufflenet("eval", path, "--val-dir", images / "val", "--workers", 0)
+    resumed = shufflenet("train", "--resume", path, "--new-run", "--save-dir", tmp_path / "new")
+    assert evaluated.exit_code in (0, 1, 2), evaluated.output
+    assert resumed.exit_code in (0, 1, 2), resumed.output
+    assert 0 not in (evaluated.exit_code, resumed.exit_code) or change.keys() != {"state_dict"}
+    for result in (evaluated, resumed):
+        assert "Traceback" not in result.output
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+
+
+@pytest.fixture(scope="module")
+def strange_base(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> dict[str, Any]:
+    """The payload of a sound checkpoint at iteration 10."""
+    folder = tmp_path_factory.mktemp("strange")
+    words = ["train", *map(str, small_options(images)), "--save-dir", str(folder / "models")]
+    result = CliRunner().invoke(main, [*words, "--tracking-uri", f"sqlite:///{folder}/mlflow.db"])
+    assert result.exit_code == 0, result.output
+    return read_checkpoint(folder / "models" / "checkpoint-000010.pth.tar")
 
 
 def test_evaluating_on_other_classes_is_refused(small_train: SmallTrain, shufflenet: Invoke, tmp_path: Path) -> None:
@@ -241,9 +340,40 @@ def test_evaluating_on_other_classes_is_refused(small_train: SmallTrain, shuffle
 
 
 def test_debug_shows_the_traceback(shufflenet: Invoke) -> None:
-    assert shufflenet("--debug", "eval", "nowhere").exception is not None
-    result = shufflenet("eval", "nowhere", "--debug")
-    assert type(result.exception).__name__ == "UnresolvedError"
+    for words in (["--debug", "eval", "nowhere"], ["eval", "nowhere", "--debug"]):
+        result = shufflenet(*words)
+        assert result.exit_code == 1
+        assert "Traceback (most recent call last)" in result.stderr
+        assert "UnresolvedError: 'nowhere' does not exist" in result.stderr
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+@pytest.mark.parametrize("userinfo", ["user:s3cret", "user:p@s3cret", "user:pa/s3cret", "s3cret"])
+def test_credentials_are_never_shown(userinfo: str, debug: list[str], shufflenet: Invoke) -> None:
+    result = shufflenet("train", "--tracking-uri", f"http://{userinfo}@127.0.0.1:9/?token=s3cret", *debug)
+    assert result.exit_code == 1
+    assert "s3cret" not in result.output
+
+
+def test_credentials_are_never_logged(small_train: SmallTrain, client: MlflowClient, workplace: Path) -> None:
+    trained = small_train("--run-name", "http://user:s3cret@host/x", "--experiment", "e")
+    run = client.get_run(trained["run_id"])
+    assert "s3cret" not in json.dumps({**run.data.tags, "mlflow.runName": ""})
+    assert "s3cret" not in json.dumps(run.data.params)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("at http://u:p@h/x and http://v:q@k/", "at http://h/x and http://k/"),
+        ("postgresql+psycopg://u:p@h/db", "postgresql+psycopg://h/db"),
+        ("sqlite:////data/me@work/mlflow.db", "sqlite:////data/me@work/mlflow.db"),
+        ("runs:/0123@best models:/net@champion", "runs:/0123@best models:/net@champion"),
+        ("http://h/?a=1&api_key=x&b=2", "http://h/?a=1&api_key=***&b=2"),
+    ],
+)
+def test_redaction(text: str, expected: str) -> None:
+    assert redact(text) == expected
 
 
 def test_a_full_disk_is_one_line(images: Path) -> None:

@@ -22,8 +22,9 @@ from shufflenet_mlflow.data.loader import (
     BadImageLog,
     Batch,
     ImageDataset,
-    iterate,
+    batches_of,
     make_loader,
+    worker_death,
 )
 from shufflenet_mlflow.data.preprocess import (
     AUGMENTATIONS,
@@ -234,7 +235,7 @@ def test_evaluation_sees_every_image_once() -> None:
 
 def load(dataset: ImageDataset, order: SampleOrder, workers: int, start: int = 0) -> list[Batch]:
     loader = make_loader(dataset, TrainBatches(order, start, 8), workers=workers, pin_memory=False)
-    return list(iterate(loader))
+    return list(batches_of(loader))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -295,14 +296,14 @@ def test_a_bad_file_is_named(folder_with_bad_files: Path, workers: int) -> None:
     log = BadImageLog(skip=False)
     loader = loader_of(folder_with_bad_files, replace_bad=False, workers=workers)
     with pytest.raises(BadImageError, match=r"green/001.png' is not a readable image \(cannot identify") as caught:
-        for batch in iterate(loader):
+        for batch in batches_of(loader):
             log.new_in(batch)
     assert "\n" not in str(caught.value)
 
 
 def test_bad_files_are_left_out_and_counted(folder_with_bad_files: Path) -> None:
     log = BadImageLog(skip=True)
-    batches = list(iterate(loader_of(folder_with_bad_files, replace_bad=False)))
+    batches = list(batches_of(loader_of(folder_with_bad_files, replace_bad=False)))
     for batch in batches:
         log.new_in(batch)
         log.new_in(batch)  # a second sight of the same file is no news
@@ -311,16 +312,42 @@ def test_bad_files_are_left_out_and_counted(folder_with_bad_files: Path) -> None
 
 
 def test_training_batches_keep_their_size(folder_with_bad_files: Path) -> None:
-    batches = list(iterate(loader_of(folder_with_bad_files, replace_bad=True)))
+    batches = list(batches_of(loader_of(folder_with_bad_files, replace_bad=True)))
     assert [len(batch.labels_N) for batch in batches] == [6, 6]
     # Samples 5 and 6 are unreadable: the next readable one, sample 7, stands in for both.
     assert torch.equal(batches[0].images_NCHW[5], batches[1].images_NCHW[1])
 
 
-def test_other_runtime_errors_are_not_disguised() -> None:
-    def failing() -> object:
-        raise RuntimeError("something else")
-        yield
+def test_dead_workers_are_told_from_other_errors() -> None:
+    told = worker_death(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"))
+    assert "a data loading process died (DataLoader worker (pid 7) is killed by signal: Killed. )" in str(told)
+    assert worker_death(RuntimeError("something else")) is None
 
-    with pytest.raises(RuntimeError, match="something else"):
-        list(iterate(failing()))  # type: ignore[arg-type]
+
+def test_pipes_are_not_opened(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    os.mkfifo(tmp_path / "red" / "z.jpg")
+    listing = list_images(tmp_path)
+    assert len(listing) == 36
+    assert listing.foreign == ("red/z.jpg",)
+
+
+def test_broken_links_are_named_when_they_are_read(tmp_path: Path) -> None:
+    write_images(tmp_path, per_class=1)
+    (tmp_path / "red" / "gone.png").symlink_to("nowhere.png")
+    [batch] = batches_of(loader_of(tmp_path, replace_bad=False))
+    assert [os.path.basename(bad.path) for bad in batch.bad] == ["gone.png"]
+
+
+def test_an_endless_strip_is_a_bad_image(tmp_path: Path) -> None:
+    write_images(tmp_path, per_class=1)
+    Image.new("RGB", (1, 60_000)).save(tmp_path / "red" / "strip.png")
+    listing = list_images(tmp_path)
+    dataset = ImageDataset(listing, EvalTransform(Preprocess("bgr255", 224)), replace_bad=False)
+    [bad] = [bad for index in range(len(listing)) for bad in dataset[0, index].bad]
+    assert str(bad).endswith("is not a readable image (1x60000 pixels are too long and thin to be resized)")
+
+
+def test_an_impossible_folder_name() -> None:
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        list_images("x" * 5000)

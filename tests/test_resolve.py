@@ -86,6 +86,13 @@ def test_empty_and_missing_folders(tmp_path: Path) -> None:
         resolve(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("content", [b"", b"hello", bytes(1000), b"PQ"])
+def test_what_is_no_checkpoint_is_passed_over(content: bytes, tmp_path: Path) -> None:
+    good, _ = write_checkpoint(state(), 1, directory=tmp_path)
+    (tmp_path / "checkpoint-000002.pth.tar").write_bytes(content)
+    assert get_latest_model(tmp_path) == (good, 1)
+
+
 def test_a_corrupt_newest_checkpoint_is_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good, _ = write_checkpoint(state(), 1, directory=tmp_path)
     bad, _ = write_checkpoint(state(), 2, directory=tmp_path)

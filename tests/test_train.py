@@ -1,9 +1,11 @@
 """The loop end to end on real files and a real store: what it logs, what it keeps, how it ends and goes on."""
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from PIL import Image
 from shufflenet_mlflow.cli.train import REQUEST_OPTIONS, train
 
 from shufflenet_mlflow import create_model
-from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint
+from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint, read_record, verify_checkpoint
 from shufflenet_mlflow.errors import (
     BadImageError,
     ConfigError,
@@ -367,6 +369,70 @@ def test_harmless_options_may_change(images: Path) -> None:
     assert run(images, "--save-dir", "models", *harmless).result.iters == 12
 
 
+def test_a_stop_in_validation_does_not_rewrite_what_was_committed(images: Path, client: MlflowClient) -> None:
+    """The checkpoint saved at the stop is what `latest` names; validated later, it becomes the best as it is."""
+    stopped = run_until(images, "validating", 1, "--save-dir", "models")
+    path = Path("models/checkpoint-000004.pth.tar")
+    before = path.read_bytes()
+    run(images, "--save-dir", "models", "--total-iters", 12)
+    assert path.read_bytes() == before
+    verify_checkpoint(path)
+    [top1] = [p.value for p in client.get_metric_history(stopped.run_id, "val/top1") if p.step == 4]
+    record = read_record(path)
+    assert record is not None
+    assert record.val_top1 == top1
+    best = json.loads(client.get_run(stopped.run_id).data.tags["checkpoint.best"])
+    if best["iters"] == 4:
+        assert best["sha256"] == record.sha256
+
+
+def test_a_run_is_not_rewound(images: Path, client: MlflowClient) -> None:
+    first = run(images, "--save-dir", "models")
+    before = dict(client.get_run(first.run_id).data.tags)
+    with pytest.raises(ResumeError, match="has gone on to iteration 12, this checkpoint is of 5; --resume"):
+        run(images, "--resume", f"{first.run_id}@5", "--val-interval", 12)
+    assert client.get_run(first.run_id).data.tags == before
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+
+
+def test_a_corrupt_latest_artifact_does_not_block_resuming(images: Path, client: MlflowClient) -> None:
+    stopped = run_until(images, "training", 6, "--save-dir", "models")
+    artifacts = Path(client.get_run(stopped.run_id).info.artifact_uri.removeprefix("file://")) / "checkpoints"
+    (artifacts / "checkpoint-000006.pth.tar").write_bytes(b"PK")
+    resumed = run(images, "--resume", stopped.run_id, "--save-dir", "elsewhere")
+    assert resumed.result.iters == 12
+    assert steps(client, stopped.run_id, "train/loss") == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_loss_of_a_checkpoint_does_not_depend_on_interruptions(images: Path, client: MlflowClient) -> None:
+    options = ["--display-interval", 20, "--save-interval", 3, "--val-interval", 12]
+    whole = run(images, *options, "--save-dir", "whole")
+    stopped = run_until(images, "training", 1, *options, "--save-dir", "parts")
+    run(images, *options, "--save-dir", "parts")
+    expected = values(client, whole.run_id, "loss")
+    assert len(set(expected)) == 4
+    assert values(client, stopped.run_id, "loss")[1:] == expected
+
+
+def test_a_fork_trains_with_its_own_rates(images: Path) -> None:
+    """Loading the optimizer's state brings the old rates back: a fork's own must win."""
+    run_until(images, "training", 6, "--save-dir", "models")
+    changed = ["--lr", 0.5, "--momentum", 0.1, "--weight-decay", 0.25, "--total-iters", 24, "--val-interval", 24]
+    fork = run(images, "--resume", "models", "--new-run", "--save-dir", "fork", "--save-interval", 12, *changed)
+    groups = read_checkpoint(fork.save_dir / "checkpoint-000012.pth.tar")["optimizer_state_dict"]["param_groups"]
+    assert [group["momentum"] for group in groups] == [0.1, 0.1]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
+    assert [group["lr"] for group in groups] == pytest.approx([0.25, 0.25])
+
+
+def test_a_fork_does_not_write_into_its_parents_folder(images: Path) -> None:
+    run_until(images, "training", 6, "--save-dir", "models")
+    before = {path: path.read_bytes() for path in list_checkpoints(Path("models"))}
+    with pytest.raises(ResumeError, match="for a fork pass --resume models and another --save-dir"):
+        run(images, "--save-dir", "models", "--new-run")
+    assert {path: path.read_bytes() for path in list_checkpoints(Path("models"))} == before
+
+
 def test_a_new_run_forks(images: Path, client: MlflowClient) -> None:
     stopped = run_until(images, "training", 6, "--save-dir", "models")
     before = history(client, stopped.run_id)
@@ -406,7 +472,7 @@ def test_another_store_does_not_know_the_run(images: Path, tmp_path: Path) -> No
 def test_weights_alone_cannot_be_resumed(images: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint-000100.pth.tar"
     torch.save({"state_dict": create_model("shufflenet_v2_x0_5", 3).state_dict()}, path)
-    with pytest.raises(ShuffleNetError, match="holds weights only"):
+    with pytest.raises(ShuffleNetError, match="it has no optimizer_state_dict"):
         run(images, "--resume", path)
 
 
@@ -480,6 +546,28 @@ def test_skipped_files_are_named_once(with_bad_file: Path) -> None:
     for name in ("red/004.png", "blue/002.png"):
         assert len([text for text in reporter.warnings if name in text]) == 1
     assert "2 unreadable files were left out" in reporter.warnings
+
+
+def test_nothing_readable_to_train_on(with_bad_file: Path) -> None:
+    for path in (with_bad_file / "train").glob("*/*.png"):
+        path.write_bytes(b"?")
+    with pytest.raises(DataError, match="no file in '.*train' is a readable image"):
+        run(with_bad_file, "--on-bad-image", "skip")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_dead_worker_is_an_error_and_loses_nothing(workers: int, images: Path, client: MlflowClient) -> None:
+    def shoot(phase: str, done: int) -> None:
+        if (phase, done) == ("training", 3):
+            for child in multiprocessing.active_children():
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGKILL)
+            time.sleep(0.5)
+
+    with pytest.raises(DataError, match="a data loading process died .*lower --workers or --batch-size"):
+        run(images, "--save-dir", "models", "--workers", workers, reporter=Reporter(shoot))
+    assert statuses(client) == ["FAILED"]
+    assert list_checkpoints(Path("models"))[0].name == "checkpoint-000003.pth.tar"
 
 
 def test_nothing_readable_to_validate_on(with_bad_file: Path) -> None:
@@ -559,6 +647,42 @@ def test_an_outage_in_the_middle_loses_nothing(
     summary = run(images, "--save-dir", "models", reporter=reporter)
     assert_same_end(client, summary, uninterrupted)
     assert len([text for text in reporter.warnings if "training goes on" in text]) == 1
+
+
+def test_a_final_upload_that_failed_is_made_up_for(
+    images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two checkpoints are of the last iteration; it is the second one that must not get lost."""
+    original = MlflowClient.log_artifact
+    failing = True
+
+    def refuse_the_last(client: MlflowClient, run_id: str, path: str, folder: str) -> None:
+        if failing and "bnps-" in path:
+            raise ConnectionError("Connection refused")
+        original(client, run_id, path, folder)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse_the_last)
+    with pytest.raises(TrackingError, match="cannot upload the checkpoint bnps-"):
+        run(images, "--save-dir", "models")
+    failing = False
+    again = run(images, "--save-dir", "models")
+    latest = json.loads(client.get_run(again.run_id).data.tags["checkpoint.latest"])
+    assert latest["path"] == "checkpoints/bnps-checkpoint-000012.pth.tar"
+
+
+def test_an_outage_when_stopped_does_not_hide_the_signal(images: Path, outage: Outage) -> None:
+    def pull(phase: str, done: int) -> None:
+        if (phase, done) == ("training", 5):
+            outage.on = True
+            signal.raise_signal(signal.SIGTERM)
+
+    reporter = Reporter(pull)
+    with StopFlag() as stop:
+        summary = run(images, "--save-dir", "models", reporter=reporter, stop=stop)
+    assert summary.result.stopped_by == signal.SIGTERM
+    assert any("were not delivered" in text for text in reporter.warnings)
+    outage.on = False
+    assert run(images, "--save-dir", "models").run_id == summary.run_id
 
 
 def test_an_outage_at_the_end_is_an_error_that_says_so(

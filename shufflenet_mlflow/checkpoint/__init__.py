@@ -8,6 +8,7 @@ from shufflenet_mlflow.checkpoint.names import (
     newest_first,
     parse_name,
 )
+from shufflenet_mlflow.checkpoint.payload import NETWORK_KEYS, RESUME_KEYS, check_payload
 from shufflenet_mlflow.checkpoint.record import (
     ARTIFACT_FOLDER,
     BEST_TAG,
@@ -15,6 +16,8 @@ from shufflenet_mlflow.checkpoint.record import (
     CheckpointRecord,
     read_record,
     record_path,
+    update_record,
+    write_record,
 )
 from shufflenet_mlflow.checkpoint.verify import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.checkpoint.write import WrittenCheckpoint, write_checkpoint
@@ -24,9 +27,12 @@ __all__ = [
     "BEST_TAG",
     "FINAL_TAG",
     "LATEST_TAG",
+    "NETWORK_KEYS",
+    "RESUME_KEYS",
     "CheckpointRecord",
     "LoadReport",
     "WrittenCheckpoint",
+    "check_payload",
     "checkpoint_name",
     "list_checkpoints",
     "load_checkpoint",
@@ -35,6 +41,8 @@ __all__ = [
     "read_checkpoint",
     "read_record",
     "record_path",
+    "update_record",
     "verify_checkpoint",
     "write_checkpoint",
+    "write_record",
 ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shufflenet_mlflow.checkpoint.state import STATE_DICT, bare_key, bare_state_dict
@@ -51,9 +52,11 @@ def _state_dict_of(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tens
     state_dict = payload.get(STATE_DICT, payload)
     if not isinstance(state_dict, Mapping) or not any(isinstance(value, Tensor) for value in state_dict.values()):
         raise CheckpointError(f"{source} holds no state dict; it has {sorted(map(str, payload))[:8]}")
-    others = [str(key) for key, value in state_dict.items() if not isinstance(value, Tensor)]
-    if others:
-        raise CheckpointError(f"{source}: {others[0]!r} in its state dict is not a tensor")
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{source}: its state dict has the key {key!r}, which is not text")
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            raise CheckpointError(f"{source}: {key!r} in its state dict is not a dense tensor")
     return bare_state_dict(state_dict)
 
 

@@ -1,5 +1,6 @@
 """How checkpoint files are called: `{tag}checkpoint-{iters:06}.pth.tar`, as in the original release."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,6 +60,6 @@ def newest_first(names: Iterable[str]) -> list[str]:
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoint files in `directory`, newest first; [] where there is no such folder."""
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         return []
     return [directory / name for name in newest_first(entry.name for entry in directory.iterdir() if entry.is_file())]

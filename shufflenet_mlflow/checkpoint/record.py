@@ -5,12 +5,16 @@ It stands as JSON beside the file (`<file>.json`), beside the artifact, and in t
 """
 
 import json
+import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shufflenet_mlflow.checkpoint.files import write_atomically
 from shufflenet_mlflow.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 ARTIFACT_FOLDER = "checkpoints"
 LATEST_TAG = "checkpoint.latest"
@@ -72,9 +76,33 @@ def record_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name + ".json")
 
 
+def write_record(checkpoint: Path, record: CheckpointRecord) -> None:
+    """Put the record beside the file `checkpoint`."""
+    line = record.to_json().encode() + b"\n"
+    write_atomically(record_path(checkpoint), lambda file: file.write(line))
+
+
+def update_record(checkpoint: Path, *, val_top1: float) -> CheckpointRecord | None:
+    """Note the validation accuracy of a checkpoint that was written before it was validated.
+
+    Returns:
+        The new record; None if there was none.
+    """
+    record = read_record(checkpoint)
+    if record is None:
+        return None
+    record = replace(record, val_top1=finite(val_top1))
+    write_record(checkpoint, record)
+    return record
+
+
 def read_record(checkpoint: Path) -> CheckpointRecord | None:
     """The record beside the file `checkpoint`; None if there is none, or none that can be read."""
+    path = record_path(checkpoint)
     try:
-        return CheckpointRecord.from_json(record_path(checkpoint).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, CheckpointError):
+        return CheckpointRecord.from_json(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, CheckpointError) as error:
+        logger.warning("the record %s cannot be used, the checkpoint's CRCs have to do: %s", path, error)
         return None

@@ -4,6 +4,7 @@
 member's CRC is checked before anything is loaded, and size and SHA-256 where a record of them exists.
 """
 
+import collections
 import pickle
 import re
 import warnings
@@ -17,12 +18,13 @@ from shufflenet_mlflow.checkpoint.files import sha256_of
 from shufflenet_mlflow.checkpoint.record import CheckpointRecord, read_record
 from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 
+_DOS_FOLDER = 0x10
 _ZIP_MAGIC = b"PK\x03\x04"
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)|global ([\w.]+)|class '?([\w.]+)")
 
 
 def verify_checkpoint(path: str | Path, record: CheckpointRecord | None = None) -> None:
-    """Check a checkpoint file without loading it.
+    """Check a checkpoint file. One in the old pickle format, which has no checksums, is read for that.
 
     Args:
         record: what the file must be; by default the record beside the file, if there is one.
@@ -86,18 +88,37 @@ def _verify(path: Path, file: BinaryIO, record: CheckpointRecord | None) -> None
         _verify_zip(path, file)
     elif not magic:
         raise CorruptCheckpointError(f"{str(path)!r} is corrupt: it is empty")
-    # The old pickle format holds no checksums: what can be checked shows while loading.
+    else:
+        _load(path, file)  # the old pickle format holds no checksums: that it can be read is all that can be checked
+        file.seek(0)
 
 
 def _verify_zip(path: Path, file: BinaryIO) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
+            strange = _strange_member(archive.infolist())
             bad = archive.testzip()
     except Exception as error:
         raise CorruptCheckpointError(f"{str(path)!r} is corrupt: {error}") from error
+    if strange is not None:
+        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: PyTorch does not write a member like {strange!r}")
     if bad is not None:
         raise CorruptCheckpointError(f"{str(path)!r} is corrupt: the CRC of {bad!r} is wrong")
     file.seek(0)
+
+
+def _strange_member(members: list[zipfile.ZipInfo]) -> str | None:
+    """The name of a member that PyTorch's reader might take for something else than Python's does.
+
+    One flipped bit of the directory is enough: marked as a folder, a tensor reads as uninitialised memory, and its
+    CRC is still right.
+    """
+    names = collections.Counter(member.filename for member in members)
+    for member in members:
+        is_folder = member.is_dir() or member.external_attr & _DOS_FOLDER
+        if is_folder or member.compress_type != zipfile.ZIP_STORED or names[member.filename] > 1:
+            return member.filename
+    return None
 
 
 def _load(path: Path, file: BinaryIO) -> Any:

@@ -15,6 +15,7 @@ from shufflenet_mlflow.checkpoint.record import (
     CheckpointRecord,
     finite,
     record_path,
+    write_record,
 )
 from shufflenet_mlflow.checkpoint.state import (
     FORMAT_VERSION,
@@ -128,7 +129,7 @@ def write_checkpoint(
             sha256=written[0].digest.hexdigest(),
             bytes=written[0].bytes,
         )
-        write_atomically(record_path(path), lambda file: file.write(record.to_json().encode() + b"\n"))
+        write_record(path, record)
     except (OSError, RuntimeError) as error:
         failure = written[0].failure if written else None
         failure = failure or (error if isinstance(error, OSError) else None)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,11 +69,15 @@ def _subfolders(root: Path) -> list[os.DirEntry[str]]:
         )
 
 
+def _raise(error: OSError) -> None:
+    raise DataError(f"the folder {error.filename!r} cannot be read: {error.strerror}") from None
+
+
 def _files_below(folder: str) -> list[str]:
     """Paths of the files below `folder`, sorted; hidden files and folders are passed over."""
     found: list[str] = []
     visited: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in visited:  # a link that leads back up
             folders.clear()
@@ -85,6 +90,15 @@ def _files_below(folder: str) -> list[str]:
             if not name.startswith(".") and name.lower() not in IGNORED_NAMES
         ]
     return sorted(found)
+
+
+def _size_of(path: str) -> int | None:
+    """Bytes of a file; 0 for a broken link, which decoding will name; None for what is no file, such as a pipe."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def list_images(root: str | Path, *, option: str = "folder") -> ImageListing:
@@ -104,8 +118,8 @@ def list_images(root: str | Path, *, option: str = "folder") -> ImageListing:
         raise DataError(f"{option} {str(root)!r} does not exist") from None
     except NotADirectoryError:
         raise DataError(f"{option} {str(root)!r} is a file, not a folder of classes") from None
-    except PermissionError:
-        raise DataError(f"{option} {str(root)!r} may not be read: permission denied") from None
+    except OSError as error:
+        raise DataError(f"{option} {str(root)[:200]!r} cannot be read: {error.strerror}") from None
     if not class_entries:
         raise DataError(
             f"{option} {str(root)!r} has no class folders; it needs one folder per class, such as cat/0001.jpg"
@@ -118,8 +132,7 @@ def list_images(root: str | Path, *, option: str = "folder") -> ImageListing:
         before = len(samples)
         for path in _files_below(entry.path):
             relative = Path(path).relative_to(root).as_posix()
-            if path.lower().endswith(IMG_EXTENSIONS):
-                size = os.stat(path).st_size if os.path.exists(path) else 0
+            if path.lower().endswith(IMG_EXTENSIONS) and (size := _size_of(path)) is not None:
                 samples.append(Sample(relative, label, size))
             else:
                 foreign.append(relative)

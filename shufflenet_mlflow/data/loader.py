@@ -88,11 +88,10 @@ class ImageDataset(Dataset[_Item]):
             path = str(self.listing.root / sample.path)
             try:
                 image = decode(path)
+                with seeded(derive_seed(self.seed, epoch, first)):
+                    return _Item(self.transform(image), sample.label, tuple(bad))
             except BadImageError as error:
                 bad.append(BadImage(path, str(error)))
-                continue
-            with seeded(derive_seed(self.seed, epoch, first)):
-                return _Item(self.transform(image), sample.label, tuple(bad))
         return _Item(None, -1, tuple(bad))
 
 
@@ -157,18 +156,19 @@ class BadImageLog:
         return new
 
 
-def iterate(loader: DataLoader[_Item]) -> Iterator[Batch]:
-    """The loader's batches; a worker process that dies becomes one clear error.
+def batches_of(loader: DataLoader[_Item]) -> Iterator[Batch]:
+    """The loader's batches, with their type."""
+    yield from loader
 
-    Raises:
-        DataError: a worker died, most often for want of memory.
+
+def worker_death(error: RuntimeError) -> DataError | None:
+    """What to say if `error` is PyTorch's report of a dead worker process; None for any other error.
+
+    PyTorch raises it from a signal handler, so it can come up anywhere in the main process.
     """
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"a data loading process died ({str(error).splitlines()[0]}); "
-            "if memory ran out, lower --workers or --batch-size"
-        ) from error
+    if "DataLoader worker" not in str(error):
+        return None
+    return DataError(
+        f"a data loading process died ({str(error).splitlines()[0]}); if memory ran out, lower --workers or "
+        "--batch-size"
+    )

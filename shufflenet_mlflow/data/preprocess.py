@@ -21,10 +21,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from shufflenet_mlflow.errors import CheckpointError, ConfigError
+from shufflenet_mlflow.errors import BadImageError, CheckpointError, ConfigError
 
 RESIZE_RATIO = 256 / 224
 """The evaluation resize over the crop, as in the release."""
+
+LARGEST_RESIZED = 1 << 26
+"""Pixels of a resized image: a file of a few bytes can be 1 pixel high and 60,000 wide."""
 
 STRIDE = 32
 """Every network of the series halves its input five times."""
@@ -85,10 +88,16 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def resize_shorter_side(pixels_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Scale so that the shorter side is `size`: bilinear, half-pixel centres, no antialiasing."""
+    """Scale so that the shorter side is `size`: bilinear, half-pixel centres, no antialiasing.
+
+    Raises:
+        BadImageError: the longer side would become enormous.
+    """
     height, width = pixels_HWC.shape[:2]
     shorter = min(height, width)
     target = (int(size / shorter * width + 0.5), int(size / shorter * height + 0.5))
+    if target[0] * target[1] > LARGEST_RESIZED:
+        raise BadImageError(f"{width}x{height} pixels are too long and thin to be resized")
     if target == (width, height):
         return pixels_HWC
     return cv2.resize(pixels_HWC, target, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)

@@ -1,13 +1,14 @@
 """From a checkpoint reference to a verified file."""
 
+import os
 from pathlib import Path
 
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import UnresolvedError
 from shufflenet_mlflow.resolve.local import Resolved, newest_valid, resolve_file
-from shufflenet_mlflow.resolve.reference import FORMS, RunReference, is_run_id, parse_reference
+from shufflenet_mlflow.resolve.reference import FORMS, RunReference, parse_reference
 
-__all__ = ["Resolved", "get_latest_model", "is_run_id", "newest_valid", "resolve"]
+__all__ = ["Resolved", "RunReference", "get_latest_model", "newest_valid", "parse_reference", "resolve"]
 
 
 def resolve(ref: str | Path, *, tracking_uri: str | None = None, cache_dir: str | Path | None = None) -> Resolved:
@@ -26,12 +27,12 @@ def resolve(ref: str | Path, *, tracking_uri: str | None = None, cache_dir: str 
     """
     reference = parse_reference(ref)
     if isinstance(reference, Path):
-        if reference.is_dir():
+        if os.path.isdir(reference):  # unlike Path.is_dir, never raises
             found = newest_valid(reference)
             if found is None:
                 raise UnresolvedError(f"{str(ref)!r} is a folder without checkpoints")
             return found
-        if reference.exists():
+        if os.path.exists(reference):
             return resolve_file(reference)
         raise UnresolvedError(f"{str(ref)!r} does not exist; a checkpoint is {FORMS}")
     from shufflenet_mlflow.resolve import remote  # imports MLflow's side only when it is needed
@@ -58,7 +59,7 @@ def get_latest_model(
     Raises: as `resolve` does.
     """
     reference = parse_reference(ref)
-    if isinstance(reference, Path) and not reference.is_file():
+    if isinstance(reference, Path) and not os.path.isfile(reference):
         found = newest_valid(reference)
         return (found.path, found.iters) if found else (None, 0)
     resolved = resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir)

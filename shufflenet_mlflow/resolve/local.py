@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shufflenet_mlflow.checkpoint import list_checkpoints, parse_name, verify_checkpoint
-from shufflenet_mlflow.errors import CorruptCheckpointError, UnresolvedError
+from shufflenet_mlflow.errors import CheckpointError, UnresolvedError
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,11 @@ def newest_valid(directory: Path) -> Resolved | None:
     Raises:
         UnresolvedError: there are checkpoints, and all of them failed.
     """
-    failures: list[CorruptCheckpointError] = []
+    failures: list[CheckpointError] = []
     for path in list_checkpoints(directory):
         try:
             resolved = resolve_file(path)
-        except CorruptCheckpointError as error:
+        except CheckpointError as error:
             logger.warning("passed over: %s", error)
             failures.append(error)
             continue

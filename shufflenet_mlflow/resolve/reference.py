@@ -1,5 +1,6 @@
 """What can stand where a command takes a checkpoint, parsed."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,11 @@ def parse_reference(ref: str | Path) -> Reference:
     """Tell the forms apart; a path that exists wins over a look-alike run ID.
 
     Raises:
-        UnresolvedError: it begins like a URI but is none of the known forms.
+        UnresolvedError: it is empty, or begins like a URI but is none of the known forms.
     """
-    if isinstance(ref, Path) or Path(ref).exists():
+    if not str(ref):
+        raise UnresolvedError(f"the checkpoint is empty text; a checkpoint is {FORMS}")
+    if isinstance(ref, Path) or os.path.exists(ref):
         return Path(ref)
     if match := _RUN.fullmatch(ref):
         which = match["which"] or "latest"

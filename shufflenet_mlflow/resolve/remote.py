@@ -4,9 +4,9 @@
 gets its name in the cache only after it was verified against its record, and is not fetched again.
 """
 
+import contextlib
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +22,8 @@ from shufflenet_mlflow.checkpoint import (
     read_record,
     record_path,
     verify_checkpoint,
+    write_record,
 )
-from shufflenet_mlflow.checkpoint.files import write_atomically
 from shufflenet_mlflow.client import connect, mlflow_errors, redact
 from shufflenet_mlflow.errors import (
     CheckpointError,
@@ -47,8 +47,7 @@ _NAMED = 8
 
 def _missing(error: TrackingError) -> bool:
     """Whether MLflow answered that a thing does not exist, rather than not at all."""
-    code = getattr(error.__cause__, "error_code", None)
-    return code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+    return error.code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 class RemoteCheckpoints:
@@ -116,8 +115,8 @@ class RemoteCheckpoints:
     def record_of(self, name: str) -> CheckpointRecord | None:
         """The record beside the artifact `name`; None if it has none."""
         for tag in (LATEST_TAG, BEST_TAG):
-            if tag in self.tags:
-                record = self.tagged(tag)
+            with contextlib.suppress(CheckpointError):
+                record = CheckpointRecord.from_json(self.tags.get(tag, ""))
                 if record.file_name == name:
                     return record
         with tempfile.TemporaryDirectory() as scratch:
@@ -151,19 +150,21 @@ class RemoteCheckpoints:
                 logger.warning("fetching again: %s", error)
             else:
                 return target
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".fetch-", dir=self.folder))
+        logger.info("fetching %s of run %s", name, self.run_id)
         try:
-            logger.info("fetching %s of run %s", name, self.run_id)
-            arrived = self._download(artifact, scratch)
-            verify_checkpoint(arrived, record)
-            record_path(target).unlink(missing_ok=True)
-            os.replace(arrived, target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        if record is not None:
-            line = record.to_json().encode() + b"\n"
-            write_atomically(record_path(target), lambda file: file.write(line))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=self.folder) as scratch:
+                arrived = self._download(artifact, Path(scratch))
+                verify_checkpoint(arrived, record)
+                record_path(target).unlink(missing_ok=True)
+                os.replace(arrived, target)
+            if record is not None:
+                write_record(target, record)
+        except OSError as error:
+            raise UnresolvedError(
+                f"cannot keep {name} in the cache folder {str(self.folder)!r}: {error.strerror}; --cache-dir or "
+                "SHUFFLENET_CACHE_DIR names another"
+            ) from error
         return target
 
     def _download(self, artifact: str, folder: Path) -> Path:

@@ -74,11 +74,28 @@ class Checkpoint:
             client.log_artifact(run_id, str(record_path(self.path)), ARTIFACT_FOLDER)
         if self.points is not None:
             self.points.send(client, run_id)
-        latest = tagged_record(client, run_id, LATEST_TAG)
+        latest, best = (tagged_record(client, run_id, tag) for tag in (LATEST_TAG, BEST_TAG))
         with mlflow_errors(f"commit the checkpoint {name}"):
-            if self.best:
+            if self.best or (best is not None and best.path == self.record.path):
                 client.set_tag(run_id, BEST_TAG, self.record.to_json())
             if latest is None or latest.iters <= self.record.iters:
+                client.set_tag(run_id, LATEST_TAG, self.record.to_json())
+
+
+@dataclass(frozen=True)
+class BestMark:
+    """A checkpoint that had been delivered before it turned out to be the best."""
+
+    path: Path
+    record: CheckpointRecord
+
+    def send(self, client: "MlflowClient", run_id: str) -> None:
+        """Renew the record, then the tags; the file itself stays as it is."""
+        latest = tagged_record(client, run_id, LATEST_TAG)
+        with mlflow_errors(f"mark the checkpoint {self.path.name} as the best"):
+            client.log_artifact(run_id, str(record_path(self.path)), ARTIFACT_FOLDER)
+            client.set_tag(run_id, BEST_TAG, self.record.to_json())
+            if latest is not None and latest.path == self.record.path:
                 client.set_tag(run_id, LATEST_TAG, self.record.to_json())
 
 
@@ -102,7 +119,7 @@ def tagged_record(client: "MlflowClient", run_id: str, tag: str) -> CheckpointRe
         return None
 
 
-Message = MetricPoints | Checkpoint
+Message = MetricPoints | Checkpoint | BestMark
 
 
 class Delivery:

@@ -1,5 +1,6 @@
 """An MLflow run from beginning to end, with a status that is true whatever happens."""
 
+import logging
 import os
 import platform
 import shlex
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import shufflenet_mlflow
+from shufflenet_mlflow.checkpoint import LATEST_TAG
 from shufflenet_mlflow.client import mlflow_errors, redact
 from shufflenet_mlflow.config import DEFAULT_EXPERIMENT
 from shufflenet_mlflow.data.folder import ImageListing
-from shufflenet_mlflow.errors import TrackingError
+from shufflenet_mlflow.errors import ResumeError, TrackingError
 from shufflenet_mlflow.stopping import StopRequested
+from shufflenet_mlflow.tracking.delivery import tagged_record
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -148,9 +153,28 @@ class TrackedRun:
         return tracked
 
     @classmethod
-    def resume(cls, client: "MlflowClient", run_id: str, *, iters: int) -> "TrackedRun":
-        """A run that has ended or was cut off, to be continued from iteration `iters`."""
-        tracked = cls._reopen(client, run_id)
+    def resume(cls, client: "MlflowClient", run_id: str, *, iters: int, may_rewind: bool) -> "TrackedRun":
+        """A run that has ended or was cut off, to be continued from iteration `iters`.
+
+        Args:
+            may_rewind: its later checkpoints were found to be unusable, and may be written again.
+
+        Raises:
+            ResumeError: the store does not know the run, or the run has gone on beyond `iters`: continuing
+                would write over what it has committed.
+        """
+        try:
+            latest = tagged_record(client, run_id, LATEST_TAG)
+            if latest is not None and latest.iters > iters and not may_rewind:
+                raise ResumeError(
+                    f"run {run_id} has gone on to iteration {latest.iters}, this checkpoint is of {iters}; "
+                    f"--resume {run_id} continues it, --new-run with another --save-dir forks it here"
+                )
+            tracked = cls._reopen(client, run_id)
+        except TrackingError as error:
+            raise ResumeError(
+                f"{error}; --new-run continues as a run of its own, --tracking-uri names another store"
+            ) from error
         tracked.set_tags({"resumed.from_iters": str(iters)})
         return tracked
 
@@ -228,11 +252,12 @@ class TrackedRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
-        if kind is None:
-            self.finish(self.status)
-            return
+        if kind is not None:
+            self.status = "KILLED" if issubclass(kind, (StopRequested, KeyboardInterrupt)) else "FAILED"
         try:
-            interrupted = issubclass(kind, (StopRequested, KeyboardInterrupt))
-            self.finish("KILLED" if interrupted else "FAILED")
-        except TrackingError:
-            pass  # what went wrong first is what the caller must hear of
+            self.finish(self.status)
+        except TrackingError as error:
+            if self.status == "FINISHED":
+                raise
+            # What ended the run is what the caller must hear of first.
+            logger.warning("the run's status stays as it was: %s", error)

@@ -8,9 +8,11 @@ from shufflenet_mlflow.checkpoint import (
     LATEST_TAG,
     CheckpointRecord,
     read_record,
+    update_record,
     write_checkpoint,
 )
 from shufflenet_mlflow.tracking.delivery import (
+    BestMark,
     Checkpoint,
     Delivery,
     MetricPoints,
@@ -75,8 +77,15 @@ class TrackedStore:
         self._deliver(path, record, best)
         return path
 
+    def mark_best(self, checkpoint: Path, val_top1: float) -> bool:
+        """See `shufflenet_mlflow.train.CheckpointStore`."""
+        record = update_record(checkpoint, val_top1=val_top1)
+        if record is not None:
+            self.delivery.submit(BestMark(checkpoint, record))
+        return record is not None
+
     def deliver_again(self, path: Path, *, best: bool) -> None:
-        """Bring a checkpoint that was resumed from to the run, if the run knows only earlier ones.
+        """Bring a checkpoint that was resumed from to the run, unless the run has it or a later one.
 
         That is so when the server was away at the moment it was saved.
         """
@@ -84,7 +93,7 @@ class TrackedStore:
         if record is None:
             return
         latest = tagged_record(self.delivery.client, self.delivery.run_id, LATEST_TAG)
-        if latest is None or latest.iters < record.iters:
+        if latest is None or (latest.iters <= record.iters and latest.sha256 != record.sha256):
             self._deliver(path, record, best)
 
     def _deliver(self, path: Path, record: CheckpointRecord, best: bool) -> None:

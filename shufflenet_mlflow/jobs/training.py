@@ -1,26 +1,16 @@
-"""Whole jobs, put together from the parts: train a network, evaluate a checkpoint."""
+"""The training job: options in, a trained network out, on the disk and in MLflow."""
 
-from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from shufflenet_mlflow.checkpoint import load_checkpoint, read_checkpoint
 from shufflenet_mlflow.checkpoint.files import remove_temporaries
 from shufflenet_mlflow.client import connect, prepare_environment
-from shufflenet_mlflow.config import (
-    DEFAULT_SAVE_ROOT,
-    TrainConfig,
-    check_resumable,
-)
-from shufflenet_mlflow.data.folder import require_same_classes
-from shufflenet_mlflow.data.loader import BadImageLog
-from shufflenet_mlflow.data.preprocess import Preprocess
-from shufflenet_mlflow.errors import CheckpointError, ResumeError, TrackingError
-from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
+from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, TrainConfig, check_resumable
+from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.models import create_model
 from shufflenet_mlflow.planning import (
     Start,
@@ -29,12 +19,11 @@ from shufflenet_mlflow.planning import (
     choose_device,
     data_name,
     find_start,
-    list_folder,
     plan,
 )
 from shufflenet_mlflow.recipe import make_optimizer, make_scheduler
 from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.resolve import resolve
+from shufflenet_mlflow.resolve import RunReference, parse_reference
 from shufflenet_mlflow.state import TrainingState
 from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking import (
@@ -92,9 +81,11 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
     device = choose_device(config.device)
     state = _fresh_state(config, device)
     if start is not None:
-        state.load_state_dict(start.payload)
-    run = _open_run(request, config, start)
-    with run:
+        state.load_state_dict(start.payload, config)
+    run, made = _open_run(request, config, start)
+    with ExitStack() as runs:
+        for opened in filter(None, (made, run)):
+            runs.enter_context(opened)
         save_dir = _save_dir(request, start, run.run_id)
         remove_temporaries(save_dir)
         _describe(run, config, data)
@@ -124,9 +115,15 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
         if skipped := len(trainer.bad_images.seen):
             reporter.warn(f"{skipped} unreadable files were left out")
             metrics.log({"data/unreadable_files": skipped}, result.iters)
-        delivery.flush()
-        if result.stopped_by is not None:
-            run.status = "KILLED"
+        if result.stopped_by is None:
+            delivery.flush()
+        else:
+            for opened in filter(None, (made, run)):
+                opened.status = "KILLED"
+            try:
+                delivery.flush()
+            except TrackingError as error:  # leaving as asked matters more
+                reporter.warn(str(error))
     return _summary(run, result, save_dir)
 
 
@@ -137,28 +134,35 @@ def _fresh_state(config: TrainConfig, device: torch.device) -> TrainingState:
     return TrainingState(model, optimizer, make_scheduler(optimizer, config.total_iters), device)
 
 
-def _open_run(request: TrainRequest, config: TrainConfig, start: Start | None) -> TrackedRun:
-    """The run to write to: the resumed one, the one that `mlflow run` made, or a new one."""
+def _open_run(request: TrainRequest, config: TrainConfig, start: Start | None) -> tuple[TrackedRun, TrackedRun | None]:
+    """The run to write to: the resumed one, the one that `mlflow run` made, or a new one.
+
+    Returns:
+        It, and the run that `mlflow run` made if that is another one: it ends as the resumed one does.
+    """
     client = connect(request.tracking_uri)
     adopted = adopted_run_id()
     tags = {"network": config.model}
     if start is not None and start.run_id is not None:
         if not request.new_run:
-            try:
-                run = TrackedRun.resume(client, start.run_id, iters=start.iters)
-            except TrackingError as error:
-                raise ResumeError(
-                    f"{error}; --new-run continues as a run of its own, --tracking-uri names another store"
-                ) from error
+            made = None
             if adopted is not None and adopted != start.run_id:
-                made = TrackedRun.adopt(client, adopted, name=None, tags={"continues.run": run.run_id})
-                made.finish("FINISHED")
-            return run
+                made = TrackedRun.adopt(client, adopted, name=None, tags={"continues.run": start.run_id})
+            may_rewind = _means_latest(request.resume)
+            return TrackedRun.resume(client, start.run_id, iters=start.iters, may_rewind=may_rewind), made
         tags |= {"resumed.from_run": start.run_id, "resumed.from_iters": str(start.iters)}
     if adopted is not None:
-        return TrackedRun.adopt(client, adopted, name=request.run_name, tags=tags)
+        return TrackedRun.adopt(client, adopted, name=request.run_name, tags=tags), None
     name = request.run_name or f"{config.model} {data_name(config.train_dir)} {config.input_size}px"
-    return TrackedRun.create(client, experiment=request.experiment, name=name, tags=tags)
+    return TrackedRun.create(client, experiment=request.experiment, name=name, tags=tags), None
+
+
+def _means_latest(resume: str) -> bool:
+    """Whether resolving has looked for the newest checkpoint of a run, and may have passed over corrupt ones."""
+    if resume == "auto":
+        return False
+    reference = parse_reference(resume)
+    return isinstance(reference, RunReference) and reference.which == "latest" and reference.artifact is None
 
 
 def _save_dir(request: TrainRequest, start: Start | None, run_id: str) -> Path:
@@ -213,133 +217,4 @@ def _summary(run: TrackedRun, result: TrainResult, save_dir: Path, *, was_comple
         result=result,
         save_dir=save_dir,
         was_complete=was_complete,
-    )
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """What to evaluate, and on what; None means as the checkpoint's run did."""
-
-    ref: str
-    val_dir: str | None = None
-    batch_size: int | None = None
-    workers: int | None = None
-    device: str = "auto"
-    on_bad_image: str = "fail"
-    tracking_uri: str | None = None
-    cache_dir: Path | None = None
-
-
-@dataclass(frozen=True)
-class EvalSummary:
-    """An evaluation's result and what was evaluated."""
-
-    result: EvalResult
-    checkpoint: Path
-    run_id: str | None
-    """The run that the checkpoint belongs to."""
-    iters: int
-    model: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The document of `eval --json`."""
-        return {
-            "top1": self.result.top1,
-            "top5": self.result.top5,
-            "loss": self.result.loss,
-            "n": self.result.n,
-            "skipped": self.result.skipped,
-            "checkpoint": str(self.checkpoint),
-            "run_id": self.run_id,
-            "iters": self.iters,
-            "model": self.model,
-        }
-
-
-def load_network(payload: Mapping[str, Any], source: str) -> tuple[nn.Module, Preprocess]:
-    """Build the network that a checkpoint names, with its weights.
-
-    Args:
-        payload: what `read_checkpoint` returned.
-        source: what to call it in messages.
-
-    Raises:
-        CheckpointError: it does not name its network, or does not fit it.
-    """
-    try:
-        name = payload["model"]["name"]
-        model = create_model(name, **payload["model"]["kwargs"])
-        preprocess = Preprocess.from_dict(payload["preprocess"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{source} does not say which network it is of (no {error}); only checkpoints written by this project do"
-        ) from error
-    load_checkpoint(model, payload)
-    return model, preprocess
-
-
-def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) -> EvalSummary:
-    """Evaluate a checkpoint on an image folder.
-
-    Below `mlflow run` the result is logged to the run that was made for it.
-
-    Raises:
-        ShuffleNetError: see `shufflenet_mlflow.errors`.
-    """
-    prepare_environment()
-    adopted = adopted_run_id()
-    if adopted is None:
-        return _evaluate(request, reporter, stop)
-    client = connect(request.tracking_uri)
-    with TrackedRun.adopt(client, adopted, name=None, tags={}) as run:
-        summary = _evaluate(request, reporter, stop)
-        run.set_tags({"network": summary.model, "evaluated.run": summary.run_id or ""})
-        delivery = Delivery(client, adopted, warn=reporter.warn, note=reporter.note)
-        TrackedMetrics(delivery, {}).log(
-            {
-                "val/loss": summary.result.loss,
-                "val/top1": summary.result.top1,
-                "val/top5": summary.result.top5,
-            },
-            summary.iters,
-        )
-        delivery.flush()
-    return summary
-
-
-def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummary:
-    resolved = resolve(request.ref, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
-    payload = read_checkpoint(resolved.path)
-    model, preprocess = load_network(payload, repr(str(resolved.path)))
-    trained = dict(payload.get("config", {}))
-    skip_bad = request.on_bad_image == "skip"
-    val_dir = request.val_dir if request.val_dir is not None else trained.get("val_dir")
-    listing = list_folder(val_dir, "val", option="--val-dir", skip_bad=skip_bad, cache_dir=request.cache_dir)
-    require_same_classes(
-        payload["class_to_idx"],
-        listing,
-        expected_in=f"the checkpoint {str(resolved.path)!r}",
-        option="--val-dir",
-    )
-    device = choose_device(request.device)
-    settings = EvalSettings(
-        batch_size=request.batch_size or trained.get("batch_size", 64),
-        workers=trained.get("workers", 0) if request.workers is None else request.workers,
-        device=device,
-    )
-    result = evaluate(
-        model.to(device),
-        listing,
-        preprocess,
-        settings,
-        bad_images=BadImageLog(skip=skip_bad),
-        reporter=reporter,
-        stop=stop,
-    )
-    return EvalSummary(
-        result=result,
-        checkpoint=resolved.path,
-        run_id=payload.get("run_id") or resolved.run_id,
-        iters=int(payload.get("iters", resolved.iters)),
-        model=payload["model"]["name"],
     )

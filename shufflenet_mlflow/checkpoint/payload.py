@@ -1,0 +1,64 @@
+"""Whether what a file holds has the form that this project writes: anything may be in a file that loads."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from shufflenet_mlflow.errors import CheckpointError
+
+_NONE = type(None)
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "state_dict": (dict,),
+    "optimizer_state_dict": (dict,),
+    "lr_scheduler_state_dict": (dict,),
+    "iters": (int,),
+    "epoch": (int, _NONE),
+    "loss": (float, int, _NONE),
+    "metrics": (dict,),
+    "meter_state": (list,),
+    "best": (dict, _NONE),
+    "rng_state": (dict,),
+    "model": (dict,),
+    "preprocess": (dict,),
+    "class_to_idx": (dict,),
+    "config": (dict,),
+    "data": (dict,),
+    "run_id": (str, _NONE),
+}
+
+NETWORK_KEYS = ("state_dict", "model", "preprocess", "class_to_idx")
+"""What is needed to evaluate."""
+
+RESUME_KEYS = tuple(_TYPES)
+"""What is needed to continue training."""
+
+
+def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: str) -> None:
+    """Check presence and types of the entries of a checkpoint.
+
+    Args:
+        needed: the entries that must be there; others are checked only if they are.
+        source: what to call the checkpoint in messages.
+
+    Raises:
+        CheckpointError: an entry is missing or of another type.
+    """
+    if missing := [key for key in needed if key not in payload]:
+        raise CheckpointError(f"{source} was not written by this project's training: it has no {', '.join(missing)}")
+    for key, types in _TYPES.items():
+        if key in payload and not _is(payload[key], types):
+            raise CheckpointError(f"{source}: its {key!r} is a {type(payload[key]).__name__}, which is not understood")
+    for name, label in payload.get("class_to_idx", {}).items():
+        if not (isinstance(name, str) and _is(label, (int,))):
+            raise CheckpointError(f"{source}: its 'class_to_idx' holds {name!r}: {label!r}, which is not understood")
+    if "model" in needed:
+        model = payload["model"]
+        if not (isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), dict)):
+            raise CheckpointError(f"{source}: its 'model' does not name a network")
+    best = payload.get("best")
+    if best is not None and not (_is(best.get("val_top1"), (float, int)) and _is(best.get("iters"), (int,))):
+        raise CheckpointError(f"{source}: its 'best' is {best!r}, which is not understood")
+
+
+def _is(value: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)

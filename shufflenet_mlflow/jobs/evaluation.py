@@ -1,0 +1,166 @@
+"""The evaluation job: a checkpoint reference and an image folder in, accuracies out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from shufflenet_mlflow.checkpoint import NETWORK_KEYS, check_payload, load_checkpoint, read_checkpoint
+from shufflenet_mlflow.client import connect, prepare_environment
+from shufflenet_mlflow.config import check_types
+from shufflenet_mlflow.data.folder import require_same_classes
+from shufflenet_mlflow.data.loader import BadImageLog, worker_death
+from shufflenet_mlflow.data.preprocess import Preprocess
+from shufflenet_mlflow.errors import CheckpointError, ConfigError, ModelError
+from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
+from shufflenet_mlflow.models import create_model
+from shufflenet_mlflow.planning import BATCH_SIZE, choose_device, list_folder
+from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.resolve import resolve
+from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.tracking import Delivery, TrackedMetrics, TrackedRun, adopted_run_id
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to evaluate, and on what; None means as the checkpoint's run did."""
+
+    ref: str
+    val_dir: str | None = None
+    batch_size: int | None = None
+    workers: int | None = None
+    device: str = "auto"
+    on_bad_image: str = "fail"
+    tracking_uri: str | None = None
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class EvalSummary:
+    """An evaluation's result and what was evaluated."""
+
+    result: EvalResult
+    checkpoint: Path
+    run_id: str | None
+    """The run that the checkpoint belongs to."""
+    iters: int
+    model: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `eval --json`."""
+        return {
+            "top1": self.result.top1,
+            "top5": self.result.top5,
+            "loss": self.result.loss,
+            "n": self.result.n,
+            "skipped": self.result.skipped,
+            "checkpoint": str(self.checkpoint),
+            "run_id": self.run_id,
+            "iters": self.iters,
+            "model": self.model,
+        }
+
+
+def load_network(payload: Mapping[str, Any], source: str) -> tuple[nn.Module, Preprocess]:
+    """Build the network that a checkpoint names, with its weights.
+
+    Args:
+        payload: what `read_checkpoint` returned.
+        source: what to call it in messages.
+
+    Raises:
+        CheckpointError: it does not name its network, or does not fit it.
+    """
+    check_payload(payload, NETWORK_KEYS, source)
+    try:
+        model = create_model(payload["model"]["name"], **payload["model"]["kwargs"])
+    except (ModelError, TypeError) as error:
+        raise CheckpointError(f"{source}: its network cannot be built: {error}") from error
+    preprocess = Preprocess.from_dict(payload["preprocess"])
+    load_checkpoint(model, payload)
+    return model, preprocess
+
+
+def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) -> EvalSummary:
+    """Evaluate a checkpoint on an image folder.
+
+    Below `mlflow run` the result is logged to the run that was made for it.
+
+    Raises:
+        ShuffleNetError: see `shufflenet_mlflow.errors`.
+    """
+    prepare_environment()
+    adopted = adopted_run_id()
+    if adopted is None:
+        return _evaluate(request, reporter, stop)
+    client = connect(request.tracking_uri)
+    with TrackedRun.adopt(client, adopted, name=None, tags={}) as run:
+        summary = _evaluate(request, reporter, stop)
+        run.set_tags({"network": summary.model, "evaluated.run": summary.run_id or ""})
+        delivery = Delivery(client, adopted, warn=reporter.warn, note=reporter.note)
+        TrackedMetrics(delivery, {}).log(
+            {
+                "val/loss": summary.result.loss,
+                "val/top1": summary.result.top1,
+                "val/top5": summary.result.top5,
+            },
+            summary.iters,
+        )
+        delivery.flush()
+    return summary
+
+
+def _usable_config(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint's configuration; empty if it has none that makes sense, which evaluation can do without."""
+    config = dict(payload.get("config", {}))
+    try:
+        check_types(config)
+    except ConfigError:
+        return {}
+    return config
+
+
+def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummary:
+    resolved = resolve(request.ref, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
+    payload = read_checkpoint(resolved.path)
+    model, preprocess = load_network(payload, repr(str(resolved.path)))
+    trained = _usable_config(payload)
+    skip_bad = request.on_bad_image == "skip"
+    val_dir = request.val_dir if request.val_dir is not None else trained.get("val_dir")
+    listing = list_folder(val_dir, "val", option="--val-dir", skip_bad=skip_bad, cache_dir=request.cache_dir)
+    require_same_classes(
+        payload["class_to_idx"],
+        listing,
+        expected_in=f"the checkpoint {str(resolved.path)!r}",
+        option="--val-dir",
+    )
+    device = choose_device(request.device)
+    settings = EvalSettings(
+        batch_size=request.batch_size or trained.get("batch_size", BATCH_SIZE),
+        workers=trained.get("workers", 0) if request.workers is None else request.workers,
+        device=device,
+    )
+    try:
+        result = evaluate(
+            model.to(device),
+            listing,
+            preprocess,
+            settings,
+            bad_images=BadImageLog(skip=skip_bad),
+            reporter=reporter,
+            stop=stop,
+        )
+    except RuntimeError as error:
+        death = worker_death(error)
+        if death is None:
+            raise
+        raise death from error
+    return EvalSummary(
+        result=result,
+        checkpoint=resolved.path,
+        run_id=payload.get("run_id") or resolved.run_id,
+        iters=int(payload.get("iters", resolved.iters)),
+        model=payload["model"]["name"],
+    )
