@@ -121,7 +121,7 @@ class Trainer:
         A signal ends it early, with a checkpoint of the last complete iteration.
 
         Args:
-            resumed_from: the checkpoint that `state` was loaded from.
+            resumed_from: the run's own checkpoint that `state` was loaded from.
 
         Raises:
             NonFiniteLossError: training diverged; the last good checkpoint is kept.

@@ -111,7 +111,8 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
             reporter=reporter,
             stop=stop,
         )
-        result = trainer.run(start.path if start else None)
+        # A fork has no checkpoint of its own yet, also if it is stopped at once.
+        result = trainer.run(start.path if start is not None and not request.new_run else None)
         if skipped := len(trainer.bad_images.seen):
             reporter.warn(f"{skipped} unreadable files were left out")
             metrics.log({"data/unreadable_files": skipped}, result.iters)

@@ -82,12 +82,14 @@ def get_experiment_id(client: "MlflowClient", name: str) -> str:
     Raises:
         TrackingError: the store does not answer, or the experiment was deleted.
     """
+    from mlflow.exceptions import MlflowException
+
     with mlflow_errors(f"open the experiment {name!r} in {redact(client.tracking_uri)}"):
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             try:
                 return str(client.create_experiment(name))
-            except Exception:
+            except MlflowException:  # another process may have made it meanwhile; any other reason shows below
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
