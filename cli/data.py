@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import debug_option, json_option
+from .options import bad_image_option, debug_option, json_option, option
 
 
 @click.group()
@@ -37,3 +37,49 @@ def digits(folder: Path, as_json: bool) -> None:
         return
     click.echo(f"{folder}: {counts['train']} images in train, {counts['val']} in val")
     click.echo(f"train on them: shufflenet train --train-dir {folder}/train --val-dir {folder}/val")
+
+
+@data.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@option("--output", type=click.Path(path_type=Path), help="Where to write it, .npy or .xml.  [default: mean.npy]")
+@option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: 224]")
+@option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: one per core, at most 4]")
+@bad_image_option
+@json_option
+@debug_option
+def mean(
+    folder: Path,
+    output: Path | None,
+    input_size: int | None,
+    workers: int | None,
+    on_bad_image: str | None,
+    as_json: bool,
+) -> None:
+    """Average the images in DIR, a folder per class, into the mean image that shufflenet_v2_large subtracts.
+
+    \b
+    Example:
+      shufflenet data mean pets/train --output pets-mean.npy
+      shufflenet train --model shufflenet_v2_large --mean-image pets-mean.npy --train-dir pets/train --val-dir pets/val
+    """
+    from shufflenet_mlflow.jobs import run_mean
+
+    from .console import ConsoleReporter, print_json, stop_flag
+
+    output = output or Path("mean.npy")
+    with stop_flag() as stop:
+        summary = run_mean(
+            folder,
+            output,
+            input_size=input_size,
+            workers=workers,
+            skip_bad=on_bad_image == "skip",
+            reporter=ConsoleReporter(),
+            stop=stop,
+        )
+    if as_json:
+        print_json(summary.to_dict())
+        return
+    blue, green, red = summary.mean_BGR
+    click.echo(f"{output}: mean of {summary.n} images, {summary.input_size}x{summary.input_size} pixels")
+    click.echo(f"per channel: blue {blue:.2f}, green {green:.2f}, red {red:.2f}")

@@ -67,3 +67,25 @@ bad_image_option = option(
 )
 
 device_option = option("--device", metavar="DEVICE", help="auto, cpu, mps, cuda or cuda:N.  [default: auto]")
+
+architecture_options = (
+    option("--choices", metavar="LIST", help="Branches of shufflenet_oneshot's 20 units, 0-3.  [default: published]"),
+    option("--scales", metavar="LIST", help="Inner widths of its 20 units, such as 0.6,1.4,…  [default: published]"),
+)
+
+mean_image_option = option(
+    "--mean-image",
+    metavar="FILE",
+    help="Mean image to subtract, .npy or OpenCV .xml; shufflenet_v2_large.  [default: a mean per channel]",
+)
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in their order."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate

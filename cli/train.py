@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import (
+    architecture_options,
     bad_image_option,
     cache_dir_option,
     debug_option,
     device_option,
     json_option,
+    mean_image_option,
     option,
+    options,
     tracking_uri_option,
 )
 
@@ -38,6 +41,16 @@ REQUEST_OPTIONS = (
     metavar="NAME",
     help="Network; see `shufflenet models`.  [default: shufflenet_v2_x0_5]",
 )
+@options(*architecture_options)
+@option("--init-from", metavar="REF", help="Begin with a checkpoint's weights.  [default: fresh ones]")
+@option(
+    "--pretrained",
+    is_flag=False,
+    flag_value="true",
+    type=bool,
+    metavar="",
+    help="Begin with torchvision's published weights; torchvision/ networks.",
+)
 @option("--train-dir", metavar="DIR", help="Training images, a folder per class.  [default: digits]")
 @option("--val-dir", metavar="DIR", help="Validation images, same classes.  [default: digits]")
 @option("--num-classes", type=int, help="Width of the classifier.  [default: as many as folders]")
@@ -50,10 +63,12 @@ REQUEST_OPTIONS = (
 @option("--weight-decay", type=float, help="Not on biases and BN.  [default: the paper's, 4e-5]")
 @option("--label-smooth", type=float, help="Label smoothing.  [default: the paper's, 0.1]")
 @option("--seed", type=int, help="Of everything random.  [default: 0]")
+@mean_image_option
 @option(
     "--augment",
-    type=click.Choice(["release", "shift", "none"]),
-    help="release: random crop, colour, flip; shift: random place.  [default: release; digits: shift]",
+    type=click.Choice(["release", "lighting", "shift", "none"]),
+    help="release: random crop, colour, flip; lighting: and colour noise; shift: random place.  "
+    "[default: the paper's; digits: shift]",
 )
 @bad_image_option
 @option("--workers", type=int, help="Decoding processes.  [default: one per core, at most 4; digits: 0]")
@@ -78,7 +93,7 @@ REQUEST_OPTIONS = (
 @cache_dir_option
 @json_option
 @debug_option
-def train(as_json: bool, **options: Any) -> None:
+def train(as_json: bool, **values: Any) -> None:
     """Train a network, or continue training one.
 
     Without options it trains on the bundled handwritten digits. Ctrl-C or SIGTERM saves a checkpoint before leaving;
@@ -88,13 +103,14 @@ def train(as_json: bool, **options: Any) -> None:
     Examples:
       shufflenet train
       shufflenet train --train-dir pets/train --val-dir pets/val --epochs 30 --save-dir pets/models
+      shufflenet train --train-dir pets/train --val-dir pets/val --model shufflenet_v2_x1_0 --init-from weights.pth.tar
       shufflenet train --resume 0123456789abcdef0123456789abcdef
     """
-    request_options = {name: options.pop(name) for name in REQUEST_OPTIONS}
-    given = {name: value for name, value in options.items() if value is not None}
+    request_options = {name: values.pop(name) for name in REQUEST_OPTIONS}
+    given = {name: value for name, value in values.items() if value is not None}
     _check_numbers(given)
 
-    from shufflenet_mlflow.planning import TrainRequest
+    from shufflenet_mlflow.start import TrainRequest
 
     from .console import ConsoleReporter, print_json, stop_flag
 

@@ -6,10 +6,10 @@ No torch, mlflow or click is imported here, so that the command line can report 
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import platformdirs
 
@@ -18,6 +18,8 @@ from shufflenet_mlflow.errors import ConfigError, ResumeError
 DEFAULT_MODEL = "shufflenet_v2_x0_5"
 DEFAULT_EXPERIMENT = "shufflenet"
 DEFAULT_SAVE_ROOT = "models"
+
+Number = TypeVar("Number", int, float)
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 
@@ -28,6 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "<class 'int'>": (int,),
     "<class 'float'>": (float, int),
     "str | None": (str, type(None)),
+    "<class 'bool'>": (bool,),
 }
 
 
@@ -47,6 +50,30 @@ def _require(condition: bool, field: str, value: object, rule: str) -> None:
         raise ConfigError(f"{option(field)} (={value}) must be {rule}")
 
 
+def parse_numbers(text: str, field: str, kind: type[Number]) -> tuple[Number, ...]:
+    """The numbers in `text`, with commas or blanks between them and perhaps brackets around.
+
+    Args:
+        field: the option they come from, for the message.
+
+    Raises:
+        ConfigError: there is none, or one is no `kind`.
+    """
+    words = [word for word in re.split(r"[\s,]+", text.strip(" \t\n[]()")) if word]
+    try:
+        numbers = tuple(kind(word) for word in words)
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{option(field)} (={text}) must be {what} with commas between them") from error
+    _require(bool(numbers), field, text, "numbers with commas between them")
+    return numbers
+
+
+def format_numbers(numbers: Iterable[float]) -> str:
+    """The inverse of `parse_numbers`."""
+    return ",".join(map(str, numbers))
+
+
 def check_device(device: str) -> None:
     """Raise ConfigError for a name that no machine could have."""
     _require(_DEVICE.fullmatch(device) is not None, "device", device, "auto, cpu, mps, cuda or cuda:N")
@@ -63,7 +90,7 @@ def check_types(values: Mapping[str, Any]) -> None:
             value = values[field.name]
             expected = _TYPES[str(field.type)]
             _require(
-                isinstance(value, expected) and not isinstance(value, bool),
+                isinstance(value, expected) and (expected == (bool,) or not isinstance(value, bool)),
                 field.name,
                 repr(value),
                 f"of type {' or '.join(kind.__name__ for kind in expected)}",
@@ -82,6 +109,14 @@ class TrainConfig:
 
     model: str
     """Name of the network."""
+    choices: str | None
+    """Branch of each of the network's units, as numbers with commas between them; None: the published ones."""
+    scales: str | None
+    """Width of each of the network's units, likewise."""
+    init_from: str | None
+    """Checkpoint whose weights training begins with; None: freshly drawn ones."""
+    pretrained: bool
+    """Begin with the weights that torchvision publishes."""
     train_dir: str | None
     """Folder of training images, absolute; None means the bundled digits."""
     val_dir: str | None
@@ -104,6 +139,9 @@ class TrainConfig:
     """Share of the target that is spread over all classes."""
     seed: int
     """Of everything random."""
+    mean_image: str | None
+    """File of the mean image that is subtracted from the input; None: a mean per channel, if any. The image itself is
+    in each checkpoint."""
     augment: str
     """Name of the training augmentation."""
     on_bad_image: str
@@ -158,12 +196,13 @@ class TrainConfig:
 
 FIELDS = tuple(field.name for field in fields(TrainConfig))
 
-BREAKING = ("model", "num_classes", "seed", "batch_size")
+BREAKING = ("model", "choices", "scales", "init_from", "pretrained", "num_classes", "seed", "batch_size")
 """Changing one of these makes a checkpoint's continuation meaningless."""
 
 HARMLESS = (
     "train_dir",
     "val_dir",
+    "mean_image",
     "workers",
     "device",
     "display_interval",
@@ -171,7 +210,7 @@ HARMLESS = (
     "save_interval",
     "on_bad_image",
 )
-"""These may change when a run is resumed; the data's content is compared on its own."""
+"""These may change when a run is resumed; the content of the data and of the mean image is compared on its own."""
 
 
 def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: bool) -> None:

@@ -58,7 +58,15 @@ class UnsafeCheckpointError(CheckpointError):
 
 
 class MismatchError(CheckpointError):
-    """A checkpoint whose tensors do not fit the network."""
+    """A checkpoint whose tensors do not fit the network.
+
+    Args:
+        report: the `LoadReport` that lists every tensor which was missing, unexpected or of another shape.
+    """
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class UnresolvedError(ShuffleNetError):

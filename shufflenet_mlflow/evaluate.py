@@ -7,7 +7,7 @@ from torch import nn
 
 from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
-from shufflenet_mlflow.data.preprocess import EvalTransform, Preprocess, to_input
+from shufflenet_mlflow.data.preprocess import EvalTransform, Preprocess, ToInput
 from shufflenet_mlflow.data.sampler import EvalBatches
 from shufflenet_mlflow.errors import DataError
 from shufflenet_mlflow.recipe import count_correct, make_loss
@@ -61,6 +61,7 @@ def evaluate(
     loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")
     loss_function = make_loss()
     device = settings.device
+    to_input = ToInput(preprocess, device)
     top1 = torch.zeros((), dtype=torch.int64, device=device)
     top5 = torch.zeros_like(top1)
     loss_sum = torch.zeros((), device=device)
@@ -77,7 +78,7 @@ def evaluate(
                 size = len(batch.labels_N)
                 if size:
                     labels = batch.labels_N.to(device, non_blocking=True)
-                    logits = model(to_input(batch.images_NCHW, preprocess, device))
+                    logits = model(to_input(batch.images_NCHW))
                     correct1, correct5 = count_correct(logits, labels)
                     top1 += correct1
                     top5 += correct5

@@ -4,15 +4,20 @@ Options that were not given come from the checkpoint that is resumed, then from 
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shufflenet_mlflow.checkpoint import FINAL_TAG, RESUME_KEYS, check_payload, parse_name, read_checkpoint
-from shufflenet_mlflow.config import DEFAULT_MODEL, FIELDS, TrainConfig, check_device, check_types, default_cache_dir
+from shufflenet_mlflow.config import (
+    DEFAULT_MODEL,
+    FIELDS,
+    TrainConfig,
+    check_device,
+    default_cache_dir,
+    format_numbers,
+)
 from shufflenet_mlflow.data.digits import cached_digits
 from shufflenet_mlflow.data.folder import (
     ImageListing,
@@ -20,16 +25,16 @@ from shufflenet_mlflow.data.folder import (
     require_images_only,
     require_same_classes,
 )
-from shufflenet_mlflow.data.preprocess import AUGMENTATIONS, Preprocess
+from shufflenet_mlflow.data.preprocess import AUGMENTATIONS, REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.data.sampler import SampleOrder
-from shufflenet_mlflow.errors import CheckpointError, ConfigError, ResumeError
-from shufflenet_mlflow.models import get_variant
+from shufflenet_mlflow.errors import ConfigError, ResumeError
+from shufflenet_mlflow.models.torchvision_v2 import published_weights
+from shufflenet_mlflow.network import Architecture, choose_preprocess
 from shufflenet_mlflow.recipe import get_recipe
-from shufflenet_mlflow.resolve import newest_valid, resolve
+from shufflenet_mlflow.start import Init, Start, TrainRequest
 from shufflenet_mlflow.train import TrainData
 
 BATCH_SIZE = 64
-INPUT_SIZE = 224
 MOST_WORKERS = 4
 DISPLAY_INTERVAL = 20
 VALIDATIONS = 10
@@ -40,104 +45,9 @@ DIGITS_EPOCHS = 20
 DIGITS_NAME = "digits"
 
 
-@dataclass(frozen=True)
-class TrainRequest:
-    """What a user asked for."""
-
-    options: Mapping[str, Any]
-    """Fields of `TrainConfig`, and `epochs`; only those that were given."""
-    resume: str = "auto"
-    """`auto`, `none` or a checkpoint reference."""
-    new_run: bool = False
-    save_dir: Path | None = None
-    tracking_uri: str | None = None
-    experiment: str | None = None
-    run_name: str | None = None
-    cache_dir: Path | None = None
-
-
-@dataclass(frozen=True)
-class Start:
-    """The checkpoint that training continues from."""
-
-    path: Path
-    payload: Mapping[str, Any]
-    in_cache: bool
-    """It was fetched from a run; otherwise it lies where it was found on the disk."""
-
-    @property
-    def iters(self) -> int:
-        return int(self.payload["iters"])
-
-    @property
-    def run_id(self) -> str | None:
-        run_id: str | None = self.payload["run_id"]
-        return run_id
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return dict(self.payload["config"])
-
-    @property
-    def best_top1(self) -> float | None:
-        """The best validation accuracy up to here."""
-        best = self.payload.get("best")
-        return best["val_top1"] if best else None
-
-    @property
-    def is_best(self) -> bool:
-        """Whether that was the accuracy of this very state."""
-        return self.best_top1 is not None and self.payload["best"]["iters"] == self.iters
-
-    def is_final(self, total_iters: int) -> bool:
-        """Whether nothing is left to do."""
-        name = parse_name(self.path.name)
-        return name is not None and name.tag == FINAL_TAG and self.iters >= total_iters
-
-
-def find_start(request: TrainRequest) -> Start | None:
-    """The checkpoint to continue from; None for a fresh start.
-
-    Raises:
-        ResumeError: the folder holds another run's checkpoints, or the checkpoint holds weights only.
-        UnresolvedError, CheckpointError, TrackingError: the reference could not be resolved.
-    """
-    directory = request.save_dir
-    found = newest_valid(directory) if directory is not None else None
-    if request.resume == "none":
-        if found is not None:
-            raise ResumeError(
-                f"--save-dir {str(directory)!r} holds checkpoints already; --resume auto continues them, "
-                "another --save-dir begins anew"
-            )
-        return None
-    if request.resume == "auto":
-        if found is None:
-            return None
-        if request.new_run:
-            raise ResumeError(
-                f"--save-dir {str(directory)!r} holds the run's own checkpoints; for a fork pass "
-                f"--resume {directory} and another --save-dir"
-            )
-        return _load_start(found.path, in_cache=False)
-    resolved = resolve(request.resume, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
-    start = _load_start(resolved.path, in_cache=resolved.run_id is not None)
-    if found is not None:
-        there = read_checkpoint(found.path).get("run_id")
-        if request.new_run or there != start.run_id:
-            raise ResumeError(f"--save-dir {str(directory)!r} holds checkpoints of run {there}; name another folder")
-    return start
-
-
-def _load_start(path: Path, *, in_cache: bool) -> Start:
-    payload = read_checkpoint(path)
-    source = repr(str(path))
-    check_payload(payload, RESUME_KEYS, source)
-    try:
-        check_types(payload["config"])
-    except ConfigError as error:
-        raise CheckpointError(f"{source}: its configuration is not understood: {error}") from error
-    return Start(path, payload, in_cache)
+def default_workers() -> int:
+    """Processes that decode images, unless told."""
+    return min(MOST_WORKERS, os.cpu_count() or 1)
 
 
 def choose_device(device: str) -> torch.device:
@@ -188,8 +98,21 @@ def _absolute(directory: Any) -> str | None:
     return None if directory is None else str(Path(directory).absolute())
 
 
-def plan(request: TrainRequest, start: Start | None) -> tuple[TrainConfig, TrainData]:
+@dataclass(frozen=True)
+class Plan:
+    """A training run with nothing left open."""
+
+    config: TrainConfig
+    architecture: Architecture
+    data: TrainData
+
+
+def plan(request: TrainRequest, start: Start | None, init: Init | None = None) -> Plan:
     """Fill in what was not given, and list the data.
+
+    Args:
+        start: what is continued.
+        init: what gives the first weights.
 
     Raises:
         ConfigError, ModelError: an option, or a combination of options, cannot work.
@@ -204,15 +127,20 @@ def plan(request: TrainRequest, start: Start | None) -> tuple[TrainConfig, Train
     if (train_dir is None) != (val_dir is None):
         lacking = "--val-dir" if val_dir is None else "--train-dir"
         raise ConfigError(f"{lacking} is missing; give both folders, or neither for the bundled digits")
-    model = options.get("model", DEFAULT_MODEL)
-    variant = get_variant(model)
-    augment = options.get("augment", "shift" if train_dir is None else "release")
+    architecture = init.architecture if init else Architecture.asked(options) or Architecture(DEFAULT_MODEL)
+    model = architecture.name
+    if options.get("pretrained"):
+        published_weights(model)
+    recipe = get_recipe(model)
+    augment = options.get("augment", "shift" if train_dir is None else recipe.augment)
     if augment not in AUGMENTATIONS:
         raise ConfigError(f"--augment (={augment}) must be one of {', '.join(AUGMENTATIONS)}")
-    preprocess = Preprocess(
-        variant.preprocess,
-        options.get("input_size", DIGITS_INPUT_SIZE if train_dir is None else INPUT_SIZE),
-    )
+    stored = _stored_preprocess(start, init)
+    input_size = options.get("input_size")
+    if input_size is None:
+        default_size = DIGITS_INPUT_SIZE if train_dir is None else REFERENCE_SIZE
+        input_size = stored.input_size if stored else default_size
+    preprocess = choose_preprocess(architecture, input_size, mean_image=given.get("mean_image"), stored=stored)
     batch_size = options.get("batch_size", BATCH_SIZE)
     if batch_size < 2:
         raise ConfigError(f"--batch-size (={batch_size}) must be at least 2: batch normalisation needs two images")
@@ -236,7 +164,6 @@ def plan(request: TrainRequest, start: Start | None) -> tuple[TrainConfig, Train
         )
     seed = options.get("seed", 0)
     order = SampleOrder(len(train), batch_size, seed)
-    recipe = get_recipe(model)
     epoch = order.iters_per_epoch
     if "total_iters" in given or ("total_iters" in inherited and "epochs" not in given):
         total_iters = options["total_iters"]
@@ -250,13 +177,18 @@ def plan(request: TrainRequest, start: Start | None) -> tuple[TrainConfig, Train
             "momentum": recipe.momentum,
             "weight_decay": recipe.weight_decay,
             "label_smooth": recipe.label_smooth,
-            "workers": 0 if train_dir is None else min(MOST_WORKERS, os.cpu_count() or 1),
+            "workers": 0 if train_dir is None else default_workers(),
             "device": "auto",
             "display_interval": DISPLAY_INTERVAL,
             "val_interval": interval,
             "save_interval": interval,
             **{name: value for name, value in options.items() if name in FIELDS},
             "model": model,
+            "choices": format_numbers(architecture.choices) if architecture.choices else None,
+            "scales": format_numbers(architecture.scales) if architecture.scales else None,
+            "init_from": options.get("init_from"),
+            "pretrained": options.get("pretrained", False),
+            "mean_image": _absolute(options.get("mean_image")),
             "train_dir": train_dir,
             "val_dir": val_dir,
             "num_classes": num_classes,
@@ -268,19 +200,29 @@ def plan(request: TrainRequest, start: Start | None) -> tuple[TrainConfig, Train
             "on_bad_image": on_bad_image,
         }
     )
-    return config, TrainData(train, val, order, preprocess)
+    return Plan(config, architecture, TrainData(train, val, order, preprocess))
+
+
+def _stored_preprocess(start: Start | None, init: Init | None) -> Preprocess | None:
+    """What the checkpoint says that is resumed or begun from."""
+    if start is not None:
+        return Preprocess.from_dict(start.payload["preprocess"])
+    return init.described.preprocess if init is not None else None
 
 
 def check_same_data(start: Start, data: TrainData, *, new_run: bool) -> None:
-    """Refuse to continue on other images than the run began with.
+    """Refuse to continue on other images, or with another mean image, than the run began with.
 
     Args:
         new_run: the continuation is a run of its own, whose images may differ, if not its classes.
 
     Raises:
         DataError: the classes differ.
-        ResumeError: the training images differ.
+        ResumeError: the training images, or the mean images, differ.
     """
+    stored = Preprocess.from_dict(start.payload["preprocess"])
+    if not new_run and not data.preprocess.has_mean_of(stored):
+        raise ResumeError("--mean-image is not the one that the run began with; leave it out, or pass --new-run")
     require_same_classes(
         start.payload["class_to_idx"],
         data.train,

@@ -2,13 +2,14 @@
 
 Figures: the training scripts of the original release (SGD with momentum 0.9, weight decay 4e-5, label smoothing
 0.1, a rate of 0.5 at batch 1,024 that falls linearly to 0 over 300,000 iterations, then BN statistics averaged
-over 1,280,000 images).
+over 1,280,000 images; V2+ and Large deviate in rate, batch and length).
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
@@ -33,6 +34,8 @@ class Recipe:
     weight_decay: float = 4e-5
     label_smooth: float = 0.1
     train_images: int = 1_280_000
+    augment: str = "release"
+    """Name of the augmentation in `shufflenet_mlflow.data.preprocess`."""
 
     @property
     def epochs(self) -> int:
@@ -44,10 +47,22 @@ class Recipe:
         return self.lr * batch_size / self.batch_size
 
 
+_V2 = Recipe(batch_size=1024, lr=0.5, total_iters=300_000)
+_LARGE = Recipe(batch_size=256, lr=0.25, total_iters=600_000, augment="lighting")
+
 RECIPES: dict[str, Recipe] = {
-    "v2": Recipe(batch_size=1024, lr=0.5, total_iters=300_000),
-    "oneshot": Recipe(batch_size=1024, lr=0.5, total_iters=300_000),
+    "v1": _V2,
+    "v2": _V2,
+    "v2_plus": replace(_V2, total_iters=450_000),
+    "oneshot": _V2,
+    "detnas": _V2,
+    "large": _LARGE,
+    "exlarge": replace(_LARGE, augment="release"),  # no recipe was published: Large's, without its lighting noise
+    "torchvision": _V2,  # not torchvision's own
 }
+
+AUXILIARY_WEIGHTS = (1.0, 0.7, 0.5, 0.3)
+"""Of the losses on the main logits and on those of the heads `predict_14`, `predict_28`, `predict_56`."""
 
 
 def get_recipe(model: str) -> Recipe:
@@ -83,6 +98,23 @@ def make_scheduler(optimizer: SGD, total_iters: int) -> LambdaLR:
 def make_loss(label_smooth: float = 0.0) -> nn.CrossEntropyLoss:
     """Cross-entropy; smoothing spreads `label_smooth` evenly over all classes."""
     return nn.CrossEntropyLoss(label_smoothing=label_smooth)
+
+
+def training_loss(
+    outputs: Tensor | tuple[Tensor, ...], labels: Tensor, loss_function: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """The loss to minimise, and the main logits.
+
+    Args:
+        outputs: what the network returned in training mode: (N, num_classes) logits, or four such with those of the
+            auxiliary heads, whose losses are added with `AUXILIARY_WEIGHTS`.
+        labels: (N,) int64.
+    """
+    if isinstance(outputs, Tensor):
+        return loss_function(outputs, labels), outputs
+    pairs = zip(AUXILIARY_WEIGHTS, outputs, strict=True)
+    losses = [weight * loss_function(logits, labels) for weight, logits in pairs]
+    return torch.stack(losses).sum(), outputs[0]
 
 
 def reestimate_bn(model: nn.Module, inputs: Iterable[Tensor]) -> None:

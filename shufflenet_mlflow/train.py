@@ -6,6 +6,7 @@ It sees where checkpoints and metrics go only as the two small protocols below.
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from shufflenet_mlflow.data.loader import (
     make_loader,
     worker_death,
 )
-from shufflenet_mlflow.data.preprocess import AUGMENTATIONS, Preprocess, to_input
+from shufflenet_mlflow.data.preprocess import AUGMENTATIONS, MODES, Preprocess, ToInput, draw_lighting
 from shufflenet_mlflow.data.sampler import ReestimationBatches, SampleOrder, TrainBatches
 from shufflenet_mlflow.errors import DataError, NonFiniteLossError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
@@ -30,6 +31,7 @@ from shufflenet_mlflow.recipe import (
     count_correct,
     make_loss,
     reestimate_bn,
+    training_loss,
 )
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.state import TrainingState
@@ -111,6 +113,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.bad_images = BadImageLog(skip=self.config.on_bad_image == "skip")
+        self._to_input = ToInput(self.data.preprocess, self.state.device)
         self.saved: Path | None = None
         self._saved_iters: int | None = None
         self._mid_step = False
@@ -157,10 +160,8 @@ class Trainer:
     def _train(self) -> None:
         config, state = self.config, self.state
         loss_function = make_loss(config.label_smooth)
-        augmented = AUGMENTATIONS[config.augment](self.data.preprocess)
-        dataset = ImageDataset(self.data.train, augmented, seed=config.seed, replace_bad=True)
         loader = make_loader(
-            dataset,
+            self._training_images(),
             TrainBatches(self.data.order, state.iters, config.total_iters),
             workers=config.workers,
             pin_memory=state.device.type == "cuda",
@@ -175,11 +176,11 @@ class Trainer:
                     raise DataError(f"no file in {str(self.data.train.root)!r} is a readable image")
                 lr = state.lr
                 labels = batch.labels_N.to(state.device, non_blocking=True)
-                logits = state.model(to_input(batch.images_NCHW, self.data.preprocess, state.device))
-                loss = loss_function(logits, labels)
+                outputs = state.model(self._to_input(batch.images_NCHW, batch.shift_NC))
+                loss, logits = training_loss(outputs, labels, loss_function)
                 self._mid_step = True
                 state.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 state.optimizer.step()
                 state.scheduler.step()
                 state.iters += 1
@@ -198,6 +199,17 @@ class Trainer:
                         self._save_once()
                 self.stop.check()
 
+    def _training_images(self) -> ImageDataset:
+        augmentation = AUGMENTATIONS[self.config.augment]
+        mode = MODES[self.data.preprocess.mode]
+        return ImageDataset(
+            self.data.train,
+            augmentation.transform(self.data.preprocess),
+            lighting=partial(draw_lighting, mode) if augmentation.lighting else None,
+            seed=self.config.seed,
+            replace_bad=True,
+        )
+
     def _finish(self) -> None:
         """BN statistics that fit the final weights, and the accuracy of that state."""
         self._save_once()
@@ -214,18 +226,16 @@ class Trainer:
         return min(most, self.data.order.iters_per_epoch)
 
     def _reestimation_inputs(self, advance: Any) -> Iterator[Tensor]:
-        config, device = self.config, self.state.device
-        augmented = AUGMENTATIONS[config.augment](self.data.preprocess)
         loader = make_loader(
-            ImageDataset(self.data.train, augmented, seed=config.seed, replace_bad=True),
+            self._training_images(),
             ReestimationBatches(self.data.order, self._reestimation_batches()),
-            workers=config.workers,
-            pin_memory=device.type == "cuda",
+            workers=self.config.workers,
+            pin_memory=self.state.device.type == "cuda",
         )
         for batch in batches_of(loader):
             self.stop.check()
             self.bad_images.new_in(batch)
-            yield to_input(batch.images_NCHW, self.data.preprocess, device)
+            yield self._to_input(batch.images_NCHW, batch.shift_NC)
             advance()
 
     def _report_training(self, lr: float, clock: "_Clock") -> None:

@@ -247,8 +247,8 @@ def test_foreign_checkpoints_are_refused_clearly(images: Path, shufflenet: Invok
     path = tmp_path / "checkpoint-000001.pth.tar"
     torch.save({"state_dict": create_model("shufflenet_v2_x0_5", 3).state_dict()}, path)
     result = shufflenet("eval", path, "--val-dir", images / "val")
-    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-    assert "was not written by this project's training: it has no model, preprocess" in result.stderr
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "does not name its network; it fits --model shufflenet_v2_x0_5" in result.stderr
 
 
 def test_eval_checks_its_device(small_train: SmallTrain, shufflenet: Invoke) -> None:

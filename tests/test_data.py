@@ -30,8 +30,8 @@ from shufflenet_mlflow.data.preprocess import (
     AUGMENTATIONS,
     EvalTransform,
     Preprocess,
+    ToInput,
     seeded,
-    to_input,
 )
 from shufflenet_mlflow.data.sampler import (
     EvalBatches,
@@ -153,7 +153,7 @@ def test_pixels_reach_the_network_as_bgr_0_255() -> None:
     red = Image.new("RGB", (50, 40), (200, 10, 0))
     preprocess = Preprocess("bgr255", 32)
     image = EvalTransform(preprocess)(red)
-    x = to_input(image[None], preprocess, torch.device("cpu"))
+    x = ToInput(preprocess, torch.device("cpu"))(image[None])
     assert x.dtype == torch.float32
     assert x[0, :, 5, 5].tolist() == [0.0, 10.0, 200.0]
 
@@ -161,7 +161,7 @@ def test_pixels_reach_the_network_as_bgr_0_255() -> None:
 def test_release_augmentation_is_torchvisions_with_the_releases_parameters() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     reference = v2.Compose([v2.RandomResizedCrop(32), v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomHorizontalFlip(0.5)])
-    transform = AUGMENTATIONS["release"](Preprocess("bgr255", 32))
+    transform = AUGMENTATIONS["release"].transform(Preprocess("bgr255", 32))
     for seed in range(5):
         with seeded(seed):
             expected = np.asarray(reference(image))[:, :, ::-1].transpose(2, 0, 1)
@@ -174,7 +174,7 @@ def test_shift_augmentation_only_moves_the_crop() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 37, 3), dtype=np.uint8))
     pixels = np.asarray(image)[:, :, ::-1].transpose(2, 0, 1)
     crops = {pixels[:, y : y + 32, x : x + 32].tobytes() for y in range(6) for x in range(6)}
-    seen = {AUGMENTATIONS["shift"](preprocess)(image).numpy().tobytes() for _ in range(200)}
+    seen = {AUGMENTATIONS["shift"].transform(preprocess)(image).numpy().tobytes() for _ in range(200)}
     assert seen <= crops
     assert len(seen) > 20
 
@@ -241,7 +241,7 @@ def load(dataset: ImageDataset, order: SampleOrder, workers: int, start: int = 0
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_are_the_same_bits_whatever_the_workers(images: Path, workers: int) -> None:
     listing = list_images(images / "train")
-    transform = AUGMENTATIONS["release"](Preprocess("bgr255", 32))
+    transform = AUGMENTATIONS["release"].transform(Preprocess("bgr255", 32))
     dataset = ImageDataset(listing, transform, seed=5, replace_bad=True)
     order = SampleOrder(len(listing), 8, seed=5)
     torch.manual_seed(0)
@@ -260,7 +260,7 @@ def test_batches_are_the_same_bits_whatever_the_workers(images: Path, workers: i
 
 def test_loading_does_not_draw_from_the_global_generator(images: Path) -> None:
     listing = list_images(images / "train")
-    dataset = ImageDataset(listing, AUGMENTATIONS["release"](Preprocess("bgr255", 32)), replace_bad=True)
+    dataset = ImageDataset(listing, AUGMENTATIONS["release"].transform(Preprocess("bgr255", 32)), replace_bad=True)
     before = torch.get_rng_state()
     for workers in (0, 1):
         load(dataset, SampleOrder(len(listing), 8, seed=0), workers)

@@ -13,8 +13,9 @@ from torch import nn
 
 from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.errors import ModelError
+from shufflenet_mlflow.models import VARIANTS
 from shufflenet_mlflow.models.blocks import ShuffleUnit, split_even_odd
-from shufflenet_mlflow.models.cost import model_cost
+from shufflenet_mlflow.models.cost import Cost, model_cost
 
 REFERENCE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "reference_models.json").read_text())
 
@@ -40,20 +41,34 @@ def fill(model: nn.Module) -> None:
             tensor.copy_(z)
 
 
-def test_every_network_of_the_table_has_reference_figures() -> None:
-    assert set(list_models()) == set(REFERENCE)
+GIANTS = ("shufflenet_v2_large", "shufflenet_v2_exlarge")
+PLAIN = [name for name in list_models() if not name.startswith("torchvision/")]
+WITHOUT_GIANTS = [name for name in list_models() if name not in GIANTS]
+GIANTS_LONG = [pytest.param(name, marks=pytest.mark.long) if name in GIANTS else name for name in PLAIN]
 
 
-@pytest.mark.parametrize("name", list_models())
+def test_every_network_of_the_series_has_reference_figures() -> None:
+    assert len(REFERENCE) == 24
+    assert set(PLAIN) == set(REFERENCE)
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_keys_shapes_and_cost(name: str) -> None:
-    state_dict = create_model(name).state_dict()
+    with torch.device("meta"):
+        state_dict = create_model(name).state_dict()
+    assert len(state_dict) == REFERENCE[name]["n_tensors"]
     lines = "".join(f"{key} {'x'.join(map(str, value.shape))}\n" for key, value in state_dict.items())
     assert hashlib.sha256(lines.encode()).hexdigest() == REFERENCE[name]["state_dict_sha256"]
-    cost = model_cost(name)
-    assert (cost.parameters, cost.macs) == (REFERENCE[name]["params"], REFERENCE[name]["macs"])
+    assert VARIANTS[name].parameters == REFERENCE[name]["params"]
+    assert VARIANTS[name].macs == REFERENCE[name]["macs"]
 
 
 @pytest.mark.parametrize("name", list_models())
+def test_the_table_says_what_networks_cost(name: str) -> None:
+    assert model_cost(name) == Cost(VARIANTS[name].parameters, VARIANTS[name].macs)
+
+
+@pytest.mark.parametrize("name", GIANTS_LONG)
 def test_logits(name: str) -> None:
     model = create_model(name).eval()
     fill(model)
@@ -67,10 +82,20 @@ def test_logits(name: str) -> None:
     assert logits.argmax(1).tolist() == REFERENCE[name]["argmax"]
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", WITHOUT_GIANTS)
 @pytest.mark.parametrize("size", [32, 96])
 def test_any_multiple_of_32_and_any_number_of_classes(name: str, size: int) -> None:
     assert create_model(name, num_classes=3).eval()(torch.zeros(1, 3, size, size)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", GIANTS)
+@pytest.mark.parametrize("size", [32, 96])
+def test_shapes_of_the_giants(name: str, size: int) -> None:
+    with torch.device("meta"):
+        model, images = create_model(name, num_classes=3), torch.empty(2, 3, size, size)
+    assert model.eval()(images).shape == (2, 3)
+    outputs = model.train()(images)
+    assert [logits.shape for logits in outputs] == [(2, 3)] * 4
 
 
 def test_initial_weights_follow_the_release() -> None:

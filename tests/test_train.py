@@ -29,8 +29,8 @@ from shufflenet_mlflow.errors import (
     TrackingError,
 )
 from shufflenet_mlflow.jobs import TrainSummary, run_training
-from shufflenet_mlflow.planning import TrainRequest
 from shufflenet_mlflow.reporting import LoggingReporter, Phase
+from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.state import Meter, TrainingState
 from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking import delivery

@@ -1,6 +1,6 @@
 """The checkpoint file: its format, writing, verification, loading."""
 
-from shufflenet_mlflow.checkpoint.load import LoadReport, load_checkpoint
+from shufflenet_mlflow.checkpoint.load import LoadReport, head_of, load_checkpoint, weights_of
 from shufflenet_mlflow.checkpoint.names import (
     FINAL_TAG,
     checkpoint_name,
@@ -8,7 +8,7 @@ from shufflenet_mlflow.checkpoint.names import (
     newest_first,
     parse_name,
 )
-from shufflenet_mlflow.checkpoint.payload import NETWORK_KEYS, RESUME_KEYS, check_payload
+from shufflenet_mlflow.checkpoint.payload import RESUME_KEYS, check_payload, is_own
 from shufflenet_mlflow.checkpoint.record import (
     ARTIFACT_FOLDER,
     BEST_TAG,
@@ -27,13 +27,14 @@ __all__ = [
     "BEST_TAG",
     "FINAL_TAG",
     "LATEST_TAG",
-    "NETWORK_KEYS",
     "RESUME_KEYS",
     "CheckpointRecord",
     "LoadReport",
     "WrittenCheckpoint",
     "check_payload",
     "checkpoint_name",
+    "head_of",
+    "is_own",
     "list_checkpoints",
     "load_checkpoint",
     "newest_first",
@@ -43,6 +44,7 @@ __all__ = [
     "record_path",
     "update_record",
     "verify_checkpoint",
+    "weights_of",
     "write_checkpoint",
     "write_record",
 ]

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,17 @@ class LoadReport:
     """In the checkpoint, not in the network: left out."""
     reshaped: tuple[str, ...]
     """In both with different shapes: left as they were."""
+    reset: tuple[str, ...] = ()
+    """In both with equal shapes, and left as they were on request."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every tensor of either side was loaded."""
+        return not (self.missing or self.unexpected or self.reshaped or self.reset)
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
-        for what in ("missing", "unexpected", "reshaped"):
+        for what in ("missing", "unexpected", "reshaped", "reset"):
             if names := getattr(self, what):
                 parts.append(f"{len(names)} {what}: {_name_some(names)}")
         return "; ".join(parts)
@@ -46,9 +53,20 @@ def _name_some(names: tuple[str, ...]) -> str:
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
-def _state_dict_of(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    source = "the checkpoint" if isinstance(checkpoint, Mapping) else repr(str(checkpoint))
-    payload = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
+def _source_of(checkpoint: str | Path | Mapping[str, Any]) -> str:
+    return "the checkpoint" if isinstance(checkpoint, Mapping) else repr(str(checkpoint))
+
+
+def weights_of(payload: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The tensors of what a checkpoint file holds, by bare name.
+
+    Args:
+        payload: a dict with `state_dict`, or a bare state dict.
+        source: what to call it in messages.
+
+    Raises:
+        CheckpointError: it holds no state dict.
+    """
     state_dict = payload.get(STATE_DICT, payload)
     if not isinstance(state_dict, Mapping) or not any(isinstance(value, Tensor) for value in state_dict.values()):
         raise CheckpointError(f"{source} holds no state dict; it has {sorted(map(str, payload))[:8]}")
@@ -60,14 +78,21 @@ def _state_dict_of(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tens
     return bare_state_dict(state_dict)
 
 
-def _head_of(model: nn.Module) -> str | None:
+def _linear_layers(model: nn.Module) -> list[str]:
+    return [bare_key(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def head_of(model: nn.Module) -> str | None:
     """Bare name of the classifier: the last linear layer that is no auxiliary head."""
-    names = [
-        bare_key(name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not bare_key(name).startswith(AUXILIARY_PREFIX)
-    ]
+    names = [name for name in _linear_layers(model) if not name.startswith(AUXILIARY_PREFIX)]
     return names[-1] if names else None
+
+
+def _class_layers(model: nn.Module) -> set[str]:
+    """Bare names of the layers whose outputs are classes: the classifier and those of the auxiliary heads."""
+    auxiliary = {name for name in _linear_layers(model) if name.startswith(AUXILIARY_PREFIX)}
+    head = head_of(model)
+    return auxiliary | ({head} if head is not None else set())
 
 
 def load_checkpoint(
@@ -75,7 +100,8 @@ def load_checkpoint(
     checkpoint: str | Path | Mapping[str, Any],
     *,
     strict: bool = True,
-    reset_head: bool = False,
+    reset_head: bool | Literal["always"] = False,
+    source: str | None = None,
 ) -> LoadReport:
     """Load the weights of `checkpoint` into `model`.
 
@@ -86,39 +112,52 @@ def load_checkpoint(
         checkpoint: a file, which is verified and read without running its code; or what such a file holds: a
             dict with `state_dict`, or a bare state dict.
         strict: every tensor must match. Otherwise the auxiliary `predict_*` heads may lack on either side.
-        reset_head: with `strict=False`, a classifier of another width is left as it is in `model`.
+        reset_head: with `strict=False`, a classifier of another width is left as it is in `model`; with "always",
+            one of the same width too, as for other classes of the same number.
+        source: what to call the checkpoint in messages; by default the file's name.
+
+    Returns:
+        What became of every tensor. What was left out also stands in the log.
 
     Raises:
-        MismatchError: tensors are missing, unexpected or of another shape; the message names them.
+        MismatchError: tensors are missing, unexpected or of another shape; the message names them, its `report` all.
         CheckpointError: the file cannot be used, or holds no state dict.
     """
-    source = _state_dict_of(checkpoint)
+    if strict and reset_head:
+        raise ValueError("reset_head needs strict=False")
+    source = source or _source_of(checkpoint)
+    given = weights_of(checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint), source)
     own = {bare_key(name): (name, tensor) for name, tensor in model.state_dict().items()}
-    fitting = {key for key in own.keys() & source.keys() if own[key][1].shape == source[key].shape}
+    classes = _class_layers(model) if reset_head == "always" else set()
+    reset = {key for key in own if key.rpartition(".")[0] in classes}
+    fitting = {key for key in own.keys() & given.keys() if own[key][1].shape == given[key].shape} - reset
     report = LoadReport(
         loaded=tuple(key for key in own if key in fitting),
-        missing=tuple(key for key in own if key not in source),
-        unexpected=tuple(key for key in source if key not in own),
-        reshaped=tuple(key for key in own if key in source and key not in fitting),
+        missing=tuple(key for key in own if key not in given),
+        unexpected=tuple(key for key in given if key not in own),
+        reshaped=tuple(key for key in own if key in given and own[key][1].shape != given[key].shape),
+        reset=tuple(key for key in own if key in reset & given.keys() and own[key][1].shape == given[key].shape),
     )
+    head = head_of(model) if reset_head else None
 
-    def refused(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name for name in names if strict or not name.startswith(AUXILIARY_PREFIX))
+    def is_fault(name: str, *, in_head: bool = False) -> bool:
+        if strict:
+            return True
+        return not name.startswith(AUXILIARY_PREFIX) and not (in_head and name.rpartition(".")[0] == head)
 
-    head = _head_of(model) if reset_head and not strict else None
     faults = LoadReport(
         loaded=report.loaded,
-        missing=refused(report.missing),
-        unexpected=refused(report.unexpected),
-        reshaped=tuple(name for name in refused(report.reshaped) if head is None or name.rpartition(".")[0] != head),
+        missing=tuple(filter(is_fault, report.missing)),
+        unexpected=tuple(filter(is_fault, report.unexpected)),
+        reshaped=tuple(name for name in report.reshaped if is_fault(name, in_head=True)),
     )
-    if faults.missing or faults.unexpected or faults.reshaped:
+    if not faults.is_complete:
         shapes = "".join(
-            f"; {name} is {tuple(source[name].shape)} in the checkpoint, {tuple(own[name][1].shape)} here"
+            f"; {name} is {tuple(given[name].shape)} in the checkpoint, {tuple(own[name][1].shape)} here"
             for name in faults.reshaped[:1]
         )
-        raise MismatchError(f"the checkpoint does not fit the network: {faults}{shapes}")
-    if report.missing or report.unexpected or report.reshaped:
-        logger.warning("loaded in part: %s", report)
-    model.load_state_dict({**model.state_dict(), **{own[key][0]: source[key] for key in report.loaded}})
+        raise MismatchError(f"{source} does not fit the network: {faults}{shapes}", report)
+    if not report.is_complete:
+        logger.warning("%s was loaded in part: %s", source, report)
+    model.load_state_dict({**model.state_dict(), **{own[key][0]: given[key] for key in report.loaded}})
     return report

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from shufflenet_mlflow.checkpoint.state import FORMAT_VERSION
 from shufflenet_mlflow.errors import CheckpointError
 
 _NONE = type(None)
@@ -26,9 +27,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "run_id": (str, _NONE),
 }
 
-NETWORK_KEYS = ("state_dict", "model", "preprocess", "class_to_idx")
-"""What is needed to evaluate."""
-
 RESUME_KEYS = tuple(_TYPES)
 """What is needed to continue training."""
 
@@ -41,8 +39,13 @@ def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: s
         source: what to call the checkpoint in messages.
 
     Raises:
-        CheckpointError: an entry is missing or of another type.
+        CheckpointError: an entry is missing or of another type, or a later version of this project wrote it.
     """
+    version = payload.get("format_version", FORMAT_VERSION)
+    if not _is(version, (int,)) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{source} has format {version!r}, and {FORMAT_VERSION} is the latest known here; upgrade this package"
+        )
     if missing := [key for key in needed if key not in payload]:
         raise CheckpointError(f"{source} was not written by this project's training: it has no {', '.join(missing)}")
     for key, types in _TYPES.items():
@@ -51,13 +54,17 @@ def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: s
     for name, label in payload.get("class_to_idx", {}).items():
         if not (isinstance(name, str) and _is(label, (int,))):
             raise CheckpointError(f"{source}: its 'class_to_idx' holds {name!r}: {label!r}, which is not understood")
-    if "model" in needed:
-        model = payload["model"]
-        if not (isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), dict)):
-            raise CheckpointError(f"{source}: its 'model' does not name a network")
+    model = payload.get("model")
+    if model is not None and not (isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), dict)):
+        raise CheckpointError(f"{source}: its 'model' does not name a network")
     best = payload.get("best")
     if best is not None and not (_is(best.get("val_top1"), (float, int)) and _is(best.get("iters"), (int,))):
         raise CheckpointError(f"{source}: its 'best' is {best!r}, which is not understood")
+
+
+def is_own(payload: Mapping[str, Any]) -> bool:
+    """Whether this project wrote the checkpoint: only then do its other entries mean what they are called."""
+    return "format_version" in payload
 
 
 def _is(value: Any, types: tuple[type, ...]) -> bool:

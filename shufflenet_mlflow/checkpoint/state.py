@@ -38,20 +38,42 @@ def to_plain(value: Any, where: str = "state") -> Any:
     """A copy of nested containers that `torch.load(weights_only=True)` can read anywhere.
 
     Tensors are detached and on the CPU; those that are a small view of a large storage are copied, so that the
-    file holds only what is seen.
+    file holds only what is seen. One that has several names is stored once.
 
     Raises:
         CheckpointError: something in it is neither a tensor nor plain; the message says where.
     """
+    return _plain(value, where, {})
+
+
+_Copies = dict[tuple[Any, ...], Tensor]
+"""What was made of the tensors so far, by what they are views of."""
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    plain = tensor.detach().cpu()
+    if plain.layout == torch.strided and plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
+        plain = plain.clone(memory_format=torch.contiguous_format)
+    return plain
+
+
+def _plain_tensor(tensor: Tensor, copies: _Copies) -> Tensor:
+    if tensor.layout != torch.strided or not tensor.numel():
+        return _compact(tensor)
+    address = tensor.untyped_storage().data_ptr()
+    view = (address, tensor.device, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+    if view not in copies:
+        copies[view] = _compact(tensor)
+    return copies[view]
+
+
+def _plain(value: Any, where: str, copies: _Copies) -> Any:
     if isinstance(value, Tensor):
-        plain = value.detach().cpu()
-        if plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
-            plain = plain.clone(memory_format=torch.contiguous_format)
-        return plain
+        return _plain_tensor(value, copies)
     if isinstance(value, Mapping):
-        return {_plain_key(key, where): to_plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {_plain_key(key, where): _plain(item, f"{where}[{key!r}]", copies) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [to_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        items = [_plain(item, f"{where}[{index}]", copies) for index, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value

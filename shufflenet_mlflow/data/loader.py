@@ -1,7 +1,7 @@
 """Batches of images, decoded in worker processes."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import cv2
@@ -33,6 +33,8 @@ class Batch(NamedTuple):
     """uint8."""
     labels_N: Tensor
     """int64."""
+    shift_NC: Tensor | None
+    """float32, what the augmentation adds to all pixels of an image; None if it adds nothing."""
     bad: tuple[BadImage, ...]
     """The files of this batch that could not be decoded."""
 
@@ -40,6 +42,7 @@ class Batch(NamedTuple):
 class _Item(NamedTuple):
     image_CHW: Tensor | None
     label: int
+    shift_C: Tensor | None
     bad: tuple[BadImage, ...]
 
 
@@ -66,13 +69,23 @@ class ImageDataset(Dataset[_Item]):
     the same whichever process loads it.
 
     Args:
+        lighting: draws each image's colour shift, (3,); None for none.
         replace_bad: put the next readable image of the listing in the place of one that cannot be read, so
             that a training batch keeps its size; otherwise the batch is smaller.
     """
 
-    def __init__(self, listing: ImageListing, transform: Transform, *, seed: int = 0, replace_bad: bool) -> None:
+    def __init__(
+        self,
+        listing: ImageListing,
+        transform: Transform,
+        *,
+        lighting: Callable[[], Tensor] | None = None,
+        seed: int = 0,
+        replace_bad: bool,
+    ) -> None:
         self.listing = listing
         self.transform = transform
+        self.lighting = lighting
         self.seed = seed
         self.replace_bad = replace_bad
 
@@ -89,10 +102,12 @@ class ImageDataset(Dataset[_Item]):
             try:
                 image = decode(path)
                 with seeded(derive_seed(self.seed, epoch, first)):
-                    return _Item(self.transform(image), sample.label, tuple(bad))
+                    pixels_CHW = self.transform(image)
+                    shift_C = self.lighting() if self.lighting else None
+                return _Item(pixels_CHW, sample.label, shift_C, tuple(bad))
             except BadImageError as error:
                 bad.append(BadImage(path, str(error)))
-        return _Item(None, -1, tuple(bad))
+        return _Item(None, -1, None, tuple(bad))
 
 
 def collate(items: list[_Item]) -> Batch:
@@ -100,8 +115,14 @@ def collate(items: list[_Item]) -> Batch:
     bad = tuple(entry for item in items for entry in item.bad)
     images = [item.image_CHW for item in items if item.image_CHW is not None]
     labels = [item.label for item in items if item.image_CHW is not None]
+    shifts = [item.shift_C for item in items if item.shift_C is not None]
     stacked = torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    return Batch(stacked, torch.tensor(labels, dtype=torch.int64), bad)
+    return Batch(
+        stacked,
+        torch.tensor(labels, dtype=torch.int64),
+        torch.stack(shifts) if shifts else None,
+        bad,
+    )
 
 
 def _start_worker(_worker_id: int) -> None:

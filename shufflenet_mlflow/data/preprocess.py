@@ -3,14 +3,14 @@
 Two halves. On the CPU, an image becomes a uint8 tensor of the right size and channel order: that is what
 travels between processes and to the device. On the device, it becomes float and is normalised.
 
-`bgr255` and the `release` augmentation follow the original ShuffleNet release: BGR, 0-255, no
-normalisation; for evaluation the shorter side goes to 256 (at 224 px input) with OpenCV's INTER_LINEAR and
-the centre is cropped; for training RandomResizedCrop, ColorJitter(0.4, 0.4, 0.4) and a horizontal flip.
+The `bgr255` modes and the `release` augmentation follow the original ShuffleNet release: BGR, 0-255; for evaluation
+the shorter side goes to 256 (at 224 px input) with OpenCV's INTER_LINEAR and the centre is cropped; for training
+RandomResizedCrop, ColorJitter(0.4, 0.4, 0.4) and a horizontal flip. The `rgb` modes are those of torchvision's weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import cv2
@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from shufflenet_mlflow.errors import BadImageError, CheckpointError, ConfigError
 
-RESIZE_RATIO = 256 / 224
-"""The evaluation resize over the crop, as in the release."""
+REFERENCE_SIZE = 224
+"""The input size that the published figures belong to."""
 
 LARGEST_RESIZED = 1 << 26
 """Pixels of a resized image: a file of a few bytes can be 1 pixel high and 60,000 wide."""
@@ -41,32 +42,70 @@ class Mode:
     mean: tuple[float, float, float] | None = None
     """Per channel, in the order of `channels`."""
     std: tuple[float, float, float] | None = None
+    resize: int = 256
+    """Shorter side before the centre crop, for a crop of `REFERENCE_SIZE`."""
+    antialias: bool = False
+    """Average over the pixels that are left out when an image is made smaller."""
+    takes_mean_image: bool = False
+    """A mean image may stand in the place of `mean`."""
 
 
-MODES: dict[str, Mode] = {"bgr255": Mode("BGR")}
+_IMAGENET_MEAN = (123.675, 116.28, 103.53)
+_IMAGENET_STD = (58.395, 57.12, 57.375)
+
+MODES: dict[str, Mode] = {
+    "bgr255": Mode("BGR"),
+    "bgr255_mean": Mode("BGR", mean=_IMAGENET_MEAN[::-1], takes_mean_image=True),
+    "rgb_256": Mode("RGB", _IMAGENET_MEAN, _IMAGENET_STD, antialias=True),
+    "rgb_232": Mode("RGB", _IMAGENET_MEAN, _IMAGENET_STD, resize=232, antialias=True),
+}
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A mode at an input size; stored in every checkpoint, so that evaluation repeats it."""
+    """A mode at an input size; stored in every checkpoint, so that evaluation repeats it.
+
+    Args:
+        mean_image: float32 (3, input_size, input_size) on the 0-255 scale, in the mode's channel order; subtracted in
+            the place of the mode's mean.
+    """
 
     mode: str
     input_size: int
+    mean_image: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"there is no preprocessing mode {self.mode!r}; there is {', '.join(MODES)}")
-        if self.input_size < STRIDE or self.input_size % STRIDE:
-            raise ConfigError(f"input_size (={self.input_size}) must be a multiple of {STRIDE}, at least {STRIDE}")
+        size = self.input_size
+        if size < STRIDE or size % STRIDE:
+            raise ConfigError(f"input_size (={size}) must be a multiple of {STRIDE}, at least {STRIDE}")
+        if self.mean_image is None:
+            return
+        if not MODES[self.mode].takes_mean_image:
+            raise ConfigError(f"a mean image is for networks with bgr255_mean input, not {self.mode}")
+        if tuple(self.mean_image.shape) != (3, size, size):
+            _, height, width = self.mean_image.shape
+            raise ConfigError(
+                f"the mean image has {width}x{height} pixels, the input {size}x{size}; "
+                f"`shufflenet data mean DIR --input-size {size}` makes a fitting one"
+            )
 
     @property
     def resize_size(self) -> int:
         """Length of the shorter side before the centre crop."""
-        return int(self.input_size * RESIZE_RATIO + 0.5)
+        return int(self.input_size * MODES[self.mode].resize / REFERENCE_SIZE + 0.5)
+
+    def has_mean_of(self, other: "Preprocess") -> bool:
+        """Whether both subtract the same mean image, or none."""
+        if self.mean_image is None or other.mean_image is None:
+            return self.mean_image is other.mean_image
+        return torch.equal(self.mean_image, other.mean_image)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
-        return asdict(self)
+        """Plain values and the mean image, if there is one, for a checkpoint."""
+        values: dict[str, Any] = {"mode": self.mode, "input_size": self.input_size}
+        return values if self.mean_image is None else {**values, "mean_image": self.mean_image}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocess":
@@ -76,28 +115,39 @@ class Preprocess:
             CheckpointError: a value is missing or not of this version.
         """
         try:
-            return cls(mode=str(values["mode"]), input_size=int(values["input_size"]))
+            mean_image = values.get("mean_image")
+            if mean_image is not None and not (isinstance(mean_image, Tensor) and mean_image.dim() == 3):
+                raise ValueError("its mean image is not a tensor of three dimensions")
+            return cls(str(values["mode"]), int(values["input_size"]), mean_image)
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"the checkpoint's preprocessing {dict(values)!r} is not understood: {error}"
-            ) from error
+            plain = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+            raise CheckpointError(f"the checkpoint's preprocessing {plain!r} is not understood: {error}") from error
 
 
 Transform = Callable[[Image.Image], Tensor]
 """An RGB image -> uint8 (3, input_size, input_size) in the mode's channel order."""
 
 
-def resize_shorter_side(pixels_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Scale so that the shorter side is `size`: bilinear, half-pixel centres, no antialiasing.
+def resize_shorter_side(image: Image.Image, size: int, *, antialias: bool) -> NDArray[np.uint8]:
+    """Scale so that the shorter side is `size`, bilinearly, half-pixel centres.
+
+    Without `antialias` as the release does, with it as torchvision does; the two also round the longer side
+    differently.
+
+    Returns:
+        (height, width, 3) RGB.
 
     Raises:
         BadImageError: the longer side would become enormous.
     """
-    height, width = pixels_HWC.shape[:2]
+    width, height = image.size
+    if (size / min(width, height)) ** 2 * width * height > LARGEST_RESIZED:
+        raise BadImageError(f"{width}x{height} pixels are too long and thin to be resized")
+    if antialias:
+        return np.asarray(functional.resize(image, [size], antialias=True))  # type: ignore[arg-type]  # Pillow too
+    pixels_HWC: NDArray[np.uint8] = np.asarray(image)
     shorter = min(height, width)
     target = (int(size / shorter * width + 0.5), int(size / shorter * height + 0.5))
-    if target[0] * target[1] > LARGEST_RESIZED:
-        raise BadImageError(f"{width}x{height} pixels are too long and thin to be resized")
     if target == (width, height):
         return pixels_HWC
     return cv2.resize(pixels_HWC, target, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
@@ -115,12 +165,11 @@ class EvalTransform:
     preprocess: Preprocess
 
     def __call__(self, image: Image.Image) -> Tensor:
-        size = self.preprocess.input_size
-        pixels_HWC = resize_shorter_side(np.asarray(image), self.preprocess.resize_size)
+        size, mode = self.preprocess.input_size, MODES[self.preprocess.mode]
+        pixels_HWC = resize_shorter_side(image, self.preprocess.resize_size, antialias=mode.antialias)
         top = round((pixels_HWC.shape[0] - size) / 2)
         left = round((pixels_HWC.shape[1] - size) / 2)
-        crop = pixels_HWC[top : top + size, left : left + size]
-        return _to_tensor(crop, MODES[self.preprocess.mode])
+        return _to_tensor(pixels_HWC[top : top + size, left : left + size], mode)
 
 
 @dataclass(frozen=True)
@@ -130,12 +179,11 @@ class ShiftTransform:
     preprocess: Preprocess
 
     def __call__(self, image: Image.Image) -> Tensor:
-        size = self.preprocess.input_size
-        pixels_HWC = resize_shorter_side(np.asarray(image), self.preprocess.resize_size)
+        size, mode = self.preprocess.input_size, MODES[self.preprocess.mode]
+        pixels_HWC = resize_shorter_side(image, self.preprocess.resize_size, antialias=mode.antialias)
         top = int(torch.randint(pixels_HWC.shape[0] - size + 1, ()))
         left = int(torch.randint(pixels_HWC.shape[1] - size + 1, ()))
-        crop = pixels_HWC[top : top + size, left : left + size]
-        return _to_tensor(crop, MODES[self.preprocess.mode])
+        return _to_tensor(pixels_HWC[top : top + size, left : left + size], mode)
 
 
 class ReleaseTransform:
@@ -155,11 +203,33 @@ class ReleaseTransform:
         return _to_tensor(np.asarray(self._augment(image)), MODES[self.preprocess.mode])
 
 
-AUGMENTATIONS: dict[str, Callable[[Preprocess], Transform]] = {
-    "release": ReleaseTransform,
-    "shift": ShiftTransform,
-    "none": EvalTransform,
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied."""
+
+    transform: Callable[[Preprocess], Transform]
+    lighting: bool = False
+    """Shift each image's colour by `draw_lighting`."""
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "release": Augmentation(ReleaseTransform),
+    "lighting": Augmentation(ReleaseTransform, lighting=True),
+    "shift": Augmentation(ShiftTransform),
+    "none": Augmentation(EvalTransform),
 }
+
+# Principal components of ImageNet's colours on a 0-1 scale: Krizhevsky et al., 2012, as the release has them.
+LIGHTING_STD = 0.1
+_EIGENVALUES = (0.2175, 0.0188, 0.0045)
+_EIGENVECTORS_RGB = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+def draw_lighting(mode: Mode) -> Tensor:
+    """AlexNet's colour noise: what to add to all pixels of one image, (3,) on the 0-255 scale, in `mode`'s order."""
+    weights = torch.randn(3) * LIGHTING_STD * torch.tensor(_EIGENVALUES)
+    shift_RGB = torch.tensor(_EIGENVECTORS_RGB) @ weights * 255
+    return shift_RGB.flip(0) if mode.channels == "BGR" else shift_RGB
 
 
 @contextmanager
@@ -176,12 +246,31 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(before)
 
 
-def to_input(images_NCHW: Tensor, preprocess: Preprocess, device: torch.device) -> Tensor:
-    """uint8 (N, 3, H, W) on the CPU -> float32 (N, 3, H, W) on `device`, normalised as the mode says."""
-    mode = MODES[preprocess.mode]
-    x_NCHW = images_NCHW.to(device, non_blocking=True).float()
-    if mode.mean is not None:
-        x_NCHW = x_NCHW - x_NCHW.new_tensor(mode.mean).view(1, 3, 1, 1)
-    if mode.std is not None:
-        x_NCHW = x_NCHW / x_NCHW.new_tensor(mode.std).view(1, 3, 1, 1)
-    return x_NCHW
+class ToInput:
+    """The second half: from uint8 images on the CPU to a network's input on `device`."""
+
+    def __init__(self, preprocess: Preprocess, device: torch.device) -> None:
+        mode = MODES[preprocess.mode]
+        self._device = device
+        self._mean = self._std = None
+        if preprocess.mean_image is not None:
+            self._mean = preprocess.mean_image.to(device)
+        elif mode.mean is not None:
+            self._mean = torch.tensor(mode.mean, device=device).view(3, 1, 1)
+        if mode.std is not None:
+            self._std = torch.tensor(mode.std, device=device).view(3, 1, 1)
+
+    def __call__(self, images_NCHW: Tensor, shift_NC: Tensor | None = None) -> Tensor:
+        """uint8 (N, 3, H, W) -> float32 (N, 3, H, W), normalised.
+
+        Args:
+            shift_NC: added to all pixels of an image before, on the 0-255 scale.
+        """
+        x_NCHW = images_NCHW.to(self._device, non_blocking=True).float()
+        if shift_NC is not None:
+            x_NCHW = x_NCHW + shift_NC.to(self._device, non_blocking=True)[:, :, None, None]
+        if self._mean is not None:
+            x_NCHW = x_NCHW - self._mean
+        if self._std is not None:
+            x_NCHW = x_NCHW / self._std
+        return x_NCHW

@@ -5,17 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from shufflenet_mlflow.checkpoint import NETWORK_KEYS, check_payload, load_checkpoint, read_checkpoint
+from shufflenet_mlflow.checkpoint import is_own, read_checkpoint
 from shufflenet_mlflow.client import connect, prepare_environment
 from shufflenet_mlflow.config import check_types
-from shufflenet_mlflow.data.folder import require_same_classes
+from shufflenet_mlflow.data.folder import ImageListing, require_same_classes
 from shufflenet_mlflow.data.loader import BadImageLog, worker_death
-from shufflenet_mlflow.data.preprocess import Preprocess
-from shufflenet_mlflow.errors import CheckpointError, ConfigError, ModelError
+from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
-from shufflenet_mlflow.models import create_model
+from shufflenet_mlflow.network import Architecture, Network, load_network
 from shufflenet_mlflow.planning import BATCH_SIZE, choose_device, list_folder
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve import resolve
@@ -25,9 +22,14 @@ from shufflenet_mlflow.tracking import Delivery, TrackedMetrics, TrackedRun, ado
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What to evaluate, and on what; None means as the checkpoint's run did."""
+    """What to evaluate, and on what; None means as the checkpoint says."""
 
     ref: str
+    model: str | None = None
+    choices: str | None = None
+    scales: str | None = None
+    input_size: int | None = None
+    mean_image: str | None = None
     val_dir: str | None = None
     batch_size: int | None = None
     workers: int | None = None
@@ -63,26 +65,6 @@ class EvalSummary:
         }
 
 
-def load_network(payload: Mapping[str, Any], source: str) -> tuple[nn.Module, Preprocess]:
-    """Build the network that a checkpoint names, with its weights.
-
-    Args:
-        payload: what `read_checkpoint` returned.
-        source: what to call it in messages.
-
-    Raises:
-        CheckpointError: it does not name its network, or does not fit it.
-    """
-    check_payload(payload, NETWORK_KEYS, source)
-    try:
-        model = create_model(payload["model"]["name"], **payload["model"]["kwargs"])
-    except (ModelError, TypeError) as error:
-        raise CheckpointError(f"{source}: its network cannot be built: {error}") from error
-    preprocess = Preprocess.from_dict(payload["preprocess"])
-    load_checkpoint(model, payload)
-    return model, preprocess
-
-
 def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) -> EvalSummary:
     """Evaluate a checkpoint on an image folder.
 
@@ -114,7 +96,7 @@ def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) 
 
 def _usable_config(payload: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint's configuration; empty if it has none that makes sense, which evaluation can do without."""
-    config = dict(payload.get("config", {}))
+    config = dict(payload.get("config", {})) if is_own(payload) else {}
     try:
         check_types(config)
     except ConfigError:
@@ -125,17 +107,21 @@ def _usable_config(payload: Mapping[str, Any]) -> dict[str, Any]:
 def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummary:
     resolved = resolve(request.ref, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
     payload = read_checkpoint(resolved.path)
-    model, preprocess = load_network(payload, repr(str(resolved.path)))
+    source = f"the checkpoint {str(resolved.path)!r}"
+    network = load_network(
+        payload,
+        source,
+        asked=Architecture.asked(vars(request)),
+        input_size=request.input_size,
+        mean_image=request.mean_image,
+    )
     trained = _usable_config(payload)
     skip_bad = request.on_bad_image == "skip"
     val_dir = request.val_dir if request.val_dir is not None else trained.get("val_dir")
+    if val_dir is None and not trained:
+        raise ConfigError(f"--val-dir is missing: {source} does not say on what it was validated")
     listing = list_folder(val_dir, "val", option="--val-dir", skip_bad=skip_bad, cache_dir=request.cache_dir)
-    require_same_classes(
-        payload["class_to_idx"],
-        listing,
-        expected_in=f"the checkpoint {str(resolved.path)!r}",
-        option="--val-dir",
-    )
+    _check_classes(network, listing, source, reporter)
     device = choose_device(request.device)
     settings = EvalSettings(
         batch_size=request.batch_size or trained.get("batch_size", BATCH_SIZE),
@@ -144,9 +130,9 @@ def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalS
     )
     try:
         result = evaluate(
-            model.to(device),
+            network.model.to(device),
             listing,
-            preprocess,
+            network.preprocess,
             settings,
             bad_images=BadImageLog(skip=skip_bad),
             reporter=reporter,
@@ -160,7 +146,28 @@ def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalS
     return EvalSummary(
         result=result,
         checkpoint=resolved.path,
-        run_id=payload.get("run_id") or resolved.run_id,
-        iters=int(payload.get("iters", resolved.iters)),
-        model=payload["model"]["name"],
+        run_id=(payload.get("run_id") if is_own(payload) else None) or resolved.run_id,
+        iters=payload["iters"] if is_own(payload) else resolved.iters,
+        model=network.architecture.name,
     )
+
+
+def _check_classes(network: Network, listing: ImageListing, source: str, reporter: Reporter) -> None:
+    """Refuse a folder whose classes are not the network's; say so where that cannot be known.
+
+    Raises:
+        DataError: the names differ, or there are more of them than the network tells apart.
+    """
+    if network.class_to_idx is not None:
+        require_same_classes(network.class_to_idx, listing, expected_in=source, option="--val-dir")
+    if len(listing.classes) > network.num_classes:
+        raise DataError(
+            f"--val-dir {str(listing.root)!r} has {len(listing.classes)} classes, {source} tells "
+            f"{network.num_classes} apart"
+        )
+    if network.class_to_idx is None:
+        last = len(listing.classes) - 1
+        reporter.note(
+            f"{source} does not name its classes: {listing.classes[0]!r} … {listing.classes[-1]!r} are taken for "
+            f"0 … {last} of its {network.num_classes}"
+        )

@@ -7,23 +7,17 @@ from typing import Any
 
 import torch
 
+from shufflenet_mlflow.checkpoint import load_checkpoint
 from shufflenet_mlflow.checkpoint.files import remove_temporaries
 from shufflenet_mlflow.client import connect, prepare_environment
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, TrainConfig, check_resumable
 from shufflenet_mlflow.errors import TrackingError
-from shufflenet_mlflow.models import create_model
-from shufflenet_mlflow.planning import (
-    Start,
-    TrainRequest,
-    check_same_data,
-    choose_device,
-    data_name,
-    find_start,
-    plan,
-)
+from shufflenet_mlflow.models.cost import model_cost
+from shufflenet_mlflow.planning import Plan, check_same_data, choose_device, data_name, plan
 from shufflenet_mlflow.recipe import make_optimizer, make_scheduler
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve import RunReference, parse_reference
+from shufflenet_mlflow.start import Init, Start, TrainRequest, find_init, find_start
 from shufflenet_mlflow.state import TrainingState
 from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking import (
@@ -74,15 +68,23 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
     """
     prepare_environment()
     start = find_start(request)
-    config, data = plan(request, start)
+    init = find_init(request) if start is None else None
+    planned = plan(request, start, init)
+    config, data = planned.config, planned.data
     if start is not None:
         check_resumable(start.config, config, new_run=request.new_run)
         check_same_data(start, data, new_run=request.new_run)
     device = choose_device(config.device)
-    state = _fresh_state(config, device)
+    state = _fresh_state(planned, device, first_weights=start is None)
     if start is not None:
         state.load_state_dict(start.payload, config)
-    run, made = _open_run(request, config, start)
+    if init is not None:
+        same = init.fits_classes(data.train.class_to_idx)
+        load_checkpoint(
+            state.model, init.payload, strict=False, reset_head=True if same else "always", source=repr(str(init.path))
+        )
+        reporter.note(f"begins with the weights of {init.path}")
+    run, made = _open_run(request, config, start, init)
     with ExitStack() as runs:
         for opened in filter(None, (made, run)):
             runs.enter_context(opened)
@@ -91,6 +93,7 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
         _describe(run, config, data)
         delivery = Delivery(run.client, run.run_id, warn=reporter.warn, note=reporter.note)
         metrics = TrackedMetrics(delivery, run.logged_steps() if start else {})
+        metrics.log(_cost(planned), 0)
         store = TrackedStore(save_dir, delivery, metrics)
         if start is not None and not request.new_run:
             reporter.note(f"continuing run {run.run_id} from iteration {start.iters} ({start.path})")
@@ -105,7 +108,7 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
             config=config,
             data=data,
             state=state,
-            constants=_constants(config, data),
+            constants=_constants(planned),
             store=store,
             sink=metrics,
             reporter=reporter,
@@ -128,14 +131,23 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
     return _summary(run, result, save_dir)
 
 
-def _fresh_state(config: TrainConfig, device: torch.device) -> TrainingState:
+def _fresh_state(planned: Plan, device: torch.device, *, first_weights: bool) -> TrainingState:
+    """The state before the first iteration.
+
+    Args:
+        first_weights: fetch the published weights, if they were asked for.
+    """
+    config = planned.config
     torch.manual_seed(config.seed)
-    model = create_model(config.model, config.num_classes).to(device)
+    pretrained = first_weights and config.pretrained
+    model = planned.architecture.build(config.num_classes, pretrained=pretrained).to(device)
     optimizer = make_optimizer(model, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     return TrainingState(model, optimizer, make_scheduler(optimizer, config.total_iters), device)
 
 
-def _open_run(request: TrainRequest, config: TrainConfig, start: Start | None) -> tuple[TrackedRun, TrackedRun | None]:
+def _open_run(
+    request: TrainRequest, config: TrainConfig, start: Start | None, init: Init | None
+) -> tuple[TrackedRun, TrackedRun | None]:
     """The run to write to: the resumed one, the one that `mlflow run` made, or a new one.
 
     Returns:
@@ -144,6 +156,8 @@ def _open_run(request: TrainRequest, config: TrainConfig, start: Start | None) -
     client = connect(request.tracking_uri)
     adopted = adopted_run_id()
     tags = {"network": config.model}
+    if init is not None and init.run_id is not None:
+        tags["init_from.run"] = init.run_id
     if start is not None and start.run_id is not None:
         if not request.new_run:
             made = None
@@ -187,9 +201,17 @@ def _describe(run: TrackedRun, config: TrainConfig, data: TrainData) -> None:
     run.log_dict(data.train.class_to_idx, "classes.json")
 
 
-def _constants(config: TrainConfig, data: TrainData) -> dict[str, Any]:
+def _cost(planned: Plan) -> dict[str, float]:
+    config = planned.config
+    cost = model_cost(config.model, config.num_classes, config.input_size, **planned.architecture.kwargs())
+    return {"model/parameters": cost.parameters, "model/macs": cost.macs}
+
+
+def _constants(planned: Plan) -> dict[str, Any]:
+    config, data = planned.config, planned.data
+    kwargs = {"num_classes": config.num_classes, **planned.architecture.kwargs()}
     return {
-        "model": {"name": config.model, "kwargs": {"num_classes": config.num_classes}},
+        "model": {"name": config.model, "kwargs": kwargs},
         "preprocess": data.preprocess.to_dict(),
         "class_to_idx": data.train.class_to_idx,
         "config": config.to_dict(),

@@ -1,40 +1,136 @@
 """The networks: one table of variants, `create_model` to build one, `list_models` to name them all."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from shufflenet_mlflow.checkpoint import load_checkpoint
 from shufflenet_mlflow.errors import ModelError
-from shufflenet_mlflow.models import oneshot, shufflenet_v2
+from shufflenet_mlflow.models import (
+    detnas,
+    oneshot,
+    shufflenet_v1,
+    shufflenet_v2,
+    shufflenet_v2_exlarge,
+    shufflenet_v2_large,
+    shufflenet_v2_plus,
+    torchvision_v2,
+)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: how to build a network, and what was published about it."""
+    """One row of the table: how to build a network, what it costs, and what was published about it."""
 
     name: str
     family: str
-    build: Callable[[str, int], nn.Module]
-    """(name, num_classes) -> the network."""
+    build: Callable[..., nn.Module]
+    """(name, num_classes, **options) -> the network."""
+    parameters: int
+    """With 1,000 classes; a test counts them."""
+    macs: int
+    """Multiply-accumulates for one image of 224x224 pixels; a test counts them."""
     top1_error: float
     """Published ImageNet-1k top-1 error of the released weights, percent."""
     top5_error: float
     """Published ImageNet-1k top-5 error of the released weights, percent."""
     preprocess: str = "bgr255"
     """The mode of `shufflenet_mlflow.data.preprocess` that the released weights expect."""
+    options: tuple[str, ...] = ()
+    """Further arguments of `build`."""
 
 
-# Errors: the README files of the original release.
+# Errors: the README files of the original release; for torchvision's, the metrics in its weights' metadata.
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant("shufflenet_v2_x0_5", "v2", shufflenet_v2.build, 38.9, 17.4),
-        Variant("shufflenet_v2_x1_0", "v2", shufflenet_v2.build, 30.6, 11.1),
-        Variant("shufflenet_v2_x1_5", "v2", shufflenet_v2.build, 27.4, 9.4),
-        Variant("shufflenet_v2_x2_0", "v2", shufflenet_v2.build, 25.0, 7.6),
-        Variant("shufflenet_oneshot", "oneshot", oneshot.build, 25.1, 8.0),
+        Variant("shufflenet_v1_x0_5_g3", "v1", shufflenet_v1.build, 717_324, 37_589_856, 42.7, 20.0),
+        Variant("shufflenet_v1_x1_0_g3", "v1", shufflenet_v1.build, 1_864_728, 137_460_672, 32.2, 12.3),
+        Variant("shufflenet_v1_x1_5_g3", "v1", shufflenet_v1.build, 3_441_168, 292_443_552, 28.4, 9.8),
+        Variant("shufflenet_v1_x2_0_g3", "v1", shufflenet_v1.build, 5_449_776, 524_045_184, 25.9, 8.6),
+        Variant("shufflenet_v1_x0_5_g8", "v1", shufflenet_v1.build, 1_010_448, 40_469_760, 41.2, 19.0),
+        Variant("shufflenet_v1_x1_0_g8", "v1", shufflenet_v1.build, 2_433_768, 138_365_952, 32.0, 13.6),
+        Variant("shufflenet_v1_x1_5_g8", "v1", shufflenet_v1.build, 4_268_952, 290_188_800, 29.0, 10.4),
+        Variant("shufflenet_v1_x2_0_g8", "v1", shufflenet_v1.build, 6_521_232, 521_942_016, 27.1, 9.2),
+        Variant("shufflenet_v2_x0_5", "v2", shufflenet_v2.build, 1_365_792, 40_476_448, 38.9, 17.4),
+        Variant("shufflenet_v2_x1_0", "v2", shufflenet_v2.build, 2_278_760, 145_814_296, 30.6, 11.1),
+        Variant("shufflenet_v2_x1_5", "v2", shufflenet_v2.build, 3_506_720, 298_970_656, 27.4, 9.4),
+        Variant("shufflenet_v2_x2_0", "v2", shufflenet_v2.build, 7_402_600, 590_783_000, 25.0, 7.6),
+        Variant("shufflenet_v2_plus_small", "v2_plus", shufflenet_v2_plus.build, 5_137_116, 155_845_008, 25.9, 8.3),
+        Variant("shufflenet_v2_plus_medium", "v2_plus", shufflenet_v2_plus.build, 5_679_840, 222_249_984, 24.3, 7.4),
+        Variant("shufflenet_v2_plus_large", "v2_plus", shufflenet_v2_plus.build, 6_768_220, 360_050_704, 22.9, 6.7),
+        Variant(
+            "shufflenet_oneshot",
+            "oneshot",
+            oneshot.build,
+            3_432_579,
+            327_857_920,
+            25.1,
+            8.0,
+            options=("choices", "scales"),
+        ),
+        Variant("detnas_voc_retinanet_300m", "detnas", detnas.build, 3_479_480, 360_625_984, 25.4, 8.1),
+        Variant("detnas_voc_fpn_300m", "detnas", detnas.build, 3_651_128, 349_524_544, 25.9, 8.3),
+        Variant("detnas_coco_retinanet_300m", "detnas", detnas.build, 3_725_320, 324_342_464, 26.0, 8.4),
+        Variant("detnas_coco_fpn_300m", "detnas", detnas.build, 3_533_112, 321_219_008, 26.2, 8.4),
+        Variant("detnas_coco_fpn_1_3g", "detnas", detnas.build, 10_426_328, 1_318_374_496, 22.8, 6.5),
+        Variant("detnas_coco_fpn_3_8g", "detnas", detnas.build, 31_444_596, 4_085_874_080, 21.6, 6.3),
+        Variant(
+            "shufflenet_v2_large",
+            "large",
+            shufflenet_v2_large.build,
+            140_685_664,
+            12_780_652_544,
+            18.56,
+            4.48,
+            "bgr255_mean",
+        ),
+        Variant(
+            "shufflenet_v2_exlarge", "exlarge", shufflenet_v2_exlarge.build, 271_283_296, 46_174_794_752, 15.52, 2.9
+        ),
+        Variant(
+            "torchvision/shufflenet_v2_x0_5",
+            "torchvision",
+            torchvision_v2.build,
+            1_366_792,
+            40_476_448,
+            39.45,
+            18.25,
+            "rgb_256",
+        ),
+        Variant(
+            "torchvision/shufflenet_v2_x1_0",
+            "torchvision",
+            torchvision_v2.build,
+            2_278_604,
+            144_907_992,
+            30.64,
+            11.68,
+            "rgb_256",
+        ),
+        Variant(
+            "torchvision/shufflenet_v2_x1_5",
+            "torchvision",
+            torchvision_v2.build,
+            3_503_624,
+            295_759_392,
+            27.0,
+            8.91,
+            "rgb_232",
+        ),
+        Variant(
+            "torchvision/shufflenet_v2_x2_0",
+            "torchvision",
+            torchvision_v2.build,
+            7_393_996,
+            583_253_464,
+            23.77,
+            6.99,
+            "rgb_232",
+        ),
     )
 }
 
@@ -58,16 +154,41 @@ def get_variant(name: str) -> Variant:
         raise ModelError(f"there is no network {name!r}; {hint}") from None
 
 
-def create_model(name: str, num_classes: int = 1000) -> nn.Module:
-    """Build the network `name` with freshly drawn weights.
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    *,
+    choices: Sequence[int] | None = None,
+    scales: Sequence[float] | None = None,
+    pretrained: bool = False,
+) -> nn.Module:
+    """Build the network `name` with freshly drawn, or with published, weights.
 
-    The network maps (N, 3, H, W) float images, H and W multiples of 32, to (N, num_classes) logits.
-    The original release's weights fit it key for key.
+    The network maps (N, 3, H, W) float images, H and W multiples of 32, to (N, num_classes) logits; Large and ExLarge
+    return four such logits in training mode, the main ones first. The original release's weights fit it key for key.
+
+    Args:
+        choices: `shufflenet_oneshot` only: for each of its 20 units 0, 1, 2 (kernels of 3, 5, 7) or 3 (Xception
+            branch); by default the released network's.
+        scales: `shufflenet_oneshot` only: for each unit the factor of its inner width, at most 2; by default the
+            released network's, or 1 where only `choices` are given.
+        pretrained: `torchvision/` networks only: load the weights that torchvision publishes, from torch.hub's cache
+            or over the network; a classifier of another width than theirs stays as it was drawn.
 
     Raises:
-        ModelError: no such network, or `num_classes` is below 1.
+        ModelError: no such network, or it does not take these arguments.
+        CheckpointError: the published weights could not be fetched, or cannot be used.
     """
     variant = get_variant(name)
-    if num_classes < 1:
-        raise ModelError(f"num_classes (={num_classes}) must be at least 1")
-    return variant.build(name, num_classes)
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ModelError(f"num_classes (={num_classes!r}) must be a whole number, at least 1")
+    options: dict[str, Any] = {"choices": choices, "scales": scales}
+    given = {key: value for key, value in options.items() if value is not None}
+    if foreign := [key for key in given if key not in variant.options]:
+        takers = [other.name for other in VARIANTS.values() if foreign[0] in other.options]
+        raise ModelError(f"{name} has no {' and no '.join(foreign)} to choose; only {', '.join(takers)} has")
+    weights = torchvision_v2.fetch_weights(name) if pretrained else None
+    model = variant.build(name, num_classes, **given)
+    if weights is not None:
+        load_checkpoint(model, weights, strict=False, reset_head=True, source=f"the published weights of {name}")
+    return model

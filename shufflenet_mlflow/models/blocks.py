@@ -3,10 +3,21 @@
 Shape letters: N batch, C channels, H height, W width.
 """
 
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from shufflenet_mlflow.errors import ModelError
+
+BN_EPS = 1e-5
+
+
+def relu() -> nn.Module:
+    """The activation of most networks of the series."""
+    return nn.ReLU(inplace=True)
 
 
 def conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -21,12 +32,79 @@ def conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1, g
     ]
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """`conv_bn` with a ReLU behind it."""
-    return [
-        *conv_bn(in_channels, out_channels, kernel, stride, groups),
-        nn.ReLU(inplace=True),
-    ]
+def conv_bn_act(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    activation: Callable[[], nn.Module] = relu,
+) -> list[nn.Module]:
+    """`conv_bn` with an activation behind it."""
+    return [*conv_bn(in_channels, out_channels, kernel, stride, groups), activation()]
+
+
+def named_conv_bn(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    *,
+    bias: bool = False,
+    eps: float = BN_EPS,
+    activate: bool = True,
+) -> nn.Sequential:
+    """Convolution, batch normalisation and ReLU under the names `conv`, `bn` and `relu`.
+
+    The later networks of the release call their members so; shapes as for `conv_bn`.
+
+    Args:
+        activate: put the ReLU behind it.
+    """
+    members: dict[str, nn.Module] = {
+        "conv": nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias),
+        "bn": nn.BatchNorm2d(out_channels, eps=eps),
+    }
+    if activate:
+        members["relu"] = relu()
+    return named(members)
+
+
+def named(members: dict[str, nn.Module]) -> nn.Sequential:
+    """`nn.Sequential` whose members have names instead of numbers."""
+    return nn.Sequential(OrderedDict(members))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a unit stands in a network whose every stage begins by halving the image."""
+
+    stage: int
+    """From 0."""
+    index: int
+    """Within the stage, from 0."""
+    in_channels: int
+    out_channels: int
+
+    @property
+    def stride(self) -> int:
+        """2 for the first unit of a stage."""
+        return 1 if self.index else 2
+
+
+def places(in_channels: int, widths: Sequence[int], repeats: Sequence[int]) -> Iterator[Place]:
+    """The units of consecutive stages, in order.
+
+    Args:
+        in_channels: what the first stage is given.
+        widths: channels that each stage yields.
+        repeats: units in each stage.
+    """
+    for stage, (width, count) in enumerate(zip(widths, repeats, strict=True)):
+        for index in range(count):
+            yield Place(stage, index, in_channels, width)
+            in_channels = width
 
 
 def split_even_odd(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,43 +115,70 @@ def split_even_odd(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     return x_NCHW[:, 0::2], x_NCHW[:, 1::2]
 
 
-def shuffle_branch(in_channels: int, mid_channels: int, out_channels: int, kernel: int, stride: int) -> nn.Sequential:
+def shuffle_branch(
+    in_channels: int,
+    mid_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int,
+    activation: Callable[[], nn.Module] = relu,
+) -> nn.Sequential:
     """The ShuffleNetV2 branch: 1x1, depthwise `kernel` x `kernel`, 1x1 (arXiv:1807.11164, fig. 3).
 
     (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride).
     """
     return nn.Sequential(
-        *conv_bn_relu(in_channels, mid_channels, 1),
+        *conv_bn_act(in_channels, mid_channels, 1, activation=activation),
         *conv_bn(mid_channels, mid_channels, kernel, stride, groups=mid_channels),
-        *conv_bn_relu(mid_channels, out_channels, 1),
+        *conv_bn_act(mid_channels, out_channels, 1, activation=activation),
     )
 
 
-def xception_branch(in_channels: int, mid_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+def xception_branch(
+    in_channels: int,
+    mid_channels: int,
+    out_channels: int,
+    stride: int,
+    activation: Callable[[], nn.Module] = relu,
+) -> nn.Sequential:
     """Three depthwise-separable 3x3 convolutions; only the first strides (arXiv:1904.00420, sec. 4).
 
     (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride).
     """
     return nn.Sequential(
         *conv_bn(in_channels, in_channels, 3, stride, groups=in_channels),
-        *conv_bn_relu(in_channels, mid_channels, 1),
+        *conv_bn_act(in_channels, mid_channels, 1, activation=activation),
         *conv_bn(mid_channels, mid_channels, 3, groups=mid_channels),
-        *conv_bn_relu(mid_channels, mid_channels, 1),
+        *conv_bn_act(mid_channels, mid_channels, 1, activation=activation),
         *conv_bn(mid_channels, mid_channels, 3, groups=mid_channels),
-        *conv_bn_relu(mid_channels, out_channels, 1),
+        *conv_bn_act(mid_channels, out_channels, 1, activation=activation),
     )
 
 
-def projection(channels: int, kernel: int) -> nn.Sequential:
+def projection(channels: int, kernel: int, activation: Callable[[], nn.Module] = relu) -> nn.Sequential:
     """The shortcut of a unit that halves the image: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
     return nn.Sequential(
         *conv_bn(channels, channels, kernel, stride=2, groups=channels),
-        *conv_bn_relu(channels, channels, 1),
+        *conv_bn_act(channels, channels, 1, activation=activation),
     )
 
 
+def require_splittable(in_channels: int, out_channels: int) -> None:
+    """Check the widths of a unit that passes half of its channels on.
+
+    Raises:
+        ModelError: they differ, or are not divisible by 4: it is split in two halves whose parity must continue
+            into the next unit.
+    """
+    if in_channels != out_channels or in_channels % 4:
+        raise ModelError(
+            f"a stride-1 unit needs in_channels (={in_channels}) equal to out_channels "
+            f"(={out_channels}) and divisible by 4"
+        )
+
+
 class ShuffleUnit(nn.Module):
-    """One unit of the V2 family.
+    """One unit of V2, V2+ and OneShot.
 
     With stride 1, `in_channels` must equal `out_channels`: the even channels pass, the odd ones go
     through the branch. With stride 2 the whole input goes through the branch and the projection.
@@ -85,10 +190,11 @@ class ShuffleUnit(nn.Module):
         mid_channels: width inside the branch.
         kernel: 3, 5 or 7, of the depthwise convolution (the Xception branch always has 3).
         xception: use the Xception branch.
+        activation: makes each of its activations.
+        squeeze: gates the branch's output, (N, C, H, W) -> the same, C being what the branch adds to the output.
 
     Raises:
-        ModelError: `in_channels` is not divisible by 4 (stride 1: it is split in two halves whose
-            parity must continue into the next unit), or differs from `out_channels`.
+        ModelError: the widths do not suit a unit of stride 1; see `require_splittable`.
     """
 
     branch_proj: nn.Sequential | None
@@ -102,21 +208,22 @@ class ShuffleUnit(nn.Module):
         kernel: int,
         stride: int,
         xception: bool = False,
+        activation: Callable[[], nn.Module] = relu,
+        squeeze: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        if stride == 1 and (in_channels != out_channels or in_channels % 4):
-            raise ModelError(
-                f"a stride-1 unit needs in_channels (={in_channels}) equal to out_channels "
-                f"(={out_channels}) and divisible by 4"
-            )
+        if stride == 1:
+            require_splittable(in_channels, out_channels)
         branch_in = in_channels // 2 if stride == 1 else in_channels
         branch_out = out_channels - branch_in
         self.branch_main = (
-            xception_branch(branch_in, mid_channels, branch_out, stride)
+            xception_branch(branch_in, mid_channels, branch_out, stride, activation)
             if xception
-            else shuffle_branch(branch_in, mid_channels, branch_out, kernel, stride)
+            else shuffle_branch(branch_in, mid_channels, branch_out, kernel, stride, activation)
         )
-        self.branch_proj = projection(in_channels, kernel) if stride == 2 else None
+        if squeeze is not None:
+            self.branch_main.append(squeeze(branch_out))
+        self.branch_proj = projection(in_channels, kernel, activation) if stride == 2 else None
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if self.branch_proj is None:
@@ -125,15 +232,18 @@ class ShuffleUnit(nn.Module):
         return torch.cat((self.branch_proj(x_NCHW), self.branch_main(x_NCHW)), 1)
 
 
-def initialise(model: nn.Module) -> None:
+def initialise(model: nn.Module, *, small: tuple[str, ...] = ("first",)) -> None:
     """Draw the initial weights as the original release does (its networks' `_initialize_weights`).
 
-    Convolutions whose path contains "first" are N(0, 0.01), the others N(0, 1 / fan-in per
-    position), linear layers N(0, 0.01); batch normalisation starts at weight 1, bias 1e-4.
+    Convolutions are N(0, 1 / weight.shape[1]), linear layers N(0, 0.01), biases 0; batch normalisation starts at
+    weight 1, bias 1e-4.
+
+    Args:
+        small: convolutions whose path contains one of these words are N(0, 0.01) instead.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            std = 0.01 if "first" in name else 1.0 / module.weight.shape[1]
+            std = 0.01 if any(word in name for word in small) else 1.0 / module.weight.shape[1]
             nn.init.normal_(module.weight, 0, std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

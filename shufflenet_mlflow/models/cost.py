@@ -1,12 +1,12 @@
 """What a network costs: parameters, and multiply-accumulates of one image."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from shufflenet_mlflow.models import get_variant
+from shufflenet_mlflow.models import create_model
 
 
 @dataclass(frozen=True)
@@ -14,20 +14,24 @@ class Cost:
     """Size and work of a network."""
 
     parameters: int
-    macs: int
-    """Multiply-accumulates of convolutions and linear layers for one image."""
-
-
-def count_parameters(model: nn.Module) -> int:
     """How many numbers training adjusts."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    macs: int
+    """Multiply-accumulates of convolutions and linear layers for one image, in evaluation."""
 
 
-def model_cost(name: str, num_classes: int = 1000, input_size: int = 224) -> Cost:
-    """Count on the meta device: shapes are followed, nothing is allocated or computed."""
+def model_cost(name: str, num_classes: int = 1000, input_size: int = 224, **options: Any) -> Cost:
+    """Count on the meta device: shapes are followed, nothing is allocated or computed.
+
+    Args:
+        options: further arguments of `create_model`.
+
+    Raises:
+        ModelError: see `create_model`.
+    """
     with torch.device("meta"):
-        model = get_variant(name).build(name, num_classes).eval()
+        model = create_model(name, num_classes, **options).eval()
         image_NCHW = torch.empty(1, 3, input_size, input_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image_NCHW)
-    return Cost(count_parameters(model), counter.get_total_flops() // 2)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(parameters, counter.get_total_flops() // 2)

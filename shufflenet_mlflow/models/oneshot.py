@@ -1,16 +1,19 @@
 """The network found by Single Path One-Shot search: Guo et al., 2019, arXiv:1904.00420.
 
-Choices and scales are those of the released network. Each of the 20 units has one of four branches (a
-ShuffleNetV2 branch with a 3x3, 5x5 or 7x7 kernel, or an Xception branch) and a searched inner width.
+Each of the 20 units has one of four branches (a ShuffleNetV2 branch with a 3x3, 5x5 or 7x7 kernel, or an Xception
+branch) and a searched inner width. Choices and scales are those of the released network unless others are given.
 """
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from shufflenet_mlflow.models.blocks import ShuffleUnit, conv_bn_relu, initialise
+from shufflenet_mlflow.errors import ModelError
+from shufflenet_mlflow.models.blocks import Place, ShuffleUnit, conv_bn_act, initialise, places
 
 STAGE_UNITS = (4, 4, 8, 4)
+UNITS = sum(STAGE_UNITS)
 STAGE_WIDTHS = (64, 160, 320, 640)
 FIRST_WIDTH = 16
 LAST_WIDTH = 1024
@@ -19,10 +22,11 @@ DROPOUT = 0.1
 KERNELS = (3, 5, 7, 3)
 XCEPTION = 3
 """The choice that means the Xception branch; the others index `KERNELS`."""
-SCALES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)
+LARGEST_SCALE = 2.0
+"""The search space ends at 1.6; a number above 2 is an index into it that was taken for a scale."""
 
 CHOICES = (0, 0, 3, 1, 1, 1, 0, 0, 2, 0, 2, 1, 1, 0, 2, 0, 2, 1, 3, 2)
-SCALE_IDS = (6, 5, 3, 5, 2, 6, 3, 4, 2, 5, 7, 5, 4, 6, 7, 4, 4, 5, 4, 3)
+SCALES = (1.4, 1.2, 0.8, 1.2, 0.6, 1.4, 0.8, 1.0, 0.6, 1.2, 1.6, 1.2, 1.0, 1.4, 1.6, 1.0, 1.0, 1.2, 1.0, 0.8)
 
 
 class ShuffleNetOneShot(nn.Module):
@@ -30,31 +34,30 @@ class ShuffleNetOneShot(nn.Module):
 
     Args:
         choices: per unit, an index into `KERNELS` (3 is the Xception branch).
-        scale_ids: per unit, an index into `SCALES`.
+        scales: per unit, the inner width over half the unit's width; above 0, at most `LARGEST_SCALE`.
+
+    Raises:
+        ModelError: there are not 20 of each, or one cannot be.
     """
 
-    def __init__(self, choices: Sequence[int], scale_ids: Sequence[int], num_classes: int) -> None:
+    def __init__(self, num_classes: int, choices: Sequence[int] = CHOICES, scales: Sequence[float] = SCALES) -> None:
         super().__init__()
-        self.first_conv = nn.Sequential(*conv_bn_relu(3, FIRST_WIDTH, 3, stride=2))
-        units: list[nn.Module] = []
-        in_channels = FIRST_WIDTH
-        searched = iter(zip(choices, scale_ids, strict=True))
-        for width, repeats in zip(STAGE_WIDTHS, STAGE_UNITS, strict=True):
-            for index in range(repeats):
-                choice, scale_id = next(searched)
-                units.append(
-                    ShuffleUnit(
-                        in_channels,
-                        width,
-                        mid_channels=int(width // 2 * SCALES[scale_id]),
-                        kernel=KERNELS[choice],
-                        stride=2 if index == 0 else 1,
-                        xception=choice == XCEPTION,
-                    )
-                )
-                in_channels = width
-        self.features = nn.Sequential(*units)
-        self.conv_last = nn.Sequential(*conv_bn_relu(in_channels, LAST_WIDTH, 1))
+        check_choices(choices)
+        check_scales(scales)
+
+        def unit(place: Place, choice: int, scale: float) -> ShuffleUnit:
+            return ShuffleUnit(
+                place.in_channels,
+                place.out_channels,
+                mid_channels=int(place.out_channels // 2 * scale),
+                kernel=KERNELS[choice],
+                stride=place.stride,
+                xception=choice == XCEPTION,
+            )
+
+        self.first_conv = nn.Sequential(*conv_bn_act(3, FIRST_WIDTH, 3, stride=2))
+        self.features = nn.Sequential(*map(unit, places(FIRST_WIDTH, STAGE_WIDTHS, STAGE_UNITS), choices, scales))
+        self.conv_last = nn.Sequential(*conv_bn_act(STAGE_WIDTHS[-1], LAST_WIDTH, 1))
         self.globalpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(DROPOUT)
         self.classifier = nn.Sequential(nn.Linear(LAST_WIDTH, num_classes, bias=False))
@@ -67,6 +70,38 @@ class ShuffleNetOneShot(nn.Module):
         return logits
 
 
-def build(name: str, num_classes: int) -> ShuffleNetOneShot:
-    """The released network, freshly initialised; `name` is there for the table's sake."""
-    return ShuffleNetOneShot(CHOICES, SCALE_IDS, num_classes)
+def check_choices(choices: Sequence[int]) -> None:
+    """Raise ModelError unless `choices` holds 20 integers of 0..3."""
+    if len(choices) != UNITS:
+        raise ModelError(f"choices: there are {len(choices)}, not {UNITS}, one per unit")
+    for choice in choices:
+        if type(choice) is not int or choice not in range(len(KERNELS)):
+            raise ModelError(f"choices: {choice!r} is none of 0, 1, 2 (kernels 3, 5, 7) and 3 (Xception)")
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """Raise ModelError unless `scales` holds 20 factors that leave each unit some width."""
+    if len(scales) != UNITS:
+        raise ModelError(f"scales: there are {len(scales)}, not {UNITS}, one per unit")
+    narrowest = STAGE_WIDTHS[0] // 2
+    for scale in scales:
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
+        if not number or not 1 / narrowest <= scale <= LARGEST_SCALE:
+            raise ModelError(
+                f"scales: {scale!r} is not a factor of {1 / narrowest} to {LARGEST_SCALE}; the search space has "
+                "0.2, 0.4 … 1.6 (the factors themselves, not their indices)"
+            )
+
+
+def build(
+    name: str, num_classes: int, choices: Sequence[int] | None = None, scales: Sequence[float] | None = None
+) -> ShuffleNetOneShot:
+    """The released network or another of its search space, freshly initialised; `name` is there for the table's sake.
+
+    Args:
+        choices: by default the released network's.
+        scales: by default the released network's; with `choices` alone, 1 for every unit.
+    """
+    if scales is None:
+        scales = SCALES if choices is None else [1.0] * UNITS
+    return ShuffleNetOneShot(num_classes, CHOICES if choices is None else choices, scales)

@@ -7,7 +7,7 @@ x2.0 drops out 20 % of the features before the classifier.
 
 from torch import Tensor, nn
 
-from shufflenet_mlflow.models.blocks import ShuffleUnit, conv_bn_relu, initialise
+from shufflenet_mlflow.models.blocks import Place, ShuffleUnit, conv_bn_act, initialise, places
 
 STAGE_UNITS = (4, 8, 4)
 
@@ -22,6 +22,12 @@ WIDTHS: dict[str, tuple[int, int, int, int, int]] = {
 DROPOUT = {"shufflenet_v2_x2_0": 0.2}
 
 
+def _unit(place: Place) -> ShuffleUnit:
+    return ShuffleUnit(
+        place.in_channels, place.out_channels, mid_channels=place.out_channels // 2, kernel=3, stride=place.stride
+    )
+
+
 class ShuffleNetV2(nn.Module):
     """(N, 3, H, W) float images -> (N, num_classes) logits; H and W multiples of 32.
 
@@ -33,17 +39,10 @@ class ShuffleNetV2(nn.Module):
     def __init__(self, widths: tuple[int, int, int, int, int], num_classes: int, dropout: float = 0.0) -> None:
         super().__init__()
         first, *stages, last = widths
-        self.first_conv = nn.Sequential(*conv_bn_relu(3, first, 3, stride=2))
+        self.first_conv = nn.Sequential(*conv_bn_act(3, first, 3, stride=2))
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        units: list[nn.Module] = []
-        in_channels = first
-        for width, repeats in zip(stages, STAGE_UNITS, strict=True):
-            for index in range(repeats):
-                stride = 2 if index == 0 else 1
-                units.append(ShuffleUnit(in_channels, width, mid_channels=width // 2, kernel=3, stride=stride))
-                in_channels = width
-        self.features = nn.Sequential(*units)
-        self.conv_last = nn.Sequential(*conv_bn_relu(in_channels, last, 1))
+        self.features = nn.Sequential(*map(_unit, places(first, stages, STAGE_UNITS)))
+        self.conv_last = nn.Sequential(*conv_bn_act(stages[-1], last, 1))
         self.globalpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.classifier = nn.Sequential(nn.Linear(last, num_classes, bias=False))

@@ -1,0 +1,146 @@
+"""The mean image that Large subtracts from its input: computing one, and its two file formats.
+
+A mean image is kept as float32 (height, width, 3), BGR, on the 0-255 scale: in OpenCV's XML under the name `MeanImg`,
+as the original release does, or as `.npy`.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shufflenet_mlflow.checkpoint.files import temporary_beside
+from shufflenet_mlflow.data.folder import ImageListing
+from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
+from shufflenet_mlflow.data.preprocess import EvalTransform, Preprocess
+from shufflenet_mlflow.data.sampler import EvalBatches
+from shufflenet_mlflow.errors import DataError
+from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.stopping import StopFlag
+
+XML_NAME = "MeanImg"
+SUFFIXES = (".npy", ".xml")
+BATCH_SIZE = 64
+
+
+def mean_image(
+    listing: ImageListing, input_size: int, *, workers: int, bad_images: BadImageLog, reporter: Reporter, stop: StopFlag
+) -> NDArray[np.float32]:
+    """The mean of all images, each prepared as for evaluation.
+
+    Returns:
+        (input_size, input_size, 3) BGR, 0-255.
+
+    Raises:
+        DataError: a file could not be read and is not to be skipped, or none could be read.
+        StopRequested: a signal arrived.
+    """
+    dataset = ImageDataset(listing, EvalTransform(Preprocess("bgr255", input_size)), replace_bad=False)
+    batches = EvalBatches(len(listing), BATCH_SIZE)
+    loader = make_loader(dataset, batches, workers=workers, pin_memory=False)
+    total = torch.zeros(3, input_size, input_size, dtype=torch.float64)
+    n = 0
+    with reporter.phase("averaging", len(batches)) as phase:
+        for batch in batches_of(loader):
+            stop.check()
+            for bad in bad_images.new_in(batch):
+                reporter.warn(f"left out: {bad}")
+            if len(batch.labels_N):
+                total += batch.images_NCHW.sum(0, dtype=torch.float64)
+                n += len(batch.labels_N)
+            phase.advance()
+    if not n:
+        raise DataError(f"none of the files in {str(listing.root)!r} is a readable image")
+    return (total / n).permute(1, 2, 0).numpy().astype(np.float32)
+
+
+def check_suffix(path: Path) -> None:
+    """Raise DataError unless the file's name says one of the two formats."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"the mean image {str(path)!r} must be called .npy, or .xml for OpenCV's format")
+
+
+def write_mean_image(path: Path, mean_HWC: NDArray[np.float32]) -> None:
+    """Write a mean image in the format that the file's suffix names; the file appears whole or not at all.
+
+    Raises:
+        DataError: the suffix is another one, or the file cannot be written.
+    """
+    check_suffix(path)
+    aside = temporary_beside(path)
+    aside = aside.with_name(f"{aside.name}{path.suffix.lower()}")  # both writers look at the suffix
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() == ".npy":
+            np.save(aside, mean_HWC)
+        else:
+            storage = cv2.FileStorage(str(aside), cv2.FILE_STORAGE_WRITE)
+            storage.write(XML_NAME, mean_HWC)
+            storage.release()
+        read_mean_image(aside)  # OpenCV does not report a full disk
+        os.replace(aside, path)
+    except (OSError, cv2.error, SystemError) as error:
+        raise DataError(f"cannot write the mean image {str(path)!r}: {_reason(error)}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_mean_image(path: Path) -> Tensor:
+    """Read a mean image.
+
+    Returns:
+        float32 (3, height, width), BGR, 0-255.
+
+    Raises:
+        DataError: it is missing, in another format, or holds what no mean image can hold.
+    """
+    check_suffix(path)
+    if not path.is_file():
+        raise DataError(f"the mean image {str(path)!r} does not exist; `shufflenet data mean DIR` makes one")
+    try:
+        mean_HWC = _read_npy(path) if path.suffix.lower() == ".npy" else _read_xml(path)
+    except OSError as error:
+        raise DataError(f"the mean image {str(path)!r} cannot be read: {_reason(error)}") from error
+    if mean_HWC is None:
+        what = "an array of numbers" if path.suffix.lower() == ".npy" else f"OpenCV XML with a matrix {XML_NAME!r}"
+        raise DataError(f"the mean image {str(path)!r} does not hold {what}")
+    if mean_HWC.ndim != 3 or mean_HWC.shape[2] != 3 or mean_HWC.dtype.kind not in "fiu":
+        raise DataError(
+            f"the mean image {str(path)!r} is {mean_HWC.dtype} of shape {mean_HWC.shape}, not numbers of "
+            "(height, width, 3)"
+        )
+    mean_HWC = mean_HWC.astype(np.float32)
+    low, high = float(mean_HWC.min()), float(mean_HWC.max())
+    if not (low >= 0 and 1 < high <= 255):  # NaN fails as well
+        raise DataError(f"the mean image {str(path)!r} spans {low:g} to {high:g}; it must be on the 0-255 scale")
+    return torch.from_numpy(np.ascontiguousarray(mean_HWC.transpose(2, 0, 1)))
+
+
+def _read_npy(path: Path) -> NDArray[Any] | None:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):  # no array, cut short, or objects
+        return None
+    return loaded if isinstance(loaded, np.ndarray) else None
+
+
+def _read_xml(path: Path) -> NDArray[Any] | None:
+    try:
+        storage = cv2.FileStorage(str(path), cv2.FILE_STORAGE_READ)
+        matrix: NDArray[Any] | None = storage.getNode(XML_NAME).mat()
+        storage.release()
+    except (cv2.error, SystemError):  # no XML, cut short, or another kind of node
+        return None
+    return matrix
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

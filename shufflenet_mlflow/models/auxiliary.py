@@ -1,0 +1,73 @@
+"""What Large and ExLarge share: heads that help training, and channel gates made of linear layers."""
+
+from torch import Tensor, nn
+
+from shufflenet_mlflow.models.blocks import BN_EPS, named_conv_bn
+
+Logits = Tensor | tuple[Tensor, ...]
+"""Of a network with auxiliary heads: in training the main logits, then those of the heads."""
+
+
+def stem(widths: tuple[int, ...], *, eps: float = BN_EPS) -> nn.Sequential:
+    """3x3 convolutions of which the first strides: (N, 3, H, W) -> (N, widths[-1], H / 2, W / 2)."""
+    inputs = (3, *widths)
+    return nn.Sequential(
+        *(named_conv_bn(inputs[i], width, 3, stride=1 if i else 2, eps=eps) for i, width in enumerate(widths))
+    )
+
+
+def gate(x_NCHW: Tensor, block: nn.Module) -> Tensor:
+    """Each channel times what `block`, (N, C) -> (N, C), makes of all channels' means."""
+    gates_NC: Tensor = block(x_NCHW.mean((2, 3)))
+    return x_NCHW * gates_NC[:, :, None, None]
+
+
+class AuxiliaryHead(nn.Module):
+    """A classifier on features from the middle of the network: (N, in_channels, H, W) -> (N, num_classes)."""
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int, *, eps: float = BN_EPS) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.conv = nn.Sequential(
+            named_conv_bn(in_channels, channels, 1, eps=eps),
+            named_conv_bn(channels, channels, 3, eps=eps),
+        )
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        x_NC = self.conv(self.pool(x_NCHW)).mean((2, 3))
+        logits: Tensor = self.fc(x_NC)
+        return logits
+
+
+class DeeplySupervised(nn.Module):
+    """The frame of both networks; their constructors fill in its members.
+
+    Shapes:
+        (N, 3, H, W) float images -> (N, num_classes) logits; H and W multiples of 32. In training mode it returns
+        four such logits: its own, then those of `predict_14`, `predict_28` and `predict_56`.
+    """
+
+    first_conv: nn.Sequential
+    maxpool: nn.MaxPool2d
+    features: nn.Sequential
+    """Four stages; the heads look at the first three."""
+    predict_56: AuxiliaryHead
+    predict_28: AuxiliaryHead
+    predict_14: AuxiliaryHead
+
+    def classify(self, x_NCHW: Tensor) -> Tensor:
+        """From the last stage's features to the main logits."""
+        raise NotImplementedError
+
+    def forward(self, x_NCHW: Tensor) -> Logits:
+        x_NCHW = self.maxpool(self.first_conv(x_NCHW))
+        outputs: list[Tensor] = []
+        for stage in self.features:
+            x_NCHW = stage(x_NCHW)
+            outputs.append(x_NCHW)
+        logits = self.classify(x_NCHW)
+        if not self.training:
+            return logits
+        after1, after2, after3, _ = outputs
+        return logits, self.predict_14(after3), self.predict_28(after2), self.predict_56(after1)

@@ -1,0 +1,118 @@
+"""ShuffleNetV1: Zhang et al., "ShuffleNet", 2017, arXiv:1707.01083, table 1.
+
+The pointwise convolutions have `groups` groups; a shuffle between them lets the groups mix. The released
+networks shuffle in the inverse order of the paper's figure 1, and their classifier has no bias.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from shufflenet_mlflow.errors import ModelError
+from shufflenet_mlflow.models.blocks import Place, conv_bn, conv_bn_act, initialise, places
+
+STAGE_UNITS = (4, 8, 4)
+
+# name -> groups, and widths of first_conv and the three stages
+VARIANTS: dict[str, tuple[int, tuple[int, int, int, int]]] = {
+    "shufflenet_v1_x0_5_g3": (3, (12, 120, 240, 480)),
+    "shufflenet_v1_x1_0_g3": (3, (24, 240, 480, 960)),
+    "shufflenet_v1_x1_5_g3": (3, (24, 360, 720, 1440)),
+    "shufflenet_v1_x2_0_g3": (3, (48, 480, 960, 1920)),
+    "shufflenet_v1_x0_5_g8": (8, (16, 192, 384, 768)),
+    "shufflenet_v1_x1_0_g8": (8, (24, 384, 768, 1536)),
+    "shufflenet_v1_x1_5_g8": (8, (24, 576, 1152, 2304)),
+    "shufflenet_v1_x2_0_g8": (8, (48, 768, 1536, 3072)),
+}
+
+
+def shuffle(x_NCHW: Tensor, groups: int) -> Tensor:
+    """Channel i goes to place (i % groups) * C / groups + i // groups: (N, C, H, W) -> the same shape.
+
+    This is the inverse of `nn.ChannelShuffle(groups)`.
+    """
+    N, C, H, W = x_NCHW.shape
+    return x_NCHW.view(N, C // groups, groups, H, W).transpose(1, 2).reshape(N, C, H, W)
+
+
+class GroupedUnit(nn.Module):
+    """Grouped 1x1, shuffle inside, depthwise 3x3, grouped 1x1.
+
+    Shapes:
+        (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride). With stride 1 the branch is added to
+        its input, with stride 2 it is put behind the average-pooled input.
+
+    Args:
+        groups: of both pointwise convolutions.
+        first_groups: of the first one, where that differs.
+
+    Raises:
+        ModelError: a width cannot be divided into the groups, or a stride-1 unit would change the width.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, groups: int, stride: int, first_groups: int | None = None
+    ) -> None:
+        super().__init__()
+        mid = out_channels // 4
+        added = out_channels - in_channels if stride == 2 else out_channels
+        first_groups = first_groups or groups
+        if stride == 1 and in_channels != out_channels:
+            raise ModelError(
+                f"a stride-1 unit needs in_channels (={in_channels}) equal to out_channels (={out_channels})"
+            )
+        if in_channels % first_groups or mid % groups or mid % first_groups or added % groups:
+            raise ModelError(f"{in_channels} -> {out_channels} channels cannot be divided into {groups} groups")
+        self.groups = groups
+        self.branch_main_1 = nn.Sequential(
+            *conv_bn_act(in_channels, mid, 1, groups=first_groups),
+            *conv_bn(mid, mid, 3, stride, groups=mid),
+        )
+        self.branch_main_2 = nn.Sequential(*conv_bn(mid, added, 1, groups=groups))
+        self.branch_proj = nn.AvgPool2d(kernel_size=3, stride=2, padding=1) if stride == 2 else None
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        branch = self.branch_main_2(shuffle(self.branch_main_1(x_NCHW), self.groups))
+        if self.branch_proj is None:
+            return functional.relu(x_NCHW + branch)
+        return torch.cat((self.branch_proj(x_NCHW), functional.relu(branch)), 1)
+
+
+class ShuffleNetV1(nn.Module):
+    """(N, 3, H, W) float images -> (N, num_classes) logits; H and W multiples of 32.
+
+    Args:
+        groups: of the pointwise convolutions, but for the very first one.
+        widths: channels of `first_conv` and the three stages.
+    """
+
+    def __init__(self, groups: int, widths: tuple[int, int, int, int], num_classes: int) -> None:
+        super().__init__()
+        first, *stages = widths
+        self.first_conv = nn.Sequential(*conv_bn_act(3, first, 3, stride=2))
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+        def unit(place: Place) -> GroupedUnit:
+            return GroupedUnit(
+                place.in_channels,
+                place.out_channels,
+                groups=groups,
+                stride=place.stride,
+                first_groups=1 if place.stage == place.index == 0 else None,
+            )
+
+        self.features = nn.Sequential(*map(unit, places(first, stages, STAGE_UNITS)))
+        self.globalpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(nn.Linear(stages[-1], num_classes, bias=False))
+        initialise(self)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        x_NCHW = self.features(self.maxpool(self.first_conv(x_NCHW)))
+        logits: Tensor = self.classifier(self.globalpool(x_NCHW).flatten(1))
+        return logits
+
+
+def build(name: str, num_classes: int) -> ShuffleNetV1:
+    """The variant `name` of `VARIANTS`, freshly initialised."""
+    groups, widths = VARIANTS[name]
+    return ShuffleNetV1(groups, widths, num_classes)

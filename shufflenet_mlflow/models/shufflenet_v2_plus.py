@@ -1,0 +1,89 @@
+"""ShuffleNetV2+: a strengthened V2 of the release, with OneShot's searched branches, hard swish and SE.
+
+Not in a paper of its own; its description is the release's `ShuffleNetV2+` folder.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from shufflenet_mlflow.models.blocks import Place, ShuffleUnit, conv_bn_act, initialise, places, relu
+from shufflenet_mlflow.models.oneshot import CHOICES, KERNELS, STAGE_UNITS, XCEPTION
+
+LAST_WIDTH = 1280
+DROPOUT = 0.2
+HARD_SWISH_FROM = 1
+"""The first stage, counted from 0, whose units have hard swish instead of ReLU."""
+SQUEEZE_FROM = 2
+"""The first stage whose branches end in an SE."""
+
+# name -> widths of first_conv and the four stages
+WIDTHS: dict[str, tuple[int, int, int, int, int]] = {
+    "shufflenet_v2_plus_small": (16, 36, 104, 208, 416),
+    "shufflenet_v2_plus_medium": (16, 48, 128, 256, 512),
+    "shufflenet_v2_plus_large": (16, 68, 168, 336, 672),
+}
+
+
+class SqueezeExcite(nn.Module):
+    """(N, C, H, W) -> the same, each channel times a gate in 0..1 computed from all channels' means."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.SE_opr = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            *conv_bn_act(channels, channels // 4, 1),
+            nn.Conv2d(channels // 4, channels, 1, bias=False),
+            nn.Hardsigmoid(),
+        )
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        gated: Tensor = x_NCHW * self.SE_opr(x_NCHW)
+        return gated
+
+
+def _unit(place: Place, choice: int) -> ShuffleUnit:
+    activation: Callable[[], nn.Module] = nn.Hardswish if place.stage >= HARD_SWISH_FROM else relu
+    return ShuffleUnit(
+        place.in_channels,
+        place.out_channels,
+        mid_channels=place.out_channels // 2,
+        kernel=KERNELS[choice],
+        stride=place.stride,
+        xception=choice == XCEPTION,
+        activation=activation,
+        squeeze=SqueezeExcite if place.stage >= SQUEEZE_FROM else None,
+    )
+
+
+class ShuffleNetV2Plus(nn.Module):
+    """(N, 3, H, W) float images -> (N, num_classes) logits; H and W multiples of 32.
+
+    Args:
+        widths: channels of `first_conv` and the four stages.
+    """
+
+    def __init__(self, widths: tuple[int, int, int, int, int], num_classes: int) -> None:
+        super().__init__()
+        first, *stages = widths
+        self.first_conv = nn.Sequential(*conv_bn_act(3, first, 3, stride=2, activation=nn.Hardswish))
+        self.features = nn.Sequential(*map(_unit, places(first, stages, STAGE_UNITS), CHOICES))
+        self.conv_last = nn.Sequential(*conv_bn_act(stages[-1], LAST_WIDTH, 1, activation=nn.Hardswish))
+        self.globalpool = nn.AdaptiveAvgPool2d(1)
+        self.LastSE = SqueezeExcite(LAST_WIDTH)
+        self.fc = nn.Sequential(nn.Linear(LAST_WIDTH, LAST_WIDTH, bias=False), nn.Hardswish())
+        self.dropout = nn.Dropout(DROPOUT)
+        self.classifier = nn.Sequential(nn.Linear(LAST_WIDTH, num_classes, bias=False))
+        initialise(self, small=("first", "SE"))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        x_NCHW = self.conv_last(self.features(self.first_conv(x_NCHW)))
+        x_NC = torch.flatten(self.LastSE(self.globalpool(x_NCHW)), 1)
+        logits: Tensor = self.classifier(self.dropout(self.fc(x_NC)))
+        return logits
+
+
+def build(name: str, num_classes: int) -> ShuffleNetV2Plus:
+    """The variant `name` of `WIDTHS`, freshly initialised."""
+    return ShuffleNetV2Plus(WIDTHS[name], num_classes)

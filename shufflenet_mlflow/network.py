@@ -1,0 +1,240 @@
+"""From a checkpoint to the network that it belongs to, whoever wrote it.
+
+This project's checkpoints name their network, input and classes. Those of the original release hold weights only, so
+the network must be named, and the width of its classifier is read from the file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shufflenet_mlflow.checkpoint import check_payload, head_of, is_own, load_checkpoint, weights_of
+from shufflenet_mlflow.config import parse_numbers
+from shufflenet_mlflow.data.mean import read_mean_image
+from shufflenet_mlflow.data.preprocess import MODES, REFERENCE_SIZE, Preprocess
+from shufflenet_mlflow.errors import CheckpointError, ConfigError, ModelError
+from shufflenet_mlflow.models import VARIANTS, create_model, get_variant
+
+ARCHITECTURE = ("choices", "scales")
+"""Arguments of `create_model` that make another network of it."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Which network it is, but for the width of its classifier."""
+
+    name: str
+    choices: tuple[int, ...] | None = None
+    scales: tuple[float, ...] | None = None
+
+    @classmethod
+    def asked(cls, options: Mapping[str, Any]) -> "Architecture | None":
+        """The network that the options `model`, `choices` and `scales` name; None where they name none.
+
+        Raises:
+            ConfigError: choices or scales are not numbers, or stand without a network.
+            ModelError: there is no such network.
+        """
+        given = {name: options[name] for name in ("choices", "scales") if options.get(name) is not None}
+        model = options.get("model")
+        if model is None:
+            if given:
+                raise ConfigError(f"--{next(iter(given))} needs --model shufflenet_oneshot")
+            return None
+        choices = parse_numbers(given["choices"], "choices", int) if "choices" in given else None
+        scales = parse_numbers(given["scales"], "scales", float) if "scales" in given else None
+        architecture = cls(model, choices, scales)
+        architecture.check()
+        return architecture
+
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments of `create_model` besides name and number of classes."""
+        given = {"choices": self.choices, "scales": self.scales}
+        return {key: list(value) for key, value in given.items() if value is not None}
+
+    def check(self) -> None:
+        """Raise ModelError if there is no such network."""
+        with torch.device("meta"):
+            self.build(1)
+
+    def build(self, num_classes: int, *, pretrained: bool = False) -> nn.Module:
+        """The network, with freshly drawn or published weights.
+
+        Raises:
+            ModelError: there is no such network.
+            CheckpointError: the published weights could not be fetched, or cannot be used.
+        """
+        return create_model(self.name, num_classes, **self.kwargs(), pretrained=pretrained)
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a checkpoint says about its network; None where it says nothing."""
+
+    architecture: Architecture | None
+    preprocess: Preprocess | None
+    class_to_idx: Mapping[str, int] | None
+
+
+def describe(payload: Mapping[str, Any], source: str) -> Described:
+    """What the checkpoint says about its network.
+
+    Args:
+        payload: what `read_checkpoint` returned.
+        source: what to call it in messages.
+
+    Raises:
+        CheckpointError: it says something that is not understood.
+    """
+    if not is_own(payload):
+        return Described(None, None, None)
+    check_payload(payload, ("state_dict",), source)
+    return Described(
+        architecture=_architecture(payload["model"], source) if "model" in payload else None,
+        preprocess=Preprocess.from_dict(payload["preprocess"]) if "preprocess" in payload else None,
+        class_to_idx=payload.get("class_to_idx"),
+    )
+
+
+def _architecture(model: Mapping[str, Any], source: str) -> Architecture:
+    kwargs = {key: value for key, value in model["kwargs"].items() if key != "num_classes"}
+    if unknown := sorted(set(map(str, kwargs)) - set(ARCHITECTURE)):
+        raise CheckpointError(f"{source}: its network has the arguments {unknown}, which are not understood")
+    if not all(isinstance(value, (list, tuple)) for value in kwargs.values()):
+        raise CheckpointError(f"{source}: its network's arguments are not lists")
+    architecture = Architecture(model["name"], **{key: tuple(value) for key, value in kwargs.items()})
+    try:
+        architecture.check()
+    except ModelError as error:
+        raise CheckpointError(f"{source}: its network cannot be built: {error}") from error
+    return architecture
+
+
+def identify(payload: Mapping[str, Any], source: str, asked: Architecture | None) -> Architecture:
+    """The network that the checkpoint or the user names.
+
+    Args:
+        payload: what `read_checkpoint` returned.
+        source: what to call it in messages.
+        asked: what the user named, if anything.
+
+    Raises:
+        ConfigError: neither names one, or they name two different ones.
+        CheckpointError: what the checkpoint says is not understood.
+    """
+    described = describe(payload, source).architecture
+    if described is None:
+        if asked is not None:
+            return asked
+        fitting = guess_networks(weights_of(payload, source))
+        hint = f"it fits --model {' or '.join(fitting)}" if fitting else "pass --model NAME (see `shufflenet models`)"
+        raise ConfigError(f"{source} does not name its network; {hint}")
+    if asked is None or asked in (described, Architecture(described.name)):
+        return described
+    if asked.name != described.name:
+        raise ConfigError(f"{source} holds {described.name}, not --model {asked.name}; leave --model out")
+    raise ConfigError(f"{source} holds {described.name} with other choices or scales; leave --choices and --scales out")
+
+
+def guess_networks(weights: Mapping[str, Tensor]) -> list[str]:
+    """The networks of the table that `weights` fit, but for the classifiers and auxiliary heads."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    fitting = []
+    for name in VARIANTS:
+        with torch.device("meta"):
+            model = create_model(name)
+        own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if not _is_of_head(key, model)}
+        if own.items() <= shapes.items():
+            fitting.append(name)
+    return fitting
+
+
+def _is_of_head(key: str, model: nn.Module) -> bool:
+    return key.startswith("predict_") or key.rpartition(".")[0] == head_of(model)
+
+
+def classes_in(weights: Mapping[str, Tensor], architecture: Architecture) -> int:
+    """The width of the classifier among `weights`; 1000 if it has none."""
+    with torch.device("meta"):
+        head = head_of(architecture.build(1))
+    weight = weights.get(f"{head}.weight")
+    return 1000 if weight is None or not weight.dim() or not len(weight) else len(weight)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with its weights, and what belongs to it."""
+
+    model: nn.Module
+    architecture: Architecture
+    num_classes: int
+    preprocess: Preprocess
+    class_to_idx: Mapping[str, int] | None
+    """None: the file does not name its classes."""
+
+
+def load_network(
+    payload: Mapping[str, Any],
+    source: str,
+    *,
+    asked: Architecture | None = None,
+    input_size: int | None = None,
+    mean_image: str | None = None,
+) -> Network:
+    """Build the network that a checkpoint belongs to, with its weights, on the CPU.
+
+    Args:
+        payload: what `read_checkpoint` returned.
+        source: what to call it in messages.
+        asked: the network that the user named; needed where the checkpoint names none.
+        input_size: pixels; by default as the checkpoint says, or `REFERENCE_SIZE`.
+        mean_image: a file; by default the checkpoint's own, if it has one.
+
+    Raises:
+        ConfigError: it does not name its network and none was asked for, or another one was.
+        CheckpointError: it does not fit the network.
+    """
+    architecture = identify(payload, source, asked)
+    described = describe(payload, source)
+    weights = weights_of(payload, source)
+    num_classes = classes_in(weights, architecture)
+    preprocess = choose_preprocess(
+        architecture,
+        input_size or (described.preprocess.input_size if described.preprocess else REFERENCE_SIZE),
+        mean_image=mean_image,
+        stored=described.preprocess,
+    )
+    model = architecture.build(num_classes)
+    load_checkpoint(model, weights, strict=False, source=source)
+    return Network(model, architecture, num_classes, preprocess, described.class_to_idx)
+
+
+def choose_preprocess(
+    architecture: Architecture,
+    input_size: int,
+    *,
+    mean_image: str | None = None,
+    stored: Preprocess | None = None,
+) -> Preprocess:
+    """The network's preprocessing at `input_size`.
+
+    Args:
+        mean_image: a file; by default the one in `stored`.
+        stored: what a checkpoint says.
+
+    Raises:
+        ConfigError: the network takes no mean image, or it is of another size.
+        DataError: the mean image cannot be read.
+    """
+    mode = stored.mode if stored is not None else get_variant(architecture.name).preprocess
+    if mean_image is None:
+        mean = stored.mean_image if stored is not None else None
+        return Preprocess(mode, input_size, mean)
+    if not MODES[mode].takes_mean_image:
+        takers = [variant.name for variant in VARIANTS.values() if MODES[variant.preprocess].takes_mean_image]
+        raise ConfigError(f"--mean-image is for {', '.join(takers)}; {architecture.name} has no use for one")
+    return Preprocess(mode, input_size, read_mean_image(Path(mean_image)))

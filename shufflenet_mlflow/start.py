@@ -1,0 +1,150 @@
+"""What a training run begins with: a checkpoint to continue, or one whose weights it takes over."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shufflenet_mlflow.checkpoint import FINAL_TAG, RESUME_KEYS, check_payload, is_own, parse_name, read_checkpoint
+from shufflenet_mlflow.config import check_types
+from shufflenet_mlflow.errors import CheckpointError, ConfigError, ResumeError
+from shufflenet_mlflow.network import Architecture, Described, describe, identify
+from shufflenet_mlflow.resolve import newest_valid, resolve
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What a user asked for."""
+
+    options: Mapping[str, Any]
+    """Fields of `TrainConfig`, and `epochs`; only those that were given."""
+    resume: str = "auto"
+    """`auto`, `none` or a checkpoint reference."""
+    new_run: bool = False
+    save_dir: Path | None = None
+    tracking_uri: str | None = None
+    experiment: str | None = None
+    run_name: str | None = None
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that training continues from."""
+
+    path: Path
+    payload: Mapping[str, Any]
+    in_cache: bool
+    """It was fetched from a run; otherwise it lies where it was found on the disk."""
+
+    @property
+    def iters(self) -> int:
+        return int(self.payload["iters"])
+
+    @property
+    def run_id(self) -> str | None:
+        run_id: str | None = self.payload["run_id"]
+        return run_id
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.payload["config"])
+
+    @property
+    def best_top1(self) -> float | None:
+        """The best validation accuracy up to here."""
+        best = self.payload.get("best")
+        return best["val_top1"] if best else None
+
+    @property
+    def is_best(self) -> bool:
+        """Whether that was the accuracy of this very state."""
+        return self.best_top1 is not None and self.payload["best"]["iters"] == self.iters
+
+    def is_final(self, total_iters: int) -> bool:
+        """Whether nothing is left to do."""
+        name = parse_name(self.path.name)
+        return name is not None and name.tag == FINAL_TAG and self.iters >= total_iters
+
+
+@dataclass(frozen=True)
+class Init:
+    """The checkpoint whose weights training begins with."""
+
+    path: Path
+    payload: Mapping[str, Any]
+    architecture: Architecture
+    described: Described
+    run_id: str | None
+    """The run that it belongs to."""
+
+    def fits_classes(self, class_to_idx: Mapping[str, int]) -> bool:
+        """Whether its classifier, as far as it says, tells these classes apart."""
+        named = self.described.class_to_idx
+        return named is None or dict(named) == dict(class_to_idx)
+
+
+def find_init(request: TrainRequest) -> Init | None:
+    """The checkpoint that `--init-from` names; None without one.
+
+    Raises:
+        ConfigError: its network is not known, or is another one than the options name.
+        UnresolvedError, CheckpointError, TrackingError: the reference could not be resolved.
+    """
+    ref = request.options.get("init_from")
+    if ref is None:
+        return None
+    if request.options.get("pretrained"):
+        raise ConfigError("--init-from and --pretrained exclude each other; give one of them")
+    resolved = resolve(ref, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
+    payload = read_checkpoint(resolved.path)
+    source = repr(str(resolved.path))
+    architecture = identify(payload, source, Architecture.asked(request.options))
+    described = describe(payload, source)
+    run_id = payload.get("run_id") if is_own(payload) else None
+    return Init(resolved.path, payload, architecture, described, run_id or resolved.run_id)
+
+
+def find_start(request: TrainRequest) -> Start | None:
+    """The checkpoint to continue from; None for a fresh start.
+
+    Raises:
+        ResumeError: the folder holds another run's checkpoints, or the checkpoint holds weights only.
+        UnresolvedError, CheckpointError, TrackingError: the reference could not be resolved.
+    """
+    directory = request.save_dir
+    found = newest_valid(directory) if directory is not None else None
+    if request.resume == "none":
+        if found is not None:
+            raise ResumeError(
+                f"--save-dir {str(directory)!r} holds checkpoints already; --resume auto continues them, "
+                "another --save-dir begins anew"
+            )
+        return None
+    if request.resume == "auto":
+        if found is None:
+            return None
+        if request.new_run:
+            raise ResumeError(
+                f"--save-dir {str(directory)!r} holds the run's own checkpoints; for a fork pass "
+                f"--resume {directory} and another --save-dir"
+            )
+        return _load_start(found.path, in_cache=False)
+    resolved = resolve(request.resume, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
+    start = _load_start(resolved.path, in_cache=resolved.run_id is not None)
+    if found is not None:
+        there = read_checkpoint(found.path).get("run_id")
+        if request.new_run or there != start.run_id:
+            raise ResumeError(f"--save-dir {str(directory)!r} holds checkpoints of run {there}; name another folder")
+    return start
+
+
+def _load_start(path: Path, *, in_cache: bool) -> Start:
+    payload = read_checkpoint(path)
+    source = repr(str(path))
+    check_payload(payload, RESUME_KEYS, source)
+    try:
+        check_types(payload["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{source}: its configuration is not understood: {error}") from error
+    return Start(path, payload, in_cache)
