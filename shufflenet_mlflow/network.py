@@ -6,13 +6,14 @@ the network must be named, and the width of its classifier is read from the file
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shufflenet_mlflow.checkpoint import check_payload, head_of, is_own, load_checkpoint, weights_of
+from shufflenet_mlflow.checkpoint import AUXILIARY_PREFIX, check_payload, head_of, is_own, load_checkpoint, weights_of
 from shufflenet_mlflow.config import parse_numbers
 from shufflenet_mlflow.data.mean import read_mean_image
 from shufflenet_mlflow.data.preprocess import MODES, REFERENCE_SIZE, Preprocess
@@ -142,19 +143,21 @@ def identify(payload: Mapping[str, Any], source: str, asked: Architecture | None
 
 def guess_networks(weights: Mapping[str, Tensor]) -> list[str]:
     """The networks of the table that `weights` fit, but for the classifiers and auxiliary heads."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    fitting = []
-    for name in VARIANTS:
-        with torch.device("meta"):
-            model = create_model(name)
-        own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if not _is_of_head(key, model)}
-        if own.items() <= shapes.items():
-            fitting.append(name)
-    return fitting
+    shapes = {(key, tuple(tensor.shape)) for key, tensor in weights.items()}
+    return [name for name in VARIANTS if _body(name) <= shapes]
 
 
-def _is_of_head(key: str, model: nn.Module) -> bool:
-    return key.startswith("predict_") or key.rpartition(".")[0] == head_of(model)
+@cache
+def _body(name: str) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """Keys and shapes of all but the heads."""
+    with torch.device("meta"):
+        model = create_model(name)
+    head = head_of(model)
+    return frozenset(
+        (key, tuple(tensor.shape))
+        for key, tensor in model.state_dict().items()
+        if not key.startswith(AUXILIARY_PREFIX) and key.rpartition(".")[0] != head
+    )
 
 
 def classes_in(weights: Mapping[str, Tensor], architecture: Architecture) -> int:

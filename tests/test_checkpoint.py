@@ -16,7 +16,7 @@ import torch
 from conftest import assert_equal_payloads
 from torch import nn
 
-from shufflenet_mlflow import create_model, load_checkpoint
+from shufflenet_mlflow import load_checkpoint
 from shufflenet_mlflow.checkpoint import (
     checkpoint_name,
     files,
@@ -34,7 +34,6 @@ from shufflenet_mlflow.errors import (
     CheckpointError,
     ConfigError,
     CorruptCheckpointError,
-    MismatchError,
     UnsafeCheckpointError,
 )
 
@@ -341,78 +340,11 @@ def test_code_in_a_checkpoint_never_runs(legacy: bool, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-# ---------------------------------------------------------------- loading
-
-
-def assert_same_weights(first: nn.Module, second: nn.Module) -> None:
-    for (key, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
-        assert torch.equal(one, other), key
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-@pytest.mark.parametrize("bare", [True, False])
-@pytest.mark.parametrize("legacy", [True, False])
-def test_original_files_load(prefix: str, bare: bool, legacy: bool, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    source, target = create_model("shufflenet_v2_x0_5", 10), create_model("shufflenet_v2_x0_5", 10)
-    state_dict = {prefix + key: value for key, value in source.state_dict().items()}
-    path = tmp_path / "model.pkl"
-    torch.save(state_dict if bare else {"state_dict": state_dict}, path, _use_new_zipfile_serialization=not legacy)
-    report = load_checkpoint(target, path)
-    assert len(report.loaded) == 337
-    assert not (report.missing or report.unexpected or report.reshaped)
-    assert_same_weights(source, target)
-    load_checkpoint(nn.DataParallel(target), torch.load(path, weights_only=True))
-
-
-def test_strict_names_what_does_not_fit_and_leaves_the_model_alone() -> None:
-    torch.manual_seed(0)
-    model = small_model()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    wrong = {**small_model().state_dict(), "3.weight": torch.ones(5, 4), "extra": torch.ones(1)}
-    del wrong["0.bias"]
-    with pytest.raises(
-        MismatchError,
-        match=r"1 missing: 0.bias; 1 unexpected: extra; 1 reshaped: 3.weight; 3.weight is \(5, 4\) in the checkpoint",
-    ):
-        load_checkpoint(model, {"state_dict": wrong})
-    assert_equal_payloads(dict(model.state_dict()), before)
-
-
-class WithAuxiliaryHead(nn.Module):
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.features = nn.Linear(4, 4)
-        self.fc = nn.Linear(4, classes)
-        self.predict_14 = nn.Linear(4, classes)
-
-
-def test_tolerant_lets_auxiliary_heads_lack_and_nothing_else() -> None:
-    model, source = WithAuxiliaryHead(3), WithAuxiliaryHead(3).state_dict()
-    without = {key: value for key, value in source.items() if not key.startswith("predict_")}
-    with pytest.raises(MismatchError, match="predict_14.weight"):
-        load_checkpoint(model, without)
-    report = load_checkpoint(model, without, strict=False)
-    assert report.missing == ("predict_14.weight", "predict_14.bias")
-    assert torch.equal(model.fc.weight, source["fc.weight"])
-    del without["features.bias"]
-    with pytest.raises(MismatchError, match="1 missing: features.bias"):
-        load_checkpoint(model, without, strict=False)
-
-
-def test_tolerant_resets_a_head_of_another_width_only_when_asked() -> None:
-    model = WithAuxiliaryHead(10)
-    before = model.fc.weight.clone()
-    source = {key: value for key, value in WithAuxiliaryHead(1000).state_dict().items() if "predict" not in key}
-    with pytest.raises(MismatchError, match="2 reshaped: fc.weight, fc.bias"):
-        load_checkpoint(model, source, strict=False)
-    report = load_checkpoint(model, source, strict=False, reset_head=True)
-    assert report.reshaped == ("fc.weight", "fc.bias")
-    assert torch.equal(model.fc.weight, before)
-    assert torch.equal(model.features.weight, source["features.weight"])
-
-
-@pytest.mark.parametrize("payload", [{}, {"epoch": 3}, {"state_dict": 5}, {"state_dict": {}}])
-def test_dicts_without_weights(payload: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match="holds no state dict"):
-        load_checkpoint(small_model(), payload)
+def test_a_tensor_of_several_names_is_stored_once(tmp_path: Path) -> None:
+    weight = torch.randn(1000, 100)
+    large = torch.randn(100, 1000)
+    state = {"a": weight, "b": weight, "part": large[:10], "again": large[:10]}
+    path, record = write_checkpoint({"state_dict": state}, 1, directory=tmp_path)
+    assert record.bytes < 4 * (weight.numel() + large[:10].numel()) + 5_000
+    loaded = read_checkpoint(path)["state_dict"]
+    assert_equal_payloads(loaded, {key: value.clone() for key, value in state.items()})

@@ -1,6 +1,7 @@
 """Image folders, preprocessing, the order of samples."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -23,14 +24,18 @@ from shufflenet_mlflow.data.loader import (
     Batch,
     ImageDataset,
     batches_of,
+    decode,
     make_loader,
     worker_death,
 )
+from shufflenet_mlflow.data.mean import mean_image, read_mean_image, write_mean_image
 from shufflenet_mlflow.data.preprocess import (
     AUGMENTATIONS,
+    MODES,
     EvalTransform,
     Preprocess,
     ToInput,
+    draw_lighting,
     seeded,
 )
 from shufflenet_mlflow.data.sampler import (
@@ -39,7 +44,9 @@ from shufflenet_mlflow.data.sampler import (
     SampleOrder,
     TrainBatches,
 )
-from shufflenet_mlflow.errors import BadImageError, ConfigError, DataError
+from shufflenet_mlflow.errors import BadImageError, CheckpointError, ConfigError, DataError
+from shufflenet_mlflow.reporting import LoggingReporter
+from shufflenet_mlflow.stopping import StopFlag
 
 # ---------------------------------------------------------------- folders
 
@@ -158,6 +165,58 @@ def test_pixels_reach_the_network_as_bgr_0_255() -> None:
     assert x[0, :, 5, 5].tolist() == [0.0, 10.0, 200.0]
 
 
+def test_large_gets_bgr_minus_the_mean() -> None:
+    red = Image.new("RGB", (50, 40), (200, 10, 0))
+    plain = Preprocess("bgr255_mean", 32)
+    x = ToInput(plain, torch.device("cpu"))(EvalTransform(plain)(red)[None])
+    torch.testing.assert_close(x[0, :, 5, 5], torch.tensor([0 - 103.53, 10 - 116.28, 200 - 123.675]))
+    mean = torch.rand(3, 32, 32) * 255
+    with_image = Preprocess("bgr255_mean", 32, mean)
+    x = ToInput(with_image, torch.device("cpu"))(EvalTransform(with_image)(red)[None])
+    torch.testing.assert_close(x[0], torch.tensor([0.0, 10.0, 200.0]).view(3, 1, 1) - mean)
+
+
+def test_lighting_is_alexnets() -> None:
+    """The covariance of its shifts is that of Krizhevsky et al.: P diag((0.1 * eigenvalues)^2) P^T, times 255^2."""
+    vectors = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    values = torch.tensor([0.2175, 0.0188, 0.0045])
+    expected = vectors @ torch.diag((0.1 * 255 * values) ** 2) @ vectors.T
+    with seeded(0):
+        shifts_RGB = torch.stack([draw_lighting(MODES["rgb_256"]) for _ in range(20_000)])
+    with seeded(0):
+        shifts_BGR = torch.stack([draw_lighting(MODES["bgr255"]) for _ in range(20_000)])
+    assert torch.equal(shifts_BGR, shifts_RGB.flip(1))
+    assert shifts_RGB.mean(0).abs().max() < 0.1
+    torch.testing.assert_close(shifts_RGB.T.cov(), expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lighting_reaches_the_network_without_rounding(images: Path, workers: int) -> None:
+    listing = list_images(images / "train")
+    preprocess = Preprocess("bgr255_mean", 32)
+    batches = TrainBatches(SampleOrder(len(listing), 8, 0), 0, 4)
+    seen: dict[str, list[Batch]] = {}
+    for name in ("release", "lighting"):
+        augmentation = AUGMENTATIONS[name]
+        dataset = ImageDataset(
+            listing,
+            augmentation.transform(preprocess),
+            lighting=partial(draw_lighting, MODES[preprocess.mode]) if augmentation.lighting else None,
+            replace_bad=True,
+        )
+        seen[name] = list(batches_of(make_loader(dataset, batches, workers=workers, pin_memory=False)))
+    to_input = ToInput(preprocess, torch.device("cpu"))
+    shifts = set()
+    for plain, lit in zip(seen["release"], seen["lighting"], strict=True):
+        assert plain.shift_NC is None
+        assert lit.shift_NC is not None
+        assert torch.equal(plain.images_NCHW, lit.images_NCHW)  # the same crops, flips and colours
+        difference = to_input(lit.images_NCHW, lit.shift_NC) - to_input(plain.images_NCHW)
+        torch.testing.assert_close(difference, lit.shift_NC[:, :, None, None].expand_as(difference), rtol=0, atol=1e-4)
+        shifts |= {tuple(shift.tolist()) for shift in lit.shift_NC}
+    assert len(shifts) == 32
+
+
 def test_release_augmentation_is_torchvisions_with_the_releases_parameters() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     reference = v2.Compose([v2.RandomResizedCrop(32), v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomHorizontalFlip(0.5)])
@@ -177,6 +236,89 @@ def test_shift_augmentation_only_moves_the_crop() -> None:
     seen = {AUGMENTATIONS["shift"].transform(preprocess)(image).numpy().tobytes() for _ in range(200)}
     assert seen <= crops
     assert len(seen) > 20
+
+
+# ---------------------------------------------------------------- the mean image
+
+
+def test_the_mean_image_is_the_mean(images: Path, tmp_path: Path) -> None:
+    listing = list_images(images / "train")
+    mean = mean_image(
+        listing, 32, workers=0, bad_images=BadImageLog(skip=False), reporter=LoggingReporter(), stop=StopFlag()
+    )
+    transform = EvalTransform(Preprocess("bgr255", 32))
+    pixels = np.stack([transform(decode(str(listing.root / sample.path))).numpy() for sample in listing.samples])
+    expected = pixels.astype(np.float64).mean(0)
+    assert mean.shape == (32, 32, 3)
+    np.testing.assert_allclose(mean.transpose(2, 0, 1), expected, rtol=1e-6)
+    for name in ("mean.npy", "mean.xml"):
+        write_mean_image(tmp_path / name, mean)
+        assert np.array_equal(read_mean_image(tmp_path / name).numpy(), mean.transpose(2, 0, 1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mean.npy", "mean.xml"]
+
+
+def test_opencvs_xml_is_read_as_opencv_reads_it(tmp_path: Path) -> None:
+    mean = np.random.default_rng(0).random((4, 4, 3)) * 255
+    storage = cv2.FileStorage(str(tmp_path / "mean.xml"), cv2.FILE_STORAGE_WRITE)
+    storage.write("Other", np.zeros((2, 2)))
+    storage.write("MeanImg", mean)  # in double precision
+    storage.release()
+    torch.testing.assert_close(read_mean_image(tmp_path / "mean.xml"), torch.tensor(mean).permute(2, 0, 1).float())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.png", b"", "must be called .npy, or .xml"),
+        ("a.npy", None, "does not exist; `shufflenet data mean DIR` makes one"),
+        ("a.npy", b"", "does not hold an array of numbers"),
+        ("a.npy", b"hello", "does not hold an array of numbers"),
+        ("a.npy", np.array([{}], object), "does not hold an array of numbers"),
+        ("a.npy", np.zeros((3, 4, 4)), r"is float64 of shape \(3, 4, 4\), not numbers of \(height, width, 3\)"),
+        ("a.npy", np.full((4, 4, 3), 0.5), "spans 0.5 to 0.5; it must be on the 0-255 scale"),
+        ("a.npy", np.full((4, 4, 3), np.nan), "spans nan to nan"),
+        ("a.npy", np.full((4, 4, 3), -1), "spans -1 to -1"),
+        ("a.npy", np.zeros((0, 4, 3)), "not numbers of"),
+        ("a.xml", b"", "does not hold OpenCV XML with a matrix 'MeanImg'"),
+        ("a.xml", b"hello", "does not hold OpenCV XML"),
+        ("a.xml", b"<?xml version='1.0'?><opencv_storage><A>1</A></opencv_storage>", "does not hold OpenCV XML"),
+        ("a.xml", b"<?xml version='1.0'?><opencv_storage><MeanImg>1</MeanImg></opencv_storage>", "does not hold"),
+        ("a.xml", b"<?xml version='1.0'?><opencv_storage><MeanImg type_id='opencv-matrix'><rows>4", "does not hold"),
+    ],
+)
+def test_files_that_are_no_mean_image(name: str, content: object, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content, allow_pickle=True)
+    with pytest.raises(DataError, match=message) as caught:
+        read_mean_image(path)
+    assert repr(str(path)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mean_image_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot write the mean image '/dev/null/x.npy': File exists"):
+        write_mean_image(Path("/dev/null/x.npy"), np.full((4, 4, 3), 100, np.float32))
+
+
+def test_a_mean_image_must_fit() -> None:
+    with pytest.raises(ConfigError, match="the mean image has 64x32 pixels, the input 32x32"):
+        Preprocess("bgr255_mean", 32, torch.zeros(3, 32, 64))
+    with pytest.raises(ConfigError, match="a mean image is for networks with bgr255_mean input, not bgr255"):
+        Preprocess("bgr255", 32, torch.zeros(3, 32, 32))
+
+
+def test_preprocessing_survives_a_checkpoint() -> None:
+    preprocess = Preprocess("bgr255_mean", 32, torch.rand(3, 32, 32))
+    again = Preprocess.from_dict(preprocess.to_dict())
+    assert again == preprocess
+    assert again.has_mean_of(preprocess)
+    assert not again.has_mean_of(Preprocess("bgr255_mean", 32))
+    for strange in ({"mean_image": 5}, {"mean_image": torch.zeros(3)}, {"input_size": "x"}, {"mode": "hsv"}):
+        with pytest.raises(CheckpointError, match="preprocessing .* is not understood"):
+            Preprocess.from_dict({**preprocess.to_dict(), **strange})
 
 
 @pytest.mark.parametrize(("mode", "size"), [("bgr255", 50), ("bgr255", 0), ("hsv", 32)])

@@ -1,6 +1,6 @@
 """The checkpoint file: its format, writing, verification, loading."""
 
-from shufflenet_mlflow.checkpoint.load import LoadReport, head_of, load_checkpoint, weights_of
+from shufflenet_mlflow.checkpoint.load import AUXILIARY_PREFIX, LoadReport, head_of, load_checkpoint, weights_of
 from shufflenet_mlflow.checkpoint.names import (
     FINAL_TAG,
     checkpoint_name,
@@ -24,6 +24,7 @@ from shufflenet_mlflow.checkpoint.write import WrittenCheckpoint, write_checkpoi
 
 __all__ = [
     "ARTIFACT_FOLDER",
+    "AUXILIARY_PREFIX",
     "BEST_TAG",
     "FINAL_TAG",
     "LATEST_TAG",

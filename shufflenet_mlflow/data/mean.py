@@ -4,6 +4,7 @@ A mean image is kept as float32 (height, width, 3), BGR, on the 0-255 scale: in 
 as the original release does, or as `.npy`.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def write_mean_image(path: Path, mean_HWC: NDArray[np.float32]) -> None:
     except (OSError, cv2.error, SystemError) as error:
         raise DataError(f"cannot write the mean image {str(path)!r}: {_reason(error)}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def read_mean_image(path: Path) -> Tensor:
@@ -109,7 +111,7 @@ def read_mean_image(path: Path) -> Tensor:
     if mean_HWC is None:
         what = "an array of numbers" if path.suffix.lower() == ".npy" else f"OpenCV XML with a matrix {XML_NAME!r}"
         raise DataError(f"the mean image {str(path)!r} does not hold {what}")
-    if mean_HWC.ndim != 3 or mean_HWC.shape[2] != 3 or mean_HWC.dtype.kind not in "fiu":
+    if mean_HWC.ndim != 3 or mean_HWC.shape[2] != 3 or not mean_HWC.size or mean_HWC.dtype.kind not in "fiu":
         raise DataError(
             f"the mean image {str(path)!r} is {mean_HWC.dtype} of shape {mean_HWC.shape}, not numbers of "
             "(height, width, 3)"

@@ -70,9 +70,9 @@ class ShuffleNetV2ExLarge(DeeplySupervised):
                 in_channels = width
             stages.append(nn.Sequential(*units, named_conv_bn(width, width, 1)))
         self.features = nn.Sequential(*stages)
-        self.predict_56 = AuxiliaryHead(320, 256, num_classes)
-        self.predict_28 = AuxiliaryHead(640, 512, num_classes)
-        self.predict_14 = AuxiliaryHead(1280, 1024, num_classes)
+        self.predict_56 = AuxiliaryHead(STAGE_WIDTHS[0], 256, num_classes)
+        self.predict_28 = AuxiliaryHead(STAGE_WIDTHS[1], 512, num_classes)
+        self.predict_14 = AuxiliaryHead(STAGE_WIDTHS[2], 1024, num_classes)
         self.globalpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(DROPOUT)
         self.fc = named({"fc": nn.Linear(in_channels, num_classes)})

@@ -77,9 +77,10 @@ class ShuffleNetV2Large(DeeplySupervised):
                 in_channels = 4 * width
             stages.append(named(units))
         self.features = nn.Sequential(*stages)
-        self.predict_56 = AuxiliaryHead(256, 256, num_classes, eps=EPS)
-        self.predict_28 = AuxiliaryHead(512, 512, num_classes, eps=EPS)
-        self.predict_14 = AuxiliaryHead(1024, 1024, num_classes, eps=EPS)
+        after1, after2, after3, _ = (4 * width for width in STAGE_WIDTHS)
+        self.predict_56 = AuxiliaryHead(after1, after1, num_classes, eps=EPS)
+        self.predict_28 = AuxiliaryHead(after2, after2, num_classes, eps=EPS)
+        self.predict_14 = AuxiliaryHead(after3, after3, num_classes, eps=EPS)
         self.conv_last = named_conv_bn(in_channels, LAST_WIDTH, 3, eps=EPS)
         self.globalpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(DROPOUT)

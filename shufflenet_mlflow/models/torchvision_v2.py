@@ -4,7 +4,9 @@ It shuffles channels behind the branch where the release splits them before it, 
 weights expect normalised RGB images.
 """
 
+import contextlib
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -53,21 +55,23 @@ def fetch_weights(name: str) -> dict[str, Tensor]:
     """
     weights = published_weights(name)
     path = weights_file(name)
-    if path.exists():
+    cached = path.exists()
+    if cached:
         verify_checkpoint(path)  # torch.load would not notice a flipped bit
     try:
-        state_dict: dict[str, Tensor] = weights.get_state_dict(
-            progress=False, check_hash=True, map_location="cpu", weights_only=True
-        )
-    except OSError as error:
-        reason = getattr(error, "reason", None) or error.strerror or error
-        raise CheckpointError(
-            f"the published weights of {name} could not be fetched ({reason}); with another machine's help, put "
-            f"{path.name} into {str(path.parent)!r}, or train without --pretrained"
-        ) from error
+        with contextlib.redirect_stdout(sys.stderr):  # where it announces a download
+            state_dict: dict[str, Tensor] = weights.get_state_dict(
+                progress=False, check_hash=True, map_location="cpu", weights_only=True
+            )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        line = str(reason).splitlines()[0] if str(reason) else type(error).__name__
+        if cached:
+            raise CheckpointError(
+                f"the published weights in {str(path)!r} cannot be used ({line}); remove the file to fetch it anew"
+            ) from error
         raise CheckpointError(
-            f"the published weights in {str(path)!r} cannot be used ({reason}); remove the file to fetch it anew"
+            f"the published weights of {name} could not be fetched ({line}); put {path.name}, fetched elsewhere, into "
+            f"{str(path.parent)!r}, or train without --pretrained"
         ) from error
     return state_dict

@@ -1,0 +1,69 @@
+"""Large and ExLarge in full: hundreds of millions of parameters, trained, saved, resumed, evaluated."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Invoke, assert_equal_payloads
+
+from shufflenet_mlflow import create_model, load_checkpoint
+from shufflenet_mlflow.checkpoint import read_checkpoint
+from shufflenet_mlflow.errors import MismatchError
+
+pytestmark = pytest.mark.long
+
+GIANTS = ["shufflenet_v2_large", "shufflenet_v2_exlarge"]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """These do gain from more than one."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", GIANTS)
+@pytest.mark.timeout(1200)
+def test_it_trains_and_resumes_bit_for_bit(
+    name: str, small_train: Callable[..., dict[str, Any]], shufflenet: Invoke, tmp_path: Path
+) -> None:
+    # With fewer values per channel, batch normalisation makes the gradients overflow.
+    options = ("--model", name, "--batch-size", 8, "--input-size", 32, "--lr", 0.0001, "--total-iters", 2)
+    often = ("--save-interval", 1, "--val-interval", 2, "--display-interval", 1)
+    whole = small_train(*options, *often, "--save-dir", tmp_path / "whole")
+    expected = read_checkpoint(whole["checkpoint"])
+    assert expected["iters"] == 2
+    assert expected["loss"] > 2.5  # four losses of about log 3, weighed
+    assert all(tensor.isfinite().all() for tensor in expected["state_dict"].values())
+    for path in (tmp_path / "whole").glob("*checkpoint-000002*"):
+        path.unlink()
+    again = small_train("--resume", tmp_path / "whole", "--new-run", "--save-dir", tmp_path / "again", *options, *often)
+    resumed = read_checkpoint(again["checkpoint"])
+    for key in ("state_dict", "optimizer_state_dict", "metrics"):
+        assert_equal_payloads(resumed[key], expected[key], key)
+    evaluated = json.loads(shufflenet("eval", again["checkpoint"], "--json").stdout)
+    assert evaluated["top1"] == whole["val_top1"]
+
+
+@pytest.mark.parametrize("name", GIANTS)
+@pytest.mark.parametrize("legacy", [True, False])
+def test_original_files_load_with_and_without_the_auxiliary_heads(name: str, legacy: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source, target = create_model(name), create_model(name)
+    path = tmp_path / "model.pth.tar"
+    everything = {f"module.{key}": value for key, value in source.state_dict().items()}
+    without = {key: value for key, value in everything.items() if "predict_" not in key}
+    torch.save({"state_dict": without}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(MismatchError, match="missing: predict_56"):
+        load_checkpoint(target, path)
+    report = load_checkpoint(target, path, strict=False)
+    assert all(key.startswith("predict_") for key in report.missing)
+    assert len(report.loaded) == len(without)
+    torch.save({"state_dict": everything}, path, _use_new_zipfile_serialization=not legacy)
+    assert load_checkpoint(target, path).is_complete
+    for key, value in target.state_dict().items():
+        assert torch.equal(value, everything[f"module.{key}"]), key
