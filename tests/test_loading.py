@@ -110,6 +110,19 @@ def test_dicts_without_weights(payload: dict[str, Any]) -> None:
         load_checkpoint(small_model(), payload)
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_files_saved_on_a_gpu_load_without_one(legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    source, target = create_model("shufflenet_v2_x0_5", 10), create_model("shufflenet_v2_x0_5", 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _storage: "cuda:3")  # as a GPU's tensors would have
+        path = write_original(tmp_path / "model.pth.tar", source, legacy=legacy)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(path, weights_only=True)
+    assert load_checkpoint(target, path).is_complete
+    assert_same_weights(source, target)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_files_of_every_family_load_key_for_key(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

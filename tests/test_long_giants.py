@@ -1,6 +1,7 @@
 """Large and ExLarge in full: hundreds of millions of parameters, trained, saved, resumed, evaluated."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def test_it_trains_and_resumes_bit_for_bit(
     often = ("--save-interval", 1, "--val-interval", 2, "--display-interval", 1)
     whole = small_train(*options, *often, "--save-dir", tmp_path / "whole")
     expected = read_checkpoint(whole["checkpoint"])
+    shutil.rmtree("mlruns")  # gigabytes of artifacts
     assert expected["iters"] == 2
     assert expected["loss"] > 2.5  # four losses of about log 3, weighed
     assert all(tensor.isfinite().all() for tensor in expected["state_dict"].values())
@@ -47,6 +49,7 @@ def test_it_trains_and_resumes_bit_for_bit(
         assert_equal_payloads(resumed[key], expected[key], key)
     evaluated = json.loads(shufflenet("eval", again["checkpoint"], "--json").stdout)
     assert evaluated["top1"] == whole["val_top1"]
+    shutil.rmtree("mlruns")
 
 
 @pytest.mark.parametrize("name", GIANTS)
