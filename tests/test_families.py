@@ -75,6 +75,14 @@ def test_recipes_follow_the_papers() -> None:
     assert get_recipe("shufflenet_v1_x1_0_g3") == get_recipe("detnas_voc_fpn_300m") == get_recipe("shufflenet_v2_x0_5")
 
 
+def test_lighting_is_in_what_is_trained_on(small_train: SmallTrain) -> None:
+    """Nothing else differs between the two: crops, jitter and flips are the same."""
+    plain = small_train("--total-iters", 1, "--augment", "release")
+    lit = small_train("--total-iters", 1, "--augment", "lighting")
+    assert plain["loss"] != lit["loss"]
+    assert plain["loss"] == pytest.approx(lit["loss"], abs=0.1)
+
+
 # ---------------------------------------------------------------- OneShot's choices and scales
 
 CHOICES = format_numbers([3, 2, 1, 0] * 5)
@@ -386,6 +394,7 @@ def test_the_mean_image_travels_in_the_checkpoint(
     arguments = (*short_large, "--mean-image", "mean.xml")
     whole, again, payload = train_interrupted(small_train, Path("models"), *arguments)
     assert payload["config"]["augment"] == "lighting"
+    assert whole["loss"] > 2  # four losses of about log 3, weighed; the main one alone would be about 1.1
     assert payload["preprocess"]["mode"] == "bgr255_mean"
     mean = payload["preprocess"]["mean_image"]
     assert mean.shape == (3, 32, 32)

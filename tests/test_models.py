@@ -132,6 +132,14 @@ def test_initial_weights_follow_the_release() -> None:
     assert torch.all(state["conv_last.1.weight"] == 1)
 
 
+def test_initial_weights_of_v2_plus_gates_are_small() -> None:
+    torch.manual_seed(0)
+    state = create_model("shufflenet_v2_plus_small").state_dict()
+    for key in ("features.12.branch_main.8.SE_opr.1.weight", "LastSE.SE_opr.4.weight"):
+        assert state[key].std().item() == pytest.approx(0.01, rel=0.05)
+    assert state["conv_last.0.weight"].std().item() == pytest.approx(1 / 416, rel=0.05)
+
+
 def test_even_odd_split() -> None:
     x = torch.arange(4.0).view(1, 4, 1, 1)
     even, odd = split_even_odd(x)

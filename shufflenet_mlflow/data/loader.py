@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import cv2
@@ -180,6 +181,18 @@ class BadImageLog:
 def batches_of(loader: DataLoader[_Item]) -> Iterator[Batch]:
     """The loader's batches, with their type."""
     yield from loader
+
+
+@contextmanager
+def worker_deaths_reported() -> Iterator[None]:
+    """Raise DataError where PyTorch raises its own error for a process that died while loading images."""
+    try:
+        yield
+    except RuntimeError as error:
+        death = worker_death(error)
+        if death is None:
+            raise
+        raise death from error
 
 
 def worker_death(error: RuntimeError) -> DataError | None:

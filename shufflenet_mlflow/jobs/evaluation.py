@@ -9,7 +9,7 @@ from shufflenet_mlflow.checkpoint import is_own, read_checkpoint
 from shufflenet_mlflow.client import connect, prepare_environment
 from shufflenet_mlflow.config import check_types
 from shufflenet_mlflow.data.folder import ImageListing, require_same_classes
-from shufflenet_mlflow.data.loader import BadImageLog, worker_death
+from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
 from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.network import Architecture, Network, load_network
@@ -128,7 +128,7 @@ def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalS
         workers=trained.get("workers", 0) if request.workers is None else request.workers,
         device=device,
     )
-    try:
+    with worker_deaths_reported():
         result = evaluate(
             network.model.to(device),
             listing,
@@ -138,11 +138,6 @@ def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalS
             reporter=reporter,
             stop=stop,
         )
-    except RuntimeError as error:
-        death = worker_death(error)
-        if death is None:
-            raise
-        raise death from error
     return EvalSummary(
         result=result,
         checkpoint=resolved.path,

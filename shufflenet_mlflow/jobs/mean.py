@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.data.loader import BadImageLog, worker_death
+from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
 from shufflenet_mlflow.data.mean import check_suffix, mean_image, write_mean_image
 from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.planning import default_workers, list_folder
@@ -52,7 +52,7 @@ def run_mean(
     size = Preprocess("bgr255", REFERENCE_SIZE if input_size is None else input_size).input_size
     listing = list_folder(str(folder), "train", option="DIR", skip_bad=skip_bad, cache_dir=None)
     bad_images = BadImageLog(skip=skip_bad)
-    try:
+    with worker_deaths_reported():
         mean_HWC = mean_image(
             listing,
             size,
@@ -61,11 +61,6 @@ def run_mean(
             reporter=reporter,
             stop=stop,
         )
-    except RuntimeError as error:
-        death = worker_death(error)
-        if death is None:
-            raise
-        raise death from error
     write_mean_image(output, mean_HWC)
     blue, green, red = (float(value) for value in mean_HWC.mean((0, 1), dtype=float))
     return MeanSummary(output, len(listing) - len(bad_images.seen), size, (blue, green, red))
