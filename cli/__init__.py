@@ -23,6 +23,17 @@ from .train import train
 SIGINT = 2
 
 
+LONGEST_LINE = 2000
+"""Characters of an error: a file can hold names of any length."""
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} … {line[-half:]}"
+
+
 class _Commands(click.Group):
     """Ends foreseen errors with one line and the exit status that is documented for them."""
 
@@ -30,12 +41,12 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except ShuffleNetError as error:
-            if ctx.meta.get(DEBUG):
-                from shufflenet_mlflow.client import redact
+            from shufflenet_mlflow.client import redact
 
+            if ctx.meta.get(DEBUG):
                 click.echo(redact(traceback.format_exc()), err=True, nl=False)
                 sys.exit(error.exit_status)
-            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            click.echo(f"Error: {_one_line(redact(str(error)))}", err=True)
             sys.exit(error.exit_status)
         except StopRequested as stop:
             click.echo(f"Stopped by {stop}.", err=True)

@@ -114,7 +114,7 @@ class TrainConfig:
     scales: str | None
     """Width of each of the network's units, likewise."""
     init_from: str | None
-    """Checkpoint whose weights training begins with; None: freshly drawn ones."""
+    """Reference of the checkpoint whose weights training begins with, absolute; None: freshly drawn ones."""
     pretrained: bool
     """Begin with the weights that torchvision publishes."""
     train_dir: str | None
@@ -140,8 +140,8 @@ class TrainConfig:
     seed: int
     """Of everything random."""
     mean_image: str | None
-    """File of the mean image that is subtracted from the input; None: a mean per channel, if any. The image itself is
-    in each checkpoint."""
+    """File of the mean image that is subtracted from the input, absolute; None: a mean per channel, if any. The image
+    itself is in each checkpoint."""
     augment: str
     """Name of the training augmentation."""
     on_bad_image: str
@@ -224,16 +224,16 @@ def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: boo
         ResumeError: an option changed that may not; the message names it, both values and the way out.
     """
     changed = {
-        name: (before[name], value)
+        name: (before.get(name), value)
         for name, value in now.to_dict().items()
-        if name in before and before[name] != value and name not in HARMLESS
+        if before.get(name) != value and (name in before or value) and name not in HARMLESS
     }
     breaking = {name: pair for name, pair in changed.items() if name in BREAKING}
     refused = breaking or ({} if new_run else changed)
     if refused:
         listed = ", ".join(f"{option(name)} ({was} -> {is_})" for name, (was, is_) in refused.items())
         way_out = (
-            "train anew with --resume none and another --save-dir"
+            "leave them out, or train anew with --resume none and another --save-dir"
             if breaking
             else "leave them as they were, or pass --new-run to continue as a run of its own"
         )

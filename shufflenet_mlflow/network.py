@@ -4,7 +4,7 @@ This project's checkpoints name their network, input and classes. Those of the o
 the network must be named, and the width of its classifier is read from the file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from shufflenet_mlflow.config import parse_numbers
 from shufflenet_mlflow.data.mean import read_mean_image
 from shufflenet_mlflow.data.preprocess import MODES, REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, ModelError
-from shufflenet_mlflow.models import VARIANTS, create_model, get_variant
+from shufflenet_mlflow.models import VARIANTS, create_model, get_variant, oneshot
 
 ARCHITECTURE = ("choices", "scales")
 """Arguments of `create_model` that make another network of it."""
@@ -26,11 +26,11 @@ ARCHITECTURE = ("choices", "scales")
 
 @dataclass(frozen=True)
 class Architecture:
-    """Which network it is, but for the width of its classifier."""
+    """Which network it is, but for the width of its classifier; `of` makes equal ones equal."""
 
     name: str
-    choices: tuple[int, ...] | None = None
-    scales: tuple[float, ...] | None = None
+    choices: Sequence[int] | None = None
+    scales: Sequence[float] | None = None
 
     @classmethod
     def asked(cls, options: Mapping[str, Any]) -> "Architecture | None":
@@ -48,19 +48,28 @@ class Architecture:
             return None
         choices = parse_numbers(given["choices"], "choices", int) if "choices" in given else None
         scales = parse_numbers(given["scales"], "scales", float) if "scales" in given else None
-        architecture = cls(model, choices, scales)
-        architecture.check()
-        return architecture
+        return cls.of(model, choices, scales)
+
+    @classmethod
+    def of(
+        cls, name: str, choices: Sequence[int] | None = None, scales: Sequence[float] | None = None
+    ) -> "Architecture":
+        """The network, with choices and scales both or, where they are the published ones, neither.
+
+        Raises:
+            ModelError: there is no such network.
+        """
+        with torch.device("meta"):
+            cls(name, choices, scales).build(1)
+        if choices is None and scales is None:
+            return cls(name)
+        completed = oneshot.complete(choices, scales)
+        return cls(name) if completed == oneshot.complete(None, None) else cls(name, *completed)
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments of `create_model` besides name and number of classes."""
         given = {"choices": self.choices, "scales": self.scales}
         return {key: list(value) for key, value in given.items() if value is not None}
-
-    def check(self) -> None:
-        """Raise ModelError if there is no such network."""
-        with torch.device("meta"):
-            self.build(1)
 
     def build(self, num_classes: int, *, pretrained: bool = False) -> nn.Module:
         """The network, with freshly drawn or published weights.
@@ -107,12 +116,10 @@ def _architecture(model: Mapping[str, Any], source: str) -> Architecture:
         raise CheckpointError(f"{source}: its network has the arguments {unknown}, which are not understood")
     if not all(isinstance(value, (list, tuple)) for value in kwargs.values()):
         raise CheckpointError(f"{source}: its network's arguments are not lists")
-    architecture = Architecture(model["name"], **{key: tuple(value) for key, value in kwargs.items()})
     try:
-        architecture.check()
+        return Architecture.of(model["name"], **kwargs)
     except ModelError as error:
         raise CheckpointError(f"{source}: its network cannot be built: {error}") from error
-    return architecture
 
 
 def identify(payload: Mapping[str, Any], source: str, asked: Architecture | None) -> Architecture:
@@ -134,7 +141,7 @@ def identify(payload: Mapping[str, Any], source: str, asked: Architecture | None
         fitting = guess_networks(weights_of(payload, source))
         hint = f"it fits --model {' or '.join(fitting)}" if fitting else "pass --model NAME (see `shufflenet models`)"
         raise ConfigError(f"{source} does not name its network; {hint}")
-    if asked is None or asked in (described, Architecture(described.name)):
+    if asked is None or asked in (described, Architecture(described.name)):  # the bare name is enough
         return described
     if asked.name != described.name:
         raise ConfigError(f"{source} holds {described.name}, not --model {asked.name}; leave --model out")
@@ -205,9 +212,10 @@ def load_network(
     described = describe(payload, source)
     weights = weights_of(payload, source)
     num_classes = classes_in(weights, architecture)
+    stored_size = described.preprocess.input_size if described.preprocess else REFERENCE_SIZE
     preprocess = choose_preprocess(
         architecture,
-        input_size or (described.preprocess.input_size if described.preprocess else REFERENCE_SIZE),
+        input_size if input_size is not None else stored_size,
         mean_image=mean_image,
         stored=described.preprocess,
     )

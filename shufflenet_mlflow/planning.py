@@ -4,6 +4,7 @@ Options that were not given come from the checkpoint that is resumed, then from 
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from shufflenet_mlflow.errors import ConfigError, ResumeError
 from shufflenet_mlflow.models.torchvision_v2 import published_weights
 from shufflenet_mlflow.network import Architecture, choose_preprocess
 from shufflenet_mlflow.recipe import get_recipe
+from shufflenet_mlflow.resolve import parse_reference
 from shufflenet_mlflow.start import Init, Start, TrainRequest
 from shufflenet_mlflow.train import TrainData
 
@@ -127,6 +129,8 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None) -
     if (train_dir is None) != (val_dir is None):
         lacking = "--val-dir" if val_dir is None else "--train-dir"
         raise ConfigError(f"{lacking} is missing; give both folders, or neither for the bundled digits")
+    if start is not None and options.get("model") != inherited.get("model"):
+        options |= {"choices": given.get("choices"), "scales": given.get("scales")}  # those of another network
     architecture = init.architecture if init else Architecture.asked(options) or Architecture(DEFAULT_MODEL)
     model = architecture.name
     if options.get("pretrained"):
@@ -135,12 +139,12 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None) -
     augment = options.get("augment", "shift" if train_dir is None else recipe.augment)
     if augment not in AUGMENTATIONS:
         raise ConfigError(f"--augment (={augment}) must be one of {', '.join(AUGMENTATIONS)}")
-    stored = _stored_preprocess(start, init)
-    input_size = options.get("input_size")
-    if input_size is None:
-        default_size = DIGITS_INPUT_SIZE if train_dir is None else REFERENCE_SIZE
-        input_size = stored.input_size if stored else default_size
-    preprocess = choose_preprocess(architecture, input_size, mean_image=given.get("mean_image"), stored=stored)
+    preprocess = choose_preprocess(
+        architecture,
+        options.get("input_size", DIGITS_INPUT_SIZE if train_dir is None else REFERENCE_SIZE),
+        mean_image=_mean_image_to_read(given, start),
+        stored=Preprocess.from_dict(start.payload["preprocess"]) if start is not None else None,
+    )
     batch_size = options.get("batch_size", BATCH_SIZE)
     if batch_size < 2:
         raise ConfigError(f"--batch-size (={batch_size}) must be at least 2: batch normalisation needs two images")
@@ -186,7 +190,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None) -
             "model": model,
             "choices": format_numbers(architecture.choices) if architecture.choices else None,
             "scales": format_numbers(architecture.scales) if architecture.scales else None,
-            "init_from": options.get("init_from"),
+            "init_from": _absolute_reference(options.get("init_from")),
             "pretrained": options.get("pretrained", False),
             "mean_image": _absolute(options.get("mean_image")),
             "train_dir": train_dir,
@@ -203,11 +207,20 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None) -
     return Plan(config, architecture, TrainData(train, val, order, preprocess))
 
 
-def _stored_preprocess(start: Start | None, init: Init | None) -> Preprocess | None:
-    """What the checkpoint says that is resumed or begun from."""
-    if start is not None:
-        return Preprocess.from_dict(start.payload["preprocess"])
-    return init.described.preprocess if init is not None else None
+def _mean_image_to_read(given: Mapping[str, Any], start: Start | None) -> str | None:
+    """The file that `--mean-image` names; None where the image in the checkpoint is the same one.
+
+    It is taken for the same if the file is gone: the same command, repeated, continues the run.
+    """
+    path: str | None = given.get("mean_image")
+    if path is None or start is None or os.path.exists(path):
+        return path
+    return None if start.config.get("mean_image") == _absolute(path) else path
+
+
+def _absolute_reference(ref: str | None) -> str | None:
+    """The reference, as it is understood from any folder."""
+    return str(Path(ref).absolute()) if ref is not None and isinstance(parse_reference(ref), Path) else ref
 
 
 def check_same_data(start: Start, data: TrainData, *, new_run: bool) -> None:
@@ -230,7 +243,7 @@ def check_same_data(start: Start, data: TrainData, *, new_run: bool) -> None:
         option="--train-dir",
     )
     before = start.payload.get("data", {}).get("train_digest")
-    if not new_run and before is not None and before != data.train.digest:
+    if not new_run and isinstance(before, str) and before != data.train.digest:
         raise ResumeError(
             f"--train-dir {str(data.train.root)!r} does not hold the images that the run began with "
             f"(digest {data.train.digest[:8]}, then {before[:8]}); put them back, or pass --new-run"

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.cli.console import print_json
 
-from shufflenet_mlflow import create_model
+from shufflenet_mlflow import create_model, save_checkpoint
 from shufflenet_mlflow.checkpoint import read_checkpoint
 from shufflenet_mlflow.client import redact
 
@@ -92,7 +92,7 @@ def test_models(shufflenet: Invoke) -> None:
         "top5_error": 11.1,
         "preprocess": "bgr255",
     }
-    assert "2.28 M   146 M" in shufflenet("models").stdout
+    assert "2.28 M     146 M      30.60 %      11.10 %  bgr255\n" in shufflenet("models").stdout
 
 
 def test_data_digits(shufflenet: Invoke, tmp_path: Path) -> None:
@@ -279,6 +279,19 @@ STRANGE: list[dict[str, Any]] = [
     {"preprocess": "bgr255"},
     {"preprocess": {"mode": "bgr255"}},
     {"preprocess": {"mode": "x", "input_size": 32}},
+    {"preprocess": {"mode": "bgr255", "input_size": float("inf")}},
+    {"preprocess": {"mode": "bgr255", "input_size": 320_000_000}},
+    {"preprocess": {"mode": "bgr255_mean", "input_size": 32, "mean_image": torch.zeros(3, 32, 32, dtype=torch.bool)}},
+    {"preprocess": {"mode": "bgr255_mean", "input_size": 32, "mean_image": torch.full((3, 32, 32), torch.nan)}},
+    {"preprocess": {"mode": "bgr255_mean", "input_size": 32, "mean_image": torch.zeros(3, 32, 32).to_sparse()}},
+    {"model": {"name": "shufflenet_oneshot", "kwargs": {"scales": [10**400] * 20}}},
+    {"config": {"batch_size": 0}},
+    {"config": {"workers": -1}},
+    {"config": {"val_dir": "a\0b"}},
+    {"data": {"train_digest": 5}},
+    {"iters": -3},
+    {"state_dict": {"w": torch.zeros(1).expand(10**13)}},
+    {"state_dict": {"w" * 5000 + "\x1b[31m": torch.zeros(1)}},
     {"model": "shufflenet_v2_x0_5"},
     {"model": {"name": "nothing", "kwargs": {}}},
     {"model": {"name": "shufflenet_v2_x0_5", "kwargs": {"depth": 3}}},
@@ -318,6 +331,8 @@ def test_strange_checkpoints_are_one_line(
     assert 0 not in (evaluated.exit_code, resumed.exit_code) or change.keys() != {"state_dict"}
     for result in (evaluated, resumed):
         assert "Traceback" not in result.output
+        assert "\x1b" not in result.output
+        assert len(result.output) < 5000
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
 
 
@@ -329,6 +344,28 @@ def strange_base(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_d
     result = CliRunner().invoke(main, [*words, "--tracking-uri", f"sqlite:///{folder}/mlflow.db"])
     assert result.exit_code == 0, result.output
     return read_checkpoint(folder / "models" / "checkpoint-000010.pth.tar")
+
+
+def test_a_checkpoint_without_its_iteration_is_evaluated(
+    strange_base: dict[str, Any], shufflenet: Invoke, images: Path, tmp_path: Path
+) -> None:
+    payload = {key: value for key, value in strange_base.items() if key != "iters"}
+    torch.save(payload, tmp_path / "checkpoint-000010.pth.tar")
+    result = shufflenet("eval", tmp_path / "checkpoint-000010.pth.tar", "--val-dir", images / "val", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["iters"]) == (0, 10)
+
+
+def test_a_pipe_is_no_checkpoint(shufflenet: Invoke, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    result = shufflenet("eval", tmp_path / "pipe")
+    assert (result.exit_code, "is not a file" in result.stderr) == (1, True)
+
+
+def test_a_configuration_of_ones_own_does_not_mean_the_digits(shufflenet: Invoke, tmp_path: Path) -> None:
+    state = {"state_dict": create_model("shufflenet_v2_x0_5", 10).state_dict(), "config": {"lr": 0.1}}
+    path = save_checkpoint(state, 3, directory=tmp_path)
+    result = shufflenet("eval", path, "--model", "shufflenet_v2_x0_5")
+    assert (result.exit_code, "--val-dir is missing" in result.stderr) == (2, True)
 
 
 def test_evaluating_on_other_classes_is_refused(small_train: SmallTrain, shufflenet: Invoke, tmp_path: Path) -> None:
@@ -391,8 +428,8 @@ def test_ctrl_c_before_anything_has_begun(monkeypatch: pytest.MonkeyPatch, shuff
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shufflenet_mlflow.models.cost.model_cost", interrupt)
-    result = shufflenet("models")
+    monkeypatch.setattr("shufflenet_mlflow.jobs.run_evaluation", interrupt)
+    result = shufflenet("eval", "nowhere")
     assert (result.exit_code, result.stderr) == (130, "Stopped by SIGINT.\n")
 
 

@@ -28,7 +28,7 @@ from shufflenet_mlflow.data.loader import (
     make_loader,
     worker_death,
 )
-from shufflenet_mlflow.data.mean import mean_image, read_mean_image, write_mean_image
+from shufflenet_mlflow.data.mean import check_output, mean_image, read_mean_image, write_mean_image
 from shufflenet_mlflow.data.preprocess import (
     AUGMENTATIONS,
     MODES,
@@ -266,10 +266,15 @@ def test_opencvs_xml_is_read_as_opencv_reads_it(tmp_path: Path) -> None:
     torch.testing.assert_close(read_mean_image(tmp_path / "mean.xml"), torch.tensor(mean).permute(2, 0, 1).float())
 
 
+def npy_header(shape: str) -> bytes:
+    """The beginning of an .npy file that claims a shape, with nothing behind it."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.png", b"", "must be called .npy, or .xml"),
         ("a.npy", None, "does not exist; `shufflenet data mean DIR` makes one"),
         ("a.npy", b"", "does not hold an array of numbers"),
         ("a.npy", b"hello", "does not hold an array of numbers"),
@@ -279,6 +284,10 @@ def test_opencvs_xml_is_read_as_opencv_reads_it(tmp_path: Path) -> None:
         ("a.npy", np.full((4, 4, 3), np.nan), "spans nan to nan"),
         ("a.npy", np.full((4, 4, 3), -1), "spans -1 to -1"),
         ("a.npy", np.zeros((0, 4, 3)), "not numbers of"),
+        ("a.npy", npy_header("(100000, 100000, 3)"), "does not hold an array of numbers"),
+        ("a.npy", npy_header("(99999999999999999999, 3, 3)"), "does not hold an array of numbers"),
+        ("a.npy", npy_header("(4, 4, 3"), "does not hold an array of numbers"),
+        ("a.xml", b"<?xml version='1.0'?>" + b"<a>" * 100_000, "does not hold OpenCV XML"),
         ("a.xml", b"", "does not hold OpenCV XML with a matrix 'MeanImg'"),
         ("a.xml", b"hello", "does not hold OpenCV XML"),
         ("a.xml", b"<?xml version='1.0'?><opencv_storage><A>1</A></opencv_storage>", "does not hold OpenCV XML"),
@@ -301,6 +310,22 @@ def test_files_that_are_no_mean_image(name: str, content: object, message: str, 
 def test_a_mean_image_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot write the mean image '/dev/null/x.npy': File exists"):
         write_mean_image(Path("/dev/null/x.npy"), np.full((4, 4, 3), 100, np.float32))
+
+
+def test_black_images_have_no_mean_image(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"mean.npy' spans 0 to 0"):
+        write_mean_image(tmp_path / "mean.npy", np.zeros((4, 4, 3), np.float32))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mean_image_is_called_by_its_format(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mean.png' must be called .npy, or .xml"):
+        read_mean_image(tmp_path / "mean.png")
+    with pytest.raises(ConfigError, match="mean.png' must be called .npy, or .xml"):
+        check_output(tmp_path / "mean.png")
+    with pytest.raises(DataError, match=r"x.npy': it is a folder"):
+        (tmp_path / "x.npy").mkdir()
+        check_output(tmp_path / "x.npy")
 
 
 def test_a_mean_image_must_fit() -> None:

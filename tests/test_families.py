@@ -14,7 +14,7 @@ from test_loading import FAMILIES, write_original
 from torch import nn
 
 from shufflenet_mlflow import create_model
-from shufflenet_mlflow.checkpoint import read_checkpoint
+from shufflenet_mlflow.checkpoint import read_checkpoint, record_path
 from shufflenet_mlflow.config import format_numbers, parse_numbers
 from shufflenet_mlflow.errors import ConfigError, ModelError
 from shufflenet_mlflow.models import oneshot, shufflenet_v2_exlarge, shufflenet_v2_large
@@ -106,6 +106,8 @@ def test_any_network_of_the_search_space_trains(small_train: SmallTrain, shuffle
     assert json.loads(evaluated.stdout)["top1"] == whole["val_top1"]
     refused = shufflenet("train", "--resume", "models", "--choices", CHOICES[::-1], "--scales", SCALES)
     assert (refused.exit_code, "changed --choices" in refused.stderr) == (1, True), refused.output
+    refused = shufflenet("train", "--resume", "models", "--model", "shufflenet_v2_x0_5")
+    assert (refused.exit_code, "changed --model (shufflenet_oneshot -> " in refused.stderr) == (1, True)
 
 
 def test_the_published_choices_are_the_default() -> None:
@@ -274,6 +276,30 @@ def client_best(client: MlflowClient, document: dict[str, Any], folder: Path) ->
     return folder / "parent" / Path(record["path"]).name
 
 
+def test_weights_alone_are_taken_over(small_train: SmallTrain, images: Path, shufflenet: Invoke) -> None:
+    parent = small_train("--input-size", 64, "--total-iters", 1)
+    words = ("--train-dir", images / "train", "--val-dir", images / "val", "--batch-size", 8, "--total-iters", 1)
+    result = shufflenet("train", *words, "--workers", 0, "--init-from", parent["run_id"], "--json")
+    assert result.exit_code == 0, result.output
+    payload = read_checkpoint(json.loads(result.stdout)["checkpoint"])
+    assert payload["preprocess"]["input_size"] == 224
+    assert (payload["iters"], payload["config"]["lr"]) == (1, 0.5 * 8 / 1024)
+
+
+def test_a_configuration_of_before_the_option_counts_as_without_it(small_train: SmallTrain, shufflenet: Invoke) -> None:
+    path = Path(small_train("--save-dir", "models")["checkpoint"])
+    payload = read_checkpoint(path)
+    for name in ("init_from", "pretrained", "choices", "scales", "mean_image"):
+        del payload["config"][name]
+    torch.save(payload, path)
+    record_path(path).unlink()
+    assert small_train("--resume", "models")["iters"] == 12
+    for words in (["--init-from", "nowhere"], ["--pretrained"]):
+        refused = shufflenet("train", "--resume", "models", "--new-run", "--save-dir", "fork", *words)
+        assert refused.exit_code in (1, 2)
+        assert f"changed {words[0]}" in refused.stderr or "no published weights" in refused.stderr
+
+
 def test_the_same_command_again_continues_what_it_began(
     small_train: SmallTrain, shufflenet: Invoke, images: Path, tmp_path: Path
 ) -> None:
@@ -301,7 +327,7 @@ def test_the_same_command_again_continues_what_it_began(
         (["--model", "shufflenet_oneshot", "--scales", "x"], 2, "--scales (=x) must be numbers"),
         (["--mean-image", "mean.npy"], 2, "--mean-image is for shufflenet_v2_large; shufflenet_v2_x0_5 has no use"),
         (["--model", "shufflenet_v2_large", "--mean-image", "x.npy"], 1, "the mean image 'x.npy' does not exist"),
-        (["--model", "shufflenet_v2_large", "--mean-image", "x.png"], 1, "must be called .npy, or .xml"),
+        (["--model", "shufflenet_v2_large", "--mean-image", "x.png"], 2, "must be called .npy, or .xml"),
     ],
 )
 def test_bad_beginnings_are_one_line_and_leave_nothing(
@@ -370,6 +396,7 @@ def test_a_file_for_other_networks_or_folders_is_refused(
     result = shufflenet("eval", own, "--model", "shufflenet_v1_x0_5_g3")
     assert (result.exit_code, "holds shufflenet_v2_x0_5, not --model" in result.stderr) == (2, True)
     assert shufflenet("eval", own, "--model", "shufflenet_v2_x0_5", "--input-size", 64).exit_code == 0
+    assert shufflenet("eval", own, "--input-size", 0).exit_code == 2
 
 
 # ---------------------------------------------------------------- the mean image, on a short Large
@@ -403,8 +430,11 @@ def test_the_mean_image_travels_in_the_checkpoint(
     assert_equal_payloads(resumed["state_dict"], payload["state_dict"])
     assert_equal_payloads(resumed["preprocess"], payload["preprocess"])
 
-    Path("mean.xml").unlink()  # needed no more
+    Path("mean.xml").unlink()  # needed no more, nor by the same command
     assert small_train("--resume", "models-again", "--lr", 0.0001, *SHORT)["run_id"] == again["run_id"]
+    assert small_train("--save-dir", "models-again", *arguments, *SHORT)["run_id"] == again["run_id"]
+    tuned = read_checkpoint(small_train("--init-from", "models-again", *TINY)["checkpoint"])
+    assert tuned["preprocess"] == {"mode": "bgr255_mean", "input_size": 32}  # weights only
     evaluated = json.loads(shufflenet("eval", "models-again", "--json").stdout)
     assert evaluated["top1"] == whole["val_top1"]
 

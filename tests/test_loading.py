@@ -11,6 +11,7 @@ from torch import nn
 
 from shufflenet_mlflow import create_model, load_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, CorruptCheckpointError, MismatchError
+from shufflenet_mlflow.models import oneshot
 from shufflenet_mlflow.network import Architecture, guess_networks, load_network
 
 FAMILIES = [
@@ -161,6 +162,27 @@ def test_a_truncated_file_is_refused_and_the_model_untouched(legacy: bool, tmp_p
     assert_equal_payloads(dict(model.state_dict()), before)
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.randn(10, 1024, dtype=torch.complex64),
+        torch.zeros(10, 1024, dtype=torch.uint8).view(torch.bits8),
+        torch.zeros(1).expand(10**9, 1024),
+        torch.randn(10, 1024).to_sparse(),
+    ],
+    ids=["complex", "bits", "pretended", "sparse"],
+)
+def test_tensors_that_are_no_weights_are_refused_and_the_model_untouched(weight: torch.Tensor, tmp_path: Path) -> None:
+    model = create_model("shufflenet_v2_x0_5", 10)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    source = {**create_model("shufflenet_v2_x0_5", 10).state_dict(), "classifier.0.weight": weight}
+    torch.save(source, tmp_path / "model.pth.tar")
+    for checkpoint in (source, tmp_path / "model.pth.tar"):
+        with pytest.raises(CheckpointError, match="'classifier.0.weight' in its state dict is not a plain tensor"):
+            load_checkpoint(model, checkpoint)
+    assert_equal_payloads(dict(model.state_dict()), before)
+
+
 def test_one_flipped_bit_is_refused(tmp_path: Path) -> None:
     path = write_original(tmp_path / "model.pth.tar", create_model("shufflenet_v2_x0_5", 10))
     content = bytearray(path.read_bytes())
@@ -239,6 +261,10 @@ def own_payload(**model: Any) -> dict[str, Any]:
 def test_a_file_that_names_its_network_is_believed() -> None:
     assert load_network(own_payload(), "x").architecture == Architecture("shufflenet_oneshot")
     assert load_network(own_payload(), "x", asked=Architecture("shufflenet_oneshot")).num_classes == 2
+    published = Architecture.of("shufflenet_oneshot", oneshot.CHOICES, oneshot.SCALES)
+    assert load_network(own_payload(), "x", asked=published).num_classes == 2
+    zeros, ones = [0] * 20, [1] * 20
+    assert Architecture.of("shufflenet_oneshot", zeros) == Architecture.of("shufflenet_oneshot", zeros, ones)
     with pytest.raises(ConfigError, match="x holds shufflenet_oneshot, not --model shufflenet_v2_x0_5"):
         load_network(own_payload(), "x", asked=Architecture("shufflenet_v2_x0_5"))
     with pytest.raises(ConfigError, match="leave --choices and --scales out"):

@@ -295,7 +295,24 @@ def test_a_damaged_cache_is_named(hub: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CorruptCheckpointError, match="shufflenetv2_x0.5-f707e7126e.pth' is corrupt"):
+    with pytest.raises(CorruptCheckpointError, match=r"f707e7126e.pth' is corrupt: .* remove the file to fetch"):
+        create_model(X0_5, pretrained=True)
+
+
+def test_a_cache_that_is_not_what_is_published_is_mentioned(hub: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The old pickle format holds no checksums: only the hash in the file's name can tell."""
+    state_dict = place_weights(hub)
+    torch.save(state_dict, weights_file(X0_5), _use_new_zipfile_serialization=False)
+    create_model(X0_5, pretrained=True)
+    [line] = [message for message in caplog.messages if "is not the file that torchvision publishes" in message]
+    assert weights_file(X0_5).name in line
+
+
+@pytest.mark.parametrize("content", [[1, 2], "text", 5])
+def test_a_cache_without_weights_is_named(content: object, hub: Path) -> None:
+    place_weights(hub)
+    torch.save(content, weights_file(X0_5))
+    with pytest.raises(CheckpointError, match="remove the file to fetch it anew"):
         create_model(X0_5, pretrained=True)
 
 

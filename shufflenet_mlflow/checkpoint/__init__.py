@@ -19,6 +19,7 @@ from shufflenet_mlflow.checkpoint.record import (
     update_record,
     write_record,
 )
+from shufflenet_mlflow.checkpoint.state import is_plain_tensor
 from shufflenet_mlflow.checkpoint.verify import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.checkpoint.write import WrittenCheckpoint, write_checkpoint
 
@@ -36,6 +37,7 @@ __all__ = [
     "checkpoint_name",
     "head_of",
     "is_own",
+    "is_plain_tensor",
     "list_checkpoints",
     "load_checkpoint",
     "newest_first",

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from shufflenet_mlflow.checkpoint.state import STATE_DICT, bare_key, bare_state_dict
+from shufflenet_mlflow.checkpoint.state import STATE_DICT, bare_key, bare_state_dict, is_plain_tensor
 from shufflenet_mlflow.checkpoint.verify import read_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, MismatchError
 
@@ -19,6 +18,7 @@ AUXILIARY_PREFIX = "predict_"
 """Heads that help training only; released weights may lack them."""
 
 _NAMED = 5
+_LONGEST_NAME = 120
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,13 @@ class LoadReport:
         return "; ".join(parts)
 
 
+def _shortened(name: str) -> str:
+    """A file can hold names of any kind and length."""
+    return name if name.isprintable() and len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]!r}…"
+
+
 def _name_some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:_NAMED])
+    shown = ", ".join(map(_shortened, names[:_NAMED]))
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
@@ -73,9 +78,12 @@ def weights_of(payload: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         if not isinstance(key, str):
             raise CheckpointError(f"{source}: its state dict has the key {key!r}, which is not text")
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-            raise CheckpointError(f"{source}: {key!r} in its state dict is not a dense tensor")
-    return bare_state_dict(state_dict)
+        if not is_plain_tensor(value):
+            raise CheckpointError(f"{source}: {_shortened(key)!r} in its state dict is not a plain tensor of numbers")
+    try:
+        return bare_state_dict(state_dict)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
@@ -111,7 +119,7 @@ def load_checkpoint(
     Args:
         checkpoint: a file, which is verified and read without running its code; or what such a file holds: a
             dict with `state_dict`, or a bare state dict.
-        strict: every tensor must match. Otherwise the auxiliary `predict_*` heads may lack on either side.
+        strict: every tensor must match. Otherwise the auxiliary `predict_*` heads may lack or differ on either side.
         reset_head: with `strict=False`, a classifier of another width is left as it is in `model`; with "always",
             one of the same width too, as for other classes of the same number.
         source: what to call the checkpoint in messages; by default the file's name.

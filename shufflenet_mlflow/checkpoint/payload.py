@@ -57,6 +57,8 @@ def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: s
     model = payload.get("model")
     if model is not None and not (isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), dict)):
         raise CheckpointError(f"{source}: its 'model' does not name a network")
+    if payload.get("iters", 0) < 0:
+        raise CheckpointError(f"{source}: its 'iters' is {payload['iters']}, which is not understood")
     best = payload.get("best")
     if best is not None and not (_is(best.get("val_top1"), (float, int)) and _is(best.get("iters"), (int,))):
         raise CheckpointError(f"{source}: its 'best' is {best!r}, which is not understood")

@@ -15,6 +15,26 @@ STATE_DICT = "state_dict"
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+}
+
+
+def is_plain_tensor(value: Any) -> bool:
+    """Whether `value` is a tensor of ordinary numbers, each of which is really there.
+
+    A file can hold sparse, quantised and complex ones, and a small one that pretends to be of any size.
+    """
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.dtype in _DTYPES
+        and not value.is_meta
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+    )
+
+
 def bare_key(key: str) -> str:
     """A parameter's name without what DataParallel, DDP and torch.compile put before it."""
     while key.startswith(_WRAPPERS):

@@ -5,8 +5,10 @@ member's CRC is checked before anything is loaded, and size and SHA-256 where a 
 """
 
 import collections
+import os
 import pickle
 import re
+import stat
 import warnings
 import zipfile
 from pathlib import Path
@@ -63,6 +65,8 @@ def read_checkpoint(path: str | Path, record: CheckpointRecord | None = None) ->
 
 def _opened(path: Path) -> BinaryIO:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise CheckpointError(f"the checkpoint {str(path)!r} is not a file")
         return open(path, "rb")
     except FileNotFoundError:
         raise CheckpointError(f"the checkpoint {str(path)!r} does not exist") from None
@@ -124,13 +128,13 @@ def _strange_member(members: list[zipfile.ZipInfo]) -> str | None:
 def _load(path: Path, file: BinaryIO) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         match = _GLOBAL.search(str(error))
         if match is None:
             raise CorruptCheckpointError(
-                f"{str(path)!r} is no readable checkpoint: {str(error).splitlines()[0]}"
+                f"{str(path)!r} is no readable checkpoint: it is damaged, or not a file that torch.save wrote"
             ) from error
         culprit = next(group for group in match.groups() if group)
         raise UnsafeCheckpointError(
@@ -138,5 +142,6 @@ def _load(path: Path, file: BinaryIO) -> Any:
             "containers; save it again as {'state_dict': model.state_dict()}"
         ) from error
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        told = isinstance(error, (RuntimeError, EOFError)) and str(error)
+        reason = str(error).splitlines()[0] if told else "it is damaged, or not a file that torch.save wrote"
         raise CorruptCheckpointError(f"{str(path)!r} is no readable checkpoint: {reason}") from error

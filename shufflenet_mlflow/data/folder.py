@@ -118,8 +118,9 @@ def list_images(root: str | Path, *, option: str = "folder") -> ImageListing:
         raise DataError(f"{option} {str(root)!r} does not exist") from None
     except NotADirectoryError:
         raise DataError(f"{option} {str(root)!r} is a file, not a folder of classes") from None
-    except OSError as error:
-        raise DataError(f"{option} {str(root)[:200]!r} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: it holds a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{option} {str(root)[:200]!r} cannot be read: {reason}") from None
     if not class_entries:
         raise DataError(
             f"{option} {str(root)!r} has no class folders; it needs one folder per class, such as cat/0001.jpg"

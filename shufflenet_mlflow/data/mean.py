@@ -6,6 +6,8 @@ as the original release does, or as `.npy`.
 
 import contextlib
 import os
+import re
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import EvalTransform, Preprocess
 from shufflenet_mlflow.data.sampler import EvalBatches
-from shufflenet_mlflow.errors import DataError
+from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.stopping import StopFlag
 
 XML_NAME = "MeanImg"
 SUFFIXES = (".npy", ".xml")
 BATCH_SIZE = 64
+_DEEPEST = 32
 
 
 def mean_image(
@@ -61,22 +64,45 @@ def mean_image(
 
 
 def check_suffix(path: Path) -> None:
-    """Raise DataError unless the file's name says one of the two formats."""
+    """Raise ConfigError unless the file's name says one of the two formats."""
     if path.suffix.lower() not in SUFFIXES:
-        raise DataError(f"the mean image {str(path)!r} must be called .npy, or .xml for OpenCV's format")
+        raise ConfigError(f"the mean image {str(path)!r} must be called .npy, or .xml for OpenCV's format")
+
+
+def check_output(path: Path) -> None:
+    """Find out whether a mean image could be written to `path`, before there is one.
+
+    Raises:
+        ConfigError: its name says neither format.
+        DataError: it is a folder, or its folder cannot be made.
+    """
+    check_suffix(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write the mean image {str(path)!r}: {_reason(error)}") from error
+    if path.is_dir():
+        raise DataError(f"cannot write the mean image {str(path)!r}: it is a folder")
+
+
+def _check_scale(path: Path, mean_HWC: NDArray[Any]) -> None:
+    low, high = float(mean_HWC.min()), float(mean_HWC.max())
+    if not (low >= 0 and 1 < high <= 255):  # NaN fails as well
+        raise DataError(f"the mean image {str(path)!r} spans {low:g} to {high:g}; it must be on the 0-255 scale")
 
 
 def write_mean_image(path: Path, mean_HWC: NDArray[np.float32]) -> None:
     """Write a mean image in the format that the file's suffix names; the file appears whole or not at all.
 
     Raises:
-        DataError: the suffix is another one, or the file cannot be written.
+        ConfigError: the suffix is another one.
+        DataError: the file cannot be written, or all images were black.
     """
-    check_suffix(path)
+    check_output(path)
+    _check_scale(path, mean_HWC)
     aside = temporary_beside(path)
     aside = aside.with_name(f"{aside.name}{path.suffix.lower()}")  # both writers look at the suffix
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".npy":
             np.save(aside, mean_HWC)
         else:
@@ -99,6 +125,7 @@ def read_mean_image(path: Path) -> Tensor:
         float32 (3, height, width), BGR, 0-255.
 
     Raises:
+        ConfigError: its name says neither format.
         DataError: it is missing, in another format, or holds what no mean image can hold.
     """
     check_suffix(path)
@@ -117,21 +144,21 @@ def read_mean_image(path: Path) -> Tensor:
             "(height, width, 3)"
         )
     mean_HWC = mean_HWC.astype(np.float32)
-    low, high = float(mean_HWC.min()), float(mean_HWC.max())
-    if not (low >= 0 and 1 < high <= 255):  # NaN fails as well
-        raise DataError(f"the mean image {str(path)!r} spans {low:g} to {high:g}; it must be on the 0-255 scale")
+    _check_scale(path, mean_HWC)
     return torch.from_numpy(np.ascontiguousarray(mean_HWC.transpose(2, 0, 1)))
 
 
 def _read_npy(path: Path) -> NDArray[Any] | None:
     try:
-        loaded = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError):  # no array, cut short, or objects
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: its header can claim any size
+    except (ValueError, EOFError, OverflowError, MemoryError, SyntaxError, tokenize.TokenError):
         return None
     return loaded if isinstance(loaded, np.ndarray) else None
 
 
 def _read_xml(path: Path) -> NDArray[Any] | None:
+    if _depth(path.read_bytes()) > _DEEPEST:  # OpenCV would overflow its stack
+        return None
     try:
         storage = cv2.FileStorage(str(path), cv2.FILE_STORAGE_READ)
         matrix: NDArray[Any] | None = storage.getNode(XML_NAME).mat()
@@ -139,6 +166,15 @@ def _read_xml(path: Path) -> NDArray[Any] | None:
     except (cv2.error, SystemError):  # no XML, cut short, or another kind of node
         return None
     return matrix
+
+
+def _depth(document: bytes) -> int:
+    """How deep the elements of an XML document are nested, at most."""
+    depth = deepest = 0
+    for match in re.finditer(rb"<(/?)\w[^<>]*?(/?)>", document):
+        depth += -1 if match[1] else 0 if match[2] else 1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _reason(error: Exception) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from shufflenet_mlflow.checkpoint import is_plain_tensor
 from shufflenet_mlflow.errors import BadImageError, CheckpointError, ConfigError
 
 REFERENCE_SIZE = 224
@@ -29,6 +30,9 @@ REFERENCE_SIZE = 224
 
 LARGEST_RESIZED = 1 << 26
 """Pixels of a resized image: a file of a few bytes can be 1 pixel high and 60,000 wide."""
+
+LARGEST_INPUT = 7168
+"""So large that what is resized for it stays within `LARGEST_RESIZED`."""
 
 STRIDE = 32
 """Every network of the series halves its input five times."""
@@ -78,8 +82,8 @@ class Preprocess:
         if self.mode not in MODES:
             raise ConfigError(f"there is no preprocessing mode {self.mode!r}; there is {', '.join(MODES)}")
         size = self.input_size
-        if size < STRIDE or size % STRIDE:
-            raise ConfigError(f"input_size (={size}) must be a multiple of {STRIDE}, at least {STRIDE}")
+        if not STRIDE <= size <= LARGEST_INPUT or size % STRIDE:
+            raise ConfigError(f"input_size (={size}) must be a multiple of {STRIDE}, from {STRIDE} to {LARGEST_INPUT}")
         if self.mean_image is None:
             return
         if not MODES[self.mode].takes_mean_image:
@@ -115,10 +119,17 @@ class Preprocess:
             CheckpointError: a value is missing or not of this version.
         """
         try:
-            mean_image = values.get("mean_image")
-            if mean_image is not None and not (isinstance(mean_image, Tensor) and mean_image.dim() == 3):
-                raise ValueError("its mean image is not a tensor of three dimensions")
-            return cls(str(values["mode"]), int(values["input_size"]), mean_image)
+            mode, input_size, mean_image = values["mode"], values["input_size"], values.get("mean_image")
+            if not isinstance(mode, str) or type(input_size) is not int:
+                raise TypeError("mode must be text, input_size a whole number")
+            if mean_image is not None and not (
+                is_plain_tensor(mean_image)
+                and mean_image.dim() == 3
+                and mean_image.dtype == torch.float32
+                and bool(mean_image.isfinite().all())
+            ):
+                raise ValueError("its mean image does not hold finite float32 numbers in three dimensions")
+            return cls(mode, input_size, mean_image)
         except (KeyError, TypeError, ValueError) as error:
             plain = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
             raise CheckpointError(f"the checkpoint's preprocessing {plain!r} is not understood: {error}") from error

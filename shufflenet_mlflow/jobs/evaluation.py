@@ -101,7 +101,8 @@ def _usable_config(payload: Mapping[str, Any]) -> dict[str, Any]:
         check_types(config)
     except ConfigError:
         return {}
-    return config
+    usable = config.get("batch_size", 1) >= 1 and config.get("workers", 0) >= 0
+    return config if usable else {}
 
 
 def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummary:
@@ -118,7 +119,7 @@ def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalS
     trained = _usable_config(payload)
     skip_bad = request.on_bad_image == "skip"
     val_dir = request.val_dir if request.val_dir is not None else trained.get("val_dir")
-    if val_dir is None and not trained:
+    if val_dir is None and "val_dir" not in trained:
         raise ConfigError(f"--val-dir is missing: {source} does not say on what it was validated")
     listing = list_folder(val_dir, "val", option="--val-dir", skip_bad=skip_bad, cache_dir=request.cache_dir)
     _check_classes(network, listing, source, reporter)
@@ -142,7 +143,7 @@ def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalS
         result=result,
         checkpoint=resolved.path,
         run_id=(payload.get("run_id") if is_own(payload) else None) or resolved.run_id,
-        iters=payload["iters"] if is_own(payload) else resolved.iters,
+        iters=payload.get("iters", resolved.iters) if is_own(payload) else resolved.iters,
         model=network.architecture.name,
     )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
-from shufflenet_mlflow.data.mean import check_suffix, mean_image, write_mean_image
+from shufflenet_mlflow.data.mean import check_output, mean_image, write_mean_image
 from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.planning import default_workers, list_folder
 from shufflenet_mlflow.reporting import Reporter
@@ -48,7 +48,7 @@ def run_mean(
     Raises:
         ShuffleNetError: see `shufflenet_mlflow.errors`.
     """
-    check_suffix(output)
+    check_output(output)
     size = Preprocess("bgr255", REFERENCE_SIZE if input_size is None else input_size).input_size
     listing = list_folder(str(folder), "train", option="DIR", skip_bad=skip_bad, cache_dir=None)
     bad_images = BadImageLog(skip=skip_bad)

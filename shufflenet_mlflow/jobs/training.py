@@ -79,12 +79,9 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
     if start is not None:
         state.load_state_dict(start.payload, config)
     if init is not None:
-        same = init.fits_classes(data.train.class_to_idx)
-        load_checkpoint(
-            state.model, init.payload, strict=False, reset_head=True if same else "always", source=repr(str(init.path))
-        )
-        reporter.note(f"begins with the weights of {init.path}")
+        _load_first_weights(state, init, data, reporter)
     run, made = _open_run(request, config, start, init)
+    init = None  # its weights have been copied
     with ExitStack() as runs:
         for opened in filter(None, (made, run)):
             runs.enter_context(opened)
@@ -145,6 +142,21 @@ def _fresh_state(planned: Plan, device: torch.device, *, first_weights: bool) ->
     return TrainingState(model, optimizer, make_scheduler(optimizer, config.total_iters), device)
 
 
+def _load_first_weights(state: TrainingState, init: Init, data: TrainData, reporter: Reporter) -> None:
+    """Take over the weights of `init`, but for a classifier of other classes.
+
+    Raises:
+        CheckpointError: they do not fit the network.
+    """
+    same = init.fits_classes(data.train.class_to_idx)
+    report = load_checkpoint(
+        state.model, init.payload, strict=False, reset_head=True if same else "always", source=repr(str(init.path))
+    )
+    reporter.note(f"begins with the weights of {init.path}")
+    if init.described.class_to_idx is None and report.is_complete:
+        reporter.note("it does not name its classes: its classifier, of the same width, is kept")
+
+
 def _open_run(
     request: TrainRequest, config: TrainConfig, start: Start | None, init: Init | None
 ) -> tuple[TrackedRun, TrackedRun | None]:
@@ -157,7 +169,7 @@ def _open_run(
     adopted = adopted_run_id()
     tags = {"network": config.model}
     if init is not None and init.run_id is not None:
-        tags["init_from.run"] = init.run_id
+        tags |= {"init_from.run": init.run_id, "init_from.checkpoint": init.path.name}
     if start is not None and start.run_id is not None:
         if not request.new_run:
             made = None

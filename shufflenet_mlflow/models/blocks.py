@@ -14,6 +14,11 @@ from shufflenet_mlflow.errors import ModelError
 
 BN_EPS = 1e-5
 
+KERNELS = (3, 5, 7, 3)
+"""Of the branches that a search chooses between."""
+XCEPTION = 3
+"""The choice that means the Xception branch; the others index `KERNELS`."""
+
 
 def relu() -> nn.Module:
     """The activation of most networks of the series."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shufflenet_mlflow.models.blocks import (
+    KERNELS,
+    XCEPTION,
     Place,
     initialise,
     named,
@@ -22,8 +24,6 @@ from shufflenet_mlflow.models.blocks import (
     split_even_odd,
 )
 
-KERNELS = (3, 5, 7, 3)
-XCEPTION = 3
 DROPOUT = 0.2
 
 

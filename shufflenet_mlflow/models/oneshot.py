@@ -4,13 +4,12 @@ Each of the 20 units has one of four branches (a ShuffleNetV2 branch with a 3x3,
 branch) and a searched inner width. Choices and scales are those of the released network unless others are given.
 """
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from shufflenet_mlflow.errors import ModelError
-from shufflenet_mlflow.models.blocks import Place, ShuffleUnit, conv_bn_act, initialise, places
+from shufflenet_mlflow.models.blocks import KERNELS, XCEPTION, Place, ShuffleUnit, conv_bn_act, initialise, places
 
 STAGE_UNITS = (4, 4, 8, 4)
 UNITS = sum(STAGE_UNITS)
@@ -19,9 +18,6 @@ FIRST_WIDTH = 16
 LAST_WIDTH = 1024
 DROPOUT = 0.1
 
-KERNELS = (3, 5, 7, 3)
-XCEPTION = 3
-"""The choice that means the Xception branch; the others index `KERNELS`."""
 LARGEST_SCALE = 2.0
 """The search space ends at 1.6; a number above 2 is an index into it that was taken for a scale."""
 
@@ -85,7 +81,7 @@ def check_scales(scales: Sequence[float]) -> None:
         raise ModelError(f"scales: there are {len(scales)}, not {UNITS}, one per unit")
     narrowest = STAGE_WIDTHS[0] // 2
     for scale in scales:
-        number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
         if not number or not 1 / narrowest <= scale <= LARGEST_SCALE:
             raise ModelError(
                 f"scales: {scale!r} is not a factor of {1 / narrowest} to {LARGEST_SCALE}; the search space has "
@@ -93,15 +89,27 @@ def check_scales(scales: Sequence[float]) -> None:
             )
 
 
+def complete(
+    choices: Sequence[int] | None, scales: Sequence[float] | None
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Choices and scales with what was not given filled in: the published ones, or, with choices alone, scales of 1.
+
+    Raises:
+        ModelError: there are not 20 of each, or one cannot be.
+    """
+    if scales is None:
+        scales = SCALES if choices is None else (1.0,) * UNITS
+    choices = CHOICES if choices is None else choices
+    check_choices(choices)
+    check_scales(scales)
+    return tuple(choices), tuple(map(float, scales))
+
+
 def build(
     name: str, num_classes: int, choices: Sequence[int] | None = None, scales: Sequence[float] | None = None
 ) -> ShuffleNetOneShot:
     """The released network or another of its search space, freshly initialised; `name` is there for the table's sake.
 
-    Args:
-        choices: by default the released network's.
-        scales: by default the released network's; with `choices` alone, 1 for every unit.
+    Args: as for `complete`.
     """
-    if scales is None:
-        scales = SCALES if choices is None else [1.0] * UNITS
-    return ShuffleNetOneShot(num_classes, CHOICES if choices is None else choices, scales)
+    return ShuffleNetOneShot(num_classes, *complete(choices, scales))

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from shufflenet_mlflow.models.blocks import Place, ShuffleUnit, conv_bn_act, initialise, places, relu
-from shufflenet_mlflow.models.oneshot import CHOICES, KERNELS, STAGE_UNITS, XCEPTION
+from shufflenet_mlflow.models.blocks import KERNELS, XCEPTION, Place, ShuffleUnit, conv_bn_act, initialise, places, relu
+from shufflenet_mlflow.models.oneshot import CHOICES, STAGE_UNITS
 
 LAST_WIDTH = 1280
 DROPOUT = 0.2

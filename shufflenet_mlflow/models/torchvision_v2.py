@@ -5,6 +5,7 @@ weights expect normalised RGB images.
 """
 
 import contextlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
 
 from shufflenet_mlflow.checkpoint import verify_checkpoint
+from shufflenet_mlflow.checkpoint.files import sha256_of
 from shufflenet_mlflow.errors import CheckpointError, ModelError
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "torchvision/"
 
@@ -57,7 +61,7 @@ def fetch_weights(name: str) -> dict[str, Tensor]:
     path = weights_file(name)
     cached = path.exists()
     if cached:
-        verify_checkpoint(path)  # torch.load would not notice a flipped bit
+        _check_cached(path)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where it announces a download
             state_dict: dict[str, Tensor] = weights.get_state_dict(
@@ -68,10 +72,30 @@ def fetch_weights(name: str) -> dict[str, Tensor]:
         line = str(reason).splitlines()[0] if str(reason) else type(error).__name__
         if cached:
             raise CheckpointError(
-                f"the published weights in {str(path)!r} cannot be used ({line}); remove the file to fetch it anew"
+                f"the published weights in {str(path)!r} cannot be used ({line}); {_REMOVE}"
             ) from error
         raise CheckpointError(
             f"the published weights of {name} could not be fetched ({line}); put {path.name}, fetched elsewhere, into "
             f"{str(path.parent)!r}, or train without --pretrained"
         ) from error
+    if not isinstance(state_dict, dict):
+        raise CheckpointError(f"{str(path)!r} holds no state dict; {_REMOVE}")
     return state_dict
+
+
+_REMOVE = "remove the file to fetch it anew"
+
+
+def _check_cached(path: Path) -> None:
+    """PyTorch checks a file's hash when it is fetched, not when it is found."""
+    try:
+        verify_checkpoint(path)
+    except CheckpointError as error:
+        raise type(error)(f"{error}; {_REMOVE}") from error
+    with open(path, "rb") as file:
+        digest = sha256_of(file)
+    published = path.stem.rpartition("-")[2]
+    if not digest.startswith(published):
+        logger.warning(
+            "%s is not the file that torchvision publishes: its SHA-256 begins with %s", path, digest[: len(published)]
+        )
