@@ -122,19 +122,20 @@ def _architecture(model: Mapping[str, Any], source: str) -> Architecture:
         raise CheckpointError(f"{source}: its network cannot be built: {error}") from error
 
 
-def identify(payload: Mapping[str, Any], source: str, asked: Architecture | None) -> Architecture:
+def identify(
+    described: Architecture | None, asked: Architecture | None, payload: Mapping[str, Any], source: str
+) -> Architecture:
     """The network that the checkpoint or the user names.
 
     Args:
+        described: what the checkpoint names, if anything.
+        asked: what the user named, if anything.
         payload: what `read_checkpoint` returned.
         source: what to call it in messages.
-        asked: what the user named, if anything.
 
     Raises:
         ConfigError: neither names one, or they name two different ones.
-        CheckpointError: what the checkpoint says is not understood.
     """
-    described = describe(payload, source).architecture
     if described is None:
         if asked is not None:
             return asked
@@ -208,8 +209,8 @@ def load_network(
         ConfigError: it does not name its network and none was asked for, or another one was.
         CheckpointError: it does not fit the network.
     """
-    architecture = identify(payload, source, asked)
     described = describe(payload, source)
+    architecture = identify(described.architecture, asked, payload, source)
     weights = weights_of(payload, source)
     num_classes = classes_in(weights, architecture)
     stored_size = described.preprocess.input_size if described.preprocess else REFERENCE_SIZE

@@ -99,8 +99,8 @@ def find_init(request: TrainRequest) -> Init | None:
     resolved = resolve(ref, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
     payload = read_checkpoint(resolved.path)
     source = repr(str(resolved.path))
-    architecture = identify(payload, source, Architecture.asked(request.options))
     described = describe(payload, source)
+    architecture = identify(described.architecture, Architecture.asked(request.options), payload, source)
     run_id = payload.get("run_id") if is_own(payload) else None
     return Init(resolved.path, payload, architecture, described, run_id or resolved.run_id)
 

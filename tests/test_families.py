@@ -1,6 +1,7 @@
 """Training, resuming and evaluating each family, with weights and options of every origin."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from mlflow import MlflowClient
 from test_loading import FAMILIES, write_original
 from torch import nn
 
-from shufflenet_mlflow import create_model
+from shufflenet_mlflow import create_model, load_checkpoint
 from shufflenet_mlflow.checkpoint import read_checkpoint, record_path
 from shufflenet_mlflow.config import format_numbers, parse_numbers
-from shufflenet_mlflow.errors import ConfigError, ModelError
+from shufflenet_mlflow.errors import ConfigError, ModelError, UnsafeCheckpointError
 from shufflenet_mlflow.models import oneshot, shufflenet_v2_exlarge, shufflenet_v2_large
 from shufflenet_mlflow.models.auxiliary import DeeplySupervised
 from shufflenet_mlflow.recipe import AUXILIARY_WEIGHTS, get_recipe, make_loss, training_loss
@@ -397,6 +398,32 @@ def test_a_file_for_other_networks_or_folders_is_refused(
     assert (result.exit_code, "holds shufflenet_v2_x0_5, not --model" in result.stderr) == (2, True)
     assert shufflenet("eval", own, "--model", "shufflenet_v2_x0_5", "--input-size", 64).exit_code == 0
     assert shufflenet("eval", own, "--input-size", 0).exit_code == 2
+
+
+class Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_file_that_would_run_code_never_does(legacy: bool, images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
+    path, marker = tmp_path / "model.pth.tar", tmp_path / "it ran"
+    model = create_model("shufflenet_v2_x0_5", 3)
+    state_dict = {**model.state_dict(), "classifier.0.weight": Hostile(marker)}
+    torch.save({"state_dict": state_dict}, path, _use_new_zipfile_serialization=not legacy)
+    for options in ({"strict": True}, {"strict": False, "reset_head": True}):
+        with pytest.raises(UnsafeCheckpointError, match="it holds a posix.mkdir"):
+            load_checkpoint(model, path, **options)
+    for words in (
+        ["eval", path, "--model", "shufflenet_v2_x0_5", "--val-dir", images / "val"],
+        ["train", *small_options(images), "--model", "shufflenet_v2_x0_5", "--init-from", path],
+    ):
+        result = shufflenet(*words)
+        assert (result.exit_code, "is refused: it holds a posix.mkdir" in result.stderr) == (1, True), result.output
+    assert not marker.exists()
 
 
 # ---------------------------------------------------------------- the mean image, on a short Large

@@ -10,6 +10,7 @@ from conftest import assert_equal_payloads
 from torch import nn
 
 from shufflenet_mlflow import create_model, load_checkpoint
+from shufflenet_mlflow.checkpoint import head_of
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, CorruptCheckpointError, MismatchError
 from shufflenet_mlflow.models import oneshot
 from shufflenet_mlflow.network import Architecture, guess_networks, load_network
@@ -201,6 +202,22 @@ def test_the_error_carries_the_whole_list() -> None:
     own, given = set(model.state_dict()), set(create_model("shufflenet_v1_x0_5_g3", 10).state_dict())
     assert set(report.missing) == own - given
     assert set(report.unexpected) == given - own
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_1000_classes_against_10(name: str, tmp_path: Path) -> None:
+    source, target = create_model(name, 1000), create_model(name, 10)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    path = write_original(tmp_path / "model.pth.tar", source)
+    for options in ({"strict": True}, {"strict": False}):
+        with pytest.raises(MismatchError, match=r"reshaped: .* is \(1000, \d+\) in the checkpoint, \(10, \d+\) here"):
+            load_checkpoint(target, path, **options)
+        assert_equal_payloads(dict(target.state_dict()), before)
+    report = load_checkpoint(target, path, strict=False, reset_head=True)
+    assert 1 <= len(report.reshaped) <= 2  # a classifier's weight, and its bias if it has one
+    assert {key.rpartition(".")[0] for key in report.reshaped} == {head_of(target)}
+    for key, value in target.state_dict().items():
+        assert torch.equal(value, before[key] if key in report.reshaped else source.state_dict()[key]), key
 
 
 def test_what_is_left_out_stands_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
