@@ -347,7 +347,7 @@ def test_resuming_needs_no_other_option(images: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--seed", 3], r"changed --seed \(0 -> 3\); train anew"),
+        (["--seed", 3], r"changed --seed \(0 -> 3\); leave them out, or train anew"),
         (["--batch-size", 4], r"--batch-size \(8 -> 4\)"),
         (["--model", "shufflenet_oneshot"], r"--model \(shufflenet_v2_x0_5 -> shufflenet_oneshot\)"),
         (["--num-classes", 5], r"--num-classes \(3 -> 5\)"),
