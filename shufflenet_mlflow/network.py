@@ -105,7 +105,7 @@ def describe(payload: Mapping[str, Any], source: str) -> Described:
     check_payload(payload, ("state_dict",), source)
     return Described(
         architecture=_architecture(payload["model"], source) if "model" in payload else None,
-        preprocess=Preprocess.from_dict(payload["preprocess"]) if "preprocess" in payload else None,
+        preprocess=Preprocess.from_dict(payload["preprocess"], source) if "preprocess" in payload else None,
         class_to_idx=payload.get("class_to_idx"),
     )
 

@@ -143,7 +143,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None) -
         architecture,
         options.get("input_size", DIGITS_INPUT_SIZE if train_dir is None else REFERENCE_SIZE),
         mean_image=_mean_image_to_read(given, start),
-        stored=Preprocess.from_dict(start.payload["preprocess"]) if start is not None else None,
+        stored=Preprocess.from_dict(start.payload["preprocess"], repr(str(start.path))) if start is not None else None,
     )
     batch_size = options.get("batch_size", BATCH_SIZE)
     if batch_size < 2:
@@ -233,7 +233,7 @@ def check_same_data(start: Start, data: TrainData, *, new_run: bool) -> None:
         DataError: the classes differ.
         ResumeError: the training images, or the mean images, differ.
     """
-    stored = Preprocess.from_dict(start.payload["preprocess"])
+    stored = Preprocess.from_dict(start.payload["preprocess"], repr(str(start.path)))
     if not new_run and not data.preprocess.has_mean_of(stored):
         raise ResumeError("--mean-image is not the one that the run began with; leave it out, or pass --new-run")
     require_same_classes(

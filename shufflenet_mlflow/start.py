@@ -1,7 +1,7 @@
 """What a training run begins with: a checkpoint to continue, or one whose weights it takes over."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ class Start:
     payload: Mapping[str, Any]
     in_cache: bool
     """It was fetched from a run; otherwise it lies where it was found on the disk."""
+
+    def without_tensors(self) -> "Start":
+        """The same without what is loaded by now: for a large network these are gigabytes."""
+        heavy = ("state_dict", "optimizer_state_dict")
+        return replace(self, payload={key: value for key, value in self.payload.items() if key not in heavy})
 
     @property
     def iters(self) -> int:

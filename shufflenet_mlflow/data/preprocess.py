@@ -112,8 +112,11 @@ class Preprocess:
         return values if self.mean_image is None else {**values, "mean_image": self.mean_image}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Preprocess":
+    def from_dict(cls, values: Mapping[str, Any], source: str = "the checkpoint") -> "Preprocess":
         """The inverse of `to_dict`.
+
+        Args:
+            source: what to call the checkpoint in messages.
 
         Raises:
             CheckpointError: a value is missing or not of this version.
@@ -132,7 +135,7 @@ class Preprocess:
             return cls(mode, input_size, mean_image)
         except (KeyError, TypeError, ValueError) as error:
             plain = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-            raise CheckpointError(f"the checkpoint's preprocessing {plain!r} is not understood: {error}") from error
+            raise CheckpointError(f"{source}: its preprocessing {plain!r} is not understood: {error}") from error
 
 
 Transform = Callable[[Image.Image], Tensor]

@@ -78,6 +78,7 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
     state = _fresh_state(planned, device, first_weights=start is None)
     if start is not None:
         state.load_state_dict(start.payload, config)
+        start = start.without_tensors()
     if init is not None:
         _load_first_weights(state, init, data, reporter)
     run, made = _open_run(request, config, start, init)
