@@ -1,6 +1,7 @@
 """Real images, a real embedded MLflow store, a real command line: what the tests work on."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,8 @@ def client(workplace: Path) -> MlflowClient:
     return MlflowClient(f"sqlite:///{workplace}/mlflow.db")
 
 
+pytest.register_assert_rewrite("training")
+
 Invoke = Callable[..., Result]
 
 
@@ -144,3 +147,28 @@ def assert_equal_payloads(first: Any, second: Any, where: str = "payload") -> No
             assert_equal_payloads(one, other, f"{where}[{index}]")
     else:
         assert first == second or (first != first and second != second), where
+
+
+class Hostile:
+    """Makes the folder `marker` where it is unpickled: what no checkpoint may be able to do."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_database: Path, cache_dir: Path) -> Any:
+    """The final payload and the metric history of a run that nothing disturbed."""
+    from training import history, run  # which imports from here
+
+    from shufflenet_mlflow.checkpoint import read_checkpoint
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    summary = run(images, "--save-dir", folder / "models", "--tracking-uri", uri)
+    return read_checkpoint(folder / "models" / "bnps-checkpoint-000012.pth.tar"), history(
+        MlflowClient(uri), summary.run_id
+    )

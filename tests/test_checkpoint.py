@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_equal_payloads
+from conftest import Hostile, assert_equal_payloads
 from torch import nn
 
 from shufflenet_mlflow import load_checkpoint
@@ -316,14 +316,6 @@ def test_files_that_are_no_checkpoint(content: bytes, tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         read_checkpoint(tmp_path / "checkpoint-000001.pth.tar")
-
-
-class Hostile:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

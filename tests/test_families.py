@@ -1,7 +1,6 @@
 """Training, resuming and evaluating each family, with weights and options of every origin."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Invoke, assert_equal_payloads, small_options, write_images
+from conftest import Hostile, Invoke, assert_equal_payloads, small_options, write_images
 from mlflow import MlflowClient
 from test_loading import FAMILIES, write_original
 from torch import nn
@@ -398,14 +397,6 @@ def test_a_file_for_other_networks_or_folders_is_refused(
     assert (result.exit_code, "holds shufflenet_v2_x0_5, not --model" in result.stderr) == (2, True)
     assert shufflenet("eval", own, "--model", "shufflenet_v2_x0_5", "--input-size", 64).exit_code == 0
     assert shufflenet("eval", own, "--input-size", 0).exit_code == 2
-
-
-class Hostile:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize("legacy", [True, False])

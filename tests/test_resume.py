@@ -1,0 +1,269 @@
+"""Interrupted anywhere, a run goes on as if nothing had happened; what would make it another run is refused."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_equal_payloads, steps, values, write_images
+from mlflow import MlflowClient
+from training import Reporter, assert_same_end, history, run, run_until
+
+from shufflenet_mlflow import create_model
+from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint, read_record, verify_checkpoint
+from shufflenet_mlflow.errors import (
+    ResumeError,
+    ShuffleNetError,
+)
+from shufflenet_mlflow.jobs import run_training
+from shufflenet_mlflow.start import TrainRequest
+from shufflenet_mlflow.stopping import StopFlag
+
+
+@pytest.mark.parametrize("iteration", range(1, 13))
+def test_a_run_stopped_at_any_iteration_goes_on_as_if_nothing_had_happened(
+    iteration: int, images: Path, client: MlflowClient, workplace: Path, uninterrupted: Any
+) -> None:
+    stopped = run_until(images, "training", iteration, "--save-dir", "models")
+    assert stopped.result.iters == iteration
+    assert stopped.result.stopped_by == signal.SIGTERM
+    assert client.get_run(stopped.run_id).info.status == "KILLED"
+    # From the folder, or from the run ID alone in an empty folder, in turn; with other workers.
+    source = ["--save-dir", "models"] if iteration % 2 else ["--resume", stopped.run_id, "--save-dir", "elsewhere"]
+    resumed = run(images, *source, "--workers", iteration % 3)
+    assert resumed.run_id == stopped.run_id
+    assert client.get_run(stopped.run_id).info.status == "FINISHED"
+    assert_same_end(client, resumed, uninterrupted)
+
+
+@pytest.mark.parametrize(("phase", "done", "iters"), [("validating", 1, 4), ("re-estimating BN", 2, 12)])
+def test_a_run_stopped_in_validation_or_reestimation(
+    phase: str, done: int, iters: int, images: Path, client: MlflowClient, uninterrupted: Any
+) -> None:
+    stopped = run_until(images, phase, done, "--save-dir", "models", by=signal.SIGINT)
+    assert (stopped.result.iters, stopped.result.stopped_by) == (iters, signal.SIGINT)
+    assert_same_end(client, run(images, "--save-dir", "models"), uninterrupted)
+
+
+@pytest.mark.parametrize("iteration", [1, 6, 9, 11])
+def test_a_run_that_died_repeats_no_step(
+    iteration: int, images: Path, client: MlflowClient, uninterrupted: Any
+) -> None:
+    """Nothing is saved at the moment of death: what was logged since the last checkpoint comes again."""
+
+    class Death(BaseException):
+        pass
+
+    def die(phase: str, done: int) -> None:
+        if (phase, done) == ("training", iteration):
+            raise Death
+
+    with pytest.raises(Death):
+        run(images, "--save-dir", "models", reporter=Reporter(die))
+    [died] = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert died.info.status == "FAILED"
+    resumed = run(images, "--save-dir", "models")
+    if iteration < 4:  # before the first checkpoint there is nothing to resume from
+        assert resumed.run_id != died.info.run_id
+    else:
+        assert resumed.run_id == died.info.run_id
+    assert_same_end(client, resumed, uninterrupted)
+
+
+def test_comparison_with_the_uninterrupted_run_can_fail(images: Path, client: MlflowClient, uninterrupted: Any) -> None:
+    """Negative control: another seed of one generator after the resumption is noticed."""
+    summary = run_until(images, "training", 6, "--save-dir", "models", "--model", "shufflenet_v2_x0_5")
+    path = list_checkpoints(Path("models"))[0]
+    payload = read_checkpoint(path)
+    payload["optimizer_state_dict"]["state"][0]["momentum_buffer"].zero_()
+    torch.save(payload, path)
+    path.with_name(path.name + ".json").unlink()
+    resumed = run(images, "--save-dir", "models")
+    assert resumed.run_id == summary.run_id
+    with pytest.raises(AssertionError):
+        assert_same_end(client, resumed, uninterrupted)
+
+
+def test_dropout_goes_on_where_it_was(images: Path) -> None:
+    options = ["--model", "shufflenet_oneshot", "--total-iters", 4, "--val-interval", 4, "--tracking-uri"]
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    whole = run(images, *options, uri, "--save-dir", "whole")
+    run_until(images, "training", 2, *options, uri, "--save-dir", "parts")
+    torch.manual_seed(12345)
+    torch.rand(3)
+    parts = run(images, *options, uri, "--save-dir", "parts")
+    assert whole.result.checkpoint
+    assert parts.result.checkpoint
+    assert_equal_payloads(
+        read_checkpoint(whole.result.checkpoint)["state_dict"], read_checkpoint(parts.result.checkpoint)["state_dict"]
+    )
+
+
+def test_stopped_before_the_first_iteration(images: Path, client: MlflowClient) -> None:
+    with StopFlag() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        summary = run(images, stop=stop)
+    assert (summary.result.iters, summary.result.checkpoint) == (0, None)
+    assert client.get_run(summary.run_id).info.status == "KILLED"
+
+
+def test_a_complete_run_is_left_alone(images: Path, client: MlflowClient) -> None:
+    first = run(images, "--save-dir", "models")
+    files = {path: path.stat().st_mtime_ns for path in list_checkpoints(Path("models"))}
+    before = history(client, first.run_id)
+    again = run(images, "--save-dir", "models")
+    assert again.was_complete
+    assert again.to_dict() == first.to_dict()
+    assert {path: path.stat().st_mtime_ns for path in list_checkpoints(Path("models"))} == files
+    assert history(client, first.run_id) == before
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+
+
+def test_resuming_needs_no_other_option(images: Path) -> None:
+    stopped = run_until(images, "training", 3, "--momentum", 0.8, "--seed", 7)
+    resumed = run_training(TrainRequest({}, resume=stopped.run_id), reporter=Reporter(), stop=StopFlag())
+    assert resumed.result.iters == 12
+    payload = read_checkpoint(resumed.save_dir / "bnps-checkpoint-000012.pth.tar")
+    assert (payload["config"]["momentum"], payload["config"]["seed"]) == (0.8, 7)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--seed", 3], r"changed --seed \(0 -> 3\); leave them out, or train anew"),
+        (["--batch-size", 4], r"--batch-size \(8 -> 4\)"),
+        (["--model", "shufflenet_oneshot"], r"--model \(shufflenet_v2_x0_5 -> shufflenet_oneshot\)"),
+        (["--num-classes", 5], r"--num-classes \(3 -> 5\)"),
+        (["--lr", 0.5], r"--lr \(0.02 -> 0.5\); leave them as they were, or pass --new-run"),
+        (["--total-iters", 20], r"--total-iters \(12 -> 20\)"),
+    ],
+)
+def test_options_that_change_the_run_are_refused(changed: list[object], message: str, images: Path) -> None:
+    run_until(images, "training", 2, "--save-dir", "models")
+    with pytest.raises(ResumeError, match=message):
+        run(images, "--save-dir", "models", *changed)
+
+
+def test_harmless_options_may_change(images: Path) -> None:
+    run_until(images, "training", 2, "--save-dir", "models")
+    harmless = ["--workers", 1, "--display-interval", 3, "--val-interval", 6, "--save-interval", 7, "--device", "cpu"]
+    assert run(images, "--save-dir", "models", *harmless).result.iters == 12
+
+
+def test_a_stop_in_validation_does_not_rewrite_what_was_committed(images: Path, client: MlflowClient) -> None:
+    """The checkpoint saved at the stop is what `latest` names; validated later, it becomes the best as it is."""
+    stopped = run_until(images, "validating", 1, "--save-dir", "models")
+    path = Path("models/checkpoint-000004.pth.tar")
+    before = path.read_bytes()
+    run(images, "--save-dir", "models", "--total-iters", 12)
+    assert path.read_bytes() == before
+    verify_checkpoint(path)
+    [top1] = [p.value for p in client.get_metric_history(stopped.run_id, "val/top1") if p.step == 4]
+    record = read_record(path)
+    assert record is not None
+    assert record.val_top1 == top1
+    best = json.loads(client.get_run(stopped.run_id).data.tags["checkpoint.best"])
+    if best["iters"] == 4:
+        assert best["sha256"] == record.sha256
+
+
+def test_a_run_is_not_rewound(images: Path, client: MlflowClient) -> None:
+    first = run(images, "--save-dir", "models")
+    before = dict(client.get_run(first.run_id).data.tags)
+    with pytest.raises(ResumeError, match="has gone on to iteration 12, this checkpoint is of 5; --resume"):
+        run(images, "--resume", f"{first.run_id}@5", "--val-interval", 12)
+    assert client.get_run(first.run_id).data.tags == before
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+
+
+def test_a_corrupt_latest_artifact_does_not_block_resuming(images: Path, client: MlflowClient) -> None:
+    stopped = run_until(images, "training", 6, "--save-dir", "models")
+    artifacts = Path(client.get_run(stopped.run_id).info.artifact_uri.removeprefix("file://")) / "checkpoints"
+    (artifacts / "checkpoint-000006.pth.tar").write_bytes(b"PK")
+    resumed = run(images, "--resume", stopped.run_id, "--save-dir", "elsewhere")
+    assert resumed.result.iters == 12
+    assert steps(client, stopped.run_id, "train/loss") == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_loss_of_a_checkpoint_does_not_depend_on_interruptions(images: Path, client: MlflowClient) -> None:
+    options = ["--display-interval", 20, "--save-interval", 3, "--val-interval", 12]
+    whole = run(images, *options, "--save-dir", "whole")
+    stopped = run_until(images, "training", 1, *options, "--save-dir", "parts")
+    run(images, *options, "--save-dir", "parts")
+    expected = values(client, whole.run_id, "loss")
+    assert len(set(expected)) == 4
+    assert values(client, stopped.run_id, "loss")[1:] == expected
+
+
+def test_a_fork_trains_with_its_own_rates(images: Path) -> None:
+    """Loading the optimizer's state brings the old rates back: a fork's own must win."""
+    run_until(images, "training", 6, "--save-dir", "models")
+    changed = ["--lr", 0.5, "--momentum", 0.1, "--weight-decay", 0.25, "--total-iters", 24, "--val-interval", 24]
+    fork = run(images, "--resume", "models", "--new-run", "--save-dir", "fork", "--save-interval", 12, *changed)
+    groups = read_checkpoint(fork.save_dir / "checkpoint-000012.pth.tar")["optimizer_state_dict"]["param_groups"]
+    assert [group["momentum"] for group in groups] == [0.1, 0.1]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
+    assert [group["lr"] for group in groups] == pytest.approx([0.25, 0.25])
+
+
+def test_a_fork_does_not_write_into_its_parents_folder(images: Path) -> None:
+    run_until(images, "training", 6, "--save-dir", "models")
+    before = {path: path.read_bytes() for path in list_checkpoints(Path("models"))}
+    with pytest.raises(ResumeError, match="for a fork pass --resume models and another --save-dir"):
+        run(images, "--save-dir", "models", "--new-run")
+    assert {path: path.read_bytes() for path in list_checkpoints(Path("models"))} == before
+
+
+def test_a_new_run_forks(images: Path, client: MlflowClient) -> None:
+    stopped = run_until(images, "training", 6, "--save-dir", "models")
+    before = history(client, stopped.run_id)
+    fork = run(images, "--resume", stopped.run_id, "--new-run", "--lr", 0.5, "--save-dir", "fork")
+    assert fork.run_id != stopped.run_id
+    tags = client.get_run(fork.run_id).data.tags
+    assert (tags["resumed.from_run"], tags["resumed.from_iters"]) == (stopped.run_id, "6")
+    assert steps(client, fork.run_id, "train/loss") == [8, 10, 12]
+    assert history(client, stopped.run_id) == before
+    with pytest.raises(ResumeError, match="holds checkpoints of run"):
+        run(images, "--resume", stopped.run_id, "--new-run", "--save-dir", "models")
+
+
+def test_a_fork_that_is_stopped_at_once_can_be_resumed(images: Path) -> None:
+    stopped = run_until(images, "training", 6, "--save-dir", "models")
+    with StopFlag() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        fork = run(images, "--resume", stopped.run_id, "--new-run", "--save-dir", "fork", stop=stop)
+    assert fork.result.checkpoint == Path("fork/checkpoint-000006.pth.tar")
+    assert run(images, "--resume", fork.run_id, "--save-dir", "elsewhere").run_id == fork.run_id
+
+
+def test_other_images_are_refused(images: Path, tmp_path: Path) -> None:
+    mine = write_images(tmp_path / "mine")
+    stopped = run_until(images, "training", 2, "--train-dir", mine, "--save-dir", "models")
+    copy = write_images(tmp_path / "copy")
+    (copy / "red" / "000.png").unlink()
+    with pytest.raises(ResumeError, match="does not hold the images that the run began with"):
+        run(images, "--train-dir", copy, "--save-dir", "models")
+    write_images(tmp_path / "same")  # the same content in another place is fine
+    assert run(images, "--train-dir", tmp_path / "same", "--save-dir", "models").run_id == stopped.run_id
+
+
+def test_none_refuses_a_folder_in_use(images: Path) -> None:
+    run_until(images, "training", 2, "--save-dir", "models")
+    with pytest.raises(ResumeError, match="--save-dir 'models' holds checkpoints already"):
+        run(images, "--save-dir", "models", "--resume", "none")
+
+
+def test_another_store_does_not_know_the_run(images: Path, tmp_path: Path) -> None:
+    run_until(images, "training", 2, "--save-dir", "models")
+    with pytest.raises(ResumeError, match="--new-run continues as a run of its own, --tracking-uri names another"):
+        run(images, "--save-dir", "models", "--tracking-uri", f"sqlite:///{tmp_path}/other.db")
+
+
+def test_weights_alone_cannot_be_resumed(images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-000100.pth.tar"
+    torch.save({"state_dict": create_model("shufflenet_v2_x0_5", 3).state_dict()}, path)
+    with pytest.raises(ShuffleNetError, match="it has no optimizer_state_dict"):
+        run(images, "--resume", path)

@@ -1,0 +1,254 @@
+"""Training that cannot go on, and a store that fails while it does."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from mlflow import MlflowClient
+from training import Reporter, assert_same_end, run
+
+from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint
+from shufflenet_mlflow.errors import (
+    BadImageError,
+    ConfigError,
+    DataError,
+    NonFiniteLossError,
+    ShuffleNetError,
+    TrackingError,
+)
+from shufflenet_mlflow.jobs import run_training
+from shufflenet_mlflow.start import TrainRequest
+from shufflenet_mlflow.state import Meter, TrainingState
+from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.tracking import delivery
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+def statuses(client: MlflowClient) -> list[str]:
+    return [run.info.status for run in client.search_runs([e.experiment_id for e in client.search_experiments()])]
+
+
+def test_a_diverging_run_names_iteration_and_rate(images: Path, client: MlflowClient) -> None:
+    with pytest.raises(
+        NonFiniteLossError,
+        match=r"NaN or infinite at iteration \d+, with a learning rate of [\d.e+]+; .* lower --lr; the last good",
+    ):
+        run(images, "--lr", 1e20, "--save-dir", "models", "--save-interval", 1, "--val-interval", 12)
+    assert statuses(client) == ["FAILED"]
+    for path in list_checkpoints(Path("models")):
+        state_dict = read_checkpoint(path)["state_dict"]
+        assert np.isfinite(read_checkpoint(path)["loss"])
+        assert "classifier.0.weight" in state_dict
+
+
+def test_the_meter_remembers_the_first_bad_iteration() -> None:
+    meter = Meter(torch.device("cpu"))
+    none, one = torch.tensor(0), torch.tensor(1)
+    for iters, loss in enumerate((1.0, 3.0, float("nan"), 1.0, float("inf")), start=1):
+        meter.update(iters, torch.tensor(loss), one, none, 2)
+    assert meter.first_bad() == 3
+    meter.reset()
+    assert meter.first_bad() == 3
+
+
+def test_nan_never_becomes_the_best() -> None:
+    state = TrainingState.__new__(TrainingState)
+    state.best, state.iters = None, 5
+    assert not state.record_validation({"val/top1": float("nan")})
+    assert state.record_validation({"val/top1": 0.2})
+    assert not state.record_validation({"val/top1": float("nan")})
+    assert not state.record_validation({"val/top1": 0.2})
+    assert state.record_validation({"val/top1": 0.3})
+    assert state.best == {"val_top1": 0.3, "iters": 5}
+
+
+@pytest.fixture
+def with_bad_file(tmp_path: Path) -> Path:
+    """36 training images, one of which is cut off, and 15 validation images, one of which is no image."""
+    write_images(tmp_path / "train")
+    write_images(tmp_path / "val", per_class=5, seed=1)
+    whole = (tmp_path / "train" / "red" / "004.png").read_bytes()
+    (tmp_path / "train" / "red" / "004.png").write_bytes(whole[:200])
+    (tmp_path / "val" / "blue" / "002.png").write_bytes(b"GIF89a no")
+    return tmp_path
+
+
+def test_a_bad_image_fails_the_run_and_loses_nothing(with_bad_file: Path, client: MlflowClient) -> None:
+    with pytest.raises(BadImageError, match=r"red/004.png' is not a readable image .*--on-bad-image skip"):
+        run(with_bad_file, "--save-dir", "models")
+    assert statuses(client) == ["FAILED"]
+    checkpoints = list_checkpoints(Path("models"))
+    resumed = run(with_bad_file, "--save-dir", "models", "--on-bad-image", "skip")
+    if checkpoints:  # the bad file may have been in the very first batch
+        assert statuses(client) == ["FINISHED"]
+    assert resumed.result.iters == 12
+    assert client.get_run(resumed.run_id).data.metrics["data/unreadable_files"] == 2
+
+
+def test_skipped_files_are_named_once(with_bad_file: Path) -> None:
+    reporter = Reporter()
+    run(with_bad_file, "--on-bad-image", "skip", reporter=reporter)
+    for name in ("red/004.png", "blue/002.png"):
+        assert len([text for text in reporter.warnings if name in text]) == 1
+    assert "2 unreadable files were left out" in reporter.warnings
+
+
+def test_nothing_readable_to_train_on(with_bad_file: Path) -> None:
+    for path in (with_bad_file / "train").glob("*/*.png"):
+        path.write_bytes(b"?")
+    with pytest.raises(DataError, match="no file in '.*train' is a readable image"):
+        run(with_bad_file, "--on-bad-image", "skip")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_dead_worker_is_an_error_and_loses_nothing(workers: int, images: Path, client: MlflowClient) -> None:
+    def shoot(phase: str, done: int) -> None:
+        if (phase, done) == ("training", 3):
+            for child in multiprocessing.active_children():
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGKILL)
+            time.sleep(0.5)
+
+    with pytest.raises(DataError, match="a data loading process died .*lower --workers or --batch-size"):
+        run(images, "--save-dir", "models", "--workers", workers, reporter=Reporter(shoot))
+    assert statuses(client) == ["FAILED"]
+    assert list_checkpoints(Path("models"))[0].name == "checkpoint-000003.pth.tar"
+
+
+def test_nothing_readable_to_validate_on(with_bad_file: Path) -> None:
+    for path in (with_bad_file / "val").glob("*/*.png"):
+        path.write_bytes(b"?")
+    with pytest.raises(DataError, match="none of the 15 files in .* is a readable image"):
+        run(with_bad_file, "--on-bad-image", "skip")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--batch-size", 37], DataError, "36 images, fewer than one batch of 37"),
+        (["--batch-size", 1], ConfigError, r"--batch-size \(=1\) must be at least 2"),
+        (["--input-size", 50], ConfigError, r"\(=50\) must be a multiple of 32"),
+        (["--lr", 0], ConfigError, r"--lr \(=0.0\) must be above 0"),
+        (["--momentum", 1], ConfigError, r"--momentum \(=1.0\)"),
+        (["--label-smooth", 1], ConfigError, r"--label-smooth \(=1.0\)"),
+        (["--num-classes", 2], ConfigError, r"--num-classes \(=2\) is below the 3 classes"),
+        (["--epochs", 3], ConfigError, "--epochs and --total-iters exclude each other"),
+        (["--device", "cuda:99"], ConfigError, "--device cuda:99: this machine has"),
+        (["--device", "tpu"], ConfigError, r"--device \(=tpu\)"),
+        (["--workers", -1], ConfigError, r"--workers \(=-1\)"),
+        (["--save-interval", 0], ConfigError, r"--save-interval \(=0\)"),
+        (["--seed", -1], ConfigError, r"--seed \(=-1\)"),
+        (["--val-dir", "nowhere"], DataError, "--val-dir '.*nowhere' does not exist"),
+    ],
+)
+def test_bad_options_leave_no_run_behind(
+    arguments: list[object], error: type[ShuffleNetError], message: str, images: Path, client: MlflowClient
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        run(images, *arguments)
+    assert "\n" not in str(caught.value)
+    assert statuses(client) == []
+    assert not Path("models").exists()
+
+
+def test_one_folder_alone_is_refused(images: Path) -> None:
+    with pytest.raises(ConfigError, match="--val-dir is missing; give both folders, or neither"):
+        run_training(TrainRequest({"train_dir": images / "train"}), reporter=Reporter(), stop=StopFlag())
+
+
+# ---------------------------------------------------------------- a store that fails
+
+
+class Outage:
+    """Makes every writing call of the client fail while it lasts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.on = False
+        for name in ("log_batch", "log_artifact", "set_tag", "set_terminated"):
+            original = getattr(MlflowClient, name)
+
+            def call(client: MlflowClient, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
+                if self.on:
+                    raise ConnectionError("Connection refused")
+                return _original(client, *args, **kwargs)
+
+            monkeypatch.setattr(MlflowClient, name, call)
+        monkeypatch.setattr(delivery, "RETRY_SECONDS", 0.0)
+
+
+@pytest.fixture
+def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
+    return Outage(monkeypatch)
+
+
+def test_an_outage_in_the_middle_loses_nothing(
+    images: Path, client: MlflowClient, outage: Outage, uninterrupted: Any
+) -> None:
+    def switch(phase: str, done: int) -> None:
+        if phase == "training":
+            outage.on = 3 <= done <= 9
+
+    reporter = Reporter(switch)
+    summary = run(images, "--save-dir", "models", reporter=reporter)
+    assert_same_end(client, summary, uninterrupted)
+    assert len([text for text in reporter.warnings if "training goes on" in text]) == 1
+
+
+def test_a_final_upload_that_failed_is_made_up_for(
+    images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two checkpoints are of the last iteration; it is the second one that must not get lost."""
+    original = MlflowClient.log_artifact
+    failing = True
+
+    def refuse_the_last(client: MlflowClient, run_id: str, path: str, folder: str) -> None:
+        if failing and "bnps-" in path:
+            raise ConnectionError("Connection refused")
+        original(client, run_id, path, folder)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse_the_last)
+    with pytest.raises(TrackingError, match="cannot upload the checkpoint bnps-"):
+        run(images, "--save-dir", "models")
+    failing = False
+    again = run(images, "--save-dir", "models")
+    latest = json.loads(client.get_run(again.run_id).data.tags["checkpoint.latest"])
+    assert latest["path"] == "checkpoints/bnps-checkpoint-000012.pth.tar"
+
+
+def test_an_outage_when_stopped_does_not_hide_the_signal(images: Path, outage: Outage) -> None:
+    def pull(phase: str, done: int) -> None:
+        if (phase, done) == ("training", 5):
+            outage.on = True
+            signal.raise_signal(signal.SIGTERM)
+
+    reporter = Reporter(pull)
+    with StopFlag() as stop:
+        summary = run(images, "--save-dir", "models", reporter=reporter, stop=stop)
+    assert summary.result.stopped_by == signal.SIGTERM
+    assert any("were not delivered" in text for text in reporter.warnings)
+    outage.on = False
+    assert run(images, "--save-dir", "models").run_id == summary.run_id
+
+
+def test_an_outage_at_the_end_is_an_error_that_says_so(
+    images: Path, client: MlflowClient, outage: Outage, uninterrupted: Any
+) -> None:
+    def switch(phase: str, done: int) -> None:
+        outage.on = outage.on or (phase, done) == ("training", 9)
+
+    with pytest.raises(TrackingError, match="were not delivered, the checkpoints on the disk are complete"):
+        run(images, "--save-dir", "models", reporter=Reporter(switch))
+    assert list_checkpoints(Path("models"))[0].name == "bnps-checkpoint-000012.pth.tar"
+    outage.on = False
+    resumed = run(images, "--save-dir", "models")  # brings the final checkpoint to the run
+    latest = json.loads(client.get_run(resumed.run_id).data.tags["checkpoint.latest"])
+    assert latest["path"] == "checkpoints/bnps-checkpoint-000012.pth.tar"
