@@ -56,6 +56,7 @@ class ConsoleReporter:
         self._progress: Progress | None = None
         self._total = self._first = 0
         self._began = time.monotonic()
+        self._waiting = 0
         logger = logging.getLogger("shufflenet_mlflow")
         logger.handlers = [_Handler(self.console)]
         logger.propagate = False
@@ -105,6 +106,8 @@ class ConsoleReporter:
             f"loss {values['train/loss']:.4f}  top1 {values['train/top1']:.4f}  lr {values['train/lr']:.5f}  "
             f"{values['train/images_per_second']:.0f} img/s"
         )
+        if self._waiting:
+            text += f"  {self._waiting} waiting for MLflow"
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], detail=text)
         else:
@@ -121,6 +124,10 @@ class ConsoleReporter:
 
     def warn(self, text: str) -> None:
         self._line(f"[yellow]Warning:[/] {escape(text)}")
+
+    def waiting(self, count: int) -> None:
+        """Shown in the next line of progress."""
+        self._waiting = count
 
     def _line(self, markup: str) -> None:
         self.console.print(markup, highlight=False)

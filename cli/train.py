@@ -76,6 +76,14 @@ REQUEST_OPTIONS = (
 @option("--display-interval", type=int, help="Iterations between progress lines.  [default: 20]")
 @option("--val-interval", type=int, help="Iterations between validations.  [default: about 10 per run]")
 @option("--save-interval", type=int, help="Iterations between checkpoints.  [default: about 10 per run]")
+@option("--keep-last", type=int, metavar="N", help="Keep the newest N checkpoints.  [default: keep all]")
+@option("--keep-best", type=int, metavar="K", help="Keep the K with the highest validation accuracy.")
+@option("--keep-every", type=int, metavar="M", help="Keep those at multiples of M iterations.")
+@option(
+    "--on-save-error",
+    type=click.Choice(["fail", "continue"]),
+    help="What a checkpoint that cannot be written means.  [default: fail]",
+)
 @option(
     "--save-dir",
     type=click.Path(path_type=Path),
@@ -141,18 +149,22 @@ def _check_numbers(given: dict[str, Any]) -> None:
 def _closing_lines(summary: "TrainSummary") -> str:
     result = summary.result
     lines = [
-        f"run ID               {summary.run_id}  ({summary.run_name})",
+        f"run ID               {summary.run_id or 'none yet: MLflow was away'}  ({summary.run_name})",
         f"iterations           {result.iters}  (epoch {result.epoch})",
         f"checkpoint           {result.checkpoint or 'none yet'}",
     ]
     if result.val_top1 is not None:
         lines.append(f"validation accuracy  {result.val_top1:.4f}")
+    if summary.pending:
+        lines.append(f"not in MLflow yet    {summary.pending} entries; shufflenet sync {summary.save_dir}")
     lines.append("")
+    ref = summary.save_dir if summary.pending or summary.run_id is None else summary.run_id
     if result.stopped_by is not None and result.checkpoint is not None:
-        lines.append(f"continue with        shufflenet train --resume {summary.run_id}")
+        lines.append(f"continue with        shufflenet train --resume {ref}")
     elif result.checkpoint is not None:
-        lines.append(f"evaluate it          shufflenet eval {summary.run_id}")
-    lines.append(f"see it in the UI     {_ui_hint(summary)}")
+        lines.append(f"evaluate it          shufflenet eval {ref}")
+    if summary.run_id is not None:
+        lines.append(f"see it in the UI     {_ui_hint(summary)}")
     return "\n".join(lines)
 
 

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shufflenet_mlflow.errors import TrackingError
+from shufflenet_mlflow.errors import RefusedError, TrackingError
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient as MlflowClient
 
 # Up to the last @: a password that was not quoted may hold anything. File names may hold an @ of their own.
 _USERINFO = re.compile(r"\b(?!sqlite:|file:)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s'\"]*@")
@@ -46,6 +46,11 @@ _SHORT_REASONS = (
 
 _LONGEST = 300
 
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
+
+IMPATIENT_SECONDS = 10
+"""How long a server may take to answer before a run begins without it."""
+
 
 def redact(text: str) -> str:
     """`text` with user, password and secret query values of every URI in it taken out."""
@@ -71,7 +76,8 @@ def mlflow_errors(doing: str) -> Iterator[None]:
         doing: completes "cannot …", such as "read run 1f…".
 
     Raises:
-        TrackingError: instead of an MLflow, HTTP or operating system error.
+        RefusedError: MLflow says that the request itself is wrong.
+        TrackingError: instead of any other MLflow, HTTP or operating system error.
     """
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
@@ -80,8 +86,11 @@ def mlflow_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError, ImportError, OSError) as error:
+        code = getattr(error, "error_code", None)
+        # A run that was deleted can be brought back: what is meant for it waits.
+        refused = code in _REFUSALS and "must be in the 'active' state" not in str(error)
         # Not chained: what these say holds addresses with their credentials.
-        raise TrackingError(f"cannot {doing}: {_reason(error)}", getattr(error, "error_code", None)) from None
+        raise (RefusedError if refused else TrackingError)(f"cannot {doing}: {_reason(error)}", code) from None
 
 
 def prepare_environment() -> None:
@@ -91,6 +100,36 @@ def prepare_environment() -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Requests in this block are tried once, and not for long; for a process that has no other thread yet."""
+    names = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(zip(names, ("0", str(IMPATIENT_SECONDS)), strict=True))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def is_server(uri: str) -> bool:
+    """Whether the store is reached over a network, and may be away."""
+    return uri.startswith(("http://", "https://"))
+
+
+def stored_uri(uri: str) -> str:
+    """The store's address as another process in another folder can use it; without credentials."""
+    prefix, found, rest = uri.partition("sqlite:///")
+    if found and not prefix:
+        path, mark, query = rest.partition("?")
+        return redact(f"sqlite:///{Path(path).absolute()}{mark}{query}")
+    return redact(uri)
 
 
 def _check_database_file(uri: str) -> None:
@@ -119,7 +158,7 @@ def connect(tracking_uri: str | None = None) -> "MlflowClient":
     # The embedded store's first use reports every step of its schema.
     for name in ("mlflow.store.db.utils", "mlflow.tracking.fluent", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient as MlflowClient
 
     with mlflow_errors(f"open the tracking store {redact(uri)}"):
         return MlflowClient(tracking_uri=tracking_uri)

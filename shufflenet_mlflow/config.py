@@ -31,6 +31,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "<class 'float'>": (float, int),
     "str | None": (str, type(None)),
     "<class 'bool'>": (bool,),
+    "int | None": (int, type(None)),
 }
 
 
@@ -156,6 +157,14 @@ class TrainConfig:
     """Iterations between two passes over the validation set."""
     save_interval: int
     """Iterations between two checkpoints."""
+    keep_last: int | None = None
+    """Keep the newest so many checkpoints; see `shufflenet_mlflow.checkpoint.Retention`. With no rule, all are kept."""
+    keep_best: int | None = None
+    """Keep so many with the highest validation accuracy."""
+    keep_every: int | None = None
+    """Keep those whose iteration is a multiple of this."""
+    on_save_error: str = "fail"
+    """What a checkpoint that cannot be written means: `fail` or `continue`."""
 
     def __post_init__(self) -> None:
         check_types(self.to_dict())
@@ -188,6 +197,10 @@ class TrainConfig:
         _require(self.workers >= 0, "workers", self.workers, "at least 0")
         check_device(self.device)
         _require(self.on_bad_image in ("fail", "skip"), "on_bad_image", self.on_bad_image, "fail or skip")
+        for name in ("keep_last", "keep_best", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.on_save_error in ("fail", "continue"), "on_save_error", self.on_save_error, "fail or continue")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values by field."""
@@ -209,6 +222,10 @@ HARMLESS = (
     "val_interval",
     "save_interval",
     "on_bad_image",
+    "keep_last",
+    "keep_best",
+    "keep_every",
+    "on_save_error",
 )
 """These may change when a run is resumed; the content of the data and of the mean image is compared on its own."""
 

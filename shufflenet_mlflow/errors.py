@@ -12,6 +12,9 @@
     ├── UnresolvedError        nothing stands behind a checkpoint reference
     ├── ResumeError            a run that cannot be continued as asked
     ├── TrackingError          the MLflow store refused or did not answer
+    │   └── RefusedError             and will refuse it again
+    ├── SpoolError             the journal of what MLflow has not got yet cannot be kept
+    ├── BusyError              another process works in the same folder
     └── NonFiniteLossError     training diverged
 
 Each message is one line that names the value and the way out; the command line prints it and exits
@@ -87,6 +90,30 @@ class TrackingError(ShuffleNetError):
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+
+    @property
+    def answered(self) -> bool:
+        """Whether the store gave a definite answer: trying again will not help."""
+        return self.code in _DEFINITE
+
+
+class RefusedError(TrackingError):
+    """What was sent to the MLflow store will never be taken, or is not there any more to be sent."""
+
+
+_DEFINITE = {
+    *("RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "ENDPOINT_NOT_FOUND", "INVALID_STATE"),
+    *("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "FEATURE_DISABLED"),
+    *("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"),
+}
+
+
+class SpoolError(ShuffleNetError):
+    """The journal of what has not reached MLflow yet cannot be read or written."""
+
+
+class BusyError(ShuffleNetError):
+    """Another process works in the same folder."""
 
 
 class NonFiniteLossError(ShuffleNetError):

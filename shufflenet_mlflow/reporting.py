@@ -31,6 +31,9 @@ class Reporter(Protocol):
     def warn(self, text: str) -> None:
         """Something that needs attention."""
 
+    def waiting(self, count: int) -> None:
+        """So many entries have not reached MLflow, though they should have; 0 once all is well again."""
+
 
 class _SilentPhase:
     def advance(self) -> None:
@@ -67,3 +70,6 @@ class LoggingReporter:
 
     def warn(self, text: str) -> None:
         logger.warning("%s", text)
+
+    def waiting(self, count: int) -> None:
+        pass

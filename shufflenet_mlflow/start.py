@@ -5,11 +5,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint import FINAL_TAG, RESUME_KEYS, check_payload, is_own, parse_name, read_checkpoint
+from shufflenet_mlflow.checkpoint import (
+    FINAL_TAG,
+    RESUME_KEYS,
+    check_payload,
+    is_own,
+    parse_name,
+    read_checkpoint,
+)
 from shufflenet_mlflow.config import check_types
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, ResumeError
 from shufflenet_mlflow.network import Architecture, Described, describe, identify
 from shufflenet_mlflow.resolve import newest_valid, resolve
+from shufflenet_mlflow.spool import look
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class Start:
     payload: Mapping[str, Any]
     in_cache: bool
     """It was fetched from a run; otherwise it lies where it was found on the disk."""
+    run_id: str | None = None
+    """The run that it belongs to; None if MLflow has not made it yet."""
 
     def without_tensors(self) -> "Start":
         """The same without what is loaded by now: for a large network these are gigabytes."""
@@ -45,11 +55,6 @@ class Start:
     @property
     def iters(self) -> int:
         return int(self.payload["iters"])
-
-    @property
-    def run_id(self) -> str | None:
-        run_id: str | None = self.payload["run_id"]
-        return run_id
 
     @property
     def config(self) -> dict[str, Any]:
@@ -134,17 +139,24 @@ def find_start(request: TrainRequest) -> Start | None:
                 f"--save-dir {str(directory)!r} holds the run's own checkpoints; for a fork pass "
                 f"--resume {directory} and another --save-dir"
             )
-        return _load_start(found.path, in_cache=False)
+        return _load_start(found.path, None)
     resolved = resolve(request.resume, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
-    start = _load_start(resolved.path, in_cache=resolved.run_id is not None)
+    start = _load_start(resolved.path, resolved.run_id)
     if found is not None:
-        there = read_checkpoint(found.path).get("run_id")
-        if request.new_run or there != start.run_id:
+        there = run_of(found.path, read_checkpoint(found.path))
+        same_folder = found.path.parent.resolve() == start.path.parent.resolve()
+        if request.new_run or (there != start.run_id and not same_folder):
             raise ResumeError(f"--save-dir {str(directory)!r} holds checkpoints of run {there}; name another folder")
     return start
 
 
-def _load_start(path: Path, *, in_cache: bool) -> Start:
+def run_of(path: Path, payload: Mapping[str, Any]) -> str | None:
+    """The run that a checkpoint file belongs to, also if MLflow made it after the file was written."""
+    run_id: str | None = payload.get("run_id") if is_own(payload) else None
+    return run_id or look(path.parent).run_id
+
+
+def _load_start(path: Path, fetched_from: str | None) -> Start:
     payload = read_checkpoint(path)
     source = repr(str(path))
     check_payload(payload, RESUME_KEYS, source)
@@ -152,4 +164,4 @@ def _load_start(path: Path, *, in_cache: bool) -> Start:
         check_types(payload["config"])
     except ConfigError as error:
         raise CheckpointError(f"{source}: its configuration is not understood: {error}") from error
-    return Start(path, payload, in_cache)
+    return Start(path, payload, fetched_from is not None, run_of(path, payload) or fetched_from)

@@ -48,15 +48,25 @@ class CheckpointStore(Protocol):
         tag: str,
         *,
         val_top1: float | None,
-        best: bool,
     ) -> Path:
-        """Keep `state`; `best` says that no earlier one had as high a `val_top1`."""
+        """Keep a copy of `state`, which may be written later; the file that it will be.
+
+        Raises:
+            CheckpointError: an earlier one could not be kept.
+        """
 
     def mark_best(self, checkpoint: Path, val_top1: float) -> bool:
         """A checkpoint that is kept already has turned out to be the best.
 
         Its file is not written again: it may be what the run's latest checkpoint is committed to be. False if
         that cannot be done, because it was not this store that kept it.
+        """
+
+    def finish(self) -> Path | None:
+        """Wait until everything is on the disk; the newest checkpoint that is, None if there is none.
+
+        Raises:
+            CheckpointError: something could not be kept.
         """
 
 
@@ -115,6 +125,7 @@ class Trainer:
         self.bad_images = BadImageLog(skip=self.config.on_bad_image == "skip")
         self._to_input = ToInput(self.data.preprocess, self.state.device)
         self.saved: Path | None = None
+        self._resumed_from: Path | None = None
         self._saved_iters: int | None = None
         self._mid_step = False
 
@@ -131,6 +142,7 @@ class Trainer:
             DataError: an image cannot be read, or a process that reads them died; a checkpoint of the last
                 complete iteration is kept.
         """
+        self._resumed_from = resumed_from
         if resumed_from is not None:
             self.saved, self._saved_iters = resumed_from, self.state.iters
         try:
@@ -153,7 +165,8 @@ class Trainer:
                 self._save_once()
             raise death from error
         except NonFiniteLossError as error:
-            kept = f"the last good checkpoint is {str(self.saved)!r}" if self.saved else "no checkpoint yet"
+            saved = self._on_disk()
+            kept = f"the last good checkpoint is {str(saved)!r}" if saved else "no checkpoint yet"
             raise NonFiniteLossError(f"{error}; {kept}") from error
         return self._result()
 
@@ -216,8 +229,8 @@ class Trainer:
         state = self.state
         with self.reporter.phase("re-estimating BN", self._reestimation_batches()) as phase:
             reestimate_bn(state.model, self._reestimation_inputs(phase.advance))
-        is_best = self._validate()
-        self._save(FINAL_TAG, best=is_best)
+        self._validate()
+        self._save(FINAL_TAG)
         if state.best is not None:
             self.sink.log({"best/val_top1": state.best["val_top1"]}, 0)
 
@@ -262,7 +275,7 @@ class Trainer:
             return
         kept = self.saved if self._saved_iters == self.state.iters else None
         if kept is None or not self.store.mark_best(kept, self.state.validation["val/top1"]):
-            self._save("", best=True)
+            self._save("")
 
     def _validate(self) -> bool:
         """True if it was the best validation so far."""
@@ -284,9 +297,9 @@ class Trainer:
     def _save_once(self) -> None:
         """Save, unless this iteration has been saved already or nothing has been trained."""
         if self.state.iters and self._saved_iters != self.state.iters:
-            self._save("", best=False)
+            self._save("")
 
-    def _save(self, tag: str, *, best: bool) -> None:
+    def _save(self, tag: str) -> None:
         state = self.state
         state.check_finite()  # a poisoned state must never become the newest checkpoint
         epoch = self.data.order.epoch_of(state.iters)
@@ -302,9 +315,12 @@ class Trainer:
             state.iters,
             tag,
             val_top1=state.validation["val/top1"] if validated else None,
-            best=best,
         )
         self._saved_iters = state.iters
+
+    def _on_disk(self) -> Path | None:
+        """The newest checkpoint, once it is on the disk."""
+        return self.store.finish() or self._resumed_from
 
     def _result(self, stopped_by: int | None = None) -> TrainResult:
         state = self.state
@@ -314,7 +330,7 @@ class Trainer:
             loss=state.current_loss(),
             val_top1=state.validation.get("val/top1"),
             val_top5=state.validation.get("val/top5"),
-            checkpoint=self.saved,
+            checkpoint=self._on_disk(),
             stopped_by=stopped_by,
         )
 

@@ -83,7 +83,8 @@ def test_mlproject_mirrors_the_command(name: str) -> None:
 LAYERS = [
     {"errors"},
     {"config", "stopping", "reporting"},
-    {"models", "data", "checkpoint", "client"},
+    {"models", "data", "checkpoint", "client", "locks"},
+    {"spool"},
     {"recipe", "resolve", "network"},
     {"evaluate", "state", "start"},
     {"train"},

@@ -136,5 +136,15 @@ def test_the_first_signal_is_announced() -> None:
 
 def test_summary_is_plain(images: Path) -> None:
     document: Mapping[str, Any] = run(images).to_dict()
-    assert set(document) == {"run_id", "iters", "epoch", "loss", "val_top1", "val_top5", "checkpoint", "save_dir"}
+    assert set(document) == {
+        "run_id",
+        "iters",
+        "epoch",
+        "loss",
+        "val_top1",
+        "val_top5",
+        "checkpoint",
+        "save_dir",
+        "pending",
+    }
     json.dumps(document)

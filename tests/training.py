@@ -23,6 +23,7 @@ class Reporter(LoggingReporter):
     def __init__(self, at: Callable[[str, int], None] = lambda *_: None) -> None:
         self.at = at
         self.warnings: list[str] = []
+        self.waited: list[int] = []
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[Phase]:
@@ -40,6 +41,9 @@ class Reporter(LoggingReporter):
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
+
+    def waiting(self, count: int) -> None:
+        self.waited.append(count)
 
 
 def request(images: Path, *arguments: object) -> TrainRequest:

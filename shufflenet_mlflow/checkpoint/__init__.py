@@ -1,5 +1,6 @@
 """The checkpoint file: its format, writing, verification, loading."""
 
+from shufflenet_mlflow.checkpoint.folder import delete_checkpoint, list_records, remove_leftovers
 from shufflenet_mlflow.checkpoint.load import AUXILIARY_PREFIX, LoadReport, head_of, load_checkpoint, weights_of
 from shufflenet_mlflow.checkpoint.names import (
     FINAL_TAG,
@@ -19,9 +20,17 @@ from shufflenet_mlflow.checkpoint.record import (
     update_record,
     write_record,
 )
+from shufflenet_mlflow.checkpoint.retention import Retention, best_first
+from shufflenet_mlflow.checkpoint.snapshot import StateBuffer
 from shufflenet_mlflow.checkpoint.state import is_plain_tensor
 from shufflenet_mlflow.checkpoint.verify import read_checkpoint, verify_checkpoint
-from shufflenet_mlflow.checkpoint.write import WrittenCheckpoint, write_checkpoint
+from shufflenet_mlflow.checkpoint.write import (
+    PreparedCheckpoint,
+    WrittenCheckpoint,
+    prepare_checkpoint,
+    write_checkpoint,
+    write_prepared,
+)
 
 __all__ = [
     "ARTIFACT_FOLDER",
@@ -32,22 +41,31 @@ __all__ = [
     "RESUME_KEYS",
     "CheckpointRecord",
     "LoadReport",
+    "PreparedCheckpoint",
+    "Retention",
+    "StateBuffer",
     "WrittenCheckpoint",
+    "best_first",
     "check_payload",
     "checkpoint_name",
+    "delete_checkpoint",
     "head_of",
     "is_own",
     "is_plain_tensor",
     "list_checkpoints",
+    "list_records",
     "load_checkpoint",
     "newest_first",
     "parse_name",
+    "prepare_checkpoint",
     "read_checkpoint",
     "read_record",
     "record_path",
+    "remove_leftovers",
     "update_record",
     "verify_checkpoint",
     "weights_of",
     "write_checkpoint",
+    "write_prepared",
     "write_record",
 ]

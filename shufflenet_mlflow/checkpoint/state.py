@@ -1,6 +1,6 @@
 """What a checkpoint holds: plain containers, tensors on the CPU, bare parameter names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,46 +54,47 @@ def bare_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return bare
 
 
-def to_plain(value: Any, where: str = "state") -> Any:
-    """A copy of nested containers that `torch.load(weights_only=True)` can read anywhere.
-
-    Tensors are detached and on the CPU; those that are a small view of a large storage are copied, so that the
-    file holds only what is seen. One that has several names is stored once.
-
-    Raises:
-        CheckpointError: something in it is neither a tensor nor plain; the message says where.
-    """
-    return _plain(value, where, {})
-
-
-_Copies = dict[tuple[Any, ...], Tensor]
-"""What was made of the tensors so far, by what they are views of."""
-
-
-def _compact(tensor: Tensor) -> Tensor:
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; copied only if it is elsewhere, or a small view of a large storage."""
     plain = tensor.detach().cpu()
     if plain.layout == torch.strided and plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
         plain = plain.clone(memory_format=torch.contiguous_format)
     return plain
 
 
-def _plain_tensor(tensor: Tensor, copies: _Copies) -> Tensor:
-    if tensor.layout != torch.strided or not tensor.numel():
-        return _compact(tensor)
-    address = tensor.untyped_storage().data_ptr()
-    view = (address, tensor.device, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-    if view not in copies:
-        copies[view] = _compact(tensor)
-    return copies[view]
+def to_plain(value: Any, where: str = "state", *, hold: Callable[[Tensor], Tensor] = compact) -> Any:
+    """A copy of nested containers that `torch.load(weights_only=True)` can read anywhere.
+
+    Tensors are detached and on the CPU; those that are a small view of a large storage are copied, so that the
+    file holds only what is seen. One that has several names is stored once.
+
+    Args:
+        hold: what to put in the place of a tensor.
+
+    Raises:
+        CheckpointError: something in it is neither a tensor nor plain; the message says where.
+    """
+    held: dict[tuple[Any, ...], Tensor] = {}
+
+    def hold_once(tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided or not tensor.numel():
+            return hold(tensor)
+        address = tensor.untyped_storage().data_ptr()
+        view = (address, tensor.device, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if view not in held:
+            held[view] = hold(tensor)
+        return held[view]
+
+    return _plain(value, where, hold_once)
 
 
-def _plain(value: Any, where: str, copies: _Copies) -> Any:
+def _plain(value: Any, where: str, hold: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return _plain_tensor(value, copies)
+        return hold(value)
     if isinstance(value, Mapping):
-        return {_plain_key(key, where): _plain(item, f"{where}[{key!r}]", copies) for key, item in value.items()}
+        return {_plain_key(key, where): _plain(item, f"{where}[{key!r}]", hold) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_plain(item, f"{where}[{index}]", copies) for index, item in enumerate(value)]
+        items = [_plain(item, f"{where}[{index}]", hold) for index, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value

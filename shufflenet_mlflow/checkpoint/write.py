@@ -1,7 +1,9 @@
 """Writing a checkpoint to a folder."""
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -59,6 +61,58 @@ class _HashingWriter:
         self._file.flush()
 
 
+@dataclass(frozen=True)
+class PreparedCheckpoint:
+    """A checkpoint that has yet to be written."""
+
+    payload: dict[str, Any]
+    """Plain containers, as they will be in the file."""
+    iters: int
+    tag: str
+    val_top1: float | None
+
+    @property
+    def file_name(self) -> str:
+        return checkpoint_name(self.iters, self.tag)
+
+
+def prepare_checkpoint(
+    state: Mapping[str, Any],
+    iters: int,
+    tag: str = "",
+    *,
+    epoch: int | None = None,
+    loss: float | None = None,
+    val_top1: float | None = None,
+    run_id: str | None = None,
+    as_plain: Callable[[Mapping[str, Any]], dict[str, Any]] = to_plain,
+) -> PreparedCheckpoint:
+    """Bring `state` into the form of the file; the arguments are those of `write_checkpoint`.
+
+    Args:
+        as_plain: makes it plain; by default the tensors stay those of `state`, where that is possible.
+
+    Raises:
+        CheckpointError: the state is not plain data.
+    """
+    if not isinstance(state.get(STATE_DICT), Mapping):
+        raise CheckpointError(f"a checkpoint needs a {STATE_DICT!r}; this state has {sorted(state)}")
+    checkpoint_name(iters, tag)
+    payload = as_plain(
+        {
+            **state,
+            STATE_DICT: bare_state_dict(state[STATE_DICT]),
+            "format_version": FORMAT_VERSION,
+            "iters": iters,
+            "epoch": state.get("epoch") if epoch is None else epoch,
+            "loss": state.get("loss") if loss is None else loss,
+            "run_id": run_id if run_id is not None else state.get("run_id"),
+            "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+    )
+    return PreparedCheckpoint(payload, iters, tag, val_top1)
+
+
 def write_checkpoint(
     state: Mapping[str, Any],
     iters: int,
@@ -84,59 +138,63 @@ def write_checkpoint(
         CheckpointError: the state is not plain data, or the file cannot be written; checkpoints that were there
             before are intact.
     """
-    if not isinstance(state.get(STATE_DICT), Mapping):
-        raise CheckpointError(f"a checkpoint needs a {STATE_DICT!r}; this state has {sorted(state)}")
-    epoch = state.get("epoch") if epoch is None else epoch
-    loss = state.get("loss") if loss is None else loss
-    payload = to_plain(
-        {
-            **state,
-            STATE_DICT: bare_state_dict(state[STATE_DICT]),
-            "format_version": FORMAT_VERSION,
-            "iters": iters,
-            "epoch": epoch,
-            "loss": loss,
-            "run_id": run_id if run_id is not None else state.get("run_id"),
-            "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-    )
+    prepared = prepare_checkpoint(state, iters, tag, epoch=epoch, loss=loss, val_top1=val_top1, run_id=run_id)
+    return write_prepared(prepared, directory)
+
+
+def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> WrittenCheckpoint:
+    """The second half of `write_checkpoint`.
+
+    Raises:
+        CheckpointError: the file cannot be written; checkpoints that were there before are intact.
+    """
+    payload = prepared.payload
     directory = Path(directory)
-    path = directory / checkpoint_name(iters, tag)
-    written: list[_HashingWriter] = []
+    path = directory / prepared.file_name
+    writers: list[_HashingWriter] = []
+
+    def record() -> CheckpointRecord:
+        return CheckpointRecord(
+            path=f"{ARTIFACT_FOLDER}/{path.name}",
+            iters=prepared.iters,
+            epoch=payload["epoch"],
+            loss=finite(payload["loss"]),
+            val_top1=finite(prepared.val_top1),
+            sha256=writers[0].digest.hexdigest(),
+            bytes=writers[0].bytes,
+        )
 
     def write(file: BinaryIO) -> None:
         writer = _HashingWriter(file)
-        written.append(writer)
+        writers.append(writer)
         torch.save(payload, writer)  # type: ignore[arg-type]  # needs only `write` and `flush`
         file.flush()
         with open(file.name, "rb") as copy:
             if sha256_of(copy) != writer.digest.hexdigest():
                 raise CheckpointError(f"{str(path)!r} did not read back as it was written")
+        if not replaces:  # a process that is killed now leaves a record without a file, never the reverse
+            write_record(path, record())
 
+    replaces = path.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if record_path(path).exists():
+        if replaces and record_path(path).exists():
             # A record of other bytes must never stand beside the new file.
             record_path(path).unlink()
             sync_folder(directory)
         write_atomically(path, write)
-        record = CheckpointRecord(
-            path=f"{ARTIFACT_FOLDER}/{path.name}",
-            iters=iters,
-            epoch=epoch,
-            loss=finite(loss),
-            val_top1=finite(val_top1),
-            sha256=written[0].digest.hexdigest(),
-            bytes=written[0].bytes,
-        )
-        write_record(path, record)
-    except (OSError, RuntimeError) as error:
-        failure = written[0].failure if written else None
+        if replaces:
+            write_record(path, record())
+    except BaseException as error:
+        if not replaces and not path.exists():
+            with contextlib.suppress(OSError):
+                record_path(path).unlink(missing_ok=True)
+        failure = writers[0].failure if writers else None
         failure = failure or (error if isinstance(error, OSError) else None)
-        if failure is None:
+        if failure is None or not isinstance(error, (OSError, RuntimeError)):
             raise
         raise CheckpointError(
             f"cannot write the checkpoint {str(path)!r}: {failure.strerror}; "
             "earlier checkpoints are intact, --save-dir takes another place"
         ) from error
-    return WrittenCheckpoint(path, record)
+    return WrittenCheckpoint(path, record())

@@ -16,8 +16,10 @@ from shufflenet_mlflow.network import Architecture, Network, load_network
 from shufflenet_mlflow.planning import BATCH_SIZE, choose_device, list_folder
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve import resolve
+from shufflenet_mlflow.start import run_of
 from shufflenet_mlflow.stopping import StopFlag
-from shufflenet_mlflow.tracking import Delivery, TrackedMetrics, TrackedRun, adopted_run_id
+from shufflenet_mlflow.tracking import AdoptedRun, adopted_run_id
+from shufflenet_mlflow.tracking.messages import MetricPoints, Tags, now_ms
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,12 @@ def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) 
     if adopted is None:
         return _evaluate(request, reporter, stop)
     client = connect(request.tracking_uri)
-    with TrackedRun.adopt(client, adopted, name=None, tags={}) as run:
+    with AdoptedRun(client, adopted, tags={}) as run:
         summary = _evaluate(request, reporter, stop)
-        run.set_tags({"network": summary.model, "evaluated.run": summary.run_id or ""})
-        delivery = Delivery(client, adopted, warn=reporter.warn, note=reporter.note)
-        TrackedMetrics(delivery, {}).log(
-            {
-                "val/loss": summary.result.loss,
-                "val/top1": summary.result.top1,
-                "val/top5": summary.result.top5,
-            },
-            summary.iters,
-        )
-        delivery.flush()
+        result = summary.result
+        run.send(Tags({"network": summary.model, "evaluated.run": summary.run_id or ""}))
+        values = {"val/loss": result.loss, "val/top1": result.top1, "val/top5": result.top5}
+        run.send(MetricPoints(values, summary.iters, now_ms()))
     return summary
 
 
@@ -142,7 +137,7 @@ def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalS
     return EvalSummary(
         result=result,
         checkpoint=resolved.path,
-        run_id=(payload.get("run_id") if is_own(payload) else None) or resolved.run_id,
+        run_id=run_of(resolved.path, payload) or resolved.run_id,
         iters=payload.get("iters", resolved.iters) if is_own(payload) else resolved.iters,
         model=network.architecture.name,
     )

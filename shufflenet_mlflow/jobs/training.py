@@ -1,45 +1,53 @@
 """The training job: options in, a trained network out, on the disk and in MLflow."""
 
+import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shufflenet_mlflow.checkpoint import load_checkpoint
-from shufflenet_mlflow.checkpoint.files import remove_temporaries
+from shufflenet_mlflow.checkpoint import Retention, load_checkpoint, remove_leftovers
 from shufflenet_mlflow.client import connect, prepare_environment
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, TrainConfig, check_resumable
-from shufflenet_mlflow.errors import TrackingError
+from shufflenet_mlflow.data.folder import ImageListing
+from shufflenet_mlflow.jobs.opening import open_run
 from shufflenet_mlflow.models.cost import model_cost
 from shufflenet_mlflow.planning import Plan, check_same_data, choose_device, data_name, plan
 from shufflenet_mlflow.recipe import make_optimizer, make_scheduler
 from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.resolve import RunReference, parse_reference
+from shufflenet_mlflow.spool import Spool
 from shufflenet_mlflow.start import Init, Start, TrainRequest, find_init, find_start
 from shufflenet_mlflow.state import TrainingState
 from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking import (
-    Delivery,
     TrackedMetrics,
-    TrackedRun,
     TrackedStore,
-    adopted_run_id,
+    TrackingSession,
 )
+from shufflenet_mlflow.tracking.messages import DatasetInput, Message, Params, TextArtifact
 from shufflenet_mlflow.train import TrainData, Trainer, TrainResult
+
+if TYPE_CHECKING:
+    pass
+
+NOTHING_TRAINED = TrainResult(iters=0, epoch=0, loss=math.nan, val_top1=None, val_top5=None, checkpoint=None)
 
 
 @dataclass(frozen=True)
 class TrainSummary:
     """What a finished, or stopped, training run left behind."""
 
-    run_id: str
-    run_name: str
-    experiment_id: str
+    run_id: str | None
+    """None if the server was away all the time: MLflow has not made the run yet."""
     tracking_uri: str
-    result: TrainResult
     save_dir: Path
+    result: TrainResult = NOTHING_TRAINED
+    run_name: str = ""
+    experiment_id: str = ""
+    pending: int = 0
+    """Entries that have not reached MLflow; they are kept in `save_dir`."""
     was_complete: bool = False
     """The run had ended before; nothing was trained."""
 
@@ -55,6 +63,7 @@ class TrainSummary:
             "val_top5": result.val_top5,
             "checkpoint": str(result.checkpoint) if result.checkpoint else None,
             "save_dir": str(self.save_dir),
+            "pending": self.pending,
         }
 
 
@@ -81,52 +90,86 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
         start = start.without_tensors()
     if init is not None:
         _load_first_weights(state, init, data, reporter)
-    run, made = _open_run(request, config, start, init)
-    init = None  # its weights have been copied
-    with ExitStack() as runs:
-        for opened in filter(None, (made, run)):
-            runs.enter_context(opened)
-        save_dir = _save_dir(request, start, run.run_id)
-        remove_temporaries(save_dir)
-        _describe(run, config, data)
-        delivery = Delivery(run.client, run.run_id, warn=reporter.warn, note=reporter.note)
-        metrics = TrackedMetrics(delivery, run.logged_steps() if start else {})
-        metrics.log(_cost(planned), 0)
-        store = TrackedStore(save_dir, delivery, metrics)
-        if start is not None and not request.new_run:
-            reporter.note(f"continuing run {run.run_id} from iteration {start.iters} ({start.path})")
-            store.deliver_again(start.path, best=start.is_best)
-            if start.is_final(config.total_iters):
-                reporter.note("nothing is left to train")
-                if start.best_top1 is not None:
-                    metrics.log({"best/val_top1": start.best_top1}, 0)
-                delivery.flush()
-                return _summary(run, _result_of(start), save_dir, was_complete=True)
-        trainer = Trainer(
-            config=config,
-            data=data,
-            state=state,
-            constants=_constants(planned),
-            store=store,
-            sink=metrics,
-            reporter=reporter,
-            stop=stop,
-        )
-        # A fork has no checkpoint of its own yet, also if it is stopped at once.
-        result = trainer.run(start.path if start is not None and not request.new_run else None)
-        if skipped := len(trainer.bad_images.seen):
-            reporter.warn(f"{skipped} unreadable files were left out")
-            metrics.log({"data/unreadable_files": skipped}, result.iters)
-        if result.stopped_by is None:
-            delivery.flush()
-        else:
-            for opened in filter(None, (made, run)):
-                opened.status = "KILLED"
-            try:
-                delivery.flush()
-            except TrackingError as error:  # leaving as asked matters more
-                reporter.warn(str(error))
-    return _summary(run, result, save_dir)
+    client = connect(request.tracking_uri)
+    with ExitStack() as stack:
+        save_dir = _save_dir(request, start)
+        spool = Spool(save_dir) if save_dir is not None else None  # nobody else may be at work there
+        closing = stack.enter_context(ExitStack())
+        if spool is not None:
+            closing.callback(spool.close)
+        opened = open_run(client, request, config, start, init, spool, reporter)
+        if opened.made is not None:
+            stack.enter_context(opened.made)
+        init = None  # its weights have been copied
+        if spool is None:
+            save_dir = Path(DEFAULT_SAVE_ROOT) / opened.run
+            spool = Spool(save_dir)
+        closing.pop_all()  # the session closes it
+        session = TrackingSession(client, spool, opened.run, is_new=opened.is_new, reporter=reporter, stop=stop)
+        remove_leftovers(spool.directory)
+        with session:
+            session.record(*opened.first, *_describe(config, data))
+            summary = _train(session, request, planned, state, start, reporter, stop, client.tracking_uri)
+        if summary.result.stopped_by is not None and opened.made is not None:
+            opened.made.status = "KILLED"
+    run_id = session.run_id
+    return replace(
+        summary, run_id=run_id, run_name=opened.name, experiment_id=opened.experiment_id, pending=spool.pending
+    )
+
+
+def _train(
+    session: TrackingSession,
+    request: TrainRequest,
+    planned: Plan,
+    state: TrainingState,
+    start: Start | None,
+    reporter: Reporter,
+    stop: StopFlag,
+    client_uri: str,
+) -> TrainSummary:
+    config, directory = planned.config, session.spool.directory
+    metrics = TrackedMetrics(session.recorder)
+    metrics.log(_cost(planned), 0)
+    store = TrackedStore(
+        directory,
+        session.recorder,
+        retention=Retention(config.keep_last, config.keep_best, config.keep_every),
+        continue_on_error=config.on_save_error == "continue",
+        reporter=reporter,
+    )
+    summary = TrainSummary(session.run_id, client_uri, directory)
+    # A fork has no checkpoint of its own yet, also if it is stopped at once.
+    continued = start if start is not None and not request.new_run else None
+    if continued is not None:
+        session.iters = continued.iters
+        reporter.note(f"continuing run {session.recorder.run_id} from iteration {continued.iters} ({continued.path})")
+        store.deliver_again()
+        if continued.is_final(config.total_iters):
+            reporter.note("nothing is left to train")
+            if continued.best_top1 is not None:
+                metrics.log({"best/val_top1": continued.best_top1}, 0)
+            return replace(summary, result=_result_of(continued), was_complete=True)
+    trainer = Trainer(
+        config=config,
+        data=planned.data,
+        state=state,
+        constants=_constants(planned),
+        store=store,
+        sink=metrics,
+        reporter=reporter,
+        stop=stop,
+    )
+    try:
+        result = trainer.run(continued.path if continued is not None else None)
+    finally:
+        session.iters = state.iters
+    if skipped := len(trainer.bad_images.seen):
+        reporter.warn(f"{skipped} unreadable files were left out")
+        metrics.log({"data/unreadable_files": skipped}, result.iters)
+    if result.stopped_by is not None:
+        session.status = "KILLED"
+    return replace(summary, result=result)
 
 
 def _fresh_state(planned: Plan, device: torch.device, *, first_weights: bool) -> TrainingState:
@@ -158,60 +201,35 @@ def _load_first_weights(state: TrainingState, init: Init, data: TrainData, repor
         reporter.note("it does not name its classes: its classifier, of the same width, is kept")
 
 
-def _open_run(
-    request: TrainRequest, config: TrainConfig, start: Start | None, init: Init | None
-) -> tuple[TrackedRun, TrackedRun | None]:
-    """The run to write to: the resumed one, the one that `mlflow run` made, or a new one.
-
-    Returns:
-        It, and the run that `mlflow run` made if that is another one: it ends as the resumed one does.
-    """
-    client = connect(request.tracking_uri)
-    adopted = adopted_run_id()
-    tags = {"network": config.model}
-    if init is not None and init.run_id is not None:
-        tags |= {"init_from.run": init.run_id, "init_from.checkpoint": init.path.name}
-    if start is not None and start.run_id is not None:
-        if not request.new_run:
-            made = None
-            if adopted is not None and adopted != start.run_id:
-                made = TrackedRun.adopt(client, adopted, name=None, tags={"continues.run": start.run_id})
-            may_rewind = _means_latest(request.resume)
-            return TrackedRun.resume(client, start.run_id, iters=start.iters, may_rewind=may_rewind), made
-        tags |= {"resumed.from_run": start.run_id, "resumed.from_iters": str(start.iters)}
-    if adopted is not None:
-        return TrackedRun.adopt(client, adopted, name=request.run_name, tags=tags), None
-    name = request.run_name or f"{config.model} {data_name(config.train_dir)} {config.input_size}px"
-    return TrackedRun.create(client, experiment=request.experiment, name=name, tags=tags), None
-
-
-def _means_latest(resume: str) -> bool:
-    """Whether resolving has looked for the newest checkpoint of a run, and may have passed over corrupt ones."""
-    if resume == "auto":
-        return False
-    reference = parse_reference(resume)
-    return isinstance(reference, RunReference) and reference.which == "latest" and reference.artifact is None
-
-
-def _save_dir(request: TrainRequest, start: Start | None, run_id: str) -> Path:
+def _save_dir(request: TrainRequest, start: Start | None) -> Path | None:
+    """Where checkpoints go; None if that is called after the run that is yet to be made."""
     if request.save_dir is not None:
         return request.save_dir
-    if start is not None and not start.in_cache and not request.new_run:
-        return start.path.parent
-    return Path(DEFAULT_SAVE_ROOT) / run_id
+    if start is not None and not request.new_run:
+        if not start.in_cache:
+            return start.path.parent
+        if start.run_id is not None:
+            return Path(DEFAULT_SAVE_ROOT) / start.run_id
+    return None
 
 
-def _describe(run: TrackedRun, config: TrainConfig, data: TrainData) -> None:
+def _describe(config: TrainConfig, data: TrainData) -> tuple[Message, ...]:
     """What the run is about: parameters, data sets, configuration, classes."""
     epochs = config.total_iters / data.order.iters_per_epoch
     values = {**config.to_dict(), "epochs": int(epochs) if epochs.is_integer() else epochs}
     for key in ("train_dir", "val_dir"):
         values[key] = values[key] or data_name(None)
-    run.log_params(values)
-    run.log_dataset(data.train, name=data_name(config.train_dir), context="training")
-    run.log_dataset(data.val, name=data_name(config.val_dir), context="validation")
-    run.log_dict(config.to_dict(), "config.json")
-    run.log_dict(data.train.class_to_idx, "classes.json")
+    return (
+        Params.of(values),
+        _dataset(data.train, name=data_name(config.train_dir), context="training"),
+        _dataset(data.val, name=data_name(config.val_dir), context="validation"),
+        TextArtifact.of_json("config.json", config.to_dict()),
+        TextArtifact.of_json("classes.json", data.train.class_to_idx),
+    )
+
+
+def _dataset(listing: ImageListing, *, name: str, context: str) -> DatasetInput:
+    return DatasetInput(name, listing.digest, str(listing.root), len(listing), len(listing.classes), context)
 
 
 def _cost(planned: Plan) -> dict[str, float]:
@@ -241,16 +259,4 @@ def _result_of(start: Start) -> TrainResult:
         val_top1=payload["metrics"].get("val/top1"),
         val_top5=payload["metrics"].get("val/top5"),
         checkpoint=start.path,
-    )
-
-
-def _summary(run: TrackedRun, result: TrainResult, save_dir: Path, *, was_complete: bool = False) -> TrainSummary:
-    return TrainSummary(
-        run_id=run.run_id,
-        run_name=run.name,
-        experiment_id=run.experiment_id,
-        tracking_uri=run.client.tracking_uri,
-        result=result,
-        save_dir=save_dir,
-        was_complete=was_complete,
     )

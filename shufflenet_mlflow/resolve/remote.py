@@ -7,6 +7,7 @@ gets its name in the cache only after it was verified against its record, and is
 import contextlib
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +27,14 @@ from shufflenet_mlflow.checkpoint import (
 )
 from shufflenet_mlflow.client import connect, mlflow_errors, redact
 from shufflenet_mlflow.errors import (
+    BusyError,
     CheckpointError,
     CorruptCheckpointError,
     TrackingError,
     UnresolvedError,
 )
+from shufflenet_mlflow.locks import FileLock
+from shufflenet_mlflow.resolve.artifacts import RunArtifacts, being_deleted
 from shufflenet_mlflow.resolve.local import Resolved
 from shufflenet_mlflow.resolve.reference import ModelReference, RunReference, is_run_id
 
@@ -44,6 +48,12 @@ MODEL_VERSION_TAG = "checkpoint"
 
 _NAMED = 8
 
+_ATTEMPTS = 3
+"""Downloads, before one that breaks off is given up."""
+
+_SCRATCH_PREFIX = ".fetch-"
+_SCRATCH_LOCK = "lock"
+
 
 def _missing(error: TrackingError) -> bool:
     """Whether MLflow answered that a thing does not exist, rather than not at all."""
@@ -51,12 +61,13 @@ def _missing(error: TrackingError) -> bool:
 
 
 class RemoteCheckpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run, fetched into a cache folder."""
 
     def __init__(self, client: "MlflowClient", run_id: str, cache_dir: Path) -> None:
         self.client = client
         self.run_id = run_id
         self.folder = cache_dir / "runs" / run_id
+        self.artifacts = RunArtifacts(client, run_id)
         with_uri = f"run {run_id} in {redact(client.tracking_uri)}"
         try:
             with mlflow_errors(f"read {with_uri}"):
@@ -77,21 +88,23 @@ class RemoteCheckpoints:
             UnresolvedError: the run has no such tag.
         """
         if tag not in self.tags:
-            found = self.list_names()
-            raise UnresolvedError(
-                f"run {self.run_id} ({self.name}) has no {tag}; among its artifacts are "
-                + (f"the checkpoints {', '.join(found[:_NAMED])}" if found else "no checkpoints")
-            )
+            raise self._without(tag)
         try:
             return CheckpointRecord.from_json(self.tags[tag])
         except CheckpointError as error:
             raise UnresolvedError(f"run {self.run_id}: its tag {tag} is {error}") from error
 
+    def _without(self, tag: str) -> UnresolvedError:
+        found = self.list_names()
+        return UnresolvedError(
+            f"run {self.run_id} ({self.name}) has no {tag}; among its artifacts are "
+            + (f"the checkpoints {', '.join(found[:_NAMED])}" if found else "no checkpoints")
+        )
+
     def list_names(self) -> list[str]:
-        """Names of the checkpoints among the run's artifacts, newest first."""
-        with mlflow_errors(f"list the checkpoints of run {self.run_id}"):
-            artifacts = self.client.list_artifacts(self.run_id, ARTIFACT_FOLDER)
-        return newest_first(artifact.path.rpartition("/")[2] for artifact in artifacts)
+        """Names of the checkpoints among the run's artifacts, newest first, but for those being deleted."""
+        doomed = being_deleted(self.tags)
+        return [name for name in newest_first(self.artifacts.sizes()) if name not in doomed]
 
     def at(self, iters: int) -> str:
         """Name of the checkpoint after `iters` iterations.
@@ -113,24 +126,18 @@ class RemoteCheckpoints:
         )
 
     def record_of(self, name: str) -> CheckpointRecord | None:
-        """The record beside the artifact `name`; None if it has none."""
+        """The record of the artifact `name`; None if it has none."""
         for tag in (LATEST_TAG, BEST_TAG):
             with contextlib.suppress(CheckpointError):
                 record = CheckpointRecord.from_json(self.tags.get(tag, ""))
                 if record.file_name == name:
                     return record
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                path = self._download(f"{ARTIFACT_FOLDER}/{name}.json", Path(scratch))
-            except TrackingError:
-                return None
-            try:
-                return CheckpointRecord.from_json(path.read_text("utf-8"))
-            except (CheckpointError, UnicodeDecodeError):
-                return None
+        return self.artifacts.record_of(name)
 
     def fetch(self, artifact: str, record: CheckpointRecord | None) -> Path:
         """The file of an artifact in the cache, verified; downloaded unless it is there already.
+
+        A download that breaks off, or does not verify, begins anew; what is in the cache was whole.
 
         Raises:
             UnresolvedError: the artifact is not called like a checkpoint.
@@ -151,25 +158,32 @@ class RemoteCheckpoints:
             else:
                 return target
         logger.info("fetching %s of run %s", name, self.run_id)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=self.folder) as scratch:
-                arrived = self._download(artifact, Path(scratch))
-                verify_checkpoint(arrived, record)
-                record_path(target).unlink(missing_ok=True)
-                os.replace(arrived, target)
-            if record is not None:
-                write_record(target, record)
-        except OSError as error:
-            raise UnresolvedError(
-                f"cannot keep {name} in the cache folder {str(self.folder)!r}: {error.strerror}; --cache-dir or "
-                "SHUFFLENET_CACHE_DIR names another"
-            ) from error
-        return target
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self._fetch_once(artifact, record, target)
+                return target
+            except OSError as error:
+                raise UnresolvedError(
+                    f"cannot keep {name} in the cache folder {str(self.folder)!r}: {error.strerror}; --cache-dir or "
+                    "SHUFFLENET_CACHE_DIR names another"
+                ) from error
+            except (TrackingError, CorruptCheckpointError) as error:
+                if attempt == _ATTEMPTS or (isinstance(error, TrackingError) and _missing(error)):
+                    raise
+                logger.info("fetching %s again: %s", name, error)
+        raise AssertionError("the last attempt raises or returns")
 
-    def _download(self, artifact: str, folder: Path) -> Path:
-        with mlflow_errors(f"download {artifact} of run {self.run_id}"):
-            return Path(self.client.download_artifacts(self.run_id, artifact, str(folder)))
+    def _fetch_once(self, artifact: str, record: CheckpointRecord | None, target: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(self.folder) as scratch:
+            arrived = self.artifacts.download(artifact, scratch)
+            verify_checkpoint(arrived, record)
+            with open(arrived, "rb") as file:
+                os.fsync(file.fileno())
+            record_path(target).unlink(missing_ok=True)
+            os.replace(arrived, target)
+        if record is not None:
+            write_record(target, record)
 
     def newest_valid(self) -> Resolved:
         """What `checkpoint.latest` names, or, where that fails, the newest checkpoint that verifies.
@@ -187,16 +201,25 @@ class RemoteCheckpoints:
                 logger.warning("passed over: %s", error)
                 failures.append(str(error))
                 continue
-            return self._resolved(path)
+            return self.resolved(path)
+        if not failures:
+            raise self._without(LATEST_TAG)
         raise UnresolvedError(
             f"run {self.run_id}: none of its {len(failures)} checkpoints verifies; the newest: {failures[0]}"
         )
 
     def _newest_first(self) -> Iterator[tuple[str, CheckpointRecord | None]]:
-        latest = self.tagged(LATEST_TAG)
-        yield latest.path, latest
+        """What the tag names, which lists nothing; then the others."""
+        if LATEST_TAG not in self.tags:
+            raise self._without(LATEST_TAG)
+        latest: CheckpointRecord | None = None
+        try:
+            latest = self.tagged(LATEST_TAG)
+            yield latest.path, latest
+        except UnresolvedError as error:
+            logger.warning("passed over: %s", error)
         for name in self.list_names():
-            if name != latest.file_name:
+            if latest is None or name != latest.file_name:
                 yield f"{ARTIFACT_FOLDER}/{name}", self.record_of(name)
 
     def _reachable(self) -> bool:
@@ -207,7 +230,8 @@ class RemoteCheckpoints:
             return False
         return True
 
-    def _resolved(self, path: Path) -> Resolved:
+    def resolved(self, path: Path) -> Resolved:
+        """What stands for a fetched file."""
         name = parse_name(path.name)
         return Resolved(path, name.iters if name else 0, self.run_id)
 
@@ -218,16 +242,58 @@ class RemoteCheckpoints:
             UnresolvedError: there is none such; the message says what there is.
             CorruptCheckpointError: a checkpoint that was named exactly does not verify.
         """
-        if reference.artifact is not None:
-            record = self.record_of(reference.artifact.rpartition("/")[2])
-            return self._resolved(self.fetch(reference.artifact, record))
-        if reference.which == "latest":
+        artifact, record = self.locate(reference)
+        if artifact is None:
             return self.newest_valid()
+        return self.resolved(self.fetch(artifact, record))
+
+    def locate(self, reference: RunReference) -> tuple[str | None, CheckpointRecord | None]:
+        """The artifact path and record of what was named exactly; (None, None) for the latest, which may fall back.
+
+        Raises:
+            UnresolvedError: there is none such.
+        """
+        if reference.artifact is not None:
+            return reference.artifact, self.record_of(reference.artifact.rpartition("/")[2])
+        if reference.which == "latest":
+            return None, None
         if reference.which == "best":
             record = self.tagged(BEST_TAG)
-            return self._resolved(self.fetch(record.path, record))
+            return record.path, record
         name = self.at(reference.which)
-        return self._resolved(self.fetch(f"{ARTIFACT_FOLDER}/{name}", self.record_of(name)))
+        return f"{ARTIFACT_FOLDER}/{name}", self.record_of(name)
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder for a download, removed afterwards; those of killed processes are removed first."""
+    for stale in folder.glob(f"{_SCRATCH_PREFIX}*/{_SCRATCH_LOCK}"):
+        with contextlib.suppress(BusyError, OSError):
+            FileLock(stale, "a download").release()
+            shutil.rmtree(stale.parent)
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=folder))
+    lock = FileLock(scratch / _SCRATCH_LOCK, "a download")
+    try:
+        yield scratch
+    finally:
+        lock.release()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def promoted_names(client: "MlflowClient", run_id: str) -> set[str]:
+    """File names of the run's checkpoints that versions of registered models stand for.
+
+    Raises:
+        TrackingError: MLflow did not answer.
+    """
+    with mlflow_errors(f"look for registered models of run {run_id}"):
+        versions = list(client.search_model_versions(f"run_id = '{run_id}'"))
+    names = set()
+    for version in versions:
+        with contextlib.suppress(CheckpointError):
+            names.add(CheckpointRecord.from_json(version.tags.get(MODEL_VERSION_TAG, "")).file_name)
+        names.add(str(version.source).rpartition("/")[2])
+    return names
 
 
 def resolve_run(reference: RunReference, *, tracking_uri: str | None, cache_dir: Path) -> Resolved:
@@ -258,7 +324,7 @@ def resolve_model(reference: ModelReference, *, tracking_uri: str | None, cache_
     if MODEL_VERSION_TAG in version.tags and version.run_id:
         record = CheckpointRecord.from_json(version.tags[MODEL_VERSION_TAG])
         run = RemoteCheckpoints(client, version.run_id, cache_dir)
-        return run._resolved(run.fetch(record.path, record))
+        return run.resolved(run.fetch(record.path, record))
     source = str(version.source).removeprefix("runs:/")
     run_id, _, artifact = source.partition("/")
     if is_run_id(run_id) and parse_name(artifact.rpartition("/")[2]):

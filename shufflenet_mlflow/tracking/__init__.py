@@ -1,15 +1,28 @@
 """MLflow: the run's life, its metrics and checkpoints, and their delivery."""
 
-from shufflenet_mlflow.tracking.delivery import Delivery
-from shufflenet_mlflow.tracking.run import TrackedRun, adopted_run_id
+from shufflenet_mlflow.tracking.run import (
+    AdoptedRun,
+    adopted_run_id,
+    adopted_tags,
+    make_run,
+    new_run,
+    reopen_run,
+    require_not_beyond,
+)
 from shufflenet_mlflow.tracking.save import save_checkpoint
+from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 
 __all__ = [
-    "Delivery",
+    "AdoptedRun",
     "TrackedMetrics",
-    "TrackedRun",
     "TrackedStore",
+    "TrackingSession",
     "adopted_run_id",
+    "adopted_tags",
+    "make_run",
+    "new_run",
+    "reopen_run",
+    "require_not_beyond",
     "save_checkpoint",
 ]

@@ -1,184 +1,259 @@
-"""What is to reach MLflow, in order, without training having to wait or to end for it.
+"""Bringing the journal to MLflow, in order, in a thread of its own: training never waits for the network.
 
-Everything is first put into a queue as plain data, with the time it happened, and then sent. What cannot be sent
-stays at the head of the queue and is tried again with the next thing that comes, after a pause. Sending twice does
-no harm: artifacts and tags replace themselves, and MLflow keeps one of two metric points that are equal in step,
-time and value.
+What cannot be sent stays in the journal and is tried again after a pause, from one second up to fifteen. It is still
+there for the next process if this one ends first.
 """
 
+import json
+import logging
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from shufflenet_mlflow.checkpoint import (
-    ARTIFACT_FOLDER,
-    BEST_TAG,
-    LATEST_TAG,
-    CheckpointRecord,
-    record_path,
+from shufflenet_mlflow.client import redact
+from shufflenet_mlflow.errors import RefusedError, TrackingError
+from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.spool import Entry, Spool, is_made
+from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.tracking.messages import (
+    Create,
+    Message,
+    MetricPoints,
+    RunTarget,
+    from_body,
+    send_points,
 )
-from shufflenet_mlflow.client import mlflow_errors
-from shufflenet_mlflow.errors import CheckpointError, TrackingError
+from shufflenet_mlflow.tracking.run import make_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-RETRY_SECONDS = 15.0
-"""After a failure, at least this long passes before the next attempt."""
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 15.0
+"""Seconds between attempts; doubled from the first to the second."""
+
+GIVE_UP_SECONDS = 20.0
+"""At the end, waiting for a server that does not answer ends after so long."""
+
+BACKLOG_SECONDS = 5.0
+"""What waits for longer than this is shown."""
+
+REFUSED_NAME = "spool.refused.jsonl"
+"""What MLflow answered that it will never take, beside the journal."""
+
+_BATCH = 500
 
 
-def now_ms() -> int:
-    """Milliseconds since the epoch, as MLflow's time stamps are."""
-    return time.time_ns() // 1_000_000
+class Deliverer:
+    """Sends entries of a journal; knows the runs they go to.
 
-
-@dataclass(frozen=True)
-class MetricPoints:
-    """Metrics of one step."""
-
-    values: Mapping[str, float]
-    step: int
-    timestamp: int
-
-    def send(self, client: "MlflowClient", run_id: str) -> None:
-        """Log them in one request."""
-        from mlflow.entities import Metric
-
-        metrics = [Metric(name, float(value), self.timestamp, self.step) for name, value in self.values.items()]
-        with mlflow_errors(f"log metrics at step {self.step}"):
-            client.log_batch(run_id, metrics=metrics)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint file with its record: the artifact, the metrics `epoch` and `loss`, then the tags.
-
-    The tags are set last: they are the commit, and never name what is not there. `checkpoint.latest` never moves
-    to an earlier iteration.
+    Args:
+        new_runs: IDs of runs that were made just now and have no points.
     """
 
-    path: Path
-    record: CheckpointRecord
-    best: bool
-    points: MetricPoints | None
-    """`epoch` and `loss`; None if this iteration has them already."""
+    def __init__(self, client: "MlflowClient", spool: Spool, *, new_runs: Sequence[str] = ()) -> None:
+        self.client = client
+        self.spool = spool
+        self._targets = {run_id: RunTarget(client, run_id, spool.directory, is_new=True) for run_id in new_runs}
 
-    def send(self, client: "MlflowClient", run_id: str) -> None:
-        """Upload, then commit."""
-        name = self.path.name
-        with mlflow_errors(f"upload the checkpoint {name}"):
-            client.log_artifact(run_id, str(self.path), ARTIFACT_FOLDER)
-            client.log_artifact(run_id, str(record_path(self.path)), ARTIFACT_FOLDER)
-        if self.points is not None:
-            self.points.send(client, run_id)
-        latest, best = (tagged_record(client, run_id, tag) for tag in (LATEST_TAG, BEST_TAG))
-        with mlflow_errors(f"commit the checkpoint {name}"):
-            if self.best or (best is not None and best.path == self.record.path):
-                client.set_tag(run_id, BEST_TAG, self.record.to_json())
-            if latest is None or latest.iters <= self.record.iters:
-                client.set_tag(run_id, LATEST_TAG, self.record.to_json())
+    def send_some(self) -> int:
+        """Send the oldest entries.
+
+        Returns:
+            How many arrived, or were set aside; 0 if none is pending.
+
+        Raises:
+            TrackingError: the first of them did not arrive; it is still pending.
+        """
+        entries = self.spool.oldest(_BATCH)
+        if not entries:
+            return 0
+        points = _leading_points(entries)
+        if len(points) > 1:
+            try:
+                send_points(self._target(entries[0].run), points)
+            except RefusedError:
+                pass  # one of them is to blame: they are sent one by one
+            else:
+                self.spool.delivered(entries[len(points) - 1].seq)
+                return len(points)
+        entry = entries[0]
+        try:
+            self._send(entry, from_body(entry.kind, entry.body))
+        except RefusedError as error:
+            self._set_aside(entry, str(error))
+        self.spool.delivered(entry.seq)
+        return 1
+
+    def _send(self, entry: Entry, message: Message) -> None:
+        if isinstance(message, Create):
+            if not is_made(self.spool.run_id_of(entry.run)):
+                run_id, is_new = make_run(self.client, message, spool_id=entry.run)
+                self.spool.bind(entry.run, run_id)
+                self._targets[run_id] = RunTarget(self.client, run_id, self.spool.directory, is_new=is_new)
+            return
+        message.send(self._target(entry.run))
+
+    def _target(self, run: str) -> RunTarget:
+        run_id = self.spool.run_id_of(run)
+        if not is_made(run_id):
+            raise RefusedError("the entry that says which run to make is missing from the journal")
+        if run_id not in self._targets:
+            self._targets[run_id] = RunTarget(self.client, run_id, self.spool.directory)
+        return self._targets[run_id]
+
+    def _set_aside(self, entry: Entry, reason: str) -> None:
+        line = {"run": self.spool.run_id_of(entry.run), "kind": entry.kind, "body": entry.body, "reason": reason}
+        try:
+            with open(self.spool.directory / REFUSED_NAME, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise TrackingError(f"{reason}, and it cannot be set aside: {error.strerror}") from error
+        logger.warning("%s; set aside in %s", reason, self.spool.directory / REFUSED_NAME)
 
 
-@dataclass(frozen=True)
-class BestMark:
-    """A checkpoint that had been delivered before it turned out to be the best."""
-
-    path: Path
-    record: CheckpointRecord
-
-    def send(self, client: "MlflowClient", run_id: str) -> None:
-        """Renew the record, then the tags; the file itself stays as it is."""
-        latest = tagged_record(client, run_id, LATEST_TAG)
-        with mlflow_errors(f"mark the checkpoint {self.path.name} as the best"):
-            client.log_artifact(run_id, str(record_path(self.path)), ARTIFACT_FOLDER)
-            client.set_tag(run_id, BEST_TAG, self.record.to_json())
-            if latest is not None and latest.path == self.record.path:
-                client.set_tag(run_id, LATEST_TAG, self.record.to_json())
-
-
-def checkpoint_points(record: CheckpointRecord) -> dict[str, float]:
-    """The metrics that go with every checkpoint."""
-    values = {"epoch": record.epoch, "loss": record.loss}
-    return {name: float(value) for name, value in values.items() if value is not None}
-
-
-def tagged_record(client: "MlflowClient", run_id: str, tag: str) -> CheckpointRecord | None:
-    """What `checkpoint.latest` or `checkpoint.best` says; None if it is not there, or not a record.
-
-    Raises:
-        TrackingError: MLflow did not answer.
-    """
-    with mlflow_errors(f"read run {run_id}"):
-        text = client.get_run(run_id).data.tags.get(tag)
-    try:
-        return CheckpointRecord.from_json(text) if text else None
-    except CheckpointError:  # someone edited the tag: the next commit mends it
-        return None
-
-
-Message = MetricPoints | Checkpoint | BestMark
+def _leading_points(entries: Sequence[Entry]) -> list[MetricPoints]:
+    """The metric points at the head of the journal, as far as they go to one run."""
+    points = []
+    for entry in entries:
+        if entry.kind != MetricPoints.kind or entry.run != entries[0].run:
+            break
+        points.append(MetricPoints(**entry.body))
+    return points
 
 
 class Delivery:
-    """The queue of one run.
+    """A thread that sends what is in the journal as soon as it is there.
 
     Args:
-        warn: told once when sending begins to fail, and `note` once when it works again.
+        reporter: told once when sending begins to fail and once when it works again, and how much is waiting.
     """
 
-    def __init__(
-        self,
-        client: "MlflowClient",
-        run_id: str,
-        *,
-        warn: Callable[[str], None],
-        note: Callable[[str], None],
-    ) -> None:
-        self.client = client
-        self.run_id = run_id
-        self._warn, self._note = warn, note
-        self._pending: deque[Message] = deque()
-        self._retry_at: float | None = None
+    def __init__(self, deliverer: Deliverer, reporter: Reporter) -> None:
+        self._deliverer, self._reporter = deliverer, reporter
+        self.spool = deliverer.spool
+        self._changed = threading.Condition()
+        self._woken = self._closing = self._busy = False
+        self._failing_since: float | None = None
+        self.reason = ""
+        """Why sending fails at the moment; empty while it works."""
+        self._behind_since: float | None = None
+        self._thread = threading.Thread(target=self._work, name="delivery to MLflow", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is something to send."""
+        with self._changed:
+            self._woken = True
+            if self._behind_since is None:
+                self._behind_since = time.monotonic()
+            self._changed.notify_all()
 
     @property
-    def pending(self) -> int:
-        """How many messages have not arrived."""
-        return len(self._pending)
+    def backlog(self) -> int:
+        """How many entries wait, if some have waited for longer than a moment."""
+        since = self._behind_since
+        late = since is not None and time.monotonic() - since > BACKLOG_SECONDS
+        return self.spool.pending if late or self.reason else 0
 
-    def submit(self, message: Message) -> None:
-        """Queue a message, and send what can be sent."""
-        self._pending.append(message)
-        if self._retry_at is None or time.monotonic() >= self._retry_at:
-            self._send()
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._woken and not self._closing:
+                    self._changed.wait()
+                if self._closing:
+                    return
+                self._woken = False
+            pause = FIRST_PAUSE
+            while not self._send_all():
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._closing, timeout=pause):
+                        return
+                pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _send(self) -> TrackingError | None:
-        failing = self._retry_at is not None
-        while self._pending:
-            try:
-                self._pending[0].send(self.client, self.run_id)
-            except TrackingError as error:
-                if not failing:
-                    self._warn(f"{error}; training goes on, and this is sent again later")
-                self._retry_at = time.monotonic() + RETRY_SECONDS
-                return error
-            self._pending.popleft()
-        if failing:
-            self._note("MLflow answers again; what was waiting has been sent")
-        self._retry_at = None
-        return None
+    def _send_all(self) -> bool:
+        """True once nothing is left."""
+        try:
+            while self._deliverer.send_some():
+                self._works_again()
+                self._reporter.waiting(self.backlog)
+                if self._closing:
+                    return True
+        except TrackingError as error:
+            self._fails(str(error))
+            return False
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the thread unheard
+            self._fails(f"{type(error).__name__}: {redact(str(error))}")
+            return False
+        with self._changed:
+            if self.spool.pending == 0:
+                self._behind_since = None
+                self._reporter.waiting(0)
+            self._changed.notify_all()
+        return True
 
-    def flush(self) -> None:
-        """Send everything.
+    def _fails(self, reason: str) -> None:
+        with self._changed:
+            if self._failing_since is None:
+                self._failing_since = time.monotonic()
+                self._reporter.warn(f"{reason}; training goes on, and this is sent again later")
+            self.reason = reason
+            self._reporter.waiting(self.backlog)
+            self._changed.notify_all()
 
-        Raises:
-            TrackingError: something could not be sent.
+    def _works_again(self) -> None:
+        with self._changed:
+            if self._failing_since is not None:
+                self._reporter.note("MLflow answers again; what was waiting is being sent")
+            self._failing_since, self.reason = None, ""
+            self._changed.notify_all()
+
+    def wait(self, stop: StopFlag) -> bool:
+        """Wait until everything has arrived, but not for ever for a server that does not answer.
+
+        Args:
+            stop: a signal ends the wait.
+
+        Returns:
+            Whether everything has arrived.
         """
-        error = self._send()
-        if error is not None:
-            raise TrackingError(
-                f"{error}; {self.pending} messages to run {self.run_id} were not delivered, the checkpoints on "
-                "the disk are complete"
-            ) from error
+        self.wake()
+        began, asked = time.monotonic(), stop.signum
+        before = self.spool.pending
+        if before == 0:
+            return True
+        with self._reporter.phase("sending to MLflow", before) as phase:
+            while (pending := self.spool.pending) > 0:
+                for _ in range(before - pending):
+                    phase.advance()
+                before = pending
+                since = self._failing_since
+                if since is not None and time.monotonic() - max(since, began) > GIVE_UP_SECONDS:
+                    return False
+                if stop.signum != asked:
+                    return False
+                with self._changed:
+                    self._changed.wait(0.2)
+            for _ in range(before):
+                phase.advance()
+        return True
+
+    def close(self) -> None:
+        """End the thread; what has not arrived stays in the journal."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout=1.0)  # a request that hangs ends with the process
+
+
+def deliver_now(client: "MlflowClient", spool: Spool) -> None:
+    """Send everything, without a thread.
+
+    Raises:
+        TrackingError: something did not arrive; it and what follows are still pending.
+    """
+    deliverer = Deliverer(client, spool)
+    while deliverer.send_some():
+        pass

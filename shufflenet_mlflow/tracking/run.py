@@ -1,35 +1,37 @@
-"""An MLflow run from beginning to end, with a status that is true whatever happens."""
+"""The beginning and the end of an MLflow run: making, adopting, continuing it, and the status that is true."""
 
 import logging
 import os
 import platform
 import shlex
 import sys
-import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import shufflenet_mlflow
 from shufflenet_mlflow.checkpoint import LATEST_TAG
 from shufflenet_mlflow.client import mlflow_errors, redact
 from shufflenet_mlflow.config import DEFAULT_EXPERIMENT
-from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.errors import ResumeError, TrackingError
 from shufflenet_mlflow.stopping import StopRequested
-from shufflenet_mlflow.tracking.delivery import tagged_record
+from shufflenet_mlflow.tracking.messages import (
+    SPOOL_TAG,
+    Create,
+    Message,
+    Reopen,
+    RunTarget,
+    now_ms,
+    record_in,
+)
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-
-RESOLVED_PREFIX = "resolved/"
-"""Put before a parameter that `mlflow run` had logged in another spelling before the run began."""
 
 RUN_ID_VARIABLE = "MLFLOW_RUN_ID"
 """How `mlflow run` tells its child which run it made for it."""
@@ -96,170 +98,123 @@ def get_experiment_id(client: "MlflowClient", name: str) -> str:
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"the experiment {name!r} was deleted; `mlflow experiments restore -x "
-            f"{experiment.experiment_id}` brings it back, --experiment names another"
+            f"{experiment.experiment_id}` brings it back, --experiment names another",
+            "INVALID_STATE",
         )
     return str(experiment.experiment_id)
 
 
-class TrackedRun:
-    """One run, open for writing. As a context manager it ends the run with the status that is true:
+def new_run(*, experiment: str | None, name: str, tags: Mapping[str, str]) -> Create:
+    """What is needed to make a run, now or later.
 
-    FINISHED at the end of the block, FAILED after an exception, KILLED after an interruption or if `status` was
-    set to that.
+    Args:
+        experiment: by default `MLFLOW_EXPERIMENT_ID` or `MLFLOW_EXPERIMENT_NAME`, or else `DEFAULT_EXPERIMENT`.
+    """
+    experiment_id = None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID")
+    experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
+    return Create(experiment, experiment_id, name, {**environment_tags(), **tags}, now_ms())
+
+
+def make_run(client: "MlflowClient", create: Create, *, spool_id: str | None = None) -> tuple[str, bool]:
+    """Make a run.
+
+    Args:
+        spool_id: what it was called while the server was away: a run with that tag is taken instead of another.
+
+    Returns:
+        Its ID, and whether it is new.
+
+    Raises:
+        TrackingError: the store does not answer, or the experiment was deleted.
+    """
+    experiment_id = create.experiment_id or get_experiment_id(client, create.experiment or DEFAULT_EXPERIMENT)
+    tags = dict(create.tags)
+    with mlflow_errors("create a run"):
+        if spool_id is not None:
+            tags[SPOOL_TAG] = spool_id
+            found = client.search_runs([experiment_id], filter_string=f"tags.`{SPOOL_TAG}` = '{spool_id}'")
+            if found:
+                return str(found[0].info.run_id), False
+        run = client.create_run(experiment_id, run_name=create.name, tags=tags, start_time=create.start_time)
+    return str(run.info.run_id), True
+
+
+def adopted_tags(name: str | None, tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags for the run that `mlflow run` made; what it knows of source and commit stands."""
+    own = {
+        key: value for key, value in environment_tags().items() if not key.startswith(("mlflow.source", "mlflow.user"))
+    }
+    return {**own, **({"mlflow.runName": name} if name else {}), **tags}
+
+
+def reopen_run(client: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> None:
+    """Let a run go on.
+
+    Raises:
+        TrackingError: there is no such run, it was deleted, or the store does not answer.
+    """
+    with mlflow_errors(f"continue run {run_id} in {redact(client.tracking_uri)}"):
+        run = client.get_run(run_id)
+    if run.info.lifecycle_stage != "active":
+        raise TrackingError(
+            f"run {run_id} was deleted; `mlflow runs restore` brings it back", "RESOURCE_DOES_NOT_EXIST"
+        )
+    Reopen(tags).send(RunTarget(client, run_id, Path()))
+
+
+def require_not_beyond(client: "MlflowClient", run_id: str, iters: int) -> None:
+    """Refuse to continue a run from iteration `iters` that has gone on beyond it: that would write over its end.
+
+    Raises:
+        ResumeError: it has.
+        TrackingError: the store does not answer, or does not know the run.
+    """
+    with mlflow_errors(f"continue run {run_id} in {redact(client.tracking_uri)}"):
+        tags = client.get_run(run_id).data.tags
+    latest = record_in(tags, LATEST_TAG)
+    if latest is not None and latest.iters > iters:
+        raise ResumeError(
+            f"run {run_id} has gone on to iteration {latest.iters}, this checkpoint is of {iters}; "
+            f"--resume {run_id} continues it, --new-run with another --save-dir forks it here"
+        )
+
+
+def status_after(kind: type[BaseException] | None) -> Status:
+    """The status that is true of a run whose block ended with an exception of that kind, or without one."""
+    if kind is None:
+        return "FINISHED"
+    return "KILLED" if issubclass(kind, (StopRequested, KeyboardInterrupt)) else "FAILED"
+
+
+class AdoptedRun:
+    """The run that `mlflow run` made, written to directly. As a context manager it ends the run with the status
+    that is true: FINISHED at the end of the block, or `status`; FAILED after an exception, KILLED after an
+    interruption.
     """
 
-    def __init__(self, client: "MlflowClient", run: "Run") -> None:
-        self.client = client
-        self.run_id: str = run.info.run_id
-        self.name: str = run.info.run_name
-        self.experiment_id: str = run.info.experiment_id
-        self.params: dict[str, str] = dict(run.data.params)
-        self.metric_names = tuple(run.data.metrics)
+    def __init__(self, client: "MlflowClient", run_id: str, *, tags: Mapping[str, str]) -> None:
+        self.target = RunTarget(client, run_id, Path())
         self.status: Status = "FINISHED"
+        reopen_run(client, run_id, adopted_tags(None, tags))
 
-    @classmethod
-    def create(
-        cls, client: "MlflowClient", *, experiment: str | None, name: str, tags: Mapping[str, str]
-    ) -> "TrackedRun":
-        """A new run.
-
-        Args:
-            experiment: by default `MLFLOW_EXPERIMENT_ID` or `MLFLOW_EXPERIMENT_NAME`, or else
-                `DEFAULT_EXPERIMENT`.
-        """
-        experiment_id = None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID")
-        if not experiment_id:
-            named = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
-            experiment_id = get_experiment_id(client, named)
-        with mlflow_errors("create a run"):
-            run = client.create_run(
-                experiment_id,
-                run_name=name,
-                tags={**environment_tags(), **tags},
-                start_time=time.time_ns() // 1_000_000,
-            )
-        return cls(client, run)
-
-    @classmethod
-    def adopt(cls, client: "MlflowClient", run_id: str, *, name: str | None, tags: Mapping[str, str]) -> "TrackedRun":
-        """The run that `mlflow run` made; what it knows of source and commit stands."""
-        tracked = cls._reopen(client, run_id)
-        own = {
-            key: value
-            for key, value in environment_tags().items()
-            if not key.startswith(("mlflow.source", "mlflow.user"))
-        }
-        if name:
-            own["mlflow.runName"] = name
-        tracked.set_tags({**own, **tags})
-        return tracked
-
-    @classmethod
-    def resume(cls, client: "MlflowClient", run_id: str, *, iters: int, may_rewind: bool) -> "TrackedRun":
-        """A run that has ended or was cut off, to be continued from iteration `iters`.
-
-        Args:
-            may_rewind: its later checkpoints were found to be unusable, and may be written again.
+    def send(self, message: Message) -> None:
+        """Send it now.
 
         Raises:
-            ResumeError: the store does not know the run, or the run has gone on beyond `iters`: continuing
-                would write over what it has committed.
+            TrackingError: it did not arrive.
         """
-        try:
-            latest = tagged_record(client, run_id, LATEST_TAG)
-            if latest is not None and latest.iters > iters and not may_rewind:
-                raise ResumeError(
-                    f"run {run_id} has gone on to iteration {latest.iters}, this checkpoint is of {iters}; "
-                    f"--resume {run_id} continues it, --new-run with another --save-dir forks it here"
-                )
-            tracked = cls._reopen(client, run_id)
-        except TrackingError as error:
-            raise ResumeError(
-                f"{error}; --new-run continues as a run of its own, --tracking-uri names another store"
-            ) from error
-        tracked.set_tags({"resumed.from_iters": str(iters)})
-        return tracked
+        message.send(self.target)
 
-    @classmethod
-    def _reopen(cls, client: "MlflowClient", run_id: str) -> "TrackedRun":
-        with mlflow_errors(f"continue run {run_id} in {redact(client.tracking_uri)}"):
-            run = client.get_run(run_id)
-            if run.info.lifecycle_stage != "active":
-                raise TrackingError(f"run {run_id} was deleted; `mlflow runs restore` brings it back")
-            client.update_run(run_id, status="RUNNING")
-        return cls(client, run)
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set several tags in one request."""
-        from mlflow.entities import RunTag
-
-        with mlflow_errors(f"set tags of run {self.run_id}"):
-            self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log parameters that are not there yet.
-
-        Parameters cannot change. `mlflow run` logs its own, shell-quoted, before the run begins: where such a
-        one differs, the value in force stands beside it under `resolved/`.
-        """
-        from mlflow.entities import Param
-
-        new = {}
-        for key, value in params.items():
-            text = redact(str(value))
-            if key not in self.params:
-                new[key] = text
-            elif self.params[key] != text and f"{RESOLVED_PREFIX}{key}" not in self.params:
-                new[f"{RESOLVED_PREFIX}{key}"] = text
-        if new:
-            with mlflow_errors(f"log parameters of run {self.run_id}"):
-                self.client.log_batch(self.run_id, params=[Param(key, value) for key, value in new.items()])
-            self.params.update(new)
-
-    def log_dict(self, value: Any, artifact: str) -> None:
-        """Write a plain value as a JSON artifact."""
-        with mlflow_errors(f"write {artifact} of run {self.run_id}"):
-            self.client.log_dict(self.run_id, value, artifact)
-
-    def log_dataset(self, listing: ImageListing, *, name: str, context: str) -> None:
-        """Register a set of images as an input, identified by the digest of its listing."""
-        import json
-
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        dataset = Dataset(
-            name=name,
-            digest=listing.digest,
-            source_type="local",
-            source=json.dumps({"uri": str(listing.root)}),
-            profile=json.dumps({"images": len(listing), "classes": len(listing.classes)}),
-        )
-        with mlflow_errors(f"log the data set {name} of run {self.run_id}"):
-            self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
-
-    def logged_steps(self) -> dict[str, set[int]]:
-        """Metric name -> the steps that have a point."""
-        with mlflow_errors(f"read the metrics of run {self.run_id}"):
-            return {
-                name: {point.step for point in self.client.get_metric_history(self.run_id, name)}
-                for name in self.metric_names
-            }
-
-    def finish(self, status: Status) -> None:
-        """End the run."""
-        with mlflow_errors(f"end run {self.run_id}"):
-            self.client.set_terminated(self.run_id, status)
-
-    def __enter__(self) -> "TrackedRun":
+    def __enter__(self) -> "AdoptedRun":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
-        if kind is not None:
-            self.status = "KILLED" if issubclass(kind, (StopRequested, KeyboardInterrupt)) else "FAILED"
+        status = self.status if kind is None else status_after(kind)
         try:
-            self.finish(self.status)
+            with mlflow_errors(f"end run {self.target.run_id}"):
+                self.target.client.set_terminated(self.target.run_id, status)
         except TrackingError as error:
-            if self.status == "FINISHED":
+            if status == "FINISHED":
                 raise
             # What ended the run is what the caller must hear of first.
             logger.warning("the run's status stays as it was: %s", error)

@@ -6,19 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from shufflenet_mlflow.checkpoint import (
-    BEST_TAG,
     LATEST_TAG,
     CheckpointRecord,
     write_checkpoint,
 )
-from shufflenet_mlflow.client import connect
-from shufflenet_mlflow.tracking.delivery import (
-    Checkpoint,
-    MetricPoints,
-    checkpoint_points,
-    now_ms,
-    tagged_record,
-)
+from shufflenet_mlflow.client import connect, stored_uri
+from shufflenet_mlflow.errors import BusyError, SpoolError, TrackingError
+from shufflenet_mlflow.spool import Spool, look
+from shufflenet_mlflow.tracking.delivery import deliver_now
+from shufflenet_mlflow.tracking.messages import Checkpoint, RunTarget, record_in, to_body
 
 
 def _active_run_id() -> str | None:
@@ -48,7 +44,7 @@ def save_checkpoint(
     The file is whole, on the disk and read back equal before it takes its name. Then, if a run is active or
     `run_id` is given, it is uploaded as `checkpoints/<file>`, the metrics `epoch` and `loss` are logged at step
     `iters`, and last the run's tag `checkpoint.latest` moves to it; `checkpoint.best` too, if its `val_top1` is
-    higher than that of the best so far.
+    higher than that of the best so far. It returns when all of that is done.
 
     Args:
         state: holds at least `state_dict`; tensors, numbers, text, lists and dicts only.
@@ -65,7 +61,8 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the state is not plain data, or the file cannot be written.
-        TrackingError: the file is on the disk, but MLflow did not take it.
+        TrackingError: the file is on the disk, but MLflow did not take it. It is noted in the journal of
+            `directory`: the next call, or `shufflenet sync`, brings it to the run.
     """
     run_id = run_id or _active_run_id()
     path, record = write_checkpoint(
@@ -79,17 +76,47 @@ def save_checkpoint(
         run_id=run_id,
     )
     if run_id is not None:
-        client = connect(tracking_uri)
-        latest = tagged_record(client, run_id, LATEST_TAG)
-        points = None
-        if latest is None or latest.iters != iters:  # else this iteration has its points
-            points = MetricPoints(checkpoint_points(record), iters, now_ms())
-        best = _is_better(record, tagged_record(client, run_id, BEST_TAG))
-        Checkpoint(path, record, best, points).send(client, run_id)
+        _bring(record, run_id, Path(directory), tracking_uri)
     return path
 
 
-def _is_better(record: CheckpointRecord, best: CheckpointRecord | None) -> bool:
-    if record.val_top1 is None:
-        return False
-    return best is None or best.val_top1 is None or record.val_top1 > best.val_top1
+def _bring(record: CheckpointRecord, run_id: str, directory: Path, tracking_uri: str | None) -> None:
+    client = connect(tracking_uri)
+    message = Checkpoint.of(record)
+    if not look(directory).entries:
+        try:
+            target = RunTarget(client, run_id, directory)
+            latest = record_in(target.read().data.tags, LATEST_TAG)
+            # The history of all points need not be read: only this iteration's matter.
+            target.seen = {} if latest is None or latest.iters != record.iters else _points_of(record.iters)
+            message.send(target)
+        except TrackingError as error:
+            failure = error
+        else:
+            return
+    else:
+        failure = None  # what waits there comes first
+    try:
+        spool = Spool(directory)
+    except (BusyError, SpoolError) as error:
+        raise TrackingError(f"{failure or error}; the checkpoint {record.file_name} is on the disk") from error
+    try:
+        spool.set_owner(run_id, stored_uri(client.tracking_uri))
+        spool.append(run_id, message.kind, to_body(message))
+        spool.sync()
+        if failure is None:
+            deliver_now(client, spool)
+    except TrackingError as error:
+        failure = error
+    finally:
+        spool.close()
+    if failure is not None:
+        raise TrackingError(
+            f"{failure}; the checkpoint {record.file_name} is on the disk, and `shufflenet sync {directory}` brings "
+            "it to the run",
+            failure.code,
+        ) from failure
+
+
+def _points_of(iters: int) -> dict[str, set[int]]:
+    return {"epoch": {iters}, "loss": {iters}}

@@ -1,101 +1,142 @@
-"""Checkpoints and metrics of a training run, on the disk and in MLflow."""
+"""Checkpoints and metrics of a training run, on the disk and in MLflow, without the loop waiting for either."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shufflenet_mlflow.checkpoint import (
-    LATEST_TAG,
-    CheckpointRecord,
+    PreparedCheckpoint,
+    Retention,
+    StateBuffer,
+    list_records,
+    prepare_checkpoint,
     read_record,
     update_record,
-    write_checkpoint,
+    write_prepared,
 )
-from shufflenet_mlflow.tracking.delivery import (
-    BestMark,
-    Checkpoint,
-    Delivery,
-    MetricPoints,
-    checkpoint_points,
-    now_ms,
-    tagged_record,
-)
+from shufflenet_mlflow.errors import CheckpointError
+from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.spool import is_made
+from shufflenet_mlflow.tracking.messages import Checkpoint, MetricPoints, Prune, now_ms
+from shufflenet_mlflow.tracking.recorder import Recorder
 
 
 class TrackedMetrics:
-    """Sends metric points to the run, each (name, step) once.
+    """Sends metric points to the run; one that it has already is left out when it arrives there."""
 
-    Args:
-        logged: the steps that the run has already: a resumed run repeats the iterations since its checkpoint,
-            and MLflow would keep their points twice.
-    """
-
-    def __init__(self, delivery: Delivery, logged: Mapping[str, set[int]]) -> None:
-        self.delivery = delivery
-        self._logged = {name: set(steps) for name, steps in logged.items()}
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
 
     def log(self, values: Mapping[str, float], iters: int) -> None:
         """See `shufflenet_mlflow.train.MetricSink`."""
-        points = self.new_points(values, iters)
-        if points is not None:
-            self.delivery.submit(points)
-
-    def new_points(self, values: Mapping[str, float], iters: int) -> MetricPoints | None:
-        """Those of the points that the run does not have; from now on it counts as having them."""
-        new = {name: value for name, value in values.items() if iters not in self._logged.setdefault(name, set())}
-        for name in new:
-            self._logged[name].add(iters)
-        return MetricPoints(new, iters, now_ms()) if new else None
+        plain = {name: float(value) for name, value in values.items()}
+        self._recorder.record(MetricPoints(plain, iters, now_ms()))
 
 
 class TrackedStore:
-    """Keeps each checkpoint in `directory` first, then in the run."""
+    """Keeps each checkpoint in `directory` first, then in the run.
 
-    def __init__(self, directory: Path, delivery: Delivery, metrics: TrackedMetrics) -> None:
-        self.directory = directory
-        self.delivery = delivery
-        self.metrics = metrics
+    The loop pays for one copy of the state. Writing, syncing, hashing and sending happen behind it, in order. There
+    is memory for one copy: a checkpoint that comes before the last one is on the disk waits for it.
 
-    def save(
+    Args:
+        continue_on_error: a checkpoint that cannot be written is reported, and training goes on without it;
+            otherwise the next `save`, or `finish`, raises.
+    """
+
+    def __init__(
         self,
-        state: Mapping[str, Any],
-        iters: int,
-        tag: str,
+        directory: Path,
+        recorder: Recorder,
         *,
-        val_top1: float | None,
-        best: bool,
-    ) -> Path:
-        """See `shufflenet_mlflow.train.CheckpointStore`."""
-        path, record = write_checkpoint(
+        retention: Retention,
+        continue_on_error: bool,
+        reporter: Reporter,
+    ) -> None:
+        self.directory = directory
+        self._recorder = recorder
+        self._retention = retention
+        self._continue_on_error = continue_on_error
+        self._reporter = reporter
+        self._buffer = StateBuffer()
+        self._submitted: set[Path] = set()
+        self._newest: Path | None = None
+        self._failure: CheckpointError | None = None
+
+    def save(self, state: Mapping[str, Any], iters: int, tag: str, *, val_top1: float | None) -> Path:
+        """See `shufflenet_mlflow.train.CheckpointStore`.
+
+        Raises:
+            CheckpointError: the state is not plain data; or an earlier one could not be written.
+        """
+        self._raise_failure()
+        run_id = self._recorder.run_id
+        prepared = prepare_checkpoint(
             state,
             iters,
             tag,
             val_top1=val_top1,
-            directory=self.directory,
-            run_id=self.delivery.run_id,
+            run_id=run_id if is_made(run_id) else None,
+            as_plain=self._buffer.take,
         )
-        self._deliver(path, record, best)
+        self._recorder.do(lambda: self._write(prepared))
+        path = self.directory / prepared.file_name
+        self._submitted.add(path)
         return path
+
+    def _write(self, prepared: PreparedCheckpoint) -> None:
+        try:
+            self._buffer.wait_until_copied()
+            self._recorder.spool.sync()  # the points before a checkpoint are as safe as it is
+            path, record = write_prepared(prepared, self.directory)
+        except CheckpointError as error:
+            self._failure = error
+            if self._continue_on_error:
+                self._reporter.warn(f"{error}; training goes on")
+            return
+        finally:
+            self._buffer.release()
+        self._newest, self._failure = path, None
+        self._recorder.append(Checkpoint.of(record), durable=True)
+        if self._retention.is_set:
+            rules = self._retention
+            self._recorder.append(Prune(rules.keep_last, rules.keep_best, rules.keep_every))
 
     def mark_best(self, checkpoint: Path, val_top1: float) -> bool:
         """See `shufflenet_mlflow.train.CheckpointStore`."""
-        record = update_record(checkpoint, val_top1=val_top1)
-        if record is not None:
-            self.delivery.submit(BestMark(checkpoint, record))
-        return record is not None
+        if checkpoint not in self._submitted and read_record(checkpoint) is None:
+            return False
 
-    def deliver_again(self, path: Path, *, best: bool) -> None:
-        """Bring a checkpoint that was resumed from to the run, unless the run has it or a later one.
+        def mark() -> None:
+            record = update_record(checkpoint, val_top1=val_top1)
+            if record is not None:
+                self._recorder.append(Checkpoint.of(record, again=True), durable=True)
 
-        That is so when the server was away at the moment it was saved.
+        self._recorder.do(mark)
+        return True
+
+    def finish(self) -> Path | None:
+        """See `shufflenet_mlflow.train.CheckpointStore`.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written, or, unless training was to go on, any.
         """
-        record = read_record(path)
-        if record is None:
-            return
-        latest = tagged_record(self.delivery.client, self.delivery.run_id, LATEST_TAG)
-        if latest is None or (latest.iters <= record.iters and latest.sha256 != record.sha256):
-            self._deliver(path, record, best)
+        self._recorder.drain()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        return self._newest
 
-    def _deliver(self, path: Path, record: CheckpointRecord, best: bool) -> None:
-        points = self.metrics.new_points(checkpoint_points(record), record.iters)
-        self.delivery.submit(Checkpoint(path, record, best, points))
+    def _raise_failure(self) -> None:
+        if self._failure is not None and not self._continue_on_error:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def deliver_again(self) -> None:
+        """Bring the newest checkpoint in the folder to the run, unless the run has it.
+
+        It was written by a process that was killed before it noted that in the journal.
+        """
+        records = list_records(self.directory)
+        if records:
+            self._recorder.record(Checkpoint.of(records[0], again=True))

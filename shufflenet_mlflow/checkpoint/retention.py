@@ -1,0 +1,50 @@
+"""Which checkpoints may go: a pure function of what there is."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from shufflenet_mlflow.checkpoint.names import newest_first
+from shufflenet_mlflow.checkpoint.record import CheckpointRecord
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How many checkpoints to keep; with nothing set, all of them.
+
+    Kept is what any of the rules keeps. The newest and the best are always kept.
+    """
+
+    keep_last: int | None = None
+    """The newest so many."""
+    keep_best: int | None = None
+    """So many with the highest validation accuracy."""
+    keep_every: int | None = None
+    """Those whose iteration is a multiple of this."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is any rule."""
+        return (self.keep_last, self.keep_best, self.keep_every) != (None, None, None)
+
+    def drop(self, checkpoints: Sequence[CheckpointRecord], protected: Collection[str] = ()) -> list[CheckpointRecord]:
+        """Those of `checkpoints` that may go, oldest first.
+
+        Args:
+            protected: file names that stay whatever the rules say.
+        """
+        if not self.is_set:
+            return []
+        by_name = {record.file_name: record for record in checkpoints}
+        newest = newest_first(by_name)
+        kept = {*newest[: self.keep_last or 1], *protected}
+        kept |= {record.file_name for record in best_first(checkpoints)[: self.keep_best or 1]}
+        if self.keep_every is not None:
+            kept |= {name for name, record in by_name.items() if record.iters and record.iters % self.keep_every == 0}
+        return [by_name[name] for name in reversed(newest) if name not in kept]
+
+
+def best_first(checkpoints: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
+    """Those that were validated, by accuracy; of equal ones the earliest comes first. NaN is no accuracy."""
+    validated = [record for record in checkpoints if record.val_top1 is not None and not math.isnan(record.val_top1)]
+    return sorted(validated, key=lambda record: (-(record.val_top1 or 0.0), record.iters))

@@ -1,0 +1,84 @@
+"""A copy of a training state that stays as it is while training goes on: what saving costs the loop."""
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shufflenet_mlflow.checkpoint.state import compact, to_plain
+
+
+class StateBuffer:
+    """Memory for one copy of a state, used for one copy after the other.
+
+    On a GPU the memory is pinned and the copies are queued behind the work that is under way, so that neither
+    the loop nor the device waits for them; `wait_until_copied` does.
+
+    There is room for one copy: `take` waits until the one before has been given back with `release`.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._used = 0
+        self._free = threading.Semaphore()
+        self._copied: Any = None
+
+    def take(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state as plain containers whose tensors lie in this buffer.
+
+        Raises:
+            CheckpointError: it holds something that is neither a tensor nor plain.
+        """
+        while not self._free.acquire(timeout=1.0):  # with a timeout, signals are heard meanwhile
+            pass
+        try:
+            return self._copy(state)
+        except BaseException:
+            self.release()
+            raise
+
+    def _copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        sources: list[Tensor] = []
+        targets: list[Tensor] = []
+        self._used = 0
+
+        def hold(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach()
+            if tensor.layout != torch.strided or not tensor.numel():
+                return compact(tensor).clone()
+            target = self._buffer_like(tensor)
+            sources.append(tensor)
+            targets.append(target)
+            return target
+
+        payload = to_plain(state, hold=hold)
+        del self._buffers[self._used :]
+        if targets:
+            with torch.no_grad():
+                torch._foreach_copy_(targets, sources, non_blocking=True)
+        self._copied = None
+        if any(source.is_cuda for source in sources):
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+        return payload  # type: ignore[no-any-return]  # of a mapping it makes a dict
+
+    def _buffer_like(self, tensor: Tensor) -> Tensor:
+        number, self._used = self._used, self._used + 1
+        if number < len(self._buffers):
+            buffer = self._buffers[number]
+            if buffer.shape == tensor.shape and buffer.dtype == tensor.dtype:
+                return buffer
+            del self._buffers[number:]
+        self._buffers.append(torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False))
+        return self._buffers[number]
+
+    def wait_until_copied(self) -> None:
+        """Return once the device has written the last copy."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def release(self) -> None:
+        """The last copy is not needed any more."""
+        self._free.release()

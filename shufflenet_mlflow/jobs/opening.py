@@ -1,0 +1,121 @@
+"""The MLflow run that a training job writes to, also where the server is away."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shufflenet_mlflow.client import impatient, is_server
+from shufflenet_mlflow.config import TrainConfig
+from shufflenet_mlflow.errors import ResumeError, TrackingError
+from shufflenet_mlflow.planning import data_name
+from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.resolve import RunReference, parse_reference
+from shufflenet_mlflow.spool import Spool, is_made, name_new_run
+from shufflenet_mlflow.start import Init, Start, TrainRequest
+from shufflenet_mlflow.tracking import (
+    AdoptedRun,
+    adopted_run_id,
+    adopted_tags,
+    make_run,
+    new_run,
+    reopen_run,
+    require_not_beyond,
+)
+from shufflenet_mlflow.tracking.messages import Message, Reopen
+
+if TYPE_CHECKING:
+    from shufflenet_mlflow.client import MlflowClient
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """The run to write to."""
+
+    run: str
+    """Its ID, or what it is called until MLflow makes it."""
+    first: tuple[Message, ...] = ()
+    """What it has to be told first, once the server answers."""
+    is_new: bool = False
+    name: str = ""
+    experiment_id: str = ""
+    made: AdoptedRun | None = None
+    """The run that `mlflow run` made if that is another one: it ends as this one does."""
+
+
+def open_run(
+    client: "MlflowClient",
+    request: TrainRequest,
+    config: TrainConfig,
+    start: Start | None,
+    init: Init | None,
+    spool: Spool | None,
+    reporter: Reporter,
+) -> OpenedRun:
+    """The resumed run, the one that `mlflow run` made, or a new one; if the server is away, as far as it is known.
+
+    Raises:
+        ResumeError: the run has gone on beyond the checkpoint, or is not there any more.
+        TrackingError: the store refuses.
+    """
+    adopted = adopted_run_id()
+    tags = {"network": config.model}
+    if init is not None and init.run_id is not None:
+        tags |= {"init_from.run": init.run_id, "init_from.checkpoint": init.path.name}
+    name = request.run_name or f"{config.model} {data_name(config.train_dir)} {config.input_size}px"
+    known, create = adopted, None
+    if start is not None and request.new_run and start.run_id is not None:
+        tags |= {"resumed.from_run": start.run_id, "resumed.from_iters": str(start.iters)}
+    elif start is not None and not request.new_run and (start.run_id is not None or (spool and spool.run)):
+        known = start.run_id or (spool.run if spool else None)
+        tags = {"resumed.from_iters": str(start.iters)}
+    if known is None:
+        create = new_run(experiment=request.experiment, name=name, tags=tags)
+    elif known == adopted:
+        tags = adopted_tags(request.run_name, tags)
+    if known is not None and not is_made(known):  # the journal is still to make it
+        return OpenedRun(known, (Reopen(tags),), name=name)
+    try:
+        with impatient() if is_server(client.tracking_uri) else nullcontext():
+            if create is not None:
+                run_id, is_new = make_run(client, create)
+            else:
+                run_id, is_new = _continue(client, str(known), tags, request, start, adopted), False
+            run = client.get_run(run_id)
+            made = None
+            if adopted is not None and adopted != run_id:
+                made = AdoptedRun(client, adopted, tags={"continues.run": run_id})
+        return OpenedRun(run_id, (), is_new, run.info.run_name, run.info.experiment_id, made)
+    except TrackingError as error:
+        if error.answered or not is_server(client.tracking_uri):
+            raise
+        reporter.warn(f"{error}; training goes on without, and what belongs to MLflow is kept and sent later")
+    return OpenedRun(known or name_new_run(), (create or Reopen(tags),), name=name)
+
+
+def _continue(
+    client: "MlflowClient",
+    run_id: str,
+    tags: dict[str, str],
+    request: TrainRequest,
+    start: Start | None,
+    adopted: str | None,
+) -> str:
+    try:
+        if start is not None and not request.new_run and not _means_latest(request.resume):
+            require_not_beyond(client, run_id, start.iters)
+        reopen_run(client, run_id, tags)
+    except TrackingError as error:
+        if run_id == adopted or not error.answered:
+            raise
+        raise ResumeError(
+            f"{error}; --new-run continues as a run of its own, --tracking-uri names another store"
+        ) from error
+    return run_id
+
+
+def _means_latest(resume: str) -> bool:
+    """Whether resolving has looked for the newest checkpoint of a run, and may have passed over corrupt ones."""
+    if resume == "auto":
+        return False
+    reference = parse_reference(resume)
+    return isinstance(reference, RunReference) and reference.which == "latest" and reference.artifact is None

@@ -1,0 +1,45 @@
+"""Locks that end with their process, so that a killed one leaves nothing behind that has to be broken."""
+
+import os
+import sys
+from pathlib import Path
+
+from shufflenet_mlflow.errors import BusyError
+
+_held: set[str] = set()
+"""What this process holds: closing another descriptor of such a file would give its lock up."""
+
+
+class FileLock:
+    """An exclusive lock on a file, held by this process until `release` or its end.
+
+    POSIX record locks: unlike those of `flock`, they do not pass to the processes that decode images, which may
+    outlive a killed parent by seconds.
+
+    Raises:
+        BusyError: another process holds it.
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        self._name = os.path.realpath(path)
+        if self._name in _held:
+            raise BusyError(f"{what} is in use by this very process; close what has it open")
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+        if sys.platform != "win32":  # no record locks there: other processes are not kept out
+            import fcntl
+
+            try:
+                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
+                os.close(self._descriptor)
+                raise BusyError(f"{what} is in use by process {holder or '?'}; wait for it, or stop it") from error
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+        _held.add(self._name)
+
+    def release(self) -> None:
+        """Let others have it."""
+        _held.discard(self._name)
+        os.close(self._descriptor)

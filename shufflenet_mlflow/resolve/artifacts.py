@@ -1,0 +1,144 @@
+"""The checkpoints among a run's artifacts: listing, records, uploading with proof, deleting."""
+
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shufflenet_mlflow.checkpoint import (
+    ARTIFACT_FOLDER,
+    CheckpointRecord,
+    newest_first,
+)
+from shufflenet_mlflow.checkpoint.files import sha256_of
+from shufflenet_mlflow.client import mlflow_errors
+from shufflenet_mlflow.errors import CheckpointError, TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+DELETING_TAG = "checkpoint.deleting"
+"""Names of checkpoints that are being deleted, as a JSON list: from now on nobody resolves them."""
+
+
+def being_deleted(tags: Mapping[str, str]) -> list[str]:
+    """The names in `checkpoint.deleting`."""
+    try:
+        names = json.loads(tags.get(DELETING_TAG, "[]"))
+    except ValueError:
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+class RunArtifacts:
+    """The folder `checkpoints` of a run."""
+
+    def __init__(self, client: "MlflowClient", run_id: str) -> None:
+        self.client = client
+        self.run_id = run_id
+        self._records: dict[str, CheckpointRecord] = {}
+        self._repository: Any = None
+
+    def sizes(self) -> dict[str, int | None]:
+        """File name -> bytes, where the store knows them; records included."""
+        with mlflow_errors(f"list the checkpoints of run {self.run_id}"):
+            found = self.client.list_artifacts(self.run_id, ARTIFACT_FOLDER)
+        return {artifact.path.rpartition("/")[2]: artifact.file_size for artifact in found}
+
+    def record_of(self, name: str) -> CheckpointRecord | None:
+        """The record beside the artifact `name`; None if it has none.
+
+        Raises:
+            TrackingError: MLflow did not answer.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                path = self.download(f"{ARTIFACT_FOLDER}/{name}.json", Path(scratch))
+            except TrackingError:
+                if f"{name}.json" in self.sizes():  # also tells whether MLflow answers at all
+                    raise
+                return None
+            try:
+                return CheckpointRecord.from_json(path.read_text("utf-8"))
+            except (CheckpointError, UnicodeDecodeError) as error:
+                logger.warning("run %s: the record of %s cannot be used: %s", self.run_id, name, error)
+                return None
+
+    def records(self) -> list[CheckpointRecord]:
+        """The records of the checkpoints that are there, newest first; each is read once."""
+        names = newest_first(self.sizes())
+        for name in names:
+            if name not in self._records and (record := self.record_of(name)) is not None:
+                self._records[name] = record
+        return [self._records[name] for name in names if name in self._records]
+
+    def download(self, artifact: str, folder: Path) -> Path:
+        """Fetch one artifact into `folder`, unverified."""
+        with mlflow_errors(f"download {artifact} of run {self.run_id}"):
+            return Path(self.client.download_artifacts(self.run_id, artifact, str(folder)))
+
+    def upload(self, path: Path, record: CheckpointRecord) -> None:
+        """Upload a checkpoint and confirm what arrived: its content where the store is a folder, else its size.
+
+        Raises:
+            TrackingError: something else arrived.
+        """
+        self.client.log_artifact(self.run_id, str(path), ARTIFACT_FOLDER)
+        folder = self._local_folder()
+        if folder is not None:
+            with open(folder / ARTIFACT_FOLDER / path.name, "rb") as file:
+                arrived = sha256_of(file)
+            if arrived != record.sha256:
+                raise TrackingError(f"{path.name} did not arrive whole: its SHA-256 there is {arrived[:12]}…")
+            return
+        sizes = self.sizes()
+        if path.name not in sizes:
+            raise TrackingError(f"{path.name} did not arrive: run {self.run_id} does not list it")
+        if sizes[path.name] not in (None, record.bytes):
+            raise TrackingError(
+                f"{path.name} did not arrive whole: {sizes[path.name]} of {record.bytes} bytes are in run {self.run_id}"
+            )
+
+    def write_record(self, record: CheckpointRecord) -> None:
+        """Put the record beside its artifact."""
+        self.client.log_text(self.run_id, record.to_json() + "\n", f"{ARTIFACT_FOLDER}/{record.file_name}.json")
+        self._records[record.file_name] = record
+
+    def delete(self, name: str) -> None:
+        """Delete a checkpoint, then its record; what is gone already is no error.
+
+        Raises:
+            TrackingError: the store refused, or did not answer.
+        """
+        for part in (name, f"{name}.json"):
+            try:
+                with mlflow_errors(f"delete {part} of run {self.run_id}"):
+                    self._artifact_repository().delete_artifacts(f"{ARTIFACT_FOLDER}/{part}")
+            except TrackingError:
+                if part in self.sizes():
+                    raise
+        self._records.pop(name, None)
+
+    def _artifact_repository(self) -> Any:
+        """MLflow's own access to the artifacts: deleting is not among the client's calls."""
+        if self._repository is None:
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+            uri = self.client.get_run(self.run_id).info.artifact_uri
+            self._repository = get_artifact_repository(uri, tracking_uri=self.client.tracking_uri)
+        return self._repository
+
+    def _local_folder(self) -> Path | None:
+        """The folder that is the artifact store; None where it is something else."""
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+        with contextlib.suppress(ImportError):
+            repository = self._artifact_repository()
+            if isinstance(repository, LocalArtifactRepository):
+                return Path(repository.artifact_dir)
+        return None

@@ -1,0 +1,371 @@
+"""What has yet to reach MLflow: a journal on the disk, beside the checkpoints.
+
+`spool.jsonl` is only ever appended to, one line per entry: the CRC-32 of the JSON that follows it, and that JSON.
+Entries are numbered. A line of the kind `delivered` says that everything up to its number has arrived; `bound` says
+which MLflow run a run became that began while the server was away. A process that is killed while it appends leaves
+half a line at the end, which the next one cuts off. Where everything has arrived, the file is written anew with
+nothing but its first line, so that it does not grow for ever.
+
+Nothing here knows MLflow: see `shufflenet_mlflow.tracking` for what the entries mean.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import threading
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shufflenet_mlflow.checkpoint.files import sync_folder, write_atomically
+from shufflenet_mlflow.errors import SpoolError
+from shufflenet_mlflow.locks import FileLock
+
+logger = logging.getLogger(__name__)
+
+SPOOL_NAME = "spool.jsonl"
+DAMAGED_NAME = "spool.damaged.jsonl"
+LOCK_NAME = "spool.lock"
+SPOOL_VERSION = 1
+
+_HEADER, _DELIVERED, _BOUND = "spool", "delivered", "bound"
+_COMPACT_BYTES = 256 * 1024
+
+_UNMADE = "new-"
+
+
+def name_new_run() -> str:
+    """What to call a run that MLflow has not made yet: it has no ID then."""
+    return _UNMADE + secrets.token_hex(16)
+
+
+def is_made(run: str) -> bool:
+    """Whether this is the ID of a run rather than its name before MLflow made it."""
+    return not run.startswith(_UNMADE)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that is to reach a run."""
+
+    seq: int
+    run: str
+    """An MLflow run ID, or the name of a run that is yet to be made."""
+    kind: str
+    body: Mapping[str, Any]
+
+
+def _encode(seq: int, run: str, kind: str, body: Mapping[str, Any]) -> bytes:
+    text = json.dumps({"seq": seq, "run": run, "kind": kind, "body": body}, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _decode(line: bytes) -> Entry | None:
+    """The entry of a line; None if it is damaged."""
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    if len(checksum) != 8 or b"%08x" % zlib.crc32(text) != checksum:
+        return None
+    try:
+        values = json.loads(text)
+        entry = Entry(**values)
+    except (ValueError, TypeError):
+        return None
+    sound = type(entry.seq) is int and isinstance(entry.body, dict)
+    return entry if sound and isinstance(entry.run, str) and isinstance(entry.kind, str) else None
+
+
+@dataclass
+class _Content:
+    """What a journal's lines amount to."""
+
+    uri: str | None = None
+    run: str | None = None
+    last_seq: int = 0
+    delivered: int = 0
+    bound: dict[str, str] = field(default_factory=dict)
+    waiting: deque[tuple[int, Entry | None]] = field(default_factory=deque)
+    """Offsets of the entries that have not arrived, oldest first, and they themselves if asked for."""
+    end: int = 0
+    """Offset behind the last whole line."""
+    damaged: list[bytes] = field(default_factory=list)
+    missing: int = 0
+    """Numbers that no line has."""
+
+
+def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
+    content = _Content()
+    numbers: deque[int] = deque()
+    with open(path, "rb") as file:
+        for line in file:
+            offset, content.end = content.end, content.end + len(line)
+            if not line.endswith(b"\n"):  # the writer was killed
+                content.end = offset
+                break
+            entry = _decode(line)
+            if entry is None:
+                content.damaged.append(line)
+            elif entry.kind == _HEADER:
+                content.uri, content.run = entry.body.get("uri"), entry.run or None
+                content.last_seq = content.delivered = max(content.last_seq, entry.seq)
+            elif entry.kind == _DELIVERED:
+                content.delivered = max(content.delivered, entry.seq)
+            elif entry.kind == _BOUND:
+                content.bound[entry.run] = str(entry.body["run_id"])
+            else:
+                content.missing += max(0, entry.seq - content.last_seq - 1)
+                content.last_seq = max(content.last_seq, entry.seq)
+                content.run = entry.run
+                numbers.append(entry.seq)
+                content.waiting.append((offset, entry if keep_entries else None))
+            while numbers and numbers[0] <= content.delivered:
+                numbers.popleft()
+                content.waiting.popleft()
+    return content
+
+
+class Spool:
+    """The journal of one folder, open for appending and for delivery; safe to use from several threads.
+
+    One process at a time: the folder is locked.
+
+    Args:
+        directory: where checkpoints are kept; made if it is not there.
+
+    Raises:
+        BusyError: another process has it open.
+        SpoolError: it cannot be read or written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = directory / SPOOL_NAME
+        self._mutex = threading.RLock()
+        self._unwritten: deque[Entry] = deque()
+        self.failure: str | None = None
+        """Why the journal could not be written lately; what came since is in memory only."""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(directory / LOCK_NAME, f"the folder {str(directory)!r}")
+            try:
+                self._open()
+            except BaseException:
+                self._lock.release()
+                raise
+        except OSError as error:
+            raise SpoolError(
+                f"cannot keep a journal in {str(directory)!r}: {error.strerror}; --save-dir takes another place"
+            ) from error
+
+    def _open(self) -> None:
+        if not self.path.exists():
+            write_atomically(self.path, lambda file: file.write(_encode(0, "", _HEADER, {"version": SPOOL_VERSION})))
+        content = _scan(self.path)
+        self.uri, self.run, self.bound = content.uri, content.run, content.bound
+        self._last_seq, self._delivered = content.last_seq, content.delivered
+        self._pending = len(content.waiting)
+        self._end = content.end
+        self._cursor = content.waiting[0][0] if content.waiting else content.end
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | getattr(os, "O_CLOEXEC", 0))
+        os.ftruncate(self._descriptor, self._end)
+        if content.damaged or content.missing:
+            self._set_damage_aside(content)
+
+    def _set_damage_aside(self, content: _Content) -> None:
+        with open(self.directory / DAMAGED_NAME, "ab") as file:
+            file.writelines(content.damaged)
+        logger.warning(
+            "%s: %d lines were damaged and %d entries are missing; what was left of them is kept in %s, the rest is "
+            "delivered",
+            self.path,
+            len(content.damaged),
+            content.missing,
+            DAMAGED_NAME,
+        )
+        self._rewrite()
+
+    def set_owner(self, run: str, uri: str) -> None:
+        """Note whose journal this is: the run's ID or provisional name, and its store's address."""
+        with self._mutex:
+            if (self.run, self.uri) != (run, uri):
+                self.run, self.uri = run, uri
+                self._rewrite()
+
+    def _header(self) -> bytes:
+        body = {"version": SPOOL_VERSION, "uri": self.uri}
+        # The number is that of the last entry that has arrived: the next ones follow it without a gap.
+        header = _encode(self._delivered, self.run or "", _HEADER, body)
+        return header + b"".join(_encode(0, key, _BOUND, {"run_id": run_id}) for key, run_id in self.bound.items())
+
+    def _rewrite(self) -> None:
+        """Put a journal in place that holds what is pending only."""
+        waiting = [entry for entry in self._read(self._cursor) if entry.seq > self._delivered]
+        # Renumbered: a gap that was reported once is none any more.
+        waiting = [
+            Entry(number, entry.run, entry.kind, entry.body)
+            for number, entry in enumerate(waiting, start=self._delivered + 1)
+        ]
+        lines = [_encode(entry.seq, entry.run, entry.kind, entry.body) for entry in waiting]
+        header = self._header()
+        write_atomically(self.path, lambda file: file.writelines([header, *lines]))
+        os.close(self._descriptor)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | getattr(os, "O_CLOEXEC", 0))
+        self._last_seq = self._delivered + len(waiting) + len(self._unwritten)
+        self._pending = len(waiting) + len(self._unwritten)
+        self._cursor, self._end = len(header), len(header) + sum(map(len, lines))
+
+    def _read(self, offset: int) -> Iterator[Entry]:
+        """The entries from `offset` on."""
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            while file.tell() < self._end:
+                entry = _decode(file.readline())
+                if entry is not None and entry.kind not in (_HEADER, _DELIVERED, _BOUND):
+                    yield entry
+
+    # ---------------------------------------------------------------- appending
+
+    def append(self, run: str, kind: str, body: Mapping[str, Any]) -> None:
+        """Add an entry; it survives this process, and after `sync` also the machine.
+
+        A full disk loses nothing as long as the process lives: see `failure`.
+        """
+        with self._mutex:
+            self._last_seq += 1
+            self._pending += 1
+            self._unwritten.append(Entry(self._last_seq, run, kind, body))
+            self._write_out()
+
+    def _write_out(self) -> None:
+        while self._unwritten:
+            entry = self._unwritten[0]
+            if not self._write_line(_encode(entry.seq, entry.run, entry.kind, entry.body)):
+                return
+            self._unwritten.popleft()
+
+    def _write_line(self, line: bytes) -> bool:
+        try:
+            written = os.write(self._descriptor, line)
+            if written < len(line):
+                os.write(self._descriptor, line[written:])
+        except OSError as error:
+            self.failure = f"cannot write the journal {str(self.path)!r}: {error.strerror}"
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._end)
+            return False
+        self._end += len(line)
+        self.failure = None
+        return True
+
+    def sync(self) -> None:
+        """Make what was appended safe from a loss of power."""
+        with self._mutex:
+            self._write_out()
+            try:
+                os.fsync(self._descriptor)
+            except OSError as error:
+                self.failure = f"cannot write the journal {str(self.path)!r}: {error.strerror}"
+
+    # ---------------------------------------------------------------- delivery
+
+    @property
+    def pending(self) -> int:
+        """How many entries have not arrived."""
+        with self._mutex:
+            return self._pending
+
+    def oldest(self, most: int = 1) -> list[Entry]:
+        """Up to `most` entries that have not arrived, oldest first."""
+        with self._mutex:
+            found: list[Entry] = []
+            for entry in self._read(self._cursor):
+                if len(found) == most:
+                    break
+                if entry.seq > self._delivered:
+                    found.append(entry)
+            room = most - len(found)
+            return [*found, *list(self._unwritten)[:room]]
+
+    def delivered(self, seq: int) -> None:
+        """Entries up to number `seq` have arrived."""
+        with self._mutex:
+            before, self._delivered = self._delivered, seq
+            self._pending -= seq - before
+            while self._unwritten and self._unwritten[0].seq <= seq:
+                self._unwritten.popleft()
+            self._write_line(_encode(seq, "", _DELIVERED, {}))  # if that fails they are sent again, which is harmless
+            if self._pending == 0:
+                self._cursor = self._end
+                if self._end > _COMPACT_BYTES:
+                    with contextlib.suppress(OSError):
+                        self._rewrite()
+            else:
+                self._advance_cursor()
+
+    def _advance_cursor(self) -> None:
+        with open(self.path, "rb") as file:
+            file.seek(self._cursor)
+            while self._cursor < self._end:
+                line = file.readline()
+                entry = _decode(line)
+                if (
+                    entry is not None
+                    and entry.kind not in (_HEADER, _DELIVERED, _BOUND)
+                    and entry.seq > self._delivered
+                ):
+                    return
+                self._cursor += len(line)
+
+    def bind(self, run: str, run_id: str) -> None:
+        """The run that was called `run` has been made, as `run_id`."""
+        with self._mutex:
+            self.bound[run] = run_id
+            self._write_line(_encode(0, run, _BOUND, {"run_id": run_id}))
+            self.sync()
+
+    def run_id_of(self, run: str) -> str:
+        """The MLflow run of an entry; as it stands if it has not been made yet."""
+        return self.bound.get(run, run)
+
+    def close(self) -> None:
+        """Leave the folder to others."""
+        with self._mutex:
+            if self._pending == 0:
+                with contextlib.suppress(OSError):
+                    self._rewrite()
+            else:
+                self.sync()
+            os.close(self._descriptor)
+            self._lock.release()
+            with contextlib.suppress(OSError):
+                sync_folder(self.directory)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What a folder's journal holds, as seen without opening it."""
+
+    run_id: str | None
+    """The run that the folder belongs to; None if it is yet to be made, or there is no journal."""
+    uri: str | None
+    entries: tuple[Entry, ...]
+
+
+def look(directory: Path) -> Pending:
+    """What is pending in a folder, also while another process works there; nothing where there is no journal."""
+    path = directory / SPOOL_NAME
+    if not path.is_file():
+        return Pending(None, None, ())
+    try:
+        content = _scan(path, keep_entries=True)
+    except OSError as error:
+        raise SpoolError(f"cannot read the journal {str(path)!r}: {error.strerror}") from error
+    run = content.bound.get(content.run, content.run) if content.run is not None else None
+    made = run is not None and is_made(run)
+    return Pending(
+        run if made else None, content.uri, tuple(entry for _, entry in content.waiting if entry is not None)
+    )

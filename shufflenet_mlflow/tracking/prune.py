@@ -1,0 +1,183 @@
+"""Deleting the checkpoints that a retention policy drops, in a run and on the disk.
+
+In two phases: first the run's tag `checkpoint.deleting` names them, from when on nobody resolves them; then files
+and records are deleted, and the tag is cleared. Where that is cut short, the next time completes it.
+"""
+
+import json
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from shufflenet_mlflow.checkpoint import (
+    BEST_TAG,
+    LATEST_TAG,
+    CheckpointRecord,
+    Retention,
+    delete_checkpoint,
+    list_records,
+    newest_first,
+    read_checkpoint,
+    read_record,
+    verify_checkpoint,
+)
+from shufflenet_mlflow.client import mlflow_errors
+from shufflenet_mlflow.errors import CheckpointError
+from shufflenet_mlflow.resolve.artifacts import DELETING_TAG, being_deleted
+from shufflenet_mlflow.resolve.remote import promoted_names
+from shufflenet_mlflow.spool import look
+from shufflenet_mlflow.tracking.messages import RunTarget, record_in
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A checkpoint that a policy drops."""
+
+    record: CheckpointRecord
+    on_disk: bool
+    in_run: bool
+
+
+def pending_names(directory: Path) -> set[str]:
+    """The checkpoints in `directory` that wait for their upload."""
+    return {
+        str(entry.body["record"]["path"]).rpartition("/")[2]
+        for entry in look(directory).entries
+        if entry.kind == "checkpoint"
+    }
+
+
+def choose_dropped(
+    directory: Path | None,
+    retention: Retention,
+    *,
+    target: RunTarget | None,
+    waiting: Collection[str] = (),
+) -> list[Dropped]:
+    """What `retention` drops of the checkpoints in a folder and in its run, oldest first.
+
+    Never among them: the newest one that verifies, the best, a promoted one, one that waits for its upload, or a
+    file without a record of this project.
+
+    Args:
+        target: the run; None for a folder that has none.
+        waiting: names that wait for their upload.
+
+    Raises:
+        TrackingError: MLflow did not answer.
+    """
+    local = {record.file_name: record for record in (list_records(directory) if directory else [])}
+    remote: dict[str, CheckpointRecord] = {}
+    protected = set(waiting)
+    if target is not None:
+        remote = {record.file_name: record for record in target.artifacts.records()}
+        tags = target.read().data.tags
+        named = (record_in(tags, LATEST_TAG), record_in(tags, BEST_TAG))
+        protected |= {record.file_name for record in named if record is not None}
+        protected |= promoted_names(target.client, target.run_id)
+    protected |= _newest_valid_name(directory, local, remote)
+    dropped = retention.drop(list({**local, **remote}.values()), protected)
+    return [
+        Dropped(record, on_disk=on_disk, in_run=record.file_name in remote)
+        for record in dropped
+        if (on_disk := _is_ours(directory, record, local, remote, target)) or record.file_name in remote
+    ]
+
+
+def _newest_valid_name(
+    directory: Path | None, local: dict[str, CheckpointRecord], remote: dict[str, CheckpointRecord]
+) -> set[str]:
+    """The newest checkpoint that can be relied on: it stays, whatever the rules say."""
+    for name in newest_first({**local, **remote}):
+        if directory is None or name not in local:
+            return {name}
+        try:
+            verify_checkpoint(directory / name, local[name])
+        except CheckpointError as error:
+            logger.warning("not counted as kept: %s", error)
+            continue
+        return {name}
+    return set()
+
+
+def _is_ours(
+    directory: Path | None,
+    record: CheckpointRecord,
+    local: dict[str, CheckpointRecord],
+    remote: dict[str, CheckpointRecord],
+    target: RunTarget | None,
+) -> bool:
+    """Whether the file on the disk is the run's: nothing else that lies in the folder is deleted."""
+    name = record.file_name
+    if directory is None or name not in local:
+        return False
+    if target is None:
+        return True
+    if name in remote:
+        return remote[name].sha256 == local[name].sha256
+    try:
+        return bool(read_checkpoint(directory / name).get("run_id") == target.run_id)
+    except CheckpointError:
+        return False
+
+
+def prune_run(target: RunTarget, retention: Retention) -> list[Dropped]:
+    """Delete what `retention` drops, in the run and in its folder.
+
+    Raises:
+        TrackingError: MLflow did not answer; the rest is deleted the next time.
+    """
+    _complete(target)
+    dropped = choose_dropped(target.directory, retention, target=target, waiting=pending_names(target.directory))
+    delete(dropped, target.directory, target)
+    return dropped
+
+
+def delete(dropped: Collection[Dropped], directory: Path | None, target: RunTarget | None) -> None:
+    """Delete them, in two phases.
+
+    Raises:
+        TrackingError: MLflow did not answer.
+    """
+    names = [item.record.file_name for item in dropped if item.in_run]
+    if target is not None and names:
+        target.set_tag(DELETING_TAG, json.dumps(names))
+        _delete_in_run(target, names)
+    for item in dropped:
+        if directory is not None and item.on_disk:
+            _delete_on_disk(directory / item.record.file_name)
+
+
+def _delete_on_disk(path: Path) -> None:
+    try:
+        delete_checkpoint(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning("cannot delete %s: %s", path, error.strerror)
+
+
+def _delete_in_run(target: RunTarget, names: Collection[str]) -> None:
+    for name in names:
+        target.artifacts.delete(name)
+    with mlflow_errors(f"clear the tag {DELETING_TAG} of run {target.run_id}"):
+        target.client.delete_tag(target.run_id, DELETING_TAG)
+
+
+def _complete(target: RunTarget) -> None:
+    """Finish a deletion that was cut short."""
+    tags = target.read().data.tags
+    named = {record.file_name for tag in (LATEST_TAG, BEST_TAG) if (record := record_in(tags, tag)) is not None}
+    kept = named | pending_names(target.directory)  # a rewound run may have written one of them again
+    names = [name for name in being_deleted(tags) if name not in kept]
+    if DELETING_TAG not in tags:
+        return
+    doomed = {name: target.artifacts.record_of(name) for name in names}
+    _delete_in_run(target, names)
+    for name, record in doomed.items():
+        local = read_record(target.directory / name)
+        if record is not None and local is not None and local.sha256 == record.sha256:
+            _delete_on_disk(target.directory / name)

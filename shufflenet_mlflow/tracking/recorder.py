@@ -1,0 +1,83 @@
+"""From the training loop to the disk: a thread that does what it is given in order, so that the loop need not wait."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from shufflenet_mlflow.spool import Spool
+from shufflenet_mlflow.tracking.messages import Message, to_body
+
+logger = logging.getLogger(__name__)
+
+Job = Callable[[], None]
+
+
+class Recorder:
+    """Puts messages to one run into the journal, and does other work between them, all of it in order.
+
+    Args:
+        run: the run's ID, or what it is called until it has one.
+        wake: called when something new is in the journal.
+    """
+
+    def __init__(self, spool: Spool, run: str, wake: Callable[[], None]) -> None:
+        self.spool, self.run, self._wake = spool, run, wake
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.failure: BaseException | None = None
+        """What a job raised; nobody else hears of it."""
+        self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str:
+        """The run's ID, or what it is called until it has one."""
+        return self.spool.run_id_of(self.run)
+
+    def record(self, message: Message) -> None:
+        """Put it into the journal, behind what was given before."""
+        self.do(lambda: self.append(message))
+
+    def append(self, message: Message, *, durable: bool = False) -> None:
+        """Put it into the journal at once: for jobs, which are in their turn.
+
+        Args:
+            durable: safe from a loss of power too, with everything before it.
+        """
+        self.spool.append(self.run, message.kind, to_body(message))
+        if durable:
+            self.spool.sync()
+        self._wake()
+
+    def do(self, job: Job) -> None:
+        """Do it in its turn."""
+        self._jobs.put(job)
+
+    def drain(self) -> None:
+        """Wait until everything given so far is done.
+
+        Raises:
+            BaseException: what a job raised.
+        """
+        done = threading.Event()
+        self._jobs.put(done.set)
+        while not done.wait(timeout=1.0):  # with a timeout, signals are heard meanwhile
+            if not self._thread.is_alive():
+                break
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def close(self) -> None:
+        """Do what is left, then end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+        if self.failure is not None:
+            logger.warning("%s", self.failure)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except BaseException as error:  # noqa: BLE001 - raised where the work was given
+                self.failure = self.failure or error

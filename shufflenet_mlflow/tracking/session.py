@@ -1,0 +1,89 @@
+"""One process's work on a run: the thread that fills the journal, the one that empties it, and the run's end."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shufflenet_mlflow.client import stored_uri
+from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.spool import Spool, is_made
+from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.tracking.delivery import Deliverer, Delivery
+from shufflenet_mlflow.tracking.messages import Finish, Message, now_ms
+from shufflenet_mlflow.tracking.recorder import Recorder
+from shufflenet_mlflow.tracking.run import Status, status_after
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+
+class TrackingSession:
+    """As a context manager it ends the run with the status that is true, and waits for what is under way.
+
+    FINISHED at the end of the block, or `status`; FAILED after an exception, KILLED after an interruption.
+
+    Args:
+        spool: is closed at the end.
+        run: the run's ID, or what it is called until it has one.
+        is_new: it was made just now.
+        stop: a signal ends the wait for MLflow.
+    """
+
+    def __init__(
+        self,
+        client: "MlflowClient",
+        spool: Spool,
+        run: str,
+        *,
+        is_new: bool,
+        reporter: Reporter,
+        stop: StopFlag,
+    ) -> None:
+        self.spool, self.run = spool, run
+        self.status: Status = "FINISHED"
+        self.iters = 0
+        """How far the run has come."""
+        self._reporter, self._stop = reporter, stop
+        spool.set_owner(run, stored_uri(client.tracking_uri))
+        self.delivery = Delivery(Deliverer(client, spool, new_runs=[run] if is_new else []), reporter)
+        self.recorder = Recorder(spool, run, self.delivery.wake)
+        if spool.pending:
+            reporter.note(f"{spool.pending} entries from before wait for MLflow in {spool.path}")
+            self.delivery.wake()
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's ID; None as long as MLflow has not made it."""
+        run_id = self.recorder.run_id
+        return run_id if is_made(run_id) else None
+
+    def record(self, *messages: Message) -> None:
+        """Bring them to the run, in order with everything else."""
+        for message in messages:
+            self.recorder.record(message)
+
+    def __enter__(self) -> "TrackingSession":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
+        status = self.status if kind is None else status_after(kind)
+        try:
+            self.record(Finish(status, now_ms(), self.iters))
+            self.recorder.close()
+            self.delivery.wait(self._stop)
+            self._say_what_is_left(self.spool.directory)
+        finally:
+            self.delivery.close()
+            self.spool.close()
+
+    def _say_what_is_left(self, directory: Path) -> None:
+        if pending := self.spool.pending:
+            self._reporter.warn(
+                f"{pending} entries have not reached MLflow and are kept in {self.spool.path}"
+                + (f" ({self.delivery.reason})" if self.delivery.reason else "")
+                + f"; `shufflenet sync {directory}` brings them there, and so does the next run in that folder"
+            )
+        if self.spool.failure:
+            self._reporter.warn(self.spool.failure)
