@@ -14,10 +14,12 @@ import shufflenet_mlflow
 from shufflenet_mlflow.errors import ShuffleNetError
 from shufflenet_mlflow.stopping import EXIT_BASE, StopRequested
 
+from .checkpoints import checkpoints
 from .data import data
 from .eval import eval_
 from .models import models
 from .options import DEBUG, debug_option
+from .sync import sync
 from .train import train
 
 SIGINT = 2
@@ -70,5 +72,5 @@ def main() -> None:
     """
 
 
-for command in (train, eval_, models, data):
+for command in (train, eval_, checkpoints, sync, models, data):
     main.add_command(command)

@@ -133,14 +133,14 @@ class ConsoleReporter:
         self.console.print(markup, highlight=False)
 
 
-def _announce_stop(name: str) -> None:
-    # In a signal handler: no buffered stream, which may be in the middle of a write.
-    os.write(2, f"\n{name}: saving a checkpoint, then leaving; once more leaves at once\n".encode())
-
-
-def stop_flag() -> StopFlag:
+def stop_flag(what_happens: str = "leaving; once more leaves at once") -> StopFlag:
     """A flag that tells the person at the terminal what is going on."""
-    return StopFlag(_announce_stop)
+
+    def announce(name: str) -> None:
+        # In a signal handler: no buffered stream, which may be in the middle of a write.
+        os.write(2, f"\n{name}: {what_happens}\n".encode())
+
+    return StopFlag(announce)
 
 
 def print_json(document: Any) -> None:

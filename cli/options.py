@@ -73,6 +73,12 @@ architecture_options = (
     option("--scales", metavar="LIST", help="Inner widths of its 20 units, such as 0.6,1.4,…  [default: published]"),
 )
 
+keep_options = (
+    option("--keep-last", type=int, metavar="N", help="Keep the newest N checkpoints."),
+    option("--keep-best", type=int, metavar="K", help="Keep the K with the highest validation accuracy."),
+    option("--keep-every", type=int, metavar="M", help="Keep those at multiples of M iterations."),
+)
+
 mean_image_option = option(
     "--mean-image",
     metavar="FILE",

@@ -14,6 +14,7 @@ from .options import (
     debug_option,
     device_option,
     json_option,
+    keep_options,
     mean_image_option,
     option,
     options,
@@ -76,9 +77,7 @@ REQUEST_OPTIONS = (
 @option("--display-interval", type=int, help="Iterations between progress lines.  [default: 20]")
 @option("--val-interval", type=int, help="Iterations between validations.  [default: about 10 per run]")
 @option("--save-interval", type=int, help="Iterations between checkpoints.  [default: about 10 per run]")
-@option("--keep-last", type=int, metavar="N", help="Keep the newest N checkpoints.  [default: keep all]")
-@option("--keep-best", type=int, metavar="K", help="Keep the K with the highest validation accuracy.")
-@option("--keep-every", type=int, metavar="M", help="Keep those at multiples of M iterations.")
+@options(*keep_options)
 @option(
     "--on-save-error",
     type=click.Choice(["fail", "continue"]),
@@ -123,7 +122,7 @@ def train(as_json: bool, **values: Any) -> None:
     from .console import ConsoleReporter, print_json, stop_flag
 
     reporter = ConsoleReporter()
-    with stop_flag() as stop:
+    with stop_flag("saving a checkpoint, then leaving; once more leaves at once") as stop:
         from shufflenet_mlflow.jobs import run_training
 
         request_options["resume"] = request_options["resume"] or "auto"

@@ -132,6 +132,17 @@ def stored_uri(uri: str) -> str:
     return redact(uri)
 
 
+def uri_of_journal(stored: str | None, asked: str | None) -> str | None:
+    """The store that a journal belongs to: as asked for, or else the one it names.
+
+    The environment's address counts if it is the same but for its credentials, which a journal does not hold.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if asked or stored is None or (given and stored_uri(given) == stored):
+        return asked or given
+    return stored
+
+
 def _check_database_file(uri: str) -> None:
     """MLflow would try for minutes to open a database file that cannot exist."""
     if not uri.startswith("sqlite:///"):

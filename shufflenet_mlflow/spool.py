@@ -172,7 +172,8 @@ class Spool:
         self._cursor = content.waiting[0][0] if content.waiting else content.end
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | getattr(os, "O_CLOEXEC", 0))
         os.ftruncate(self._descriptor, self._end)
-        if content.damaged or content.missing:
+        self.was_damaged = bool(content.damaged or content.missing)
+        if self.was_damaged:
             self._set_damage_aside(content)
 
     def _set_damage_aside(self, content: _Content) -> None:

@@ -5,13 +5,28 @@ from pathlib import Path
 
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import UnresolvedError
+from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve.local import Resolved, newest_valid, resolve_file
-from shufflenet_mlflow.resolve.reference import FORMS, RunReference, parse_reference
+from shufflenet_mlflow.resolve.reference import FORMS, ModelReference, RunReference, parse_reference
 
-__all__ = ["Resolved", "RunReference", "get_latest_model", "newest_valid", "parse_reference", "resolve"]
+__all__ = [
+    "ModelReference",
+    "Resolved",
+    "RunReference",
+    "get_latest_model",
+    "newest_valid",
+    "parse_reference",
+    "resolve",
+]
 
 
-def resolve(ref: str | Path, *, tracking_uri: str | None = None, cache_dir: str | Path | None = None) -> Resolved:
+def resolve(
+    ref: str | Path,
+    *,
+    tracking_uri: str | None = None,
+    cache_dir: str | Path | None = None,
+    reporter: Reporter | None = None,
+) -> Resolved:
     """The verified file that `ref` means.
 
     Args:
@@ -19,6 +34,7 @@ def resolve(ref: str | Path, *, tracking_uri: str | None = None, cache_dir: str 
             `models:/<name>@<alias>` or `models:/<name>/<version>`.
         tracking_uri: where runs are looked up; by default as MLflow does.
         cache_dir: where remote files land; by default in the user's cache folder.
+        reporter: shows how a download comes along.
 
     Raises:
         UnresolvedError: nothing usable stands behind it; the message says what was found instead.
@@ -39,8 +55,8 @@ def resolve(ref: str | Path, *, tracking_uri: str | None = None, cache_dir: str 
 
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     if isinstance(reference, RunReference):
-        return remote.resolve_run(reference, tracking_uri=tracking_uri, cache_dir=folder)
-    return remote.resolve_model(reference, tracking_uri=tracking_uri, cache_dir=folder)
+        return remote.resolve_run(reference, tracking_uri=tracking_uri, cache_dir=folder, reporter=reporter)
+    return remote.resolve_model(reference, tracking_uri=tracking_uri, cache_dir=folder, reporter=reporter)
 
 
 def get_latest_model(

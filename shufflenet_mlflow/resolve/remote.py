@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ from shufflenet_mlflow.errors import (
     UnresolvedError,
 )
 from shufflenet_mlflow.locks import FileLock
+from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts, being_deleted
 from shufflenet_mlflow.resolve.local import Resolved
 from shufflenet_mlflow.resolve.reference import ModelReference, RunReference, is_run_id
@@ -47,6 +49,7 @@ MODEL_VERSION_TAG = "checkpoint"
 """Tag of a registered model's version: the record of the checkpoint it stands for."""
 
 _NAMED = 8
+_MIB = 1 << 20
 
 _ATTEMPTS = 3
 """Downloads, before one that breaks off is given up."""
@@ -63,8 +66,9 @@ def _missing(error: TrackingError) -> bool:
 class RemoteCheckpoints:
     """The checkpoints of one run, fetched into a cache folder."""
 
-    def __init__(self, client: "MlflowClient", run_id: str, cache_dir: Path) -> None:
+    def __init__(self, client: "MlflowClient", run_id: str, cache_dir: Path, reporter: Reporter | None = None) -> None:
         self.client = client
+        self._reporter = reporter
         self.run_id = run_id
         self.folder = cache_dir / "runs" / run_id
         self.artifacts = RunArtifacts(client, run_id)
@@ -176,7 +180,8 @@ class RemoteCheckpoints:
     def _fetch_once(self, artifact: str, record: CheckpointRecord | None, target: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(self.folder) as scratch:
-            arrived = self.artifacts.download(artifact, scratch)
+            with _shown(self._reporter, scratch, artifact, record):
+                arrived = self.artifacts.download(artifact, scratch)
             verify_checkpoint(arrived, record)
             with open(arrived, "rb") as file:
                 os.fsync(file.fileno())
@@ -184,6 +189,18 @@ class RemoteCheckpoints:
             os.replace(arrived, target)
         if record is not None:
             write_record(target, record)
+
+    def verify(self, name: str) -> None:
+        """Verify one checkpoint, which is fetched for that and not kept.
+
+        Raises:
+            CorruptCheckpointError: it is not what was recorded.
+            TrackingError: it could not be downloaded.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(self.folder) as scratch:
+            record = self.record_of(name)
+            verify_checkpoint(self.artifacts.download(f"{ARTIFACT_FOLDER}/{name}", scratch), record)
 
     def newest_valid(self) -> Resolved:
         """What `checkpoint.latest` names, or, where that fails, the newest checkpoint that verifies.
@@ -265,6 +282,34 @@ class RemoteCheckpoints:
 
 
 @contextlib.contextmanager
+def _shown(reporter: Reporter | None, scratch: Path, artifact: str, record: CheckpointRecord | None) -> Iterator[None]:
+    """Show how far a download has come: MLflow does not say, but the file grows."""
+    if reporter is None or record is None:
+        yield
+        return
+    name = artifact.rpartition("/")[2]
+    ended = threading.Event()
+    with reporter.phase(f"fetching {name}, MiB", -(-record.bytes // _MIB)) as phase:
+
+        def watch() -> None:
+            shown = 0
+            while not ended.wait(0.1):
+                with contextlib.suppress(OSError):
+                    arrived = sum(path.stat().st_size for path in scratch.rglob(name)) // _MIB
+                    for _ in range(arrived - shown):
+                        phase.advance()
+                    shown = max(shown, arrived)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+
+@contextlib.contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
     """A hidden folder for a download, removed afterwards; those of killed processes are removed first."""
     for stale in folder.glob(f"{_SCRATCH_PREFIX}*/{_SCRATCH_LOCK}"):
@@ -296,13 +341,17 @@ def promoted_names(client: "MlflowClient", run_id: str) -> set[str]:
     return names
 
 
-def resolve_run(reference: RunReference, *, tracking_uri: str | None, cache_dir: Path) -> Resolved:
+def resolve_run(
+    reference: RunReference, *, tracking_uri: str | None, cache_dir: Path, reporter: Reporter | None = None
+) -> Resolved:
     """Fetch the checkpoint of a run; see `RemoteCheckpoints.resolve`."""
     client = connect(tracking_uri)
-    return RemoteCheckpoints(client, reference.run_id, cache_dir).resolve(reference)
+    return RemoteCheckpoints(client, reference.run_id, cache_dir, reporter).resolve(reference)
 
 
-def resolve_model(reference: ModelReference, *, tracking_uri: str | None, cache_dir: Path) -> Resolved:
+def resolve_model(
+    reference: ModelReference, *, tracking_uri: str | None, cache_dir: Path, reporter: Reporter | None = None
+) -> Resolved:
     """Fetch the checkpoint that a registered model's version stands for.
 
     Raises:
@@ -323,12 +372,12 @@ def resolve_model(reference: ModelReference, *, tracking_uri: str | None, cache_
         raise UnresolvedError(_registry_hint(client, reference, asked)) from error
     if MODEL_VERSION_TAG in version.tags and version.run_id:
         record = CheckpointRecord.from_json(version.tags[MODEL_VERSION_TAG])
-        run = RemoteCheckpoints(client, version.run_id, cache_dir)
+        run = RemoteCheckpoints(client, version.run_id, cache_dir, reporter)
         return run.resolved(run.fetch(record.path, record))
     source = str(version.source).removeprefix("runs:/")
     run_id, _, artifact = source.partition("/")
     if is_run_id(run_id) and parse_name(artifact.rpartition("/")[2]):
-        run = RemoteCheckpoints(client, run_id, cache_dir)
+        run = RemoteCheckpoints(client, run_id, cache_dir, reporter)
         return run.resolve(RunReference(run_id, artifact=artifact))
     raise UnresolvedError(
         f"{asked} is version {version.version} from {redact(str(version.source))!r}, which is no checkpoint"

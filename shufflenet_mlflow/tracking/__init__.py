@@ -1,5 +1,6 @@
 """MLflow: the run's life, its metrics and checkpoints, and their delivery."""
 
+from shufflenet_mlflow.tracking.delivery import Deliverer
 from shufflenet_mlflow.tracking.run import (
     AdoptedRun,
     adopted_run_id,
@@ -11,15 +12,17 @@ from shufflenet_mlflow.tracking.run import (
 )
 from shufflenet_mlflow.tracking.save import save_checkpoint
 from shufflenet_mlflow.tracking.session import TrackingSession
-from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
+from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore, lost_checkpoints
 
 __all__ = [
     "AdoptedRun",
+    "Deliverer",
     "TrackedMetrics",
     "TrackedStore",
     "TrackingSession",
     "adopted_run_id",
     "adopted_tags",
+    "lost_checkpoints",
     "make_run",
     "new_run",
     "reopen_run",

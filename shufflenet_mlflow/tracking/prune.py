@@ -7,8 +7,9 @@ and records are deleted, and the tag is cleared. Where that is cut short, the ne
 import json
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from shufflenet_mlflow.checkpoint import (
     BEST_TAG,
@@ -39,6 +40,10 @@ class Dropped:
     record: CheckpointRecord
     on_disk: bool
     in_run: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry of `checkpoints prune --json`."""
+        return {**asdict(self.record), "file": self.record.file_name, "on_disk": self.on_disk, "in_run": self.in_run}
 
 
 def pending_names(directory: Path) -> set[str]:

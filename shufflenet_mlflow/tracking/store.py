@@ -16,7 +16,7 @@ from shufflenet_mlflow.checkpoint import (
 )
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.spool import is_made
+from shufflenet_mlflow.spool import Spool, is_made
 from shufflenet_mlflow.tracking.messages import Checkpoint, MetricPoints, Prune, now_ms
 from shufflenet_mlflow.tracking.recorder import Recorder
 
@@ -133,10 +133,16 @@ class TrackedStore:
             raise failure
 
     def deliver_again(self) -> None:
-        """Bring the newest checkpoint in the folder to the run, unless the run has it.
+        """Bring to the run what the journal may not know of; see `lost_checkpoints`."""
+        for message in lost_checkpoints(self._recorder.spool):
+            self._recorder.record(message)
 
-        It was written by a process that was killed before it noted that in the journal.
-        """
-        records = list_records(self.directory)
-        if records:
-            self._recorder.record(Checkpoint.of(records[0], again=True))
+
+def lost_checkpoints(spool: Spool) -> list[Checkpoint]:
+    """Messages for the checkpoints in a folder that its journal may not know of, oldest first.
+
+    That is the newest: its writer may have been killed before it noted that. If the journal was damaged, it is all.
+    """
+    records = list_records(spool.directory)
+    lost = records if spool.was_damaged else records[:1]
+    return [Checkpoint.of(record, again=True) for record in reversed(lost)]

@@ -1,0 +1,638 @@
+"""How long a training loop stands still for a checkpoint that goes to the local disk and to MLflow as an artifact.
+
+The same network is trained for the same number of iterations with each of these, one after the other, each in a
+process of its own, against one local `mlflow server`:
+
+- `ours`: `TrackedStore.save` of this project, which copies the state and does the rest behind the loop
+- `inline`: `torch.save`, then `MlflowClient.log_artifact`, in the loop
+- `lightning`: PyTorch Lightning's `ModelCheckpoint` with its `MLFlowLogger(log_model="all")`
+- `mlflow_callback`: MLflow's own `MlflowModelCheckpointCallback` for Lightning, which keeps no file on the disk
+- `ignite`: Ignite's `Checkpoint` with `DiskSaver`, then `log_artifact` through its `MLflowLogger`
+
+`memory_copy` is the time of one copy of the same state into memory that is there already: no copy can block less.
+
+Every checkpoint holds the network's state and SGD's momentum. On every side the same two hooks take the time: when
+the network's forward pass begins, and when the optimizer's step ends. The gap between that end and the next beginning
+is what the loop spends on anything but training. A checkpoint blocks for the gap behind it, less the median of the
+gaps without one. The work behind the loop takes processor time from the steps themselves: compare `loop_s`, the time
+from the first step to the last, and `total_s`, until everything has arrived and the run has ended.
+
+Unless `--interval` is given, there is as much training between two checkpoints as one of `inline` takes, and not less
+than 20 iterations of the small network.
+
+    pip install lightning pytorch-ignite    # whatever is missing is left out
+    python benchmarks/checkpoint_stall.py --megabytes 20 1000 --json stall.json
+
+It prints one JSON document; progress goes to stderr. Times are in ms where a name ends in `_ms` and in seconds where
+it ends in `_s`; memory, which needs Linux, is in MB of 10^6 bytes. The large network needs 10 GB below TMPDIR.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from shufflenet_mlflow.models import create_model
+from shufflenet_mlflow.recipe import make_loss, make_optimizer, training_loss
+
+NETWORKS = {20: "shufflenet_v2_x1_0", 1000: "shufflenet_v2_large"}
+"""Megabytes of state, roughly -> the network with so much."""
+
+CHECKPOINTS = {20: 5, 1000: 3}
+LEAST_INTERVAL = {20: 20, 1000: 3}
+WARM_UP = 6
+"""Iterations at the start whose times do not count; also how many the reference takes."""
+
+BATCH_SIZE, INPUT_SIZE, CLASSES = 8, 32, 1000
+UP_WITHIN = 120.0
+SIDE_WITHIN = 1800.0
+EXPERIMENT = "checkpoint_stall"
+ARTIFACT_FOLDER = "checkpoints"
+
+NEEDS = {"lightning": "pytorch_lightning", "mlflow_callback": "pytorch_lightning", "ignite": "ignite"}
+"""Side -> the module that it cannot do without."""
+
+
+def say(text: str) -> None:
+    """Tell the person; stdout belongs to the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# What is measured, in the process of one side
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the process of one side is told."""
+
+    side: str
+    network: str
+    uri: str
+    directory: str
+    """Where it may write."""
+    checkpoints: int
+    interval: int
+    """Iterations from one checkpoint to the next."""
+
+    @property
+    def iterations(self) -> int:
+        """Some training follows the last checkpoint too."""
+        return self.interval * self.checkpoints + max(2, self.interval // 2)
+
+    @property
+    def local(self) -> Path:
+        """Where checkpoints are kept."""
+        return Path(self.directory) / "local"
+
+
+@dataclass
+class Clock:
+    """Notes when each step begins and ends, by hooks on network and optimizer, and memory before the first save."""
+
+    interval: int
+    begins: list[float] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
+    before: dict[str, float] = field(default_factory=dict)
+
+    def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Begin to take the time."""
+        model.register_forward_pre_hook(self._begin)
+        optimizer.register_step_post_hook(self._end)
+
+    def _begin(self, *_: Any) -> None:
+        self.begins.append(time.perf_counter())
+
+    def _end(self, *_: Any) -> None:
+        if len(self.ends) + 1 == self.interval:
+            self.before = memory()
+        self.ends.append(time.perf_counter())
+
+    def gaps(self) -> tuple[list[float], list[float]]:
+        """The gaps with a checkpoint in them, and those without, in seconds."""
+        gaps = [begin - end for end, begin in zip(self.ends, self.begins[1:], strict=False)]
+        saved = range(self.interval - 1, len(gaps), self.interval)
+        others = [gap for index, gap in enumerate(gaps) if index not in saved and index >= min(WARM_UP, self.interval)]
+        return [gaps[index] for index in saved], others
+
+    def figures(self) -> dict[str, Any]:
+        """Times of the loop."""
+        saved, others = self.gaps()
+        ordinary = statistics.median(others)
+        blocked = [1e3 * (gap - ordinary) for gap in saved]
+        steps = [end - begin for begin, end in zip(self.begins, self.ends, strict=True)][WARM_UP:]
+        return {
+            "blocked_ms_median": statistics.median(blocked),
+            "blocked_ms_max": max(blocked),
+            "blocked_ms_all": blocked,
+            "gap_without_checkpoint_ms": 1e3 * ordinary,
+            "step_ms_median": 1e3 * statistics.median(steps),
+            "step_ms_mean": 1e3 * statistics.fmean(steps),
+            "step_ms_max": 1e3 * max(steps),
+            "loop_s": self.ends[-1] - self.begins[0],
+        }
+
+
+def memory() -> dict[str, float]:
+    """The process's memory now and at its highest so far, in MB; empty where that is not known."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return {}
+    fields = dict(line.split(":", 1) for line in lines)
+    rss, peak = (float(fields[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
+    return {"rss_mb": rss, "peak_mb": peak}
+
+
+@dataclass
+class Training:
+    """The network, its optimizer and the one batch that it is trained on."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    images: Tensor
+    labels: Tensor
+    loss: nn.Module
+
+    @classmethod
+    def of(cls, network: str) -> "Training":
+        torch.manual_seed(0)
+        model = create_model(network, num_classes=CLASSES).train()
+        optimizer = make_optimizer(model, lr=1e-3, momentum=0.9, weight_decay=4e-5)
+        images = torch.randn(BATCH_SIZE, 3, INPUT_SIZE, INPUT_SIZE)
+        return cls(model, optimizer, images, torch.randint(CLASSES, (BATCH_SIZE,)), make_loss(0.1))
+
+    def forward(self) -> Tensor:
+        """The loss."""
+        return training_loss(self.model(self.images), self.labels, self.loss)[0]
+
+    def step(self) -> None:
+        """One iteration."""
+        loss = self.forward()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds; its tensors are the live ones."""
+        return {"state_dict": self.model.state_dict(), "optimizer_state_dict": self.optimizer.state_dict()}
+
+    def tensors(self) -> list[Tensor]:
+        """Those of `state`, each once."""
+        state = self.optimizer.state_dict()["state"]
+        every = [*self.model.state_dict().values(), *(entry["momentum_buffer"] for entry in state.values())]
+        return list({tensor.data_ptr(): tensor.detach() for tensor in every}.values())
+
+    def state_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+
+def loop(job: Job, training: Training, save: Callable[[int], object]) -> None:
+    """A plain training loop.
+
+    Args:
+        save: called with the number of completed iterations.
+    """
+    for iters in range(1, job.iterations + 1):
+        training.step()
+        if iters % job.interval == 0 and iters // job.interval <= job.checkpoints:
+            save(iters)
+
+
+Side = Callable[[Job, Training], str]
+"""Trains with checkpoints until everything has arrived; returns the run's ID."""
+
+
+def new_run(job: Job) -> str:
+    """A run to write to."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(job.uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    return client.create_run(experiment.experiment_id, run_name=job.side).info.run_id
+
+
+def run_ours(job: Job, training: Training) -> str:
+    from shufflenet_mlflow.checkpoint import Retention
+    from shufflenet_mlflow.client import connect
+    from shufflenet_mlflow.reporting import LoggingReporter
+    from shufflenet_mlflow.spool import Spool
+    from shufflenet_mlflow.stopping import StopFlag
+    from shufflenet_mlflow.tracking import TrackedStore, TrackingSession
+
+    client, run_id, reporter = connect(job.uri), new_run(job), LoggingReporter()
+    session = TrackingSession(client, Spool(job.local), run_id, is_new=True, reporter=reporter, stop=StopFlag())
+    with session:
+        session.iters = job.iterations
+        store = TrackedStore(
+            job.local, session.recorder, retention=Retention(), continue_on_error=False, reporter=reporter
+        )
+        loop(job, training, lambda iters: store.save(training.state(), iters, "", val_top1=None))
+        store.finish()
+    return run_id
+
+
+def run_inline(job: Job, training: Training) -> str:
+    from mlflow import MlflowClient
+
+    client, run_id = MlflowClient(job.uri), new_run(job)
+
+    def save(iters: int) -> None:
+        path = job.local / f"checkpoint-{iters:06}.pth"
+        torch.save(training.state(), path)
+        client.log_artifact(run_id, str(path), ARTIFACT_FOLDER)
+
+    loop(job, training, save)
+    client.set_terminated(run_id)
+    return run_id
+
+
+def fit_with_lightning(job: Job, training: Training, **options: Any) -> None:
+    """Train by Lightning's loop, with nothing switched on that the plain loop does not do.
+
+    Args:
+        options: of the `Trainer`.
+    """
+    from pytorch_lightning import LightningModule, Trainer
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = training.model
+
+        def training_step(self, *_: Any) -> Tensor:
+            return training.forward()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return training.optimizer
+
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        default_root_dir=job.directory,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    batches: Any = [training.images] * job.iterations  # a plain list would be taken for a list of loaders
+    trainer.fit(Module(), train_dataloaders=DataLoader(batches, batch_size=None))
+
+
+def run_lightning(job: Job, training: Training) -> str:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+    from pytorch_lightning.loggers import MLFlowLogger
+
+    logger = MLFlowLogger(EXPERIMENT, run_name=job.side, tracking_uri=job.uri, log_model="all")
+    saving = ModelCheckpoint(job.local, every_n_train_steps=job.interval, save_top_k=-1)
+    fit_with_lightning(job, training, logger=logger, callbacks=[saving])
+    assert logger.run_id is not None
+    return logger.run_id
+
+
+def run_mlflow_callback(job: Job, training: Training) -> str:
+    import mlflow
+    from mlflow.pytorch import MlflowModelCheckpointCallback
+
+    mlflow.set_tracking_uri(job.uri)
+    mlflow.set_experiment(EXPERIMENT)
+    with mlflow.start_run(run_name=job.side) as run:
+        saving = MlflowModelCheckpointCallback(
+            monitor=None, save_best_only=False, save_weights_only=False, save_freq=job.interval
+        )
+        fit_with_lightning(job, training, logger=False, enable_checkpointing=False, callbacks=[saving])
+    return str(run.info.run_id)
+
+
+def run_ignite(job: Job, training: Training) -> str:
+    import mlflow
+    from ignite.engine import Engine, Events
+    from ignite.handlers import Checkpoint, DiskSaver
+    from ignite.handlers.mlflow_logger import MLflowLogger
+
+    mlflow.set_tracking_uri(job.uri)
+    mlflow.set_experiment(EXPERIMENT)
+    logger = MLflowLogger(job.uri)
+    run_id = str(logger.active_run.info.run_id)
+    saving = Checkpoint(
+        {"model": training.model, "optimizer": training.optimizer},
+        DiskSaver(job.local),
+        n_saved=None,
+        global_step_transform=lambda engine, _event: engine.state.iteration,
+    )
+    trainer = Engine(lambda _engine, _batch: training.step())
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(every=job.interval), saving)
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(every=job.interval),
+        lambda _engine: logger.log_artifact(str(saving.last_checkpoint), ARTIFACT_FOLDER),
+    )
+    trainer.run([training.images] * job.iterations, max_epochs=1)
+    logger.close()
+    return run_id
+
+
+SIDES: dict[str, Side] = {
+    "ours": run_ours,
+    "inline": run_inline,
+    "lightning": run_lightning,
+    "mlflow_callback": run_mlflow_callback,
+    "ignite": run_ignite,
+}
+
+
+def artifact_files(job: Job, run_id: str) -> dict[str, int]:
+    """Path -> bytes of everything that has arrived in the run."""
+    from mlflow import MlflowClient
+
+    client, found, folders = MlflowClient(job.uri), {}, [""]
+    while folders:
+        for entry in client.list_artifacts(run_id, folders.pop() or None):
+            if entry.is_dir:
+                folders.append(entry.path)
+            else:
+                found[entry.path] = int(entry.file_size or 0)
+    return found
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """The figures of one side."""
+    from shufflenet_mlflow.client import prepare_environment
+
+    prepare_environment()
+    job.local.mkdir()
+    training, clock = Training.of(job.network), Clock(job.interval)
+    clock.watch(training.model, training.optimizer)
+    run_id = SIDES[job.side](job, training)
+    total = time.perf_counter() - clock.begins[0]
+    after, state_bytes = memory(), training.state_bytes()
+    arrived = artifact_files(job, run_id)
+    large = sorted(path for path, size in arrived.items() if size > state_bytes / 2)
+    return {
+        **clock.figures(),
+        "total_s": total,
+        **memory_figures(clock.before, after, state_bytes),
+        "checkpoint_bytes": max(arrived.values(), default=0),
+        "checkpoints_arrived": len(large),
+        "all_arrived": len(large) == job.checkpoints,
+        "artifacts": len(arrived),
+        "first_artifacts": sorted(arrived)[:3],
+        "files_kept_on_disk": sum(path.stat().st_size > state_bytes / 2 for path in job.local.iterdir()),
+    }
+
+
+def memory_figures(before: Mapping[str, float], after: Mapping[str, float], state_bytes: int) -> dict[str, Any]:
+    """Memory that saving took, in MB and in copies of the state."""
+    if not before or not after:
+        return {"peak_rss_mb": None}
+    return {
+        "peak_rss_mb": after["peak_mb"],
+        "rss_before_mb": before["rss_mb"],
+        "peak_before_mb": before["peak_mb"],
+        "peak_over_rss_before_copies": (after["peak_mb"] - before["rss_mb"]) * 1e6 / state_bytes,
+        "peak_over_peak_before_copies": (after["peak_mb"] - before["peak_mb"]) * 1e6 / state_bytes,
+    }
+
+
+def measure_reference(job: Job) -> dict[str, Any]:
+    """One copy of the state, one step, and one checkpoint of `inline`."""
+    from mlflow import MlflowClient
+
+    job.local.mkdir()
+    training = Training.of(job.network)
+    steps = [seconds_of(training.step) for _ in range(2 * WARM_UP)][WARM_UP:]
+    sources = training.tensors()
+    targets = [torch.zeros_like(tensor) for tensor in sources]
+
+    def copy() -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+    copies = [seconds_of(copy) for _ in range(5)]
+    client, run_id, path = MlflowClient(job.uri), new_run(job), job.local / "checkpoint.pth"
+
+    def save() -> None:
+        torch.save(training.state(), path)
+        client.log_artifact(run_id, str(path))
+
+    return {
+        "copy_ms_median": 1e3 * statistics.median(copies),
+        "copy_ms_max": 1e3 * max(copies),
+        "tensors": len(sources),
+        "state_bytes": training.state_bytes(),
+        "step_ms": 1e3 * statistics.median(steps),
+        "inline_save_ms": 1e3 * min(seconds_of(save) for _ in range(2)),
+    }
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def work_as_side(text: str, result: Path) -> None:
+    """What the process of one side does."""
+    job = Job(**json.loads(text))
+    figures = measure_reference(job) if job.side == "memory_copy" else measure(job)
+    result.write_text(json.dumps(figures))
+
+
+# The process that starts the others
+
+
+@contextmanager
+def process_group(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is killed at the end of the block, with all that it started; its stdout goes to stderr."""
+    process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
+    """The address of an MLflow server that keeps everything in `folder`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "artifacts")),
+    ]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "TMPDIR": str(folder)}
+    with open(folder / "server.log", "wb") as log, process_group(command, env=environment, stderr=log) as server:
+        uri = f"http://127.0.0.1:{port}"
+        wait_until_up(uri, server, folder / "server.log")
+        yield uri
+
+
+def wait_until_up(uri: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + UP_WITHIN
+    while True:
+        try:
+            with urllib.request.urlopen(f"{uri}/health", timeout=2):
+                return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the MLflow server did not come up:\n{log.read_text()[-2000:]}") from None
+            time.sleep(0.2)
+
+
+def run_side(job: Job) -> dict[str, Any]:
+    """The figures of one side, from a process of its own; what it wrote is removed."""
+    needs = NEEDS.get(job.side)
+    if needs is not None and importlib.util.find_spec(needs) is None:
+        return {"skipped": f"{needs} is not installed"}
+    say(f"  {job.side} ...")
+    folder = Path(job.directory)
+    folder.mkdir()
+    result = folder / "result.json"
+    command = [sys.executable, __file__, "--side", json.dumps(asdict(job)), "--json", str(result)]
+    environment = {**os.environ, "TMPDIR": str(folder), "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+    try:
+        with process_group(command, cwd=folder, env=environment) as process:
+            try:
+                code = process.wait(SIDE_WITHIN)
+            except subprocess.TimeoutExpired:
+                return {"error": f"did not end within {SIDE_WITHIN:.0f} s"}
+        return json.loads(result.read_text()) if code == 0 else {"error": f"ended with status {code}"}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def choose_interval(megabytes: int, reference: Mapping[str, Any]) -> int:
+    """As many iterations as one checkpoint of `inline` takes, but not fewer than a real run would have."""
+    return max(LEAST_INTERVAL[megabytes], math.ceil(reference["inline_save_ms"] / reference["step_ms"]))
+
+
+def compare(megabytes: int, sides: Sequence[str], checkpoints: int | None, interval: int | None) -> dict[str, Any]:
+    """The figures of all sides at one size."""
+    with tempfile.TemporaryDirectory(prefix="checkpoint_stall-") as name, mlflow_server(Path(name)) as uri:
+        make_experiment(uri)
+        folder, network = Path(name), NETWORKS[megabytes]
+        say(f"{network}:")
+
+        def run(side: str, interval: int) -> dict[str, Any]:
+            job = Job(side, network, uri, str(folder / side), checkpoints or CHECKPOINTS[megabytes], interval)
+            try:
+                return run_side(job)
+            finally:
+                shutil.rmtree(folder / "artifacts", ignore_errors=True)
+                os.sync()  # what one side leaves to be written must not slow the next one down
+
+        reference = run("memory_copy", 1)
+        if "error" in reference:
+            raise SystemExit(f"the reference cannot be measured: it {reference['error']}")
+        interval = interval or choose_interval(megabytes, reference)
+        figures = {side: run(side, interval) for side in sides}
+    return {
+        "network": network,
+        "interval": interval,
+        "checkpoints": checkpoints or CHECKPOINTS[megabytes],
+        "memory_copy": reference,
+        "sides": figures,
+        "ours_to": ratios(figures, reference),
+    }
+
+
+def make_experiment(uri: str) -> None:
+    from mlflow import MlflowClient
+
+    MlflowClient(uri).create_experiment(EXPERIMENT)
+
+
+def ratios(figures: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Ours divided by each other side's: below 1, ours is less."""
+    ours = figures.get("ours", {})
+    names = ("blocked_ms_median", "blocked_ms_max", "loop_s", "total_s")
+    found = {
+        side: {name: ours[name] / other[name] for name in names}
+        for side, other in figures.items()
+        if side != "ours" and "loop_s" in ours and "loop_s" in other
+    }
+    if "loop_s" in ours:
+        found["memory_copy"] = {"blocked_ms_median": ours["blocked_ms_median"] / reference["copy_ms_median"]}
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    packages = ("torch", "mlflow", "lightning", "pytorch-lightning", "pytorch-ignite", "shufflenet-mlflow")
+    return {
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {package: version_of(package) for package in packages},
+    }
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def rounded(value: Any) -> Any:
+    """Four digits are more than such measurements are good for."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--megabytes", type=int, nargs="+", choices=sorted(NETWORKS), default=sorted(NETWORKS))
+    parser.add_argument("--checkpoints", type=int, help="on every side; by default 5 small or 3 large ones")
+    parser.add_argument("--interval", type=int, help="iterations between checkpoints; by default see above")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--json", type=Path, help="write the document there too")
+    parser.add_argument("--side", help=argparse.SUPPRESS)  # a job: this is the process of one side
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.side is not None:
+        work_as_side(arguments.side, arguments.json)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # everything is removed on the way out
+    sizes = {
+        f"{megabytes} MB": compare(megabytes, arguments.sides, arguments.checkpoints, arguments.interval)
+        for megabytes in arguments.megabytes
+    }
+    text = json.dumps(rounded({"machine": machine(), "sizes": sizes}), indent=2)
+    if arguments.json is not None:
+        arguments.json.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""`shufflenet checkpoints`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import cache_dir_option, debug_option, json_option, keep_options, option, options, tracking_uri_option
+
+if TYPE_CHECKING:
+    from shufflenet_mlflow.jobs.checkpoints import CheckpointRow
+
+
+@click.group()
+def checkpoints() -> None:
+    """List, verify, fetch and prune checkpoints."""
+
+
+@checkpoints.command("ls")
+@click.argument("ref", metavar="REF")
+@tracking_uri_option
+@json_option
+@debug_option
+def ls(ref: str, tracking_uri: str | None, as_json: bool) -> None:
+    """List the checkpoints of REF, a folder or a run ID, newest first.
+
+    For a folder, those in the run that it belongs to are listed too.
+    """
+    from shufflenet_mlflow.jobs.checkpoints import list_rows
+
+    from .console import ConsoleReporter, print_json
+
+    rows = list_rows(ref, tracking_uri=tracking_uri, reporter=ConsoleReporter())
+    if as_json:
+        print_json([row.to_dict() for row in rows])
+        return
+    if not rows:
+        click.echo(f"{ref}: no checkpoints")
+        return
+    titles = ("iterations", "epoch", "loss", "val_top1", "size", "sha256", "where", "marks")
+    click.echo(_columns(titles) + "file")
+    for row in rows:
+        click.echo(_line(row))
+
+
+def _line(row: "CheckpointRow") -> str:
+    where = [word for word, holds in (("local", row.local), ("remote", row.remote), ("pending", row.pending)) if holds]
+    marks = [word for word in ("latest", "best", "promoted") if getattr(row, word)]
+    values = (
+        *(str(row.iters), _or_dash(row.epoch), _decimal(row.loss), _decimal(row.val_top1), _megabytes(row.bytes)),
+        *((row.sha256 or "-")[:12], "+".join(where), " ".join(marks)),
+    )
+    return _columns(values) + row.file
+
+
+def _columns(values: Sequence[str]) -> str:
+    numbers = "".join(f"{text:>{width}}" for text, width in zip(values[:5], (10, 7, 9, 10, 11), strict=True))
+    return numbers + "  " + "".join(f"{text:<{width}}" for text, width in zip(values[5:], (14, 16, 15), strict=True))
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.1f} MB"
+
+
+@checkpoints.command()
+@click.argument("ref", metavar="REF")
+@tracking_uri_option
+@cache_dir_option
+@json_option
+@debug_option
+def verify(ref: str, tracking_uri: str | None, cache_dir: Path | None, as_json: bool) -> None:
+    """Verify REF: one checkpoint, or all in a folder or a run. The exit status is 1 if one is not sound.
+
+    Checked are every CRC in the file, and size and SHA-256 where there is a record. Those of a run are fetched.
+    """
+    from shufflenet_mlflow.jobs.checkpoints import verify_all
+
+    from .console import ConsoleReporter, print_json
+
+    verdicts = verify_all(ref, tracking_uri=tracking_uri, cache_dir=cache_dir, reporter=ConsoleReporter())
+    if as_json:
+        print_json([verdict.to_dict() for verdict in verdicts])
+    else:
+        for verdict in verdicts:
+            click.echo(f"{'ok     ' if verdict.ok else 'INVALID'}  {verdict.reason or verdict.file}")
+    if not all(verdict.ok for verdict in verdicts):
+        sys.exit(1)
+
+
+@checkpoints.command()
+@click.argument("ref", metavar="REF")
+@option("--output", type=click.Path(path_type=Path), help="Folder to put it into.  [default: the cache folder]")
+@tracking_uri_option
+@cache_dir_option
+@json_option
+@debug_option
+def pull(ref: str, output: Path | None, tracking_uri: str | None, cache_dir: Path | None, as_json: bool) -> None:
+    """Fetch the checkpoint REF and print where it is. It takes its name only once it is verified.
+
+    \b
+    Examples:
+      shufflenet checkpoints pull runs:/0123456789abcdef0123456789abcdef@best --output .
+      shufflenet checkpoints pull models:/pets@champion
+    """
+    from shufflenet_mlflow.jobs import checkpoints as job
+
+    from .console import ConsoleReporter, print_json
+
+    found = job.pull(ref, output=output, tracking_uri=tracking_uri, cache_dir=cache_dir, reporter=ConsoleReporter())
+    if as_json:
+        print_json({"path": str(found.path), "iters": found.iters, "run_id": found.run_id})
+        return
+    click.echo(str(found.path))
+
+
+@checkpoints.command()
+@click.argument("ref", metavar="REF")
+@options(*keep_options)
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@tracking_uri_option
+@json_option
+@debug_option
+def prune(
+    ref: str,
+    keep_last: int | None,
+    keep_best: int | None,
+    keep_every: int | None,
+    dry_run: bool,
+    tracking_uri: str | None,
+    as_json: bool,
+) -> None:
+    """Delete checkpoints of REF, a folder and its run or a run, but for those that a rule keeps.
+
+    Never deleted: the newest that verifies, the best, those that a registered model stands for, those that wait for
+    their upload, and files that this project did not write.
+    """
+    from shufflenet_mlflow.checkpoint import Retention
+    from shufflenet_mlflow.jobs import checkpoints as job
+
+    from .console import ConsoleReporter, print_json
+
+    ConsoleReporter()
+    rules = Retention(keep_last, keep_best, keep_every)
+    dropped = job.prune(ref, rules, dry_run=dry_run, tracking_uri=tracking_uri)
+    if as_json:
+        print_json({"dry_run": dry_run, "dropped": [item.to_dict() for item in dropped]})
+        return
+    verb = "would delete" if dry_run else "deleted"
+    for item in dropped:
+        where = " and ".join(word for word, holds in (("disk", item.on_disk), ("run", item.in_run)) if holds)
+        click.echo(f"{verb}  {item.record.file_name}  {_megabytes(item.record.bytes)}  ({where})")
+    click.echo(
+        f"{verb} {len(dropped)} checkpoints, {_megabytes(sum(item.record.bytes for item in dropped))} each place"
+    )

@@ -1,0 +1,320 @@
+"""What checkpoints there are, in a folder and in its run; verifying, fetching and pruning them."""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shufflenet_mlflow.checkpoint import (
+    BEST_TAG,
+    LATEST_TAG,
+    CheckpointRecord,
+    Retention,
+    best_first,
+    list_checkpoints,
+    newest_first,
+    parse_name,
+    read_record,
+    record_path,
+    verify_checkpoint,
+    write_record,
+)
+from shufflenet_mlflow.checkpoint.files import write_atomically
+from shufflenet_mlflow.client import connect, prepare_environment, uri_of_journal
+from shufflenet_mlflow.config import default_cache_dir
+from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError, UnresolvedError
+from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.resolve import Resolved, RunReference, parse_reference, resolve
+from shufflenet_mlflow.resolve.remote import RemoteCheckpoints, promoted_names
+from shufflenet_mlflow.spool import SPOOL_NAME, Spool, look
+from shufflenet_mlflow.tracking.messages import RunTarget, record_in
+from shufflenet_mlflow.tracking.prune import Dropped, choose_dropped, delete, pending_names
+
+if TYPE_CHECKING:
+    from shufflenet_mlflow.client import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where checkpoints are: a folder, a run, or a folder with the run that it belongs to."""
+
+    ref: str
+    directory: Path | None
+    run_id: str | None
+    tracking_uri: str | None
+
+    def client(self) -> "MlflowClient":
+        """Of the store that has the run."""
+        return connect(self.tracking_uri)
+
+
+def find_place(ref: str, tracking_uri: str | None) -> Place:
+    """The folder or run that `ref` names.
+
+    Raises:
+        UnresolvedError: it names something else, or nothing.
+    """
+    prepare_environment()
+    reference = parse_reference(ref)
+    if isinstance(reference, RunReference):
+        return Place(ref, None, reference.run_id, tracking_uri)
+    if not isinstance(reference, Path) or not reference.is_dir():
+        raise UnresolvedError(f"{ref!r} is neither a folder of checkpoints nor a run ID")
+    held = look(reference)
+    return Place(ref, reference, held.run_id, uri_of_journal(held.uri, tracking_uri))
+
+
+@dataclass(frozen=True)
+class CheckpointRow:
+    """One checkpoint, wherever it is."""
+
+    file: str
+    iters: int
+    epoch: int | None
+    loss: float | None
+    val_top1: float | None
+    bytes: int | None
+    sha256: str | None
+    local: bool
+    remote: bool | None
+    """None where that is not known: there is no run, or MLflow does not answer."""
+    pending: bool
+    """It waits for its upload."""
+    latest: bool
+    best: bool
+    promoted: bool
+    """A version of a registered model stands for it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry of `checkpoints ls --json`."""
+        return asdict(self)
+
+
+@dataclass
+class _InRun:
+    records: dict[str, CheckpointRecord | None]
+    sizes: Mapping[str, int | None]
+    latest: str | None
+    best: str | None
+    promoted: set[str]
+
+
+def _look_into_run(place: Place) -> _InRun:
+    assert place.run_id is not None  # noqa: S101 - the caller looked
+    remote = RemoteCheckpoints(place.client(), place.run_id, default_cache_dir())
+    named = {tag: record_in(remote.tags, tag) for tag in (LATEST_TAG, BEST_TAG)}
+    latest, best = (record.file_name if record is not None else None for record in named.values())
+    known = {record.file_name: record for record in remote.artifacts.records()}
+    return _InRun(
+        {name: known.get(name) for name in remote.list_names()},
+        remote.artifacts.sizes(),
+        latest,
+        best,
+        promoted_names(remote.client, place.run_id),
+    )
+
+
+def list_rows(ref: str, *, tracking_uri: str | None, reporter: Reporter) -> list[CheckpointRow]:
+    """The checkpoints of a folder and its run, or of a run; newest first.
+
+    A folder is listed also while its server is away.
+
+    Raises:
+        UnresolvedError: there is no such folder or run.
+        TrackingError: a run was asked for, and MLflow did not answer.
+    """
+    place = find_place(ref, tracking_uri)
+    in_run: _InRun | None = None
+    if place.run_id is not None:
+        try:
+            in_run = _look_into_run(place)
+        except (TrackingError, UnresolvedError) as error:
+            if place.directory is None:
+                raise
+            reporter.warn(f"{error}; what is in the run is not shown")
+    paths = {path.name: path for path in list_checkpoints(place.directory)} if place.directory else {}
+    records = {name: read_record(path) for name, path in paths.items()}
+    waiting = pending_names(place.directory) if place.directory else set()
+    latest, best = _marks(records, in_run)
+    rows = []
+    for name in newest_first({*paths, *(in_run.records if in_run else ())}):
+        record = records.get(name) or (in_run.records.get(name) if in_run else None)
+        parsed = parse_name(name)
+        size = paths[name].stat().st_size if name in paths else in_run.sizes.get(name) if in_run else None
+        rows.append(
+            CheckpointRow(
+                file=name,
+                iters=parsed.iters if parsed else 0,
+                epoch=record.epoch if record else None,
+                loss=record.loss if record else None,
+                val_top1=record.val_top1 if record else None,
+                bytes=size,
+                sha256=record.sha256 if record else None,
+                local=name in paths,
+                remote=name in in_run.records if in_run else None,
+                pending=name in waiting,
+                latest=name == latest,
+                best=name == best,
+                promoted=in_run is not None and name in in_run.promoted,
+            )
+        )
+    return rows
+
+
+def _marks(records: Mapping[str, CheckpointRecord | None], in_run: _InRun | None) -> tuple[str | None, str | None]:
+    """The names of the latest and the best: what the run says, or else what the folder amounts to."""
+    if in_run is not None:
+        return in_run.latest, in_run.best
+    ranked = best_first([record for record in records.values() if record is not None])
+    return next(iter(newest_first(records)), None), ranked[0].file_name if ranked else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one checkpoint is sound."""
+
+    file: str
+    ok: bool
+    reason: str | None
+    """What is wrong; None if nothing is."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry of `checkpoints verify --json`."""
+        return asdict(self)
+
+
+def verify_all(ref: str, *, tracking_uri: str | None, cache_dir: Path | None, reporter: Reporter) -> list[Verdict]:
+    """Verify one checkpoint, or each one in a folder or a run; those of a run are fetched for that.
+
+    Raises:
+        UnresolvedError: there is nothing to verify.
+        TrackingError: MLflow did not answer.
+    """
+    reference = parse_reference(ref)
+    whole_run = isinstance(reference, RunReference) and reference.artifact is None and "@" not in ref
+    if not whole_run and not (isinstance(reference, Path) and reference.is_dir()):
+        return [_verify_one(ref, tracking_uri, cache_dir)]
+    place = find_place(ref, tracking_uri)
+    checks = _checks_in_run(place, cache_dir) if place.directory is None else _checks_in_folder(place.directory)
+    if not checks:
+        raise UnresolvedError(f"{ref!r} holds no checkpoints")
+    verdicts = []
+    with reporter.phase("verifying", len(checks)) as phase:
+        for name, check in checks.items():
+            verdicts.append(_verdict(name, check))
+            phase.advance()
+    return verdicts
+
+
+def _verify_one(ref: str, tracking_uri: str | None, cache_dir: Path | None) -> Verdict:
+    prepare_environment()
+    try:
+        return Verdict(resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir).path.name, True, None)
+    except CheckpointError as error:
+        return Verdict(ref, False, str(error))
+
+
+def _checks_in_folder(directory: Path) -> dict[str, Callable[[], object]]:
+    def check(path: Path) -> Callable[[], object]:
+        return lambda: verify_checkpoint(path)
+
+    return {path.name: check(path) for path in list_checkpoints(directory)}
+
+
+def _checks_in_run(place: Place, cache_dir: Path | None) -> dict[str, Callable[[], object]]:
+    assert place.run_id is not None  # noqa: S101 - a place without a folder is a run
+    remote = RemoteCheckpoints(place.client(), place.run_id, cache_dir or default_cache_dir())
+
+    def check(name: str) -> Callable[[], object]:
+        return lambda: remote.verify(name)
+
+    named = (record_in(remote.tags, tag) for tag in (LATEST_TAG, BEST_TAG))
+    names = {*remote.list_names(), *(record.file_name for record in named if record is not None)}
+    return {name: check(name) for name in newest_first(names)}
+
+
+def _verdict(name: str, check: Callable[[], object]) -> Verdict:
+    try:
+        check()
+    except CheckpointError as error:
+        return Verdict(name, False, str(error))
+    except TrackingError as error:
+        if not error.answered:
+            raise
+        return Verdict(name, False, str(error))
+    return Verdict(name, True, None)
+
+
+def pull(
+    ref: str, *, output: Path | None, tracking_uri: str | None, cache_dir: Path | None, reporter: Reporter
+) -> Resolved:
+    """Fetch a checkpoint, verified, into the cache folder, and from there into `output`.
+
+    Raises:
+        UnresolvedError: there is none such, or `output` cannot be written.
+        CheckpointError: it does not verify.
+        TrackingError: MLflow did not answer.
+    """
+    prepare_environment()
+    resolved = resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir, reporter=reporter)
+    if output is None:
+        return resolved
+    target = output / resolved.path.name
+    if target.exists() and resolved.path.exists() and target.samefile(resolved.path):
+        return resolved
+    record = read_record(resolved.path)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with open(resolved.path, "rb") as source:
+            record_path(target).unlink(missing_ok=True)
+            write_atomically(target, lambda file: shutil.copyfileobj(source, file, 1 << 20))
+        if record is not None:
+            write_record(target, record)
+    except OSError as error:
+        raise UnresolvedError(
+            f"cannot write {str(target)!r}: {error.strerror}; --output names another folder"
+        ) from error
+    verify_checkpoint(target, record)
+    return Resolved(target, resolved.iters, resolved.run_id)
+
+
+def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | None) -> list[Dropped]:
+    """Delete the checkpoints that `retention` drops, in a folder and its run, or in a run; oldest first.
+
+    Raises:
+        ConfigError: there is no rule.
+        UnresolvedError: there is no such folder or run.
+        BusyError: a run is being trained in the folder.
+        TrackingError: MLflow did not answer: without it nobody knows which are promoted.
+    """
+    if not retention.is_set:
+        raise ConfigError("there is no rule; give --keep-last, --keep-best or --keep-every")
+    place = find_place(ref, tracking_uri)
+    with _alone_in(place.directory) if not dry_run else nullcontext():
+        target = None
+        if place.run_id is not None:
+            RemoteCheckpoints(place.client(), place.run_id, default_cache_dir())  # says so if there is none such
+            target = RunTarget(place.client(), place.run_id, place.directory or Path())
+        waiting = pending_names(place.directory) if place.directory else ()
+        dropped = choose_dropped(place.directory, retention, target=target, waiting=waiting)
+        if not dry_run:
+            delete(dropped, place.directory, target)
+    return dropped
+
+
+@contextmanager
+def _alone_in(directory: Path | None) -> Iterator[None]:
+    """Nobody trains in the folder meanwhile."""
+    if directory is None or not (directory / SPOOL_NAME).exists():
+        yield
+        return
+    spool = Spool(directory)
+    try:
+        yield
+    finally:
+        spool.close()

@@ -1,0 +1,107 @@
+"""Bringing to MLflow what a folder's journal still holds."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shufflenet_mlflow.checkpoint import remove_leftovers
+from shufflenet_mlflow.client import connect, prepare_environment, redact, uri_of_journal
+from shufflenet_mlflow.errors import SpoolError, TrackingError
+from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.spool import SPOOL_NAME, Entry, Spool, look
+from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.tracking import Deliverer, lost_checkpoints
+from shufflenet_mlflow.tracking.messages import to_body
+
+
+@dataclass(frozen=True)
+class SyncSummary:
+    """What was sent, or would be."""
+
+    directory: Path
+    run_id: str | None
+    """The run that the folder belongs to; None if MLflow has not made it yet."""
+    tracking_uri: str
+    sent: int
+    pending: tuple[Entry, ...]
+
+    def kinds(self) -> dict[str, int]:
+        """How many entries of each kind are pending."""
+        return dict(Counter(entry.kind for entry in self.pending))
+
+    def uploads(self) -> list[dict[str, Any]]:
+        """The checkpoints that wait for their upload."""
+        return [entry.body["record"] for entry in self.pending if entry.kind == "checkpoint"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `sync --json`."""
+        return {
+            "directory": str(self.directory),
+            "run_id": self.run_id,
+            "tracking_uri": self.tracking_uri,
+            "sent": self.sent,
+            "pending": len(self.pending),
+            "pending_by_kind": self.kinds(),
+            "pending_checkpoints": self.uploads(),
+        }
+
+
+def run_sync(
+    directory: Path, *, dry_run: bool, tracking_uri: str | None, reporter: Reporter, stop: StopFlag
+) -> SyncSummary:
+    """Send what waits in the journal of `directory`, in order.
+
+    Args:
+        dry_run: only say what waits there.
+        tracking_uri: of the store; by default the one that training used.
+
+    Raises:
+        SpoolError: there is no such folder, or its journal cannot be read.
+        BusyError: a run is being trained there: it delivers by itself.
+        TrackingError: MLflow did not answer; what was not sent still waits.
+        StopRequested: a signal came; what was not sent still waits.
+    """
+    prepare_environment()
+    if not directory.is_dir():
+        raise SpoolError(f"{str(directory)!r} is not a folder; name the one that --save-dir named, or models/RUN_ID")
+    held = look(directory)
+    uri = uri_of_journal(held.uri, tracking_uri)
+    if dry_run or not (directory / SPOOL_NAME).exists():
+        return SyncSummary(directory, held.run_id, redact(uri or ""), 0, held.entries)
+    spool = Spool(directory)
+    try:
+        remove_leftovers(directory)
+        if spool.run is not None:
+            for message in lost_checkpoints(spool):
+                spool.append(spool.run, message.kind, to_body(message))
+        sent = _send(Deliverer(connect(uri), spool), reporter, stop)
+    finally:
+        spool.close()
+    held = look(directory)
+    return SyncSummary(directory, held.run_id, redact(uri or ""), sent, held.entries)
+
+
+def _send(deliverer: Deliverer, reporter: Reporter, stop: StopFlag) -> int:
+    sent, spool = 0, deliverer.spool
+    with reporter.phase("sending to MLflow", spool.pending) as phase:
+        while True:
+            stop.check()
+            try:
+                arrived = deliverer.send_some()
+            except TrackingError as error:
+                raise TrackingError(
+                    f"{error}; {spool.pending} entries still wait in {str(spool.path)!r}", error.code
+                ) from error
+            if not arrived:
+                return sent
+            sent += arrived
+            for _ in range(arrived):
+                phase.advance()
+
+
+def describe_entries(entries: Sequence[Entry]) -> str:
+    """Such as `3 checkpoint, 20 metrics`."""
+    counts = Counter(entry.kind for entry in entries)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
