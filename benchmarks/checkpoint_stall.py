@@ -15,7 +15,9 @@ Every checkpoint holds the network's state and SGD's momentum. On every side the
 the network's forward pass begins, and when the optimizer's step ends. The gap between that end and the next beginning
 is what the loop spends on anything but training. A checkpoint blocks for the gap behind it, less the median of the
 gaps without one. The work behind the loop takes processor time from the steps themselves: compare `loop_s`, the time
-from the first step to the last, and `total_s`, until everything has arrived and the run has ended.
+from the first step to the last, and `total_s`, until everything has arrived and the run has ended. `cpu_of_others_s`
+is the processor time that the server and everything else on the machine took meanwhile: where it is not small, and
+not alike on all sides, the machine was too busy to compare anything.
 
 Unless `--interval` is given, there is as much training between two checkpoints as one of `inline` takes, and not less
 than 20 iterations of the small network.
@@ -62,7 +64,7 @@ NETWORKS = {20: "shufflenet_v2_x1_0", 1000: "shufflenet_v2_large"}
 CHECKPOINTS = {20: 5, 1000: 3}
 LEAST_INTERVAL = {20: 20, 1000: 3}
 WARM_UP = 6
-"""Iterations at the start whose times do not count; also how many the reference takes."""
+"""Iterations before anything is measured: the first ones are slow, and momentum is there only after one."""
 
 BATCH_SIZE, INPUT_SIZE, CLASSES = 8, 32, 1000
 UP_WITHIN = 120.0
@@ -113,10 +115,12 @@ class Clock:
     interval: int
     begins: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
+    cpu: tuple[float, float | None] = (0.0, None)
     before: dict[str, float] = field(default_factory=dict)
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Begin to take the time."""
+        self.cpu = cpu_seconds()
         model.register_forward_pre_hook(self._begin)
         optimizer.register_step_post_hook(self._end)
 
@@ -128,11 +132,18 @@ class Clock:
             self.before = memory()
         self.ends.append(time.perf_counter())
 
+    def stop(self) -> dict[str, float | None]:
+        """Everything has arrived: how long that took, and processor time of this process and of all others."""
+        total = time.perf_counter() - self.begins[0]
+        (own_before, all_before), (own, every) = self.cpu, cpu_seconds()
+        others = None if every is None or all_before is None else every - all_before - (own - own_before)
+        return {"total_s": total, "cpu_s": own - own_before, "cpu_of_others_s": others}
+
     def gaps(self) -> tuple[list[float], list[float]]:
         """The gaps with a checkpoint in them, and those without, in seconds."""
         gaps = [begin - end for end, begin in zip(self.ends, self.begins[1:], strict=False)]
         saved = range(self.interval - 1, len(gaps), self.interval)
-        others = [gap for index, gap in enumerate(gaps) if index not in saved and index >= min(WARM_UP, self.interval)]
+        others = [gap for index, gap in enumerate(gaps) if index not in saved]
         return [gaps[index] for index in saved], others
 
     def figures(self) -> dict[str, Any]:
@@ -140,7 +151,7 @@ class Clock:
         saved, others = self.gaps()
         ordinary = statistics.median(others)
         blocked = [1e3 * (gap - ordinary) for gap in saved]
-        steps = [end - begin for begin, end in zip(self.begins, self.ends, strict=True)][WARM_UP:]
+        steps = [end - begin for begin, end in zip(self.begins, self.ends, strict=True)]
         return {
             "blocked_ms_median": statistics.median(blocked),
             "blocked_ms_max": max(blocked),
@@ -151,6 +162,17 @@ class Clock:
             "step_ms_max": 1e3 * max(steps),
             "loop_s": self.ends[-1] - self.begins[0],
         }
+
+
+def cpu_seconds() -> tuple[float, float | None]:
+    """Processor time that this process, and that the whole machine, has spent; the latter only where it is known."""
+    own = time.process_time()
+    try:
+        words = Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
+    except OSError:
+        return own, None
+    user, nice, system, _idle, _waiting, *interrupts_and_stolen = map(int, words)
+    return own, (user + nice + system + sum(interrupts_and_stolen)) / os.sysconf("SC_CLK_TCK")
 
 
 def memory() -> dict[str, float]:
@@ -382,15 +404,16 @@ def measure(job: Job) -> dict[str, Any]:
     prepare_environment()
     job.local.mkdir()
     training, clock = Training.of(job.network), Clock(job.interval)
+    for _ in range(WARM_UP):
+        training.step()
     clock.watch(training.model, training.optimizer)
     run_id = SIDES[job.side](job, training)
-    total = time.perf_counter() - clock.begins[0]
-    after, state_bytes = memory(), training.state_bytes()
+    total, after, state_bytes = clock.stop(), memory(), training.state_bytes()
     arrived = artifact_files(job, run_id)
     large = sorted(path for path, size in arrived.items() if size > state_bytes / 2)
     return {
         **clock.figures(),
-        "total_s": total,
+        **total,
         **memory_figures(clock.before, after, state_bytes),
         "checkpoint_bytes": max(arrived.values(), default=0),
         "checkpoints_arrived": len(large),
@@ -420,7 +443,9 @@ def measure_reference(job: Job) -> dict[str, Any]:
 
     job.local.mkdir()
     training = Training.of(job.network)
-    steps = [seconds_of(training.step) for _ in range(2 * WARM_UP)][WARM_UP:]
+    for _ in range(WARM_UP):
+        training.step()
+    steps = [seconds_of(training.step) for _ in range(WARM_UP)]
     sources = training.tensors()
     targets = [torch.zeros_like(tensor) for tensor in sources]
 

@@ -75,6 +75,12 @@ def format_numbers(numbers: Iterable[float]) -> str:
     return ",".join(map(str, numbers))
 
 
+def check_keep_rules(keep_last: int | None, keep_best: int | None, keep_every: int | None) -> None:
+    """Raise ConfigError for a number that keeps nothing."""
+    for name, value in (("keep_last", keep_last), ("keep_best", keep_best), ("keep_every", keep_every)):
+        _require(value is None or value >= 1, name, value, "at least 1")
+
+
 def check_device(device: str) -> None:
     """Raise ConfigError for a name that no machine could have."""
     _require(_DEVICE.fullmatch(device) is not None, "device", device, "auto, cpu, mps, cuda or cuda:N")
@@ -197,9 +203,7 @@ class TrainConfig:
         _require(self.workers >= 0, "workers", self.workers, "at least 0")
         check_device(self.device)
         _require(self.on_bad_image in ("fail", "skip"), "on_bad_image", self.on_bad_image, "fail or skip")
-        for name in ("keep_last", "keep_best", "keep_every"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
+        check_keep_rules(self.keep_last, self.keep_best, self.keep_every)
         _require(self.on_save_error in ("fail", "continue"), "on_save_error", self.on_save_error, "fail or continue")
 
     def to_dict(self) -> dict[str, Any]:

@@ -94,12 +94,13 @@ class _Content:
     """Offset behind the last whole line."""
     damaged: list[bytes] = field(default_factory=list)
     missing: int = 0
-    """Numbers that no line has."""
+    """Numbers of entries that have not arrived, and that no line has."""
 
 
 def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
     content = _Content()
     numbers: deque[int] = deque()
+    gaps: list[tuple[int, int]] = []
     with open(path, "rb") as file:
         for line in file:
             offset, content.end = content.end, content.end + len(line)
@@ -117,7 +118,8 @@ def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
             elif entry.kind == _BOUND:
                 content.bound[entry.run] = str(entry.body["run_id"])
             else:
-                content.missing += max(0, entry.seq - content.last_seq - 1)
+                if entry.seq > content.last_seq + 1:
+                    gaps.append((content.last_seq + 1, entry.seq - 1))
                 content.last_seq = max(content.last_seq, entry.seq)
                 content.run = entry.run
                 numbers.append(entry.seq)
@@ -125,6 +127,7 @@ def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
             while numbers and numbers[0] <= content.delivered:
                 numbers.popleft()
                 content.waiting.popleft()
+    content.missing = sum(max(0, last - max(first, content.delivered + 1) + 1) for first, last in gaps)
     return content
 
 
@@ -167,6 +170,7 @@ class Spool:
         content = _scan(self.path)
         self.uri, self.run, self.bound = content.uri, content.run, content.bound
         self._last_seq, self._delivered = content.last_seq, content.delivered
+        self._noted = content.delivered
         self._pending = len(content.waiting)
         self._end = content.end
         self._cursor = content.waiting[0][0] if content.waiting else content.end
@@ -242,6 +246,8 @@ class Spool:
             self._write_out()
 
     def _write_out(self) -> None:
+        if self._unwritten and self._noted < self._delivered and not self._note_delivered():
+            return
         while self._unwritten:
             entry = self._unwritten[0]
             if not self._write_line(_encode(entry.seq, entry.run, entry.kind, entry.body)):
@@ -298,7 +304,7 @@ class Spool:
             self._pending -= seq - before
             while self._unwritten and self._unwritten[0].seq <= seq:
                 self._unwritten.popleft()
-            self._write_line(_encode(seq, "", _DELIVERED, {}))  # if that fails they are sent again, which is harmless
+            self._note_delivered()
             if self._pending == 0:
                 self._cursor = self._end
                 if self._end > _COMPACT_BYTES:
@@ -306,6 +312,13 @@ class Spool:
                         self._rewrite()
             else:
                 self._advance_cursor()
+
+    def _note_delivered(self) -> bool:
+        """If that fails it is made up for; a process that ends before sends them again, which does no harm."""
+        written = self._write_line(_encode(self._delivered, "", _DELIVERED, {}))
+        if written:
+            self._noted = self._delivered
+        return written
 
     def _advance_cursor(self) -> None:
         with open(self.path, "rb") as file:

@@ -7,6 +7,7 @@ It stands as JSON beside the file (`<file>.json`), beside the artifact, and in t
 import json
 import logging
 import math
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,19 @@ class CheckpointRecord:
         return self.path.rpartition("/")[2]
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """JSON on one line."""
         return json.dumps(asdict(self), allow_nan=False)
+
+    def to_line(self) -> str:
+        """The same with its own CRC-32, as it stands in files."""
+        return json.dumps({**asdict(self), "crc32": self._crc32()}, allow_nan=False) + "\n"
+
+    def _crc32(self) -> str:
+        return f"{zlib.crc32(self.to_json().encode()):08x}"
 
     @classmethod
     def from_json(cls, text: str) -> "CheckpointRecord":
-        """The inverse of `to_json`; keys that a later version may add are passed over.
+        """The inverse of `to_json` and `to_line`; keys that a later version may add are passed over.
 
         Raises:
             CheckpointError: the text is not such a record.
@@ -68,6 +76,8 @@ class CheckpointRecord:
             and type(record.bytes) is int
         ):
             raise CheckpointError(f"not a checkpoint record: {text[:80]!r}")
+        if values.get("crc32", record._crc32()) != record._crc32():
+            raise CheckpointError(f"a damaged checkpoint record: {text[:80]!r}")
         return record
 
 
@@ -78,8 +88,7 @@ def record_path(checkpoint: Path) -> Path:
 
 def write_record(checkpoint: Path, record: CheckpointRecord) -> None:
     """Put the record beside the file `checkpoint`."""
-    line = record.to_json().encode() + b"\n"
-    write_atomically(record_path(checkpoint), lambda file: file.write(line))
+    write_atomically(record_path(checkpoint), lambda file: file.write(record.to_line().encode()))
 
 
 def update_record(checkpoint: Path, *, val_top1: float) -> CheckpointRecord | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from shufflenet_mlflow.checkpoint.names import newest_first
 from shufflenet_mlflow.checkpoint.record import CheckpointRecord
+from shufflenet_mlflow.config import check_keep_rules
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Retention:
     """So many with the highest validation accuracy."""
     keep_every: int | None = None
     """Those whose iteration is a multiple of this."""
+
+    def __post_init__(self) -> None:
+        check_keep_rules(self.keep_last, self.keep_best, self.keep_every)
 
     @property
     def is_set(self) -> bool:

@@ -73,10 +73,12 @@ def run_sync(
     spool = Spool(directory)
     try:
         remove_leftovers(directory)
+        known = spool.pending
         if spool.run is not None:
             for message in lost_checkpoints(spool):
                 spool.append(spool.run, message.kind, to_body(message))
-        sent = _send(Deliverer(connect(uri), spool), reporter, stop)
+        doubtful = spool.pending - known
+        sent = max(0, _send(Deliverer(connect(uri), spool), reporter, stop) - doubtful)
     finally:
         spool.close()
     held = look(directory)
@@ -103,5 +105,19 @@ def _send(deliverer: Deliverer, reporter: Reporter, stop: StopFlag) -> int:
 
 def describe_entries(entries: Sequence[Entry]) -> str:
     """Such as `3 checkpoint, 20 metrics`."""
-    counts = Counter(entry.kind for entry in entries)
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    counts = Counter(_SPOKEN.get(entry.kind, entry.kind) for entry in entries)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
+
+
+_SPOKEN = {
+    "checkpoint": "checkpoints",
+    "metrics": "steps of metrics",
+    "params": "sets of parameters",
+    "tags": "sets of tags",
+    "text": "small files",
+    "input": "data sets",
+    "prune": "rounds of pruning",
+    "create": "new runs",
+    "reopen": "continued runs",
+    "finish": "ends of runs",
+}

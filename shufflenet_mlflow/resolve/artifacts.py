@@ -106,7 +106,7 @@ class RunArtifacts:
 
     def write_record(self, record: CheckpointRecord) -> None:
         """Put the record beside its artifact."""
-        self.client.log_text(self.run_id, record.to_json() + "\n", f"{ARTIFACT_FOLDER}/{record.file_name}.json")
+        self.client.log_text(self.run_id, record.to_line(), f"{ARTIFACT_FOLDER}/{record.file_name}.json")
         self._records[record.file_name] = record
 
     def delete(self, name: str) -> None:

@@ -18,6 +18,7 @@ from shufflenet_mlflow.checkpoint import (
     LATEST_TAG,
     CheckpointRecord,
     Retention,
+    newest_first,
     read_record,
     verify_checkpoint,
 )
@@ -250,15 +251,22 @@ class Checkpoint:
     timestamp: int
     again: bool = False
     """The run may have the file already."""
+    unless_passed: bool = False
+    """Not if the run's latest checkpoint is a newer one: then it had this, and it was pruned."""
 
     @classmethod
-    def of(cls, record: CheckpointRecord, *, again: bool = False) -> "Checkpoint":
-        return cls(asdict(record), now_ms(), again)
+    def of(cls, record: CheckpointRecord, *, again: bool = False, unless_passed: bool = False) -> "Checkpoint":
+        """The message for a checkpoint that is on the disk."""
+        return cls(asdict(record), now_ms(), again, unless_passed)
 
     def send(self, target: RunTarget) -> None:
         """Upload, confirm, record, then commit."""
         record = CheckpointRecord(**self.record)
         artifacts, name = target.artifacts, record.file_name
+        if self.unless_passed:
+            latest = record_in(target.read().data.tags, LATEST_TAG)
+            if latest is not None and newest_first({latest.file_name, name})[0] == latest.file_name:
+                return
         there = artifacts.record_of(name) if self.again else None
         if there is None or there.sha256 != record.sha256:
             path = target.directory / name

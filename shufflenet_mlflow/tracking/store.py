@@ -18,6 +18,7 @@ from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.spool import Spool, is_made
 from shufflenet_mlflow.tracking.messages import Checkpoint, MetricPoints, Prune, now_ms
+from shufflenet_mlflow.tracking.prune import pending_names
 from shufflenet_mlflow.tracking.recorder import Recorder
 
 
@@ -141,8 +142,12 @@ class TrackedStore:
 def lost_checkpoints(spool: Spool) -> list[Checkpoint]:
     """Messages for the checkpoints in a folder that its journal may not know of, oldest first.
 
-    That is the newest: its writer may have been killed before it noted that. If the journal was damaged, it is all.
+    The writer of the newest may have been killed before it noted that, and a journal can lose its end. Of older
+    ones, those count that the run cannot have had; where lines of the journal were damaged, all.
     """
-    records = list_records(spool.directory)
-    lost = records if spool.was_damaged else records[:1]
-    return [Checkpoint.of(record, again=True) for record in reversed(lost)]
+    waiting = pending_names(spool.directory)
+    records = [record for record in list_records(spool.directory) if record.file_name not in waiting]
+    return [
+        Checkpoint.of(record, again=True, unless_passed=record != records[0] and not spool.was_damaged)
+        for record in reversed(records)
+    ]

@@ -1,0 +1,450 @@
+"""What reaches MLflow: committed in order, once, also where the server was away from the start."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import steps
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException, RestException
+from training import Reporter, assert_same_end, run
+
+from shufflenet_mlflow import save_checkpoint
+from shufflenet_mlflow.checkpoint import BEST_TAG, LATEST_TAG, list_records, read_checkpoint, write_checkpoint
+from shufflenet_mlflow.client import stored_uri, uri_of_journal
+from shufflenet_mlflow.errors import RefusedError, SpoolError, TrackingError
+from shufflenet_mlflow.jobs import opening
+from shufflenet_mlflow.jobs.sync import run_sync
+from shufflenet_mlflow.reporting import LoggingReporter
+from shufflenet_mlflow.resolve.artifacts import RunArtifacts
+from shufflenet_mlflow.spool import Spool, look
+from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.tracking import delivery
+from shufflenet_mlflow.tracking.delivery import REFUSED_NAME, Deliverer, Delivery, deliver_now
+from shufflenet_mlflow.tracking.messages import Checkpoint, Finish, MetricPoints, RunTarget, to_body
+
+
+@pytest.fixture
+def run_id(client: MlflowClient) -> str:
+    return str(client.create_run(client.create_experiment("delivery")).info.run_id)
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Any:
+    spool = Spool(tmp_path)
+    yield spool
+    spool.close()
+
+
+def put(spool: Spool, run_id: str, *messages: Any) -> None:
+    for message in messages:
+        spool.append(run_id, message.kind, to_body(message))
+
+
+def checkpoint(directory: Path, iters: int, val_top1: float | None = None) -> Checkpoint:
+    state = {"state_dict": {"w": torch.full((5,), float(iters))}, "epoch": 1, "loss": 0.5}
+    return Checkpoint.of(write_checkpoint(state, iters, directory=directory, val_top1=val_top1).record)
+
+
+def tagged(client: MlflowClient, run_id: str, tag: str) -> int | None:
+    tags = client.get_run(run_id).data.tags
+    return json.loads(tags[tag])["iters"] if tag in tags else None
+
+
+# ---------------------------------------------------------------- the commit
+
+
+def test_file_then_record_then_points_then_pointers(
+    client: MlflowClient, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("log_artifact", "log_batch", "set_tag"):  # log_text is log_artifact of a temporary file
+        original = getattr(MlflowClient, name)
+
+        def call(me: MlflowClient, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            word = "" if _name == "log_batch" else Path(str(args[1])).name.removeprefix("checkpoint-000005.pth")
+            calls.append(f"{_name} {word}".strip())
+            return _original(me, *args, **kwargs)
+
+        monkeypatch.setattr(MlflowClient, name, call)
+    checkpoint(tmp_path, 5, 0.5).send(RunTarget(client, run_id, tmp_path, is_new=True))
+    assert calls == [
+        *("log_artifact .tar", "log_artifact .tar.json", "log_batch"),
+        *("set_tag checkpoint.best", "set_tag checkpoint.latest"),
+    ]
+
+
+@pytest.mark.parametrize("broken", ["log_artifact", "log_text", "log_batch"])
+def test_no_pointer_moves_before_its_payload(
+    broken: str, client: MlflowClient, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = RunTarget(client, run_id, tmp_path, is_new=True)
+    checkpoint(tmp_path, 1, 0.1).send(target)
+    second = checkpoint(tmp_path, 2, 0.9)
+    with monkeypatch.context() as patch:
+
+        def away(*_arguments: Any, **_keywords: Any) -> None:
+            raise ConnectionError("Connection refused")
+
+        patch.setattr(MlflowClient, broken, away)
+        with pytest.raises(TrackingError, match="connection refused"):
+            second.send(target)
+    assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (1, 1)
+    second.send(target)
+    assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (2, 2)
+
+
+def test_what_arrives_damaged_is_not_committed(
+    client: MlflowClient, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = checkpoint(tmp_path, 1)
+    target = RunTarget(client, run_id, tmp_path, is_new=True)
+    original = MlflowClient.log_artifact
+
+    def flip(me: MlflowClient, run: str, path: str, folder: str) -> None:
+        original(me, run, path, folder)
+        there = Path(target.artifacts._local_folder() or "") / folder / Path(path).name
+        data = bytearray(there.read_bytes())
+        data[len(data) // 2] ^= 1
+        there.write_bytes(data)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", flip)
+    with pytest.raises(TrackingError, match="did not arrive whole: its SHA-256 there is"):
+        message.send(target)
+    assert LATEST_TAG not in client.get_run(run_id).data.tags
+
+
+@pytest.mark.parametrize("listed", [{}, {"checkpoint-000001.pth.tar": 17}])
+def test_elsewhere_the_size_is_confirmed(
+    listed: dict[str, int], client: MlflowClient, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = checkpoint(tmp_path, 1)
+    monkeypatch.setattr(RunArtifacts, "_local_folder", lambda _self: None)
+    monkeypatch.setattr(RunArtifacts, "sizes", lambda _self: listed)
+    with pytest.raises(TrackingError, match="did not arrive"):
+        message.send(RunTarget(client, run_id, tmp_path, is_new=True))
+    assert LATEST_TAG not in client.get_run(run_id).data.tags
+
+
+def test_pointers_never_move_backwards(client: MlflowClient, run_id: str, tmp_path: Path) -> None:
+    """An old journal is delivered after the run has gone on elsewhere."""
+    target = RunTarget(client, run_id, tmp_path, is_new=True)
+    checkpoint(tmp_path, 20, 0.8).send(target)
+    for late in (checkpoint(tmp_path, 10, 0.7), checkpoint(tmp_path, 15, float("nan"))):
+        late.send(target)
+    assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (20, 20)
+    checkpoint(tmp_path, 5, 0.9).send(target)
+    assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (20, 5)
+    assert len(RunArtifacts(client, run_id).records()) == 4
+    Finish("KILLED", 1, 10).send(target)
+    assert client.get_run(run_id).info.status == "RUNNING"
+    Finish("FINISHED", 1, 20).send(target)
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_file_that_was_damaged_while_it_waited_is_refused(client: MlflowClient, run_id: str, spool: Spool) -> None:
+    first, second = checkpoint(spool.directory, 1), checkpoint(spool.directory, 2)
+    path = spool.directory / "checkpoint-000001.pth.tar"
+    path.write_bytes(path.read_bytes()[:-1])
+    put(spool, run_id, first, second)
+    deliver_now(client, spool)
+    assert tagged(client, run_id, LATEST_TAG) == 2
+    assert [record.iters for record in RunArtifacts(client, run_id).records()] == [2]
+    refused = json.loads((spool.directory / REFUSED_NAME).read_text())
+    assert "is corrupt" in refused["reason"]
+
+
+def test_a_file_that_was_written_again_meanwhile_is_sent_once(client: MlflowClient, run_id: str, spool: Spool) -> None:
+    old = checkpoint(spool.directory, 1)
+    state = {"state_dict": {"w": torch.zeros(9)}}
+    new = Checkpoint.of(write_checkpoint(state, 1, directory=spool.directory).record)
+    put(spool, run_id, old, new)
+    deliver_now(client, spool)
+    [record] = RunArtifacts(client, run_id).records()
+    assert record.sha256 == new.record["sha256"]
+    assert not (spool.directory / REFUSED_NAME).exists()
+
+
+# ---------------------------------------------------------------- the order and the once
+
+
+def test_metrics_are_batched_and_each_point_is_kept_once(
+    client: MlflowClient, run_id: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    original = MlflowClient.log_batch
+
+    def counted(me: MlflowClient, run: str, metrics: Any = (), **rest: Any) -> Any:
+        sizes.append(len(metrics))
+        return original(me, run, metrics=metrics, **rest)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    put(spool, run_id, *(MetricPoints({"a": step, "b": -step}, step, step) for step in range(300)))
+    put(spool, run_id, *(MetricPoints({"a": 7.0}, step, 9) for step in range(290, 310)))  # a resumed run repeats some
+    deliver_now(client, spool)
+    assert sorted(steps(client, run_id, "a")) == list(range(310))
+    assert sorted(steps(client, run_id, "b")) == list(range(300))
+    assert len(sizes) == 1
+    put(spool, run_id, MetricPoints({"a": 1.0}, 5, 1))
+    Deliverer(client, spool).send_some()  # another process: it reads what the run has
+    assert len(steps(client, run_id, "a")) == 310
+
+
+def test_what_mlflow_will_never_take_does_not_block_the_rest(
+    client: MlflowClient, run_id: str, spool: Spool, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = MetricPoints({"no/such\nname": 1.0}, 1, 1)
+    put(spool, run_id, MetricPoints({"a": 1.0}, 1, 1), bad, MetricPoints({"a": 2.0}, 2, 1))
+    deliver_now(client, spool)
+    assert steps(client, run_id, "a") == [1, 2]
+    assert json.loads((spool.directory / REFUSED_NAME).read_text())["body"]["values"] == {"no/such\nname": 1.0}
+    assert spool.pending == 0
+
+
+def test_a_deleted_run_keeps_its_entries(client: MlflowClient, run_id: str, spool: Spool) -> None:
+    put(spool, run_id, MetricPoints({"a": 1.0}, 1, 1))
+    client.delete_run(run_id)
+    with pytest.raises(TrackingError, match="must be in the 'active' state"):
+        deliver_now(client, spool)
+    client.restore_run(run_id)
+    deliver_now(client, spool)
+    assert steps(client, run_id, "a") == [1]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RestException({"error_code": "INTERNAL_ERROR", "message": "500"}), TrackingError),
+        (MlflowException("API request failed with exception: too many 503 error responses"), TrackingError),
+        (MlflowException("429 Too Many Requests"), TrackingError),
+        (RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "bad"}), RefusedError),
+    ],
+)
+def test_which_answers_are_final(
+    error: Exception, kind: type[TrackingError], client: MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*_arguments: Any, **_keywords: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(MlflowClient, "log_batch", answer)
+    with pytest.raises(TrackingError) as caught:
+        MetricPoints({"a": 1.0}, 1, 1).send(RunTarget(client, run_id, Path(), is_new=True))
+    assert type(caught.value) is kind
+
+
+# ---------------------------------------------------------------- the thread
+
+
+def test_appending_never_waits_for_a_server_that_hangs(
+    client: MlflowClient, run_id: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    original = MlflowClient.log_batch
+
+    def hang(me: MlflowClient, *arguments: Any, **keywords: Any) -> Any:
+        released.wait(20)
+        return original(me, *arguments, **keywords)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", hang)
+    reporter = Reporter()
+    thread = Delivery(Deliverer(client, spool, new_runs=[run_id]), reporter)
+    for step in range(200):  # none of these returns before the first request has
+        put(spool, run_id, MetricPoints({"a": 1.0}, step, 1))
+        thread.wake()
+    assert not released.is_set()
+    assert spool.pending == 200
+    released.set()
+    assert thread.wait(StopFlag())
+    thread.close()
+    assert len(steps(client, run_id, "a")) == 200
+
+
+def test_a_signal_ends_the_wait(
+    client: MlflowClient, run_id: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_arguments: Any, **_keywords: Any) -> Any:
+        raise ConnectionError("Connection refused")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", away)
+    put(spool, run_id, MetricPoints({"a": 1.0}, 1, 1))
+    stop = StopFlag()
+    thread = Delivery(Deliverer(client, spool, new_runs=[run_id]), Reporter())
+    threading.Timer(0.3, lambda: setattr(stop, "signum", 2)).start()
+    assert not thread.wait(stop)
+    thread.close()
+    assert spool.pending == 1
+
+
+def test_a_bug_in_sending_is_reported_and_loses_nothing(
+    client: MlflowClient, run_id: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, fail = MlflowClient.log_batch, True
+
+    def broken(me: MlflowClient, *arguments: Any, **keywords: Any) -> Any:
+        if fail:
+            raise ZeroDivisionError("a bug")
+        return original(me, *arguments, **keywords)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", broken)
+    monkeypatch.setattr(delivery, "FIRST_PAUSE", 0.02)
+    reporter = Reporter()
+    thread = Delivery(Deliverer(client, spool, new_runs=[run_id]), reporter)
+    put(spool, run_id, MetricPoints({"a": 1.0}, 1, 1))
+    thread.wake()
+    deadline = time.monotonic() + 10
+    while not reporter.warnings and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "ZeroDivisionError: a bug; training goes on" in reporter.warnings[0]
+    fail = False
+    assert thread.wait(StopFlag())
+    thread.close()
+
+
+# ---------------------------------------------------------------- a server that is away at the start
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Every call to the store fails while `.on`; the store counts as a server."""
+
+    class Away:
+        on = True
+
+    monkeypatch.setattr(opening, "is_server", lambda _uri: True)
+    monkeypatch.setattr(delivery, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(delivery, "GIVE_UP_SECONDS", 0.2)
+    for name in [
+        name for name in dir(MlflowClient) if not name.startswith("_") and callable(getattr(MlflowClient, name))
+    ]:
+        original = getattr(MlflowClient, name)
+
+        def call(*arguments: Any, _original: Any = original, **keywords: Any) -> Any:
+            if Away.on:
+                raise ConnectionError("Connection refused")
+            return _original(*arguments, **keywords)
+
+        monkeypatch.setattr(MlflowClient, name, call)
+    return Away
+
+
+def sync(directory: str = "models") -> Any:
+    return run_sync(Path(directory), dry_run=False, tracking_uri=None, reporter=LoggingReporter(), stop=StopFlag())
+
+
+def test_a_run_that_began_without_its_server(images: Path, client: MlflowClient, away: Any, uninterrupted: Any) -> None:
+    reporter = Reporter()
+    summary = run(images, "--save-dir", "models", "--run-name", "offline", reporter=reporter)
+    assert summary.run_id is None
+    assert summary.pending == look(Path("models")).entries[-1].seq
+    assert any("training goes on without" in text for text in reporter.warnings)
+    assert read_checkpoint("models/bnps-checkpoint-000012.pth.tar")["run_id"] is None
+    with pytest.raises(TrackingError, match="entries still wait in 'models/spool.jsonl'"):
+        sync()
+    away.on = False
+    report = sync()
+    assert (report.sent, report.pending) == (summary.pending, ())
+    [made] = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert (made.info.run_id, made.info.run_name, made.info.status) == (report.run_id, "offline", "FINISHED")
+    assert made.data.params["batch_size"] == "8"
+    assert len(made.inputs.dataset_inputs) == 2
+    again = run(images, "--save-dir", "models")  # the folder knows its run
+    assert again.run_id == report.run_id
+    assert_same_end(client, again, uninterrupted)
+    assert sync().sent == 0
+
+
+def test_the_server_comes_while_a_run_without_it_goes_on(
+    images: Path, client: MlflowClient, away: Any, uninterrupted: Any
+) -> None:
+    def switch(phase: str, done: int) -> None:
+        if phase == "training":
+            away.on = done < 6
+            time.sleep(0.05)
+
+    summary = run(images, reporter=Reporter(switch))
+    assert summary.pending == 0
+    assert_same_end(client, summary, uninterrupted)
+    assert summary.save_dir.name.startswith("new-")
+    assert read_checkpoint(summary.save_dir / "bnps-checkpoint-000012.pth.tar")["run_id"] == summary.run_id
+
+
+def test_a_run_without_its_server_is_resumed_without_it(
+    images: Path, client: MlflowClient, away: Any, uninterrupted: Any
+) -> None:
+    from training import run_until
+
+    stopped = run_until(images, "training", 5, "--save-dir", "models")
+    assert (stopped.run_id, stopped.result.iters) == (None, 5)
+    ended = run(images, "--save-dir", "models")
+    assert (ended.run_id, ended.result.iters) == (None, 12)
+    away.on = False
+    assert sync().pending == ()
+    [made] = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert made.info.status == "FINISHED"
+    again = run(images, "--save-dir", "models")
+    assert_same_end(client, again, uninterrupted)
+
+
+def test_a_run_is_made_once_however_often_that_is_interrupted(
+    images: Path, client: MlflowClient, away: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(images, "--save-dir", "models")
+    away.on = False
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def die(*_arguments: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Spool, "bind", die)
+        sync()
+    sync()
+    assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 1
+
+
+def test_an_answer_is_not_an_outage(images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "is_server", lambda _uri: True)
+    client.delete_experiment(client.create_experiment("gone"))
+    with pytest.raises(TrackingError, match="the experiment 'gone' was deleted"):
+        run(images, "--experiment", "gone")
+
+
+# ---------------------------------------------------------------- the library call and the journal
+
+
+def test_save_checkpoint_notes_what_it_could_not_bring(
+    client: MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"state_dict": {"w": torch.ones(3)}, "loss": 0.5}
+    with monkeypatch.context() as patch:
+
+        def refuse(*_arguments: Any) -> None:
+            raise ConnectionError("Connection refused")
+
+        patch.setattr(MlflowClient, "log_artifact", refuse)
+        for iters in (1, 2):
+            with pytest.raises(TrackingError, match="is on the disk, and `shufflenet sync models` brings it"):
+                save_checkpoint(state, iters, run_id=run_id)
+    save_checkpoint(state, 3, run_id=run_id)  # in order, after what waited
+    assert steps(client, run_id, "loss") == [1, 2, 3]
+    assert tagged(client, run_id, LATEST_TAG) == 3
+    assert look(Path("models")).entries == ()
+    assert len(list_records(Path("models"))) == 3
+
+
+def test_sync_of_what_is_no_folder() -> None:
+    with pytest.raises(SpoolError, match="'nowhere' is not a folder; name the one that --save-dir named"):
+        sync("nowhere")
+
+
+def test_which_store_a_journal_belongs_to(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
+    assert stored_uri("http://me:secret@host:5000") == "http://host:5000"
+    assert stored_uri("sqlite:///mlflow.db") == f"sqlite:///{workplace}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
+    assert uri_of_journal("http://host:5000", None) == "http://me:secret@host:5000"
+    assert uri_of_journal("http://other:5000", None) == "http://other:5000"
+    assert uri_of_journal("http://other:5000", "http://third") == "http://third"
+    assert uri_of_journal(None, None) == "http://me:secret@host:5000"

@@ -1,0 +1,160 @@
+"""What a retention policy keeps, and that deleting obeys it: on the disk, in the run, and nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from shufflenet_mlflow import save_checkpoint
+from shufflenet_mlflow.checkpoint import CheckpointRecord, Retention, delete_checkpoint, list_checkpoints, record_path
+from shufflenet_mlflow.checkpoint.folder import remove_leftovers
+from shufflenet_mlflow.errors import UnresolvedError
+from shufflenet_mlflow.resolve import resolve
+from shufflenet_mlflow.resolve.artifacts import DELETING_TAG, RunArtifacts
+from shufflenet_mlflow.tracking.messages import RunTarget
+from shufflenet_mlflow.tracking.prune import prune_run
+
+
+def records(*iters: int, top1: dict[int, float | None] | None = None) -> list[CheckpointRecord]:
+    return [
+        CheckpointRecord(f"checkpoints/checkpoint-{n:06}.pth.tar", n, 0, 0.0, (top1 or {}).get(n), "0" * 64, 1)
+        for n in iters
+    ]
+
+
+def dropped(rules: Retention, found: list[CheckpointRecord], protected: tuple[str, ...] = ()) -> list[int]:
+    return [record.iters for record in rules.drop(found, protected)]
+
+
+@pytest.mark.parametrize(
+    ("rules", "gone"),
+    [
+        (Retention(), []),
+        (Retention(keep_last=2), [1, 2, 3]),
+        (Retention(keep_last=9), []),
+        (Retention(keep_every=2), [1, 3]),
+        (Retention(keep_every=4, keep_last=1), [1, 2, 3]),
+        (Retention(keep_best=1), [1, 2, 3, 4]),
+    ],
+)
+def test_rules_without_validation(rules: Retention, gone: list[int]) -> None:
+    assert dropped(rules, records(1, 2, 3, 4, 5)) == gone
+    assert dropped(rules, records(5, 3, 1, 2, 4)) == gone  # in whatever order they are listed
+
+
+def test_the_best_stay() -> None:
+    top1 = {1: 0.1, 2: 0.9, 3: 0.5, 4: float("nan"), 5: None, 6: 0.2}
+    found = records(1, 2, 3, 4, 5, 6, 7, top1=top1)
+    assert dropped(Retention(keep_last=1), found) == [1, 3, 4, 5, 6]
+    assert dropped(Retention(keep_best=2), found) == [1, 4, 5, 6]
+    assert dropped(Retention(keep_best=9), found) == [4, 5]
+    assert dropped(Retention(keep_last=2, keep_every=5), found) == [1, 3, 4]
+
+
+def test_of_equal_accuracies_the_first_is_the_best() -> None:
+    assert dropped(Retention(keep_best=1), records(1, 2, 3, top1={1: 0.5, 2: 0.5})) == [2]
+
+
+def test_protected_names_stay() -> None:
+    assert dropped(Retention(keep_last=1), records(1, 2, 3), ("checkpoint-000001.pth.tar",)) == [2]
+
+
+def test_the_reestimated_state_is_newer_than_the_one_before() -> None:
+    final = CheckpointRecord("checkpoints/bnps-checkpoint-000003.pth.tar", 3, 0, 0.0, None, "0" * 64, 1)
+    assert [record.file_name for record in Retention(keep_last=1).drop([*records(2, 3), final])] == [
+        "checkpoint-000002.pth.tar",
+        "checkpoint-000003.pth.tar",
+    ]
+
+
+# ---------------------------------------------------------------- deleting
+
+
+@pytest.fixture
+def run_id(client: MlflowClient) -> str:
+    """Five checkpoints in ./models and in the run; the third is the best."""
+    run = client.create_run(client.create_experiment("retention"))
+    for iters in range(1, 6):
+        state = {"state_dict": {"w": torch.full((3,), float(iters))}}
+        save_checkpoint(state, iters, val_top1=0.9 if iters == 3 else 0.1, run_id=run.info.run_id)
+    return str(run.info.run_id)
+
+
+def target(client: MlflowClient, run_id: str) -> RunTarget:
+    return RunTarget(client, run_id, Path("models"))
+
+
+def on_disk() -> list[int]:
+    return sorted(int(path.name[11:17]) for path in list_checkpoints(Path("models")))
+
+
+def in_run(client: MlflowClient, run_id: str) -> list[int]:
+    artifacts = RunArtifacts(client, run_id)
+    found = sorted(record.iters for record in artifacts.records())
+    assert len(artifacts.sizes()) == 2 * len(found)
+    return found
+
+
+def test_it_deletes_here_and_there(client: MlflowClient, run_id: str) -> None:
+    gone = prune_run(target(client, run_id), Retention(keep_last=2))
+    assert [item.record.iters for item in gone] == [1, 2]
+    assert on_disk() == in_run(client, run_id) == [3, 4, 5]
+    assert DELETING_TAG not in client.get_run(run_id).data.tags
+
+
+def test_what_was_promoted_stays(client: MlflowClient, run_id: str) -> None:
+    client.create_registered_model("pets")
+    client.create_model_version("pets", f"runs:/{run_id}/checkpoints/checkpoint-000002.pth.tar", run_id)
+    prune_run(target(client, run_id), Retention(keep_last=1))
+    assert on_disk() == in_run(client, run_id) == [2, 3, 5]
+
+
+def test_what_it_did_not_write_stays(client: MlflowClient, run_id: str) -> None:
+    record_path(Path("models/checkpoint-000001.pth.tar")).unlink()
+    other = save_checkpoint({"state_dict": {"w": torch.zeros(7)}}, 0, directory="models")  # of no run
+    Path("models/checkpoint-000002.pth.tar").write_bytes(other.read_bytes())
+    Path("models/checkpoint-000002.pth.tar.json").write_bytes(record_path(other).read_bytes())
+    prune_run(target(client, run_id), Retention(keep_last=1))
+    assert on_disk() == [0, 1, 2, 3, 5]
+    assert in_run(client, run_id) == [3, 5]
+
+
+def test_the_newest_that_verifies_stays(client: MlflowClient, run_id: str) -> None:
+    for iters in (5, 4):
+        path = Path(f"models/checkpoint-{iters:06}.pth.tar")
+        path.write_bytes(path.read_bytes()[:-1])
+    client.delete_tag(run_id, "checkpoint.best")
+    for iters in (1, 2, 3):
+        text = record_path(Path(f"models/checkpoint-{iters:06}.pth.tar"))
+        assert text.exists()
+    prune_run(target(client, run_id), Retention(keep_last=1))
+    assert on_disk() == [3, 5]
+
+
+def test_a_deletion_that_was_cut_short_is_completed(client: MlflowClient, run_id: str) -> None:
+    names = ["checkpoint-000001.pth.tar", "checkpoint-000002.pth.tar", "checkpoint-000005.pth.tar"]
+    client.set_tag(run_id, DELETING_TAG, json.dumps(names))
+    with pytest.raises(UnresolvedError, match="no checkpoint at iteration 1; it has: 3, 4"):
+        resolve(f"{run_id}@1")  # from the first phase on, nobody reads it
+    prune_run(target(client, run_id), Retention(keep_last=5))
+    assert on_disk() == in_run(client, run_id) == [3, 4, 5]  # the latest has been written again since
+    assert DELETING_TAG not in client.get_run(run_id).data.tags
+
+
+def test_two_phases_on_the_disk(run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between them, the file has lost its name, and the next start removes the rest."""
+    path = Path("models/checkpoint-000001.pth.tar")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def die(_path: Path, missing_ok: bool = False) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(Path, "unlink", die)
+        delete_checkpoint(path)
+    assert on_disk() == [2, 3, 4, 5]
+    assert record_path(path).exists()
+    remove_leftovers(Path("models"))
+    assert not record_path(path).exists()
+    assert len(list(Path("models").iterdir())) == 8

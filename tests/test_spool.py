@@ -1,0 +1,192 @@
+"""The journal: what was appended is read back in order, once, whatever happened to the process or the file."""
+
+import logging
+import os
+import random
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from shufflenet_mlflow.errors import BusyError, SpoolError
+from shufflenet_mlflow.spool import DAMAGED_NAME, SPOOL_NAME, Spool, look, name_new_run
+
+RUN = "r" * 32
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    spool = Spool(tmp_path)
+    spool.set_owner(RUN, "http://127.0.0.1:5000")
+    yield spool
+    spool.close()
+
+
+@pytest.fixture
+def reopen(tmp_path: Path) -> Callable[[Spool], Spool]:
+    """What the next process finds after this one was killed: nothing is tidied up."""
+
+    def again(spool: Spool) -> Spool:
+        spool._lock.release()
+        os.close(spool._descriptor)
+        spool.close = lambda: None  # type: ignore[method-assign]
+        return Spool(tmp_path)
+
+    return again
+
+
+def numbers(spool: Spool, most: int = 1000) -> list[int]:
+    return [entry.body["n"] for entry in spool.oldest(most)]
+
+
+def fill(spool: Spool, *values: int) -> None:
+    for value in values:
+        spool.append(RUN, "metrics", {"n": value})
+
+
+def test_in_order_and_once(spool: Spool) -> None:
+    fill(spool, 1, 2, 3)
+    assert (numbers(spool), spool.pending) == ([1, 2, 3], 3)
+    assert numbers(spool, 2) == [1, 2]
+    spool.delivered(spool.oldest(2)[-1].seq)
+    fill(spool, 4)
+    assert (numbers(spool), spool.pending) == ([3, 4], 2)
+
+
+def test_the_next_process_goes_on(spool: Spool, reopen: Callable[[Spool], Spool], tmp_path: Path) -> None:
+    fill(spool, 1, 2, 3)
+    spool.delivered(spool.oldest()[0].seq)
+    again = reopen(spool)
+    assert (numbers(again), again.pending, again.run, again.uri) == ([2, 3], 2, RUN, "http://127.0.0.1:5000")
+    again.delivered(again.oldest(2)[-1].seq)
+    again.close()
+    assert look(tmp_path).entries == ()
+    assert (tmp_path / SPOOL_NAME).read_bytes().count(b"\n") == 1
+    assert look(tmp_path).run_id == RUN
+
+
+def test_a_line_that_was_cut_off_is_no_damage(
+    spool: Spool, reopen: Callable[[Spool], Spool], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("shufflenet_mlflow").propagate = True
+    fill(spool, 1, 2)
+    with open(tmp_path / SPOOL_NAME, "ab") as file:
+        file.write(b'1234abcd {"seq":3,"ru')
+    again = reopen(spool)
+    fill(again, 3)
+    assert numbers(again) == [1, 2, 3]
+    assert not caplog.text
+    again.close()
+
+
+def test_damage_is_named_and_set_aside(
+    spool: Spool, reopen: Callable[[Spool], Spool], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("shufflenet_mlflow").propagate = True
+    fill(spool, 1, 2, 3)
+    data = (tmp_path / SPOOL_NAME).read_bytes()
+    (tmp_path / SPOOL_NAME).write_bytes(data.replace(b'"n":2', b'"n":7'))
+    again = reopen(spool)
+    assert numbers(again) == [1, 3]
+    assert "1 lines were damaged and 1 entries are missing" in caplog.text
+    assert b'"n":7' in (tmp_path / DAMAGED_NAME).read_bytes()
+    assert again.was_damaged
+    caplog.clear()
+    third = reopen(again)
+    assert (numbers(third), caplog.text, third.was_damaged) == ([1, 3], "", False)
+    third.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_altered_entry_ever_comes_back(seed: int, tmp_path: Path) -> None:
+    """Random flips and truncations: what is read is what was written, or nothing."""
+    generator = random.Random(seed)
+    spool = Spool(tmp_path)
+    fill(spool, *range(30))
+    spool._lock.release()
+    original = (tmp_path / SPOOL_NAME).read_bytes()
+    for trial in range(60):
+        damaged = bytearray(original)
+        if trial % 4:
+            damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        else:
+            del damaged[generator.randrange(len(damaged)) :]
+        (tmp_path / SPOOL_NAME).write_bytes(damaged)
+        again = Spool(tmp_path)
+        found = numbers(again)
+        assert found == sorted(set(found))
+        assert set(found) <= set(range(30))
+        if trial % 4:
+            assert len(found) >= 28  # a lost line break costs two
+            assert len(found) == 30 or again.was_damaged
+        else:
+            assert found == list(range(len(found)))
+        again._lock.release()
+
+
+def test_one_process_at_a_time(spool: Spool, tmp_path: Path) -> None:
+    with pytest.raises(BusyError, match="in use by this very process"):
+        Spool(tmp_path)
+    script = f"from pathlib import Path; from shufflenet_mlflow.spool import Spool; Spool(Path({str(tmp_path)!r}))"
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert f"is in use by process {os.getpid()}; wait for it, or stop it" in other.stderr
+
+
+def test_looking_does_not_disturb(spool: Spool, tmp_path: Path) -> None:
+    fill(spool, 1)
+    assert [entry.body["n"] for entry in look(tmp_path).entries] == [1]
+    fill(spool, 2)
+    assert numbers(spool) == [1, 2]
+    with pytest.raises(BusyError):  # the lock is still held
+        Spool(tmp_path)
+
+
+def test_a_full_disk_loses_nothing_while_the_process_lives(spool: Spool, tmp_path: Path) -> None:
+    fill(spool, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / SPOOL_NAME).stat().st_size + 20, hard))
+    try:
+        fill(spool, 2, 3)
+        assert spool.failure is not None
+        assert "File too large" in spool.failure
+        assert (numbers(spool), spool.pending) == ([1, 2, 3], 3)
+        spool.delivered(spool.oldest(2)[-1].seq)
+        assert numbers(spool) == [3]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    fill(spool, 4)
+    assert (numbers(spool), spool.failure) == ([3, 4], None)
+    assert [entry.body["n"] for entry in look(tmp_path).entries] == [3, 4]
+
+
+def test_it_does_not_grow_for_ever(spool: Spool, tmp_path: Path) -> None:
+    for number in range(6000):
+        fill(spool, number)
+        spool.delivered(spool.oldest()[0].seq)
+    assert (tmp_path / SPOOL_NAME).stat().st_size < 300_000
+    fill(spool, 6000)
+    assert numbers(spool) == [6000]
+
+
+def test_a_run_that_was_yet_to_be_made(tmp_path: Path, reopen: Callable[[Spool], Spool]) -> None:
+    key = name_new_run()
+    spool = Spool(tmp_path)
+    spool.set_owner(key, "http://127.0.0.1:5000")
+    spool.append(key, "create", {})
+    assert look(tmp_path).run_id is None
+    spool.bind(key, RUN)
+    assert spool.run_id_of(key) == RUN
+    again = reopen(spool)
+    assert (again.run, again.run_id_of(key), look(tmp_path).run_id) == (key, RUN, RUN)
+    again.delivered(again.oldest()[0].seq)
+    again.close()
+    assert look(tmp_path).run_id == RUN  # also after it was written anew
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("")
+    with pytest.raises(SpoolError, match="cannot keep a journal in '.*models'.*--save-dir takes another place"):
+        Spool(tmp_path / "models")
