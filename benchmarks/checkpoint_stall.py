@@ -19,6 +19,9 @@ from the first step to the last, and `total_s`, until everything has arrived and
 is the processor time that the server and everything else on the machine took meanwhile: where it is not small, and
 not alike on all sides, the machine was too busy to compare anything.
 
+The sides do not do the same work: only `ours` syncs each file to the disk, hashes it, reads it back, and checks it
+again before it is sent; that costs processor time, which shows in `cpu_s`.
+
 Unless `--interval` is given, there is as much training between two checkpoints as one of `inline` takes, and not less
 than 20 iterations of the small network.
 
@@ -74,6 +77,15 @@ ARTIFACT_FOLDER = "checkpoints"
 
 NEEDS = {"lightning": "pytorch_lightning", "mlflow_callback": "pytorch_lightning", "ignite": "ignite"}
 """Side -> the module that it cannot do without."""
+
+FORMATS = {
+    "ours": "a torch.save file of plain containers, with a JSON record of its size and SHA-256",
+    "inline": "a torch.save file",
+    "lightning": "a Lightning checkpoint, with two small files of aliases and metadata",
+    "mlflow_callback": "a Lightning checkpoint, not a whole MLflow model, with a JSON file of metrics",
+    "ignite": "a torch.save file",
+}
+"""Side -> what each checkpoint is among the run's artifacts."""
 
 
 def say(text: str) -> None:
@@ -252,7 +264,7 @@ def new_run(job: Job) -> str:
     client = MlflowClient(job.uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
-    return client.create_run(experiment.experiment_id, run_name=job.side).info.run_id
+    return str(client.create_run(experiment.experiment_id, run_name=job.side).info.run_id)
 
 
 def run_ours(job: Job, training: Training) -> str:
@@ -415,6 +427,7 @@ def measure(job: Job) -> dict[str, Any]:
         **clock.figures(),
         **total,
         **memory_figures(clock.before, after, state_bytes),
+        "format": FORMATS[job.side],
         "checkpoint_bytes": max(arrived.values(), default=0),
         "checkpoints_arrived": len(large),
         "all_arrived": len(large) == job.checkpoints,

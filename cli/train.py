@@ -122,7 +122,7 @@ def train(as_json: bool, **values: Any) -> None:
     from .console import ConsoleReporter, print_json, stop_flag
 
     reporter = ConsoleReporter()
-    with stop_flag("saving a checkpoint, then leaving; once more leaves at once") as stop:
+    with stop_flag("leaving as soon as the checkpoint is safe; once more leaves at once") as stop:
         from shufflenet_mlflow.jobs import run_training
 
         request_options["resume"] = request_options["resume"] or "auto"
@@ -132,10 +132,10 @@ def train(as_json: bool, **values: Any) -> None:
         print_json(summary.to_dict())
     else:
         click.echo(_closing_lines(summary))
-    if summary.result.stopped_by is not None:
+    if stop.signum is not None:  # it may have come after training, while the last uploads were waited for
         from shufflenet_mlflow.stopping import EXIT_BASE
 
-        sys.exit(EXIT_BASE + summary.result.stopped_by)
+        sys.exit(EXIT_BASE + stop.signum)
 
 
 def _check_numbers(given: dict[str, Any]) -> None:

@@ -4,11 +4,9 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,49 +14,11 @@ from typing import Any
 import pytest
 from conftest import assert_equal_payloads, small_options, steps
 from mlflow import MlflowClient
+from server import Server
 
 from shufflenet_mlflow.checkpoint import read_checkpoint
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
-
-UP_WITHIN = 120.0
-
-
-class Server:
-    """`mlflow server` with SQLite and an artifact folder, on a free port of this machine."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-                *("--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"),
-                *("--artifacts-destination", str(self.folder / "artifacts")),
-            ],
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + UP_WITHIN
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                    return
-            except OSError:
-                assert time.monotonic() < deadline, "mlflow server did not come up"
-                time.sleep(0.2)
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture
@@ -188,17 +148,38 @@ def test_the_server_dies_and_comes_back(server: Server, images: Path, tmp_path: 
 
 
 def test_the_server_dies_for_good(server: Server, images: Path, tmp_path: Path) -> None:
+    """Training ends well all the same, says what is left to do, and `sync` does it."""
     process = start(tmp_path / "work", "train", *options(images, 60))
     wait_for_iteration(process, 10)
     server.kill()
     out, err = process.communicate()
-    assert (process.returncode, out) == (1, "")
+    assert process.returncode == 0, err
+    ended = json.loads(out)
     assert "Traceback" not in err
     assert "training goes on" in err
-    assert err.splitlines()[-1].startswith("Error: cannot ")
-    assert "the checkpoints on the disk are complete" in err.splitlines()[-1]
-    [folder] = (tmp_path / "work" / "models").iterdir()
-    assert (folder / "bnps-checkpoint-000060.pth.tar").exists()
+    assert f"`shufflenet sync {ended['save_dir']}` brings them there" in err.splitlines()[-1]
+    assert ended["pending"] > 0
+    assert Path(tmp_path / "work" / ended["checkpoint"]).name == "bnps-checkpoint-000060.pth.tar"
     server.start()
-    resumed = finish(start(tmp_path / "work", "train", "--resume", folder, "--json"))
-    assert (resumed["run_id"], resumed["iters"]) == (only_run(server), 60)
+    synced = finish(start(tmp_path / "work", "sync", ended["save_dir"], "--json"))
+    assert (synced["run_id"], synced["pending"]) == (only_run(server), 0)
+    client = MlflowClient(server.uri)
+    assert client.get_run(synced["run_id"]).info.status == "FINISHED"
+    assert steps(client, synced["run_id"], "train/loss") == list(range(2, 61, 2))
+
+
+def test_ctrl_c_while_waiting_for_a_slow_server(server: Server, images: Path, tmp_path: Path) -> None:
+    """Training has ended; what the server has not taken yet stays in the journal."""
+    process = start(tmp_path / "work", "train", *options(images, 12), "--save-dir", "m")
+    wait_for_iteration(process, 4)
+    server.send(signal.SIGSTOP)
+    while not (tmp_path / "work" / "m" / "bnps-checkpoint-000012.pth.tar").exists():
+        time.sleep(0.1)
+    time.sleep(2.0)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT, err
+    assert json.loads(out)["pending"] > 0
+    server.send(signal.SIGCONT)
+    assert finish(start(tmp_path / "work", "sync", "m", "--json"))["pending"] == 0
+    assert MlflowClient(server.uri).get_run(only_run(server)).info.status == "FINISHED"

@@ -79,34 +79,57 @@ def to_plain(value: Any, where: str = "state", *, hold: Callable[[Tensor], Tenso
     def hold_once(tensor: Tensor) -> Tensor:
         if tensor.layout != torch.strided or not tensor.numel():
             return hold(tensor)
-        address = tensor.untyped_storage().data_ptr()
-        view = (address, tensor.device, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        view = (tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride(), tensor.dtype)
         if view not in held:
             held[view] = hold(tensor)
         return held[view]
 
-    return _plain(value, where, hold_once)
+    try:
+        return _plain(value, hold_once)
+    except _NotPlainError:
+        raise CheckpointError(_find_what_is_not_plain(value, where)) from None
 
 
-def _plain(value: Any, where: str, hold: Callable[[Tensor], Tensor]) -> Any:
+class _NotPlainError(Exception):
+    """Says only that it is so: keeping track of where costs more than the copy of a small state."""
+
+
+_PLAIN = {type(None), bool, int, float, str, bytes}
+
+
+def _plain(value: Any, hold: Callable[[Tensor], Tensor]) -> Any:
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
     if isinstance(value, Tensor):
         return hold(value)
     if isinstance(value, Mapping):
-        return {_plain_key(key, where): _plain(item, f"{where}[{key!r}]", hold) for key, item in value.items()}
+        if any(not isinstance(key, (str, int)) for key in value):
+            raise _NotPlainError
+        return {key: _plain(item, hold) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_plain(item, f"{where}[{index}]", hold) for index, item in enumerate(value)]
+        items = [_plain(item, hold) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
-    if value is None or type(value) in (bool, int, float, str, bytes):
-        return value
     if isinstance(value, (bool, int, float, str)):  # subclasses, such as numpy.float64 or an enum
         return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
-    raise CheckpointError(
+    raise _NotPlainError
+
+
+def _find_what_is_not_plain(value: Any, where: str) -> str | None:
+    """A message about the first thing in `value` that is not plain; None if all is."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, (str, int)):
+                return f"{where} has the key {key!r}; keys must be text or integers"
+            if message := _find_what_is_not_plain(item, f"{where}[{key!r}]"):
+                return message
+        return None
+    if isinstance(value, (list, tuple)):
+        found = (_find_what_is_not_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+        return next(filter(None, found), None)
+    if value is None or isinstance(value, (Tensor, bool, int, float, str, bytes)):
+        return None
+    return (
         f"{where} holds a {type(value).__module__}.{type(value).__qualname__}; a checkpoint takes tensors, "
         "numbers, text, lists and dicts"
     )
-
-
-def _plain_key(key: Any, where: str) -> str | int:
-    if isinstance(key, (str, int)):
-        return key
-    raise CheckpointError(f"{where} has the key {key!r}; keys must be text or integers")

@@ -18,6 +18,7 @@ from shufflenet_mlflow.spool import Entry, Spool, is_made
 from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking.messages import (
     Create,
+    JustWritten,
     Message,
     MetricPoints,
     RunTarget,
@@ -56,7 +57,16 @@ class Deliverer:
     def __init__(self, client: "MlflowClient", spool: Spool, *, new_runs: Sequence[str] = ()) -> None:
         self.client = client
         self.spool = spool
-        self._targets = {run_id: RunTarget(client, run_id, spool.directory, is_new=True) for run_id in new_runs}
+        self.just_written: JustWritten = {}
+        """What this process wrote itself: see `JustWritten`."""
+        self._targets: dict[str, RunTarget] = {}
+        for run_id in new_runs:
+            self._add_target(run_id, is_new=True)
+
+    def _add_target(self, run_id: str, *, is_new: bool) -> None:
+        target = RunTarget(self.client, run_id, self.spool.directory, is_new=is_new)
+        target.just_written = self.just_written
+        self._targets[run_id] = target
 
     def send_some(self) -> int:
         """Send the oldest entries.
@@ -92,7 +102,7 @@ class Deliverer:
             if not is_made(self.spool.run_id_of(entry.run)):
                 run_id, is_new = make_run(self.client, message, spool_id=entry.run)
                 self.spool.bind(entry.run, run_id)
-                self._targets[run_id] = RunTarget(self.client, run_id, self.spool.directory, is_new=is_new)
+                self._add_target(run_id, is_new=is_new)
             return
         message.send(self._target(entry.run))
 
@@ -101,7 +111,7 @@ class Deliverer:
         if not is_made(run_id):
             raise RefusedError("the entry that says which run to make is missing from the journal")
         if run_id not in self._targets:
-            self._targets[run_id] = RunTarget(self.client, run_id, self.spool.directory)
+            self._add_target(run_id, is_new=False)
         return self._targets[run_id]
 
     def _set_aside(self, entry: Entry, reason: str) -> None:

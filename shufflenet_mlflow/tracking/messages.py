@@ -45,6 +45,13 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+JustWritten = dict[str, tuple[str, float]]
+"""File name -> SHA-256 and `time.monotonic()` of when this process wrote it and read it back."""
+
+TRUST_SECONDS = 600.0
+"""For so long a file that was read back is not read once more before it is uploaded."""
+
+
 class RunTarget:
     """A run that messages are sent to, with what is known of it.
 
@@ -60,6 +67,7 @@ class RunTarget:
         self.seen: dict[str, set[int]] | None = {} if is_new else None
         """Metric name -> the steps that have a point; None until it is asked for."""
         self.artifacts = RunArtifacts(client, run_id)
+        self.just_written: JustWritten = {}
 
     def read(self) -> "Run":
         """The run as it is now."""
@@ -270,7 +278,7 @@ class Checkpoint:
         there = artifacts.record_of(name) if self.again else None
         if there is None or there.sha256 != record.sha256:
             path = target.directory / name
-            if not _is_to_be_sent(path, record):
+            if not _is_to_be_sent(path, record, target.just_written):
                 return
             with mlflow_errors(f"upload the checkpoint {name}"):
                 artifacts.upload(path, record)
@@ -292,12 +300,15 @@ class Checkpoint:
             target.set_tag(LATEST_TAG, record.to_json())
 
 
-def _is_to_be_sent(path: Path, record: CheckpointRecord) -> bool:
+def _is_to_be_sent(path: Path, record: CheckpointRecord, just_written: JustWritten) -> bool:
     """Whether the file is what its record says; False if a later one has taken its name.
 
     Raises:
         RefusedError: it is damaged, or gone.
     """
+    sha256, when = just_written.get(path.name, ("", 0.0))
+    if sha256 == record.sha256 and time.monotonic() - when < TRUST_SECONDS and path.exists():
+        return True
     try:
         verify_checkpoint(path, record)
     except CheckpointError as error:

@@ -47,7 +47,10 @@ class TrackingSession:
         """How far the run has come."""
         self._reporter, self._stop = reporter, stop
         spool.set_owner(run, stored_uri(client.tracking_uri))
-        self.delivery = Delivery(Deliverer(client, spool, new_runs=[run] if is_new else []), reporter)
+        deliverer = Deliverer(client, spool, new_runs=[run] if is_new else [])
+        self.just_written = deliverer.just_written
+        """To be filled by the store."""
+        self.delivery = Delivery(deliverer, reporter)
         self.recorder = Recorder(spool, run, self.delivery.wake)
         if spool.pending:
             reporter.note(f"{spool.pending} entries from before wait for MLflow in {spool.path}")

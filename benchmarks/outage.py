@@ -1,0 +1,169 @@
+"""How much of a tracking server's outage the training loop notices.
+
+Trains the same small network three times against a real `mlflow server`: undisturbed, with the server killed in the
+middle, and with the server stopped (SIGSTOP) in the middle. Prints, for each, the time of the loop's steps, and how
+much longer the slowest step was than in the undisturbed run, as JSON:
+
+    python benchmarks/outage.py
+"""
+
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from shufflenet_mlflow.jobs import run_training
+from shufflenet_mlflow.reporting import LoggingReporter
+from shufflenet_mlflow.start import TrainRequest
+from shufflenet_mlflow.stopping import StopFlag
+
+ITERATIONS = 400
+OUTAGE = (100, 300)
+"""Iterations between which the server is away."""
+
+
+class Server:
+    """`mlflow server` on a free port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
+                *("--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"),
+                *("--artifacts-destination", str(self.folder / "artifacts")),
+            ],
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                    return
+            except OSError:
+                time.sleep(0.2)
+
+    def send(self, signum: int) -> None:
+        os.killpg(self.process.pid, signum)
+
+
+class Clock(LoggingReporter):
+    """Notes when each iteration ends; the gap between two is what a person waits for."""
+
+    def __init__(self, at: dict[int, Callable[[], None]]) -> None:
+        self.at, self.ends = at, [time.perf_counter()]
+
+    def phase(self, name: str, total: int, done: int = 0) -> Any:
+        clock = self
+        if name != "training":
+            return super().phase(name, total, done)
+
+        class Steps:
+            def __enter__(self) -> "Steps":
+                clock.ends = [time.perf_counter()]
+                return self
+
+            def __exit__(self, *_exception: object) -> None:
+                pass
+
+            def advance(self) -> None:
+                clock.ends.append(time.perf_counter())
+                if len(clock.ends) - 1 in clock.at:
+                    clock.at[len(clock.ends) - 1]()
+                    clock.ends[-1] = time.perf_counter()  # what pulls the plug takes time of its own
+
+        return Steps()
+
+    def steps_ms(self) -> list[float]:
+        return [1e3 * (after - before) for before, after in zip(self.ends, self.ends[1:], strict=False)]
+
+    def warn(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+
+def images(folder: Path) -> Path:
+    """Two classes of noise."""
+    generator = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(20):
+                pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
+    return folder
+
+
+def measure(server: Server, data: Path, folder: Path, at: dict[int, Callable[[], None]]) -> list[float]:
+    """Step times of one run."""
+    clock = Clock(at)
+    options = {"train_dir": data / "train", "val_dir": data / "val", "input_size": 32, "batch_size": 8}
+    options |= {"total_iters": ITERATIONS, "display_interval": 2, "workers": 0, "lr": 0.01}
+    options |= {"val_interval": ITERATIONS, "save_interval": 20}
+    request = TrainRequest(options=options, save_dir=folder, tracking_uri=server.uri)
+    run_training(request, reporter=clock, stop=StopFlag())
+    return clock.steps_ms()
+
+
+def figures(steps: list[float]) -> dict[str, float]:
+    """What a person would feel: the median, the slowest one in a hundred, the slowest."""
+    ordered = sorted(steps)
+    return {
+        "median_ms": round(statistics.median(steps), 2),
+        "p99_ms": round(ordered[int(0.99 * len(ordered))], 2),
+        "slowest_ms": round(ordered[-1], 2),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    first, last = OUTAGE
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        server, data = Server(folder), images(folder / "images")
+        ways: dict[str, dict[int, Callable[[], None]]] = {
+            "warming up": {},
+            "undisturbed": {},
+            "killed": {first: lambda: server.send(signal.SIGKILL), last: server.start},
+            "stopped": {first: lambda: server.send(signal.SIGSTOP), last: lambda: server.send(signal.SIGCONT)},
+        }
+        measured = {}
+        try:
+            for name, at in ways.items():
+                print(name, file=sys.stderr)
+                steps = measure(server, data, folder / name, at)
+                # The first steps load libraries; those around the plug measure the plug.
+                measured[name] = [step for number, step in enumerate(steps) if number > 20]
+        finally:
+            server.send(signal.SIGCONT)
+            server.send(signal.SIGKILL)
+    del measured["warming up"]
+    document: dict[str, Any] = {name: figures(steps) for name, steps in measured.items()}
+    for name in ("killed", "stopped"):
+        document[name]["slowest_above_undisturbed_ms"] = round(max(measured[name]) - max(measured["undisturbed"]), 2)
+    print(json.dumps({"iterations": ITERATIONS, "steps": document}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A thousand random bit flips and truncations each of a checkpoint, of its record and of the journal.
+
+Every one is detected, or changes nothing that is loaded or delivered.
+"""
+
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_equal_payloads
+from mlflow import MlflowClient
+from training import run
+
+from shufflenet_mlflow.checkpoint import (
+    CheckpointRecord,
+    list_checkpoints,
+    read_checkpoint,
+    read_record,
+    record_path,
+    write_checkpoint,
+)
+from shufflenet_mlflow.errors import CheckpointError
+from shufflenet_mlflow.resolve import newest_valid, resolve
+from shufflenet_mlflow.spool import SPOOL_NAME, Spool, look
+from shufflenet_mlflow.tracking.delivery import deliver_now
+from shufflenet_mlflow.tracking.messages import Checkpoint, MetricPoints, to_body
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+
+TRIALS = 1000
+
+logging.getLogger("shufflenet_mlflow").setLevel(logging.ERROR)
+
+
+def damage(original: bytes, generator: random.Random) -> bytes:
+    """One flipped bit, or, one time in five, a shorter file."""
+    damaged = bytearray(original)
+    if generator.random() < 0.2:
+        del damaged[generator.randrange(len(damaged)) :]
+    else:
+        damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+    return bytes(damaged)
+
+
+@pytest.fixture
+def checkpoint(images: Path) -> Path:
+    """The last one of a real, small run, beside older ones."""
+    run(images, "--save-dir", "models")
+    return list_checkpoints(Path("models"))[0]
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_checkpoints(with_record: bool, checkpoint: Path) -> None:
+    original, payload = checkpoint.read_bytes(), read_checkpoint(checkpoint)
+    if not with_record:
+        record_path(checkpoint).unlink()
+    generator = random.Random(1)
+    detected = fell_back = 0
+    for trial in range(TRIALS):
+        checkpoint.write_bytes(damage(original, generator))
+        try:
+            assert_equal_payloads(read_checkpoint(checkpoint), payload)
+        except CheckpointError:
+            detected += 1
+            if trial % 50 == 0:  # and the folder still has its newest valid one
+                found = newest_valid(checkpoint.parent)
+                assert found is not None
+                assert found.path.name == "checkpoint-000012.pth.tar"
+                fell_back += 1
+    assert detected == TRIALS if with_record else detected > 0.95 * TRIALS
+    assert fell_back > 10
+
+
+def test_records(checkpoint: Path) -> None:
+    """A record that was altered is not believed: neither its figures nor its digest."""
+    path, record = record_path(checkpoint), read_record(checkpoint)
+    original, payload = path.read_bytes(), read_checkpoint(checkpoint)
+    generator = random.Random(2)
+    disbelieved = 0
+    for _ in range(TRIALS):
+        path.write_bytes(damage(original, generator))
+        found = read_record(checkpoint)
+        assert found in (record, None)
+        disbelieved += found is None
+        assert_equal_payloads(read_checkpoint(checkpoint), payload)
+    assert disbelieved > 0.9 * TRIALS
+
+
+def test_journals(tmp_path: Path) -> None:
+    """What comes out of a damaged journal went into it."""
+    spool = Spool(tmp_path)
+    for step in range(40):
+        message: Any = MetricPoints({"train/loss": step / 7}, step, 1_000 + step)
+        spool.append("a" * 32, message.kind, to_body(message))
+        if step % 10 == 0:
+            record = CheckpointRecord(f"checkpoints/checkpoint-{step:06}.pth.tar", step, 1, 0.5, None, "0" * 64, 9)
+            spool.append("a" * 32, "checkpoint", to_body(Checkpoint.of(record)))
+    spool._lock.release()
+    path = tmp_path / SPOOL_NAME
+    original = path.read_bytes()
+    entries = [(entry.run, entry.kind, entry.body) for entry in look(tmp_path).entries]
+    assert len(entries) == 44
+    generator = random.Random(3)
+    for _ in range(TRIALS):
+        damaged = damage(original, generator)
+        path.write_bytes(damaged)
+        again = Spool(tmp_path)
+        found = [(entry.run, entry.kind, entry.body) for entry in again.oldest(99)]
+        again._lock.release()
+        remaining = iter(entries)
+        assert all(entry in remaining for entry in found), "altered, or out of order"
+        if len(damaged) == len(original) and found != entries:
+            # A last line without its end is what a killed writer leaves: that is no damage.
+            assert again.was_damaged or found == entries[:-1]
+            assert len(found) >= len(entries) - 2
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_damaged_journal_loses_no_checkpoint(seed: int, client: MlflowClient) -> None:
+    """Also where their lines are gone: they are found on the disk."""
+    from shufflenet_mlflow.jobs.sync import run_sync
+    from shufflenet_mlflow.reporting import LoggingReporter
+    from shufflenet_mlflow.stopping import StopFlag
+
+    run_id = str(client.create_run(client.create_experiment("journal")).info.run_id)
+    spool = Spool(Path("models"))
+    spool.set_owner(run_id, client.tracking_uri)
+    for iters in range(1, 6):
+        state = {"state_dict": {"w": torch.full((9,), float(iters))}}
+        record = write_checkpoint(state, iters, directory="models", val_top1=iters / 10).record
+        spool.append(run_id, "checkpoint", to_body(Checkpoint.of(record)))
+        if iters == 2:
+            deliver_now(client, spool)
+    spool.close()
+    path = Path("models") / SPOOL_NAME
+    head = path.read_bytes().index(b"\n") + 1  # the header names the run
+    path.write_bytes(path.read_bytes()[:head] + damage(path.read_bytes()[head:], random.Random(seed)))
+    run_sync(Path("models"), dry_run=False, tracking_uri=None, reporter=LoggingReporter(), stop=StopFlag())
+    for iters in range(1, 6):
+        found = resolve(f"{run_id}@{iters}")
+        assert (read_checkpoint(found.path)["state_dict"]["w"] == iters).all()
+    assert resolve(f"{run_id}@latest").iters == 5
+
+
+def test_the_loops_above_can_fail(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negative control: without verification, `torch.load` takes flipped bits for weights."""
+    from shufflenet_mlflow.checkpoint import verify
+
+    accept: Callable[..., None] = lambda *_arguments: None  # noqa: E731
+    monkeypatch.setattr(verify, "_verify", accept)
+    with pytest.raises(AssertionError):
+        test_checkpoints(True, checkpoint)

@@ -1,0 +1,152 @@
+"""Guarantee 2: whatever the tracking server does while a run is trained, all of it is there afterwards, once.
+
+Ten runs of the real command against a real server that is killed, stopped, restarted, slowed down, or answers 5xx and
+429, at random moments. How little the loop notices is measured by `benchmarks/outage.py`.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import small_options, steps
+from mlflow import MlflowClient
+from server import Proxy, Server
+
+from shufflenet_mlflow.checkpoint import list_checkpoints, list_records
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+
+ITERATIONS = 300
+SAVE_EVERY = 25
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.send(signal.SIGCONT)
+    server.kill()
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    proxy = Proxy(server)
+    yield proxy
+    proxy.close()
+
+
+def shufflenet(folder: Path, uri: str, *words: object) -> "subprocess.Popen[str]":
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "shufflenet_mlflow", *map(str, words)],
+        cwd=folder,
+        env={
+            **os.environ,
+            "MLFLOW_TRACKING_URI": uri,
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",  # else a server that hangs holds one request for long
+            "SHUFFLENET_CACHE_DIR": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",  # two threads on two busy cores wait for each other more than they work
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> Any:
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    return json.loads(out)
+
+
+def disturb(server: Server, proxy: Proxy, kind: str, seconds: float) -> None:
+    """One outage, after which the server answers again."""
+    if kind == "killed":
+        server.kill()
+        time.sleep(seconds)
+        server.start()
+    elif kind == "stopped":
+        server.send(signal.SIGSTOP)
+        time.sleep(seconds)
+        server.send(signal.SIGCONT)
+    else:
+        proxy.mode = kind
+        time.sleep(seconds)
+        proxy.mode = "pass"
+
+
+OUTAGES = [
+    *(["killed"], ["stopped"], ["killed", "stopped"], ["stopped", "stopped"], ["killed"]),
+    *(["slow", "stopped"], ["503", "slow"], ["500", "429"], ["429", "killed"], ["stopped", "503"]),
+]
+
+
+@pytest.mark.parametrize("seed", range(len(OUTAGES)), ids=lambda seed: "+".join(OUTAGES[seed]))
+def test_everything_is_there_afterwards_once(
+    seed: int, server: Server, proxy: Proxy, images: Path, tmp_path: Path
+) -> None:
+    generator = random.Random(seed)
+    options = ["--total-iters", ITERATIONS, "--save-interval", SAVE_EVERY, "--val-interval", 100, "--save-dir", "m"]
+    process = shufflenet(tmp_path / "work", proxy.uri, "train", *small_options(images), *options, "--json")
+    assert process.stderr is not None
+    for line in process.stderr:  # begin the first outage while it trains
+        if line.startswith("iteration") and int(line.split()[1].partition("/")[0]) >= generator.randint(4, 60):
+            break
+    for kind in OUTAGES[seed]:
+        disturb(server, proxy, kind, generator.uniform(0.5, 4.0))
+        time.sleep(generator.uniform(0.0, 1.0))
+    ended = finish(process)
+    assert ended["iters"] == ITERATIONS
+    if ended["pending"]:
+        synced = finish(shufflenet(tmp_path / "work", proxy.uri, "sync", "m", "--json"))
+        assert synced["pending"] == 0
+        ended["run_id"] = ended["run_id"] or synced["run_id"]
+    check(server, ended["run_id"], tmp_path / "work" / "m")
+
+
+def check(server: Server, run_id: str, directory: Path) -> None:
+    client = MlflowClient(server.uri)
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert steps(client, run_id, "train/loss") == list(range(2, ITERATIONS + 1, 2))
+    assert steps(client, run_id, "val/top1") == [100, 200, 300]
+    every = list(range(SAVE_EVERY, ITERATIONS + 1, SAVE_EVERY))
+    saved = {record.iters for record in list_records(directory)}
+    assert saved >= set(every)
+    assert steps(client, run_id, "loss") == sorted(saved)
+    there = Path(server.folder) / "artifacts" / run.info.experiment_id / run_id / "artifacts" / "checkpoints"
+    for path, record in zip(list_checkpoints(directory), list_records(directory), strict=True):
+        assert hashlib.sha256((there / path.name).read_bytes()).hexdigest() == record.sha256
+    assert json.loads(run.data.tags["checkpoint.latest"])["path"].endswith("bnps-checkpoint-000300.pth.tar")
+    assert len(run.inputs.dataset_inputs) == 2
+
+
+def test_a_server_that_is_away_all_the_time(server: Server, images: Path, tmp_path: Path) -> None:
+    """Dead at the start and at the end; `sync` brings it all from another process."""
+    proxy = Proxy(server)
+    proxy.mode = "503"
+    options = ["--total-iters", ITERATIONS, "--save-interval", SAVE_EVERY, "--val-interval", 100, "--save-dir", "m"]
+    ended = finish(shufflenet(tmp_path / "work", proxy.uri, "train", *small_options(images), *options, "--json"))
+    assert (ended["run_id"], ended["iters"]) == (None, ITERATIONS)
+    assert proxy.refused > 1
+    proxy.mode = "pass"
+    killed = shufflenet(tmp_path / "work", proxy.uri, "sync", "m", "--json")
+    time.sleep(6.0)
+    killed.kill()
+    killed.communicate()
+    synced = finish(shufflenet(tmp_path / "work", proxy.uri, "sync", "m", "--json"))
+    proxy.close()
+    check(server, synced["run_id"], tmp_path / "work" / "m")
+    client = MlflowClient(server.uri)
+    names = [run.info.run_name for run in client.search_runs([e.experiment_id for e in client.search_experiments()])]
+    assert len([name for name in names if name]) == len(names)
