@@ -86,6 +86,14 @@ class Proxy:
                     self.end_headers()
                     return
                 connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+                try:
+                    self.forward(connection, body)
+                except (OSError, http.client.HTTPException):  # one of the two has gone
+                    self.close_connection = True
+                finally:
+                    connection.close()
+
+            def forward(self, connection: http.client.HTTPConnection, body: bytes) -> None:
                 headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
                 connection.request(self.command, self.path, body, headers)
                 answer = connection.getresponse()
@@ -97,7 +105,6 @@ class Proxy:
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
-                connection.close()
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
 
