@@ -44,10 +44,10 @@ PHASES: dict[str, tuple[Any, str]] = {
     "journal: a line": (Spool, "_write_line"),
     "journal: delivered": (Spool, "delivered"),
     "journal: written anew": (Spool, "_rewrite"),
-    "upload: file": (MlflowClient, "log_artifact"),
+    "upload: file": (RunArtifacts, "put_file"),
     "upload: confirmed": (RunArtifacts, "upload"),
-    "upload: record": (MlflowClient, "log_text"),
-    "upload: metrics": (MlflowClient, "log_batch"),
+    "upload: record": (RunArtifacts, "write_record"),
+    "tag: committed, with metrics": (MlflowClient, "log_batch"),
     "tag: set": (MlflowClient, "set_tag"),
     "tag: cleared": (MlflowClient, "delete_tag"),
     "prune: chosen": (prune, "choose_dropped"),
@@ -139,7 +139,7 @@ def offline() -> Iterator[None]:
     def away(*_arguments: Any, **_keywords: Any) -> Any:
         raise ConnectionError("Connection refused")
 
-    for name in ("log_batch", "log_artifact", "log_text", "set_tag", "set_terminated", "get_run"):
+    for name in ("log_batch", "log_text", "set_tag", "set_terminated", "get_run"):
         setattr(MlflowClient, name, away)
     delivery.GIVE_UP_SECONDS = 0.0
     yield

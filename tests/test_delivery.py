@@ -62,25 +62,29 @@ def test_file_then_record_then_points_then_pointers(
     client: MlflowClient, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for name in ("log_artifact", "log_batch", "set_tag"):  # log_text is log_artifact of a temporary file
-        original = getattr(MlflowClient, name)
+    put_file, log_batch = RunArtifacts.put_file, MlflowClient.log_batch
 
-        def call(me: MlflowClient, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
-            word = "" if _name == "log_batch" else Path(str(args[1])).name.removeprefix("checkpoint-000005.pth")
-            calls.append(f"{_name} {word}".strip())
-            return _original(me, *args, **kwargs)
+    def put(me: RunArtifacts, path: Path) -> None:
+        calls.append(path.name)
+        put_file(me, path)
 
-        monkeypatch.setattr(MlflowClient, name, call)
+    def log(me: MlflowClient, run: str, metrics: Any = (), tags: Any = ()) -> None:
+        calls.append(" ".join([*(metric.key for metric in metrics), *(tag.key for tag in tags)]))
+        log_batch(me, run, metrics=metrics, tags=tags)
+
+    monkeypatch.setattr(RunArtifacts, "put_file", put)
+    monkeypatch.setattr(MlflowClient, "log_batch", log)
     checkpoint(tmp_path, 5, 0.5).send(RunTarget(client, run_id, tmp_path, is_new=True))
-    assert calls == [
-        *("log_artifact .tar", "log_artifact .tar.json", "log_batch"),
-        *("set_tag checkpoint.best", "set_tag checkpoint.latest"),
-    ]
+    name = "checkpoint-000005.pth.tar"
+    assert calls == [name, f"{name}.json", f"epoch loss {BEST_TAG} {LATEST_TAG}"]
 
 
-@pytest.mark.parametrize("broken", ["log_artifact", "log_text", "log_batch"])
+@pytest.mark.parametrize(
+    ("owner", "broken"),
+    [(RunArtifacts, "put_file"), (RunArtifacts, "write_record"), (MlflowClient, "log_batch")],
+)
 def test_no_pointer_moves_before_its_payload(
-    broken: str, client: MlflowClient, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any, broken: str, client: MlflowClient, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = RunTarget(client, run_id, tmp_path, is_new=True)
     checkpoint(tmp_path, 1, 0.1).send(target)
@@ -90,7 +94,7 @@ def test_no_pointer_moves_before_its_payload(
         def away(*_arguments: Any, **_keywords: Any) -> None:
             raise ConnectionError("Connection refused")
 
-        patch.setattr(MlflowClient, broken, away)
+        patch.setattr(owner, broken, away)
         with pytest.raises(TrackingError, match="connection refused"):
             second.send(target)
     assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (1, 1)
@@ -103,16 +107,16 @@ def test_what_arrives_damaged_is_not_committed(
 ) -> None:
     message = checkpoint(tmp_path, 1)
     target = RunTarget(client, run_id, tmp_path, is_new=True)
-    original = MlflowClient.log_artifact
+    original = RunArtifacts.put_file
 
-    def flip(me: MlflowClient, run: str, path: str, folder: str) -> None:
-        original(me, run, path, folder)
-        there = Path(target.artifacts._local_folder() or "") / folder / Path(path).name
+    def flip(me: RunArtifacts, path: Path) -> None:
+        original(me, path)
+        there = Path(me._local_folder() or "") / "checkpoints" / path.name
         data = bytearray(there.read_bytes())
         data[len(data) // 2] ^= 1
         there.write_bytes(data)
 
-    monkeypatch.setattr(MlflowClient, "log_artifact", flip)
+    monkeypatch.setattr(RunArtifacts, "put_file", flip)
     with pytest.raises(TrackingError, match="did not arrive whole: its SHA-256 there is"):
         message.send(target)
     assert LATEST_TAG not in client.get_run(run_id).data.tags
@@ -317,17 +321,18 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(opening, "is_server", lambda _uri: True)
     monkeypatch.setattr(delivery, "FIRST_PAUSE", 0.02)
     monkeypatch.setattr(delivery, "GIVE_UP_SECONDS", 0.2)
-    for name in [
-        name for name in dir(MlflowClient) if not name.startswith("_") and callable(getattr(MlflowClient, name))
-    ]:
-        original = getattr(MlflowClient, name)
+    calls = [(MlflowClient, name) for name in dir(MlflowClient) if not name.startswith("_")]
+    for owner, name in [*calls, (RunArtifacts, "_artifact_repository")]:
+        original = getattr(owner, name)
+        if not callable(original):
+            continue
 
         def call(*arguments: Any, _original: Any = original, **keywords: Any) -> Any:
             if Away.on:
                 raise ConnectionError("Connection refused")
             return _original(*arguments, **keywords)
 
-        monkeypatch.setattr(MlflowClient, name, call)
+        monkeypatch.setattr(owner, name, call)
     return Away
 
 
@@ -424,7 +429,7 @@ def test_save_checkpoint_notes_what_it_could_not_bring(
         def refuse(*_arguments: Any) -> None:
             raise ConnectionError("Connection refused")
 
-        patch.setattr(MlflowClient, "log_artifact", refuse)
+        patch.setattr(RunArtifacts, "put_file", refuse)
         for iters in (1, 2):
             with pytest.raises(TrackingError, match="is on the disk, and `shufflenet sync models` brings it"):
                 save_checkpoint(state, iters, run_id=run_id)

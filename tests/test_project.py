@@ -83,7 +83,7 @@ def test_mlproject_mirrors_the_command(name: str) -> None:
 LAYERS = [
     {"errors"},
     {"config", "stopping", "reporting"},
-    {"models", "data", "checkpoint", "client", "locks"},
+    {"models", "data", "checkpoint", "client", "locks", "priority"},
     {"spool"},
     {"recipe", "resolve", "network"},
     {"evaluate", "state", "start"},

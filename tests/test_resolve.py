@@ -13,6 +13,7 @@ from shufflenet_mlflow import get_lastest_model, get_latest_model, save_checkpoi
 from shufflenet_mlflow.checkpoint import read_checkpoint, verify_checkpoint, write_checkpoint
 from shufflenet_mlflow.errors import CorruptCheckpointError, TrackingError, UnresolvedError
 from shufflenet_mlflow.resolve import resolve
+from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.resolve.reference import ModelReference, RunReference, parse_reference
 
 ID = "0123456789abcdef" * 2
@@ -286,7 +287,7 @@ def test_the_tag_does_not_move_when_the_upload_fails(
     def refuse(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    monkeypatch.setattr(RunArtifacts, "put_file", refuse)
     with pytest.raises(TrackingError, match="cannot upload the checkpoint checkpoint-000020"):
         save_checkpoint(state(), 20, directory=tmp_path, run_id=run_id, val_top1=0.2)
     assert client.get_run(run_id).data.tags == before

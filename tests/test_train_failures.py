@@ -24,6 +24,7 @@ from shufflenet_mlflow.errors import (
     ShuffleNetError,
 )
 from shufflenet_mlflow.jobs import run_training
+from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.state import Meter, TrainingState
 from shufflenet_mlflow.stopping import StopFlag
@@ -172,15 +173,16 @@ class Outage:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.on = False
-        for name in ("log_batch", "log_artifact", "log_text", "set_tag", "set_terminated"):
-            original = getattr(MlflowClient, name)
+        writing = [(MlflowClient, name) for name in ("log_batch", "log_text", "set_tag", "set_terminated")]
+        for owner, name in [*writing, (RunArtifacts, "put_file")]:
+            original = getattr(owner, name)
 
-            def call(client: MlflowClient, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            def call(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
                 if self.on:
                     raise ConnectionError("Connection refused")
-                return _original(client, *args, **kwargs)
+                return _original(*args, **kwargs)
 
-            monkeypatch.setattr(MlflowClient, name, call)
+            monkeypatch.setattr(owner, name, call)
         monkeypatch.setattr(delivery, "FIRST_PAUSE", 0.02)
         monkeypatch.setattr(delivery, "LONGEST_PAUSE", 0.05)
         monkeypatch.setattr(delivery, "GIVE_UP_SECONDS", 0.5)
@@ -225,15 +227,15 @@ def test_a_final_upload_that_failed_is_made_up_for(
     images: Path, client: MlflowClient, outage: Outage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two checkpoints are of the last iteration; it is the second one that must not get lost."""
-    original = MlflowClient.log_artifact
+    original = RunArtifacts.put_file
     failing = True
 
-    def refuse_the_last(client: MlflowClient, run_id: str, path: str, folder: str) -> None:
-        if failing and "bnps-" in path:
+    def refuse_the_last(artifacts: RunArtifacts, path: Path) -> None:
+        if failing and "bnps-" in path.name:
             raise ConnectionError("Connection refused")
-        original(client, run_id, path, folder)
+        original(artifacts, path)
 
-    monkeypatch.setattr(MlflowClient, "log_artifact", refuse_the_last)
+    monkeypatch.setattr(RunArtifacts, "put_file", refuse_the_last)
     reporter = Reporter()
     first = run(images, "--save-dir", "models", reporter=reporter)
     assert first.pending >= 2  # the checkpoint and the end of the run

@@ -137,7 +137,6 @@ def _train(
         retention=Retention(config.keep_last, config.keep_best, config.keep_every),
         continue_on_error=config.on_save_error == "continue",
         reporter=reporter,
-        just_written=session.just_written,
     )
     summary = TrainSummary(session.run_id, client_uri, directory)
     # A fork has no checkpoint of its own yet, also if it is stopped at once.

@@ -47,7 +47,7 @@ class RunArtifacts:
     def sizes(self) -> dict[str, int | None]:
         """File name -> bytes, where the store knows them; records included."""
         with mlflow_errors(f"list the checkpoints of run {self.run_id}"):
-            found = self.client.list_artifacts(self.run_id, ARTIFACT_FOLDER)
+            found = self._artifact_repository().list_artifacts(ARTIFACT_FOLDER)
         return {artifact.path.rpartition("/")[2]: artifact.file_size for artifact in found}
 
     def record_of(self, name: str) -> CheckpointRecord | None:
@@ -88,7 +88,7 @@ class RunArtifacts:
         Raises:
             TrackingError: something else arrived.
         """
-        self.client.log_artifact(self.run_id, str(path), ARTIFACT_FOLDER)
+        self.put_file(path)
         folder = self._local_folder()
         if folder is not None:
             with open(folder / ARTIFACT_FOLDER / path.name, "rb") as file:
@@ -104,9 +104,19 @@ class RunArtifacts:
                 f"{path.name} did not arrive whole: {sizes[path.name]} of {record.bytes} bytes are in run {self.run_id}"
             )
 
+    def put_file(self, path: Path) -> None:
+        """Put one file into the folder, unconfirmed.
+
+        The client's call for that asks for the run first, each time.
+        """
+        self._artifact_repository().log_artifact(str(path), ARTIFACT_FOLDER)
+
     def write_record(self, record: CheckpointRecord) -> None:
         """Put the record beside its artifact."""
-        self.client.log_text(self.run_id, record.to_line(), f"{ARTIFACT_FOLDER}/{record.file_name}.json")
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / f"{record.file_name}.json"
+            path.write_text(record.to_line(), "utf-8")
+            self.put_file(path)
         self._records[record.file_name] = record
 
     def delete(self, name: str) -> None:
@@ -125,7 +135,7 @@ class RunArtifacts:
         self._records.pop(name, None)
 
     def _artifact_repository(self) -> Any:
-        """MLflow's own access to the artifacts: deleting is not among the client's calls."""
+        """MLflow's own access to the artifacts; deleting is not among the client's calls."""
         if self._repository is None:
             from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 

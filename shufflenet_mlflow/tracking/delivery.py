@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from shufflenet_mlflow.client import redact
 from shufflenet_mlflow.errors import RefusedError, TrackingError
+from shufflenet_mlflow.priority import yield_to_training
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.spool import Entry, Spool, is_made
 from shufflenet_mlflow.stopping import StopFlag
@@ -169,6 +170,7 @@ class Delivery:
         return self.spool.pending if late or self.reason else 0
 
     def _work(self) -> None:
+        yield_to_training()
         while True:
             with self._changed:
                 while not self._woken and not self._closing:

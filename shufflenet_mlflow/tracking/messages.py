@@ -130,12 +130,15 @@ class MetricPoints:
         send_points(target, [self])
 
 
-def send_points(target: RunTarget, several: Sequence[MetricPoints]) -> None:
+def send_points(target: RunTarget, several: Sequence[MetricPoints], tags: Mapping[str, str] | None = None) -> None:
     """Log the points that the run does not have yet, in as few requests as possible.
 
     A resumed run repeats the iterations since its checkpoint, and MLflow would keep their points twice.
+
+    Args:
+        tags: set in the same request.
     """
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, RunTag
 
     seen = target.seen_steps()
     metrics: list[Metric] = []
@@ -144,10 +147,12 @@ def send_points(target: RunTarget, several: Sequence[MetricPoints]) -> None:
             steps = seen.setdefault(name, set())
             if points.step not in steps and not any(m.key == name and m.step == points.step for m in metrics[-64:]):
                 metrics.append(Metric(name, float(value), points.timestamp, points.step))
-    for first in range(0, len(metrics), MOST_POINTS):
+    waiting = [RunTag(key, value) for key, value in (tags or {}).items()]
+    for first in range(0, max(len(metrics), len(waiting)), MOST_POINTS):
         batch = metrics[first : first + MOST_POINTS]
-        with mlflow_errors(f"log metrics at step {batch[0].step}"):
-            target.client.log_batch(target.run_id, metrics=batch)
+        with mlflow_errors(f"log metrics at step {several[0].step}"):
+            target.client.log_batch(target.run_id, metrics=batch, tags=waiting)
+        waiting = []
         for metric in batch:
             seen[metric.key].add(metric.step)
 
@@ -287,17 +292,19 @@ class Checkpoint:
                 artifacts.write_record(record)
         values = {"epoch": record.epoch, "loss": record.loss}
         points = {key: float(value) for key, value in values.items() if value is not None}
-        MetricPoints(points, record.iters, self.timestamp).send(target)
-        self._commit(target, record)
+        tags = self._pointers(target, record)
+        send_points(target, [MetricPoints(points, record.iters, self.timestamp)], tags)
 
-    def _commit(self, target: RunTarget, record: CheckpointRecord) -> None:
+    def _pointers(self, target: RunTarget, record: CheckpointRecord) -> dict[str, str]:
+        """The tags that are to name this checkpoint from now on."""
         tags = target.read().data.tags
         latest, best = record_in(tags, LATEST_TAG), record_in(tags, BEST_TAG)
+        moved = {}
         if is_better(record, best):
-            target.set_tag(BEST_TAG, record.to_json())
-        newer = latest is None or latest.iters <= record.iters
-        if newer and latest != record:
-            target.set_tag(LATEST_TAG, record.to_json())
+            moved[BEST_TAG] = record.to_json()
+        if latest != record and (latest is None or latest.iters <= record.iters):
+            moved[LATEST_TAG] = record.to_json()
+        return moved
 
 
 def _is_to_be_sent(path: Path, record: CheckpointRecord, just_written: JustWritten) -> bool:

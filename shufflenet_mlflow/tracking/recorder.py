@@ -5,8 +5,9 @@ import queue
 import threading
 from collections.abc import Callable
 
+from shufflenet_mlflow.priority import yield_to_training
 from shufflenet_mlflow.spool import Spool
-from shufflenet_mlflow.tracking.messages import Message, to_body
+from shufflenet_mlflow.tracking.messages import JustWritten, Message, to_body
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +20,14 @@ class Recorder:
     Args:
         run: the run's ID, or what it is called until it has one.
         wake: called when something new is in the journal.
+        just_written: what this process wrote itself, for whoever sends it.
     """
 
-    def __init__(self, spool: Spool, run: str, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, spool: Spool, run: str, wake: Callable[[], None], just_written: JustWritten | None = None
+    ) -> None:
         self.spool, self.run, self._wake = spool, run, wake
+        self.just_written = just_written if just_written is not None else {}
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.failure: BaseException | None = None
         """What a job raised; nobody else hears of it."""
@@ -76,6 +81,7 @@ class Recorder:
             logger.warning("%s", self.failure)
 
     def _work(self) -> None:
+        yield_to_training()
         while (job := self._jobs.get()) is not None:
             try:
                 job()

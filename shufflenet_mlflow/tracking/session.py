@@ -48,10 +48,8 @@ class TrackingSession:
         self._reporter, self._stop = reporter, stop
         spool.set_owner(run, stored_uri(client.tracking_uri))
         deliverer = Deliverer(client, spool, new_runs=[run] if is_new else [])
-        self.just_written = deliverer.just_written
-        """To be filled by the store."""
         self.delivery = Delivery(deliverer, reporter)
-        self.recorder = Recorder(spool, run, self.delivery.wake)
+        self.recorder = Recorder(spool, run, self.delivery.wake, deliverer.just_written)
         if spool.pending:
             reporter.note(f"{spool.pending} entries from before wait for MLflow in {spool.path}")
             self.delivery.wake()

@@ -18,7 +18,7 @@ from shufflenet_mlflow.checkpoint import (
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.spool import Spool, is_made
-from shufflenet_mlflow.tracking.messages import Checkpoint, JustWritten, MetricPoints, Prune, now_ms
+from shufflenet_mlflow.tracking.messages import Checkpoint, MetricPoints, Prune, now_ms
 from shufflenet_mlflow.tracking.prune import pending_names
 from shufflenet_mlflow.tracking.recorder import Recorder
 
@@ -44,7 +44,6 @@ class TrackedStore:
     Args:
         continue_on_error: a checkpoint that cannot be written is reported, and training goes on without it;
             otherwise the next `save`, or `finish`, raises.
-        just_written: the session's, to be filled.
     """
 
     def __init__(
@@ -55,14 +54,12 @@ class TrackedStore:
         retention: Retention,
         continue_on_error: bool,
         reporter: Reporter,
-        just_written: JustWritten | None = None,
     ) -> None:
         self.directory = directory
         self._recorder = recorder
         self._retention = retention
         self._continue_on_error = continue_on_error
         self._reporter = reporter
-        self._just_written = just_written if just_written is not None else {}
         self._buffer = StateBuffer()
         self._submitted: set[Path] = set()
         self._newest: Path | None = None
@@ -102,7 +99,7 @@ class TrackedStore:
         finally:
             self._buffer.release()
         self._newest, self._failure = path, None
-        self._just_written[path.name] = (record.sha256, time.monotonic())
+        self._recorder.just_written[path.name] = (record.sha256, time.monotonic())
         self._recorder.append(Checkpoint.of(record), durable=True)
         if self._retention.is_set:
             rules = self._retention
