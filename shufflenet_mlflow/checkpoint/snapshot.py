@@ -45,7 +45,6 @@ class StateBuffer:
         self._used = 0
 
         def hold(tensor: Tensor) -> Tensor:
-            tensor = tensor.detach()
             if tensor.layout != torch.strided or not tensor.numel():
                 return compact(tensor).clone()
             target = self._buffer_like(tensor)

@@ -74,20 +74,28 @@ def to_plain(value: Any, where: str = "state", *, hold: Callable[[Tensor], Tenso
     Raises:
         CheckpointError: something in it is neither a tensor nor plain; the message says where.
     """
-    held: dict[tuple[Any, ...], Tensor] = {}
+    held: dict[int, tuple[Tensor, Tensor]] = {}
 
     def hold_once(tensor: Tensor) -> Tensor:
-        if tensor.layout != torch.strided or not tensor.numel():
+        if tensor.layout != torch.strided:
             return hold(tensor)
-        view = (tensor.data_ptr(), tensor.device, tensor.shape, tensor.stride(), tensor.dtype)
-        if view not in held:
-            held[view] = hold(tensor)
-        return held[view]
+        address = tensor.data_ptr()  # 0 for an empty one
+        known = held.get(address) if address else None
+        if known is not None and _are_one_view(known[0], tensor):
+            return known[1]
+        held[address] = tensor, hold(tensor)
+        return held[address][1]
 
     try:
         return _plain(value, hold_once)
     except _NotPlainError:
         raise CheckpointError(_find_what_is_not_plain(value, where)) from None
+
+
+def _are_one_view(first: Tensor, second: Tensor) -> bool:
+    """Of two tensors that begin at one address."""
+    same = first.dtype == second.dtype and first.device == second.device
+    return same and first.shape == second.shape and first.stride() == second.stride()
 
 
 class _NotPlainError(Exception):
