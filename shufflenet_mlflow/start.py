@@ -1,5 +1,6 @@
 """What a training run begins with: a checkpoint to continue, or one whose weights it takes over."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from shufflenet_mlflow.checkpoint import (
     parse_name,
     read_checkpoint,
 )
-from shufflenet_mlflow.config import check_types
-from shufflenet_mlflow.errors import CheckpointError, ConfigError, ResumeError
+from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
+from shufflenet_mlflow.errors import CheckpointError, ConfigError, ResumeError, TrackingError, UnresolvedError
 from shufflenet_mlflow.network import Architecture, Described, describe, identify
-from shufflenet_mlflow.resolve import newest_valid, resolve
+from shufflenet_mlflow.resolve import Resolved, RunReference, newest_valid, parse_reference, resolve
 from shufflenet_mlflow.spool import look
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def find_start(request: TrainRequest) -> Start | None:
                 f"--resume {directory} and another --save-dir"
             )
         return _load_start(found.path, None)
-    resolved = resolve(request.resume, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
+    resolved = _resolve(request)
     start = _load_start(resolved.path, resolved.run_id)
     if found is not None:
         there = run_of(found.path, read_checkpoint(found.path))
@@ -148,6 +151,35 @@ def find_start(request: TrainRequest) -> Start | None:
         if request.new_run or (there != start.run_id and not same_folder):
             raise ResumeError(f"--save-dir {str(directory)!r} holds checkpoints of run {there}; name another folder")
     return start
+
+
+def _resolve(request: TrainRequest) -> Resolved:
+    """What `--resume` means. The latest of a run may still lie on this disk, if MLflow never got it."""
+    reference = parse_reference(request.resume)
+    is_latest = isinstance(reference, RunReference) and reference.which == "latest" and reference.artifact is None
+    if request.new_run or not isinstance(reference, RunReference) or not is_latest:
+        return resolve(request.resume, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
+    local = _newest_of_run(request.save_dir or Path(DEFAULT_SAVE_ROOT) / reference.run_id, reference.run_id)
+    try:
+        resolved = resolve(request.resume, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
+    except (TrackingError, UnresolvedError) as error:
+        if local is None:
+            raise
+        logger.warning("%s; taking %s", error, local.path)
+        return local
+    if local is None or local.iters <= resolved.iters:
+        return resolved
+    logger.info("%s is newer than what MLflow has", local.path)
+    return local
+
+
+def _newest_of_run(directory: Path, run_id: str) -> Resolved | None:
+    """The newest checkpoint in `directory` that verifies, if it is one of that run's."""
+    try:
+        found = newest_valid(directory)
+    except UnresolvedError:
+        return None
+    return found if found is not None and run_of(found.path, read_checkpoint(found.path)) == run_id else None
 
 
 def run_of(path: Path, payload: Mapping[str, Any]) -> str | None:

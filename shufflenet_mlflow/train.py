@@ -62,6 +62,9 @@ class CheckpointStore(Protocol):
         that cannot be done, because it was not this store that kept it.
         """
 
+    def newest(self) -> Path | None:
+        """Wait until everything is on the disk, or has failed; the newest checkpoint that is there."""
+
     def finish(self) -> Path | None:
         """Wait until everything is on the disk; the newest checkpoint that is, None if there is none.
 
@@ -165,7 +168,7 @@ class Trainer:
                 self._save_once()
             raise death from error
         except NonFiniteLossError as error:
-            saved = self._on_disk()
+            saved = self.store.newest() or self._resumed_from
             kept = f"the last good checkpoint is {str(saved)!r}" if saved else "no checkpoint yet"
             raise NonFiniteLossError(f"{error}; {kept}") from error
         return self._result()

@@ -336,6 +336,10 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Away
 
 
+def all_runs(client: MlflowClient) -> list[Any]:
+    return list(client.search_runs([item.experiment_id for item in client.search_experiments()]))
+
+
 def sync(directory: str = "models") -> Any:
     return run_sync(Path(directory), dry_run=False, tracking_uri=None, reporter=LoggingReporter(), stop=StopFlag())
 
@@ -352,7 +356,7 @@ def test_a_run_that_began_without_its_server(images: Path, client: MlflowClient,
     away.on = False
     report = sync()
     assert (report.sent, report.pending) == (summary.pending, ())
-    [made] = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    [made] = all_runs(client)
     assert (made.info.run_id, made.info.run_name, made.info.status) == (report.run_id, "offline", "FINISHED")
     assert made.data.params["batch_size"] == "8"
     assert len(made.inputs.dataset_inputs) == 2
@@ -388,7 +392,7 @@ def test_a_run_without_its_server_is_resumed_without_it(
     assert (ended.run_id, ended.result.iters) == (None, 12)
     away.on = False
     assert sync().pending == ()
-    [made] = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    [made] = all_runs(client)
     assert made.info.status == "FINISHED"
     again = run(images, "--save-dir", "models")
     assert_same_end(client, again, uninterrupted)
@@ -407,7 +411,7 @@ def test_a_run_is_made_once_however_often_that_is_interrupted(
         patch.setattr(Spool, "bind", die)
         sync()
     sync()
-    assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 1
+    assert len(all_runs(client)) == 1
 
 
 def test_an_answer_is_not_an_outage(images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,6 +419,31 @@ def test_an_answer_is_not_an_outage(images: Path, client: MlflowClient, monkeypa
     client.delete_experiment(client.create_experiment("gone"))
     with pytest.raises(TrackingError, match="the experiment 'gone' was deleted"):
         run(images, "--experiment", "gone")
+
+
+def test_the_newest_checkpoint_may_lie_on_this_disk_only(
+    images: Path, client: MlflowClient, away: Any, uninterrupted: Any
+) -> None:
+    """The server went away, then the process stopped: the run ID still finds what was saved last."""
+    from training import run_until
+
+    def switch(phase: str, done: int) -> None:
+        if phase == "training" and done == 6:
+            deadline = time.monotonic() + 20
+            while not any(run.data.tags.get(LATEST_TAG) for run in all_runs(client)) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            away.on = True
+
+    away.on = False
+    stopped = run_until(images, "training", 8, at=switch)
+    assert stopped.pending
+    away.on = False
+    assert tagged(client, str(stopped.run_id), LATEST_TAG) == 5
+    ended = run(images, "--resume", stopped.run_id)
+    assert_same_end(client, ended, uninterrupted)
+    assert client.get_run(str(ended.run_id)).data.tags["resumed.from_iters"] == "8"
+    away.on = True
+    assert run(images, "--resume", stopped.run_id).was_complete  # and without the server
 
 
 # ---------------------------------------------------------------- the library call and the journal

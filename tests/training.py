@@ -62,10 +62,18 @@ def run(
     return run_training(request(images, *arguments), reporter=reporter or Reporter(), stop=stop or StopFlag())
 
 
-def run_until(images: Path, phase: str, done: int, *arguments: object, by: int = signal.SIGTERM) -> TrainSummary:
-    """Train, and receive a real signal after `done` units of `phase`."""
+def run_until(
+    images: Path,
+    phase: str,
+    done: int,
+    *arguments: object,
+    by: int = signal.SIGTERM,
+    at: Callable[[str, int], None] = lambda *_: None,
+) -> TrainSummary:
+    """Train, and receive a real signal after `done` units of `phase`; `at` as for `Reporter`."""
 
     def pull(name: str, count: int) -> None:
+        at(name, count)
         if (name, count) == (phase, done):
             signal.raise_signal(by)
 

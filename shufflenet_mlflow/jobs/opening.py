@@ -1,10 +1,11 @@
 """The MLflow run that a training job writes to, also where the server is away."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shufflenet_mlflow.client import impatient, is_server
+from shufflenet_mlflow.client import impatient, is_server, mlflow_errors
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.errors import ResumeError, TrackingError
 from shufflenet_mlflow.planning import data_name
@@ -40,6 +41,18 @@ class OpenedRun:
     experiment_id: str = ""
     made: AdoptedRun | None = None
     """The run that `mlflow run` made if that is another one: it ends as this one does."""
+
+
+@contextmanager
+def ending_on_error(client: "MlflowClient", run: str) -> Iterator[None]:
+    """If the block fails, the run that was just made for it has failed."""
+    try:
+        yield
+    except BaseException:
+        if is_made(run):
+            with suppress(TrackingError), mlflow_errors(f"end run {run}"):
+                client.set_terminated(run, "FAILED")
+        raise
 
 
 def open_run(

@@ -12,7 +12,8 @@ from shufflenet_mlflow.checkpoint import Retention, load_checkpoint, remove_left
 from shufflenet_mlflow.client import connect, prepare_environment
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, TrainConfig, check_resumable
 from shufflenet_mlflow.data.folder import ImageListing
-from shufflenet_mlflow.jobs.opening import open_run
+from shufflenet_mlflow.errors import CheckpointError
+from shufflenet_mlflow.jobs.opening import ending_on_error, open_run
 from shufflenet_mlflow.models.cost import model_cost
 from shufflenet_mlflow.planning import Plan, check_same_data, choose_device, data_name, plan
 from shufflenet_mlflow.recipe import make_optimizer, make_scheduler
@@ -103,7 +104,8 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
         init = None  # its weights have been copied
         if spool is None:
             save_dir = Path(DEFAULT_SAVE_ROOT) / opened.run
-            spool = Spool(save_dir)
+            with ending_on_error(client, opened.run):
+                spool = Spool(save_dir)
         closing.pop_all()  # the session closes it
         session = TrackingSession(client, spool, opened.run, is_new=opened.is_new, reporter=reporter, stop=stop)
         remove_leftovers(spool.directory)
@@ -162,6 +164,9 @@ def _train(
     )
     try:
         result = trainer.run(continued.path if continued is not None else None)
+    except BaseException as error:
+        _warn_of_failed_saves(store, error, reporter)
+        raise
     finally:
         session.iters = state.iters
     if skipped := len(trainer.bad_images.seen):
@@ -170,6 +175,15 @@ def _train(
     if result.stopped_by is not None:
         session.status = "KILLED"
     return replace(summary, result=result)
+
+
+def _warn_of_failed_saves(store: TrackedStore, error: BaseException, reporter: Reporter) -> None:
+    """What ended the run is what the caller must hear of; that a checkpoint is missing too must not get lost."""
+    try:
+        store.finish()
+    except CheckpointError as failure:
+        if failure is not error:
+            reporter.warn(str(failure))
 
 
 def _fresh_state(planned: Plan, device: torch.device, *, first_weights: bool) -> TrainingState:

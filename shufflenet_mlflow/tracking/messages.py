@@ -307,14 +307,19 @@ class Checkpoint:
         return moved
 
 
+def is_trusted(record: CheckpointRecord, just_written: JustWritten) -> bool:
+    """Whether this process read the file back a moment ago."""
+    sha256, when = just_written.get(record.file_name, ("", 0.0))
+    return sha256 == record.sha256 and time.monotonic() - when < TRUST_SECONDS
+
+
 def _is_to_be_sent(path: Path, record: CheckpointRecord, just_written: JustWritten) -> bool:
     """Whether the file is what its record says; False if a later one has taken its name.
 
     Raises:
         RefusedError: it is damaged, or gone.
     """
-    sha256, when = just_written.get(path.name, ("", 0.0))
-    if sha256 == record.sha256 and time.monotonic() - when < TRUST_SECONDS and path.exists():
+    if is_trusted(record, just_written) and path.exists():
         return True
     try:
         verify_checkpoint(path, record)

@@ -28,7 +28,7 @@ from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.resolve.artifacts import DELETING_TAG, being_deleted
 from shufflenet_mlflow.resolve.remote import promoted_names
 from shufflenet_mlflow.spool import look
-from shufflenet_mlflow.tracking.messages import RunTarget, record_in
+from shufflenet_mlflow.tracking.messages import JustWritten, RunTarget, is_trusted, record_in
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ def choose_dropped(
         named = (record_in(tags, LATEST_TAG), record_in(tags, BEST_TAG))
         protected |= {record.file_name for record in named if record is not None}
         protected |= promoted_names(target.client, target.run_id)
-    protected |= _newest_valid_name(directory, local, remote)
+    just_written = target.just_written if target is not None else {}
+    protected |= _newest_valid_name(directory, local, remote, just_written)
     dropped = retention.drop(list({**local, **remote}.values()), protected)
     return [
         Dropped(record, on_disk=on_disk, in_run=record.file_name in remote)
@@ -93,11 +94,14 @@ def choose_dropped(
 
 
 def _newest_valid_name(
-    directory: Path | None, local: dict[str, CheckpointRecord], remote: dict[str, CheckpointRecord]
+    directory: Path | None,
+    local: dict[str, CheckpointRecord],
+    remote: dict[str, CheckpointRecord],
+    just_written: JustWritten,
 ) -> set[str]:
     """The newest checkpoint that can be relied on: it stays, whatever the rules say."""
     for name in newest_first({**local, **remote}):
-        if directory is None or name not in local:
+        if directory is None or name not in local or is_trusted(local[name], just_written):
             return {name}
         try:
             verify_checkpoint(directory / name, local[name])

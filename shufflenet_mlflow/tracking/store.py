@@ -118,6 +118,11 @@ class TrackedStore:
         self._recorder.do(mark)
         return True
 
+    def newest(self) -> Path | None:
+        """See `shufflenet_mlflow.train.CheckpointStore`."""
+        self._recorder.drain()
+        return self._newest
+
     def finish(self) -> Path | None:
         """See `shufflenet_mlflow.train.CheckpointStore`.
 
