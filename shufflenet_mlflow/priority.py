@@ -1,4 +1,4 @@
-"""Letting the training loop go first."""
+"""Letting the training loop go first, where it never has to wait for the thread in question."""
 
 import contextlib
 import os

@@ -33,7 +33,11 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 TRIALS = 1000
 
-logging.getLogger("shufflenet_mlflow").setLevel(logging.ERROR)
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """Thousands of warnings say nothing more than the first."""
+    caplog.set_level(logging.ERROR, "shufflenet_mlflow")
 
 
 def damage(original: bytes, generator: random.Random) -> bytes:

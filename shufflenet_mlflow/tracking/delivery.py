@@ -170,7 +170,7 @@ class Delivery:
         return self.spool.pending if late or self.reason else 0
 
     def _work(self) -> None:
-        yield_to_training()
+        yield_to_training()  # the thread that writes files does not: the next save waits for it
         while True:
             with self._changed:
                 while not self._woken and not self._closing:

@@ -5,7 +5,6 @@ import queue
 import threading
 from collections.abc import Callable
 
-from shufflenet_mlflow.priority import yield_to_training
 from shufflenet_mlflow.spool import Spool
 from shufflenet_mlflow.tracking.messages import JustWritten, Message, to_body
 
@@ -81,7 +80,6 @@ class Recorder:
             logger.warning("%s", self.failure)
 
     def _work(self) -> None:
-        yield_to_training()
         while (job := self._jobs.get()) is not None:
             try:
                 job()
