@@ -19,8 +19,8 @@ from the first step to the last, and `total_s`, until everything has arrived and
 is the processor time that the server and everything else on the machine took meanwhile: where it is not small, and
 not alike on all sides, the machine was too busy to compare anything.
 
-The sides do not do the same work: only `ours` syncs each file to the disk, hashes it, reads it back, and checks it
-again before it is sent; that costs processor time, which shows in `cpu_s`.
+The sides do not do the same work: only `ours` syncs each file to the disk, hashes it, reads it back, and confirms what
+arrived; that costs processor time, which shows in `cpu_s`.
 
 Unless `--interval` is given, there is as much training between two checkpoints as one of `inline` takes, and not less
 than 20 iterations of the small network.
