@@ -222,6 +222,8 @@ class Workplace:
     def check_at_rest(self) -> None:
         """After a process that ended by itself: all is delivered, once, and nothing is left lying about."""
         assert not look(self.directory).entries
+        refused = self.directory / delivery.REFUSED_NAME
+        assert not refused.exists(), refused.read_text()
         names = {entry.name for entry in self.directory.iterdir() if entry.is_file()}
         local = {path.name for path in list_checkpoints(self.directory)}
         assert names == local | {f"{name}.json" for name in local} | {"spool.jsonl", "spool.lock"}, names

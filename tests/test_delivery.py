@@ -430,7 +430,9 @@ def test_the_newest_checkpoint_may_lie_on_this_disk_only(
     def switch(phase: str, done: int) -> None:
         if phase == "training" and done == 6:
             deadline = time.monotonic() + 20
-            while not any(run.data.tags.get(LATEST_TAG) for run in all_runs(client)) and time.monotonic() < deadline:
+            while time.monotonic() < deadline:
+                if any('"iters": 5' in run.data.tags.get(LATEST_TAG, "") for run in all_runs(client)):
+                    break
                 time.sleep(0.02)
             away.on = True
 

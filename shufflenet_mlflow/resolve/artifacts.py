@@ -77,6 +77,12 @@ class RunArtifacts:
                 self._records[name] = record
         return [self._records[name] for name in names if name in self._records]
 
+    def lonely_records(self) -> list[str]:
+        """Names of checkpoints that are gone but for their records: a deletion was cut short."""
+        names = self.sizes()
+        ends = [name.removesuffix(".json") for name in names if name.endswith(".json")]
+        return [name for name in ends if name not in names and newest_first([name])]
+
     def download(self, artifact: str, folder: Path) -> Path:
         """Fetch one artifact into `folder`, unverified."""
         with mlflow_errors(f"download {artifact} of run {self.run_id}"):

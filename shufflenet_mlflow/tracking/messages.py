@@ -276,7 +276,8 @@ class Checkpoint:
         """Upload, confirm, record, then commit."""
         record = CheckpointRecord(**self.record)
         artifacts, name = target.artifacts, record.file_name
-        if self.unless_passed:
+        gone = self.again and not (target.directory / name).exists()  # pruned since this was noted
+        if self.unless_passed or gone:
             latest = record_in(target.read().data.tags, LATEST_TAG)
             if latest is not None and newest_first({latest.file_name, name})[0] == latest.file_name:
                 return

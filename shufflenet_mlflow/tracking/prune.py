@@ -142,6 +142,8 @@ def prune_run(target: RunTarget, retention: Retention) -> list[Dropped]:
     _complete(target)
     dropped = choose_dropped(target.directory, retention, target=target, waiting=pending_names(target.directory))
     delete(dropped, target.directory, target)
+    for name in target.artifacts.lonely_records():
+        target.artifacts.delete(name)
     return dropped
 
 

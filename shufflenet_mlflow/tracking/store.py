@@ -153,8 +153,9 @@ def lost_checkpoints(spool: Spool) -> list[Checkpoint]:
     ones, those count that the run cannot have had; where lines of the journal were damaged, all.
     """
     waiting = pending_names(spool.directory)
-    records = [record for record in list_records(spool.directory) if record.file_name not in waiting]
+    records = list_records(spool.directory)
     return [
         Checkpoint.of(record, again=True, unless_passed=record != records[0] and not spool.was_damaged)
         for record in reversed(records)
+        if record.file_name not in waiting
     ]
