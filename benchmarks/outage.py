@@ -73,7 +73,9 @@ class Clock(LoggingReporter):
     """Notes when each iteration ends; the gap between two is what a person waits for."""
 
     def __init__(self, at: dict[int, Callable[[], None]]) -> None:
-        self.at, self.ends = at, [time.perf_counter()]
+        self.at = at
+        self.steps_ms: list[float] = []
+        self.last = time.perf_counter()
 
     def phase(self, name: str, total: int, done: int = 0) -> Any:
         clock = self
@@ -82,22 +84,21 @@ class Clock(LoggingReporter):
 
         class Steps:
             def __enter__(self) -> "Steps":
-                clock.ends = [time.perf_counter()]
+                clock.last = time.perf_counter()
                 return self
 
             def __exit__(self, *_exception: object) -> None:
                 pass
 
             def advance(self) -> None:
-                clock.ends.append(time.perf_counter())
-                if len(clock.ends) - 1 in clock.at:
-                    clock.at[len(clock.ends) - 1]()
-                    clock.ends[-1] = time.perf_counter()  # what pulls the plug takes time of its own
+                now = time.perf_counter()
+                clock.steps_ms.append(1e3 * (now - clock.last))
+                clock.last = now
+                if len(clock.steps_ms) in clock.at:
+                    clock.at[len(clock.steps_ms)]()
+                    clock.last = time.perf_counter()  # what pulls the plug takes time of its own
 
         return Steps()
-
-    def steps_ms(self) -> list[float]:
-        return [1e3 * (after - before) for before, after in zip(self.ends, self.ends[1:], strict=False)]
 
     def warn(self, text: str) -> None:
         print(text, file=sys.stderr)
@@ -123,7 +124,7 @@ def measure(server: Server, data: Path, folder: Path, at: dict[int, Callable[[],
     options |= {"val_interval": ITERATIONS, "save_interval": 20}
     request = TrainRequest(options=options, save_dir=folder, tracking_uri=server.uri)
     run_training(request, reporter=clock, stop=StopFlag())
-    return clock.steps_ms()
+    return clock.steps_ms
 
 
 def figures(steps: list[float]) -> dict[str, float]:
