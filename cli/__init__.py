@@ -4,6 +4,7 @@ Commands are thin: they turn options into a request, run a job of the library an
 are imported when a command begins to work, so that help and wrong usage answer at once.
 """
 
+import os
 import sys
 import traceback
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 import shufflenet_mlflow
-from shufflenet_mlflow.errors import ShuffleNetError
+from shufflenet_mlflow.errors import ElsewhereError, ShuffleNetError
 from shufflenet_mlflow.stopping import EXIT_BASE, StopRequested
 
 from .checkpoints import checkpoints
@@ -42,6 +43,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except ElsewhereError as error:  # the first process of the job says what it was
+            sys.exit(error.exit_status)
         except ShuffleNetError as error:
             from shufflenet_mlflow.client import redact
 
@@ -51,7 +54,8 @@ class _Commands(click.Group):
             click.echo(f"Error: {_one_line(redact(str(error)))}", err=True)
             sys.exit(error.exit_status)
         except StopRequested as stop:
-            click.echo(f"Stopped by {stop}.", err=True)
+            if os.environ.get("RANK", "0") == "0":
+                click.echo(f"Stopped by {stop}.", err=True)
             sys.exit(stop.exit_status)
         except KeyboardInterrupt:
             click.echo("Stopped by SIGINT.", err=True)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +19,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-
-from shufflenet_mlflow.stopping import StopFlag
 
 
 class _Handler(logging.Handler):
@@ -131,16 +128,6 @@ class ConsoleReporter:
 
     def _line(self, markup: str) -> None:
         self.console.print(markup, highlight=False)
-
-
-def stop_flag(what_happens: str = "leaving; once more leaves at once") -> StopFlag:
-    """A flag that tells the person at the terminal what is going on."""
-
-    def announce(name: str) -> None:
-        # In a signal handler: no buffered stream, which may be in the middle of a write.
-        os.write(2, f"\n{name}: {what_happens}\n".encode())
-
-    return StopFlag(announce)
 
 
 def print_json(document: Any) -> None:

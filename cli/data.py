@@ -64,7 +64,8 @@ def mean(
     """
     from shufflenet_mlflow.jobs import run_mean
 
-    from .console import ConsoleReporter, print_json, stop_flag
+    from .console import ConsoleReporter, print_json
+    from .stopping import stop_flag
 
     output = output or Path("mean.npy")
     with stop_flag() as stop:

@@ -47,7 +47,8 @@ def eval_(ref: str, as_json: bool, **values: Any) -> None:
     """
     from shufflenet_mlflow.jobs import EvalRequest, run_evaluation
 
-    from .console import ConsoleReporter, print_json, stop_flag
+    from .console import ConsoleReporter, print_json
+    from .stopping import stop_flag
 
     given = {name: value for name, value in values.items() if value is not None}
     with stop_flag() as stop:

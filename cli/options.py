@@ -27,6 +27,11 @@ def option(*names: str, **attributes: Any) -> Callable[[Command], Command]:
     return click.option(*names, cls=Option, **attributes)
 
 
+def flag(*names: str, **attributes: Any) -> Callable[[Command], Command]:
+    """An option without a value, or with one of true and false, as `mlflow run` passes it; None if it is not given."""
+    return option(*names, is_flag=False, flag_value="true", type=bool, metavar="", **attributes)
+
+
 def _set_debug(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
     if value:
         ctx.meta[DEBUG] = True

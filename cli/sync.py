@@ -21,7 +21,8 @@ def sync(directory: Path, dry_run: bool, tracking_uri: str | None, as_json: bool
     """
     from shufflenet_mlflow.jobs.sync import describe_entries, run_sync
 
-    from .console import ConsoleReporter, print_json, stop_flag
+    from .console import ConsoleReporter, print_json
+    from .stopping import stop_flag
 
     with stop_flag("what is not sent yet stays where it is") as stop:
         summary = run_sync(directory, dry_run=dry_run, tracking_uri=tracking_uri, reporter=ConsoleReporter(), stop=stop)

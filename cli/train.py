@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shufflenet_mlflow.stopping import exit_status
+
 from .options import (
     architecture_options,
     bad_image_option,
     cache_dir_option,
     debug_option,
     device_option,
+    flag,
     json_option,
     keep_options,
     mean_image_option,
@@ -32,6 +35,9 @@ REQUEST_OPTIONS = (
     "experiment",
     "run_name",
     "cache_dir",
+    "job",
+    "grace",
+    "requeue",
 )
 """Options that say where a run is kept; the others say what it does."""
 
@@ -44,14 +50,7 @@ REQUEST_OPTIONS = (
 )
 @options(*architecture_options)
 @option("--init-from", metavar="REF", help="Begin with a checkpoint's weights.  [default: fresh ones]")
-@option(
-    "--pretrained",
-    is_flag=False,
-    flag_value="true",
-    type=bool,
-    metavar="",
-    help="Begin with torchvision's published weights; torchvision/ networks.",
-)
+@flag("--pretrained", help="Begin with torchvision's published weights; torchvision/ networks.")
 @option("--train-dir", metavar="DIR", help="Training images, a folder per class.  [default: digits]")
 @option("--val-dir", metavar="DIR", help="Validation images, same classes.  [default: digits]")
 @option("--num-classes", type=int, help="Width of the classifier.  [default: as many as folders]")
@@ -63,6 +62,9 @@ REQUEST_OPTIONS = (
 @option("--momentum", type=float, help="Of SGD.  [default: the paper's, 0.9]")
 @option("--weight-decay", type=float, help="Not on biases and BN.  [default: the paper's, 4e-5]")
 @option("--label-smooth", type=float, help="Label smoothing.  [default: the paper's, 0.1]")
+@option("--ema-decay", type=float, metavar="DECAY", help="Evaluate a moving average of the weights.  [default: none]")
+@option("--micro-batch-size", type=int, help="Most images per forward pass.  [default: --batch-size / processes]")
+@flag("--sync-bn", help="BN over the images of all processes; CUDA.")
 @option("--seed", type=int, help="Of everything random.  [default: 0]")
 @mean_image_option
 @option(
@@ -93,7 +95,10 @@ REQUEST_OPTIONS = (
     metavar="auto|none|REF",
     help="auto: continue what lies in --save-dir; or a file, folder, run ID, runs:/ID@ITERS.  [default: auto]",
 )
-@click.option("--new-run", is_flag=True, help="Resume as a run of its own.")
+@flag("--new-run", help="Resume as a run of its own.")
+@option("--job", metavar="NAME", help="Name by which auto finds the run in MLflow, on any machine.")
+@option("--grace", type=float, metavar="SECONDS", help="To bring to MLflow what is left after a signal.  [default: 20]")
+@flag("--requeue", help="After SIGTERM or SIGUSR1, ask Slurm to start the job again.")
 @tracking_uri_option
 @option("--experiment", metavar="NAME", help="MLflow experiment.  [default: shufflenet]")
 @option("--run-name", metavar="NAME", help="Name of the run.  [default: network, data, size]")
@@ -117,25 +122,29 @@ def train(as_json: bool, **values: Any) -> None:
     given = {name: value for name, value in values.items() if value is not None}
     _check_numbers(given)
 
-    from shufflenet_mlflow.start import TrainRequest
+    from .stopping import stop_flag
 
-    from .console import ConsoleReporter, print_json, stop_flag
-
-    reporter = ConsoleReporter()
     with stop_flag("leaving as soon as the checkpoint is safe; once more leaves at once") as stop:
-        from shufflenet_mlflow.jobs import run_training
+        with stop.at_once():
+            from shufflenet_mlflow.jobs import run_training
+            from shufflenet_mlflow.start import TrainRequest
 
+            from .console import ConsoleReporter, print_json
+
+            reporter = ConsoleReporter()
         request_options["resume"] = request_options["resume"] or "auto"
+        for name in ("new_run", "requeue"):
+            request_options[name] = bool(request_options[name])
         request = TrainRequest(options=given, **request_options)
         summary = run_training(request, reporter=reporter, stop=stop)
-    if as_json:
+    if not summary.is_leader:
+        pass
+    elif as_json:
         print_json(summary.to_dict())
     else:
         click.echo(_closing_lines(summary))
     if stop.signum is not None:  # it may have come after training, while the last uploads were waited for
-        from shufflenet_mlflow.stopping import EXIT_BASE
-
-        sys.exit(EXIT_BASE + stop.signum)
+        sys.exit(exit_status(stop.signum))
 
 
 def _check_numbers(given: dict[str, Any]) -> None:

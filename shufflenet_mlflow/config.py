@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import platformdirs
 
 from shufflenet_mlflow.errors import ConfigError, ResumeError
+from shufflenet_mlflow.stopping import GRACE_SECONDS
 
 DEFAULT_MODEL = "shufflenet_v2_x0_5"
 DEFAULT_EXPERIMENT = "shufflenet"
@@ -32,6 +33,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "str | None": (str, type(None)),
     "<class 'bool'>": (bool,),
     "int | None": (int, type(None)),
+    "float | None": (float, int, type(None)),
 }
 
 
@@ -79,6 +81,22 @@ def check_keep_rules(keep_last: int | None, keep_best: int | None, keep_every: i
     """Raise ConfigError for a number that keeps nothing."""
     for name, value in (("keep_last", keep_last), ("keep_best", keep_best), ("keep_every", keep_every)):
         _require(value is None or value >= 1, name, value, "at least 1")
+
+
+def check_job(job: str | None) -> None:
+    """Raise ConfigError for a job's name that could not be a folder's."""
+    fits = job is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", job) is not None
+    _require(fits, "job", job, "letters, digits, dots, hyphens and underscores, at most 100")
+
+
+def check_grace(grace: float | None) -> float:
+    """The grace period in seconds, `GRACE_SECONDS` unless one is given.
+
+    Raises:
+        ConfigError: it is negative, or no number.
+    """
+    _require(grace is None or (math.isfinite(grace) and grace >= 0), "grace", grace, "at least 0")
+    return GRACE_SECONDS if grace is None else grace
 
 
 def check_device(device: str) -> None:
@@ -171,6 +189,13 @@ class TrainConfig:
     """Keep those whose iteration is a multiple of this."""
     on_save_error: str = "fail"
     """What a checkpoint that cannot be written means: `fail` or `continue`."""
+    ema_decay: float | None = None
+    """Keep a moving average of the weights, of which each iteration leaves this much; None: none. Where there is one,
+    accuracies are of it."""
+    micro_batch_size: int | None = None
+    """At most so many images per forward pass, which batch normalisation sees together; None: the whole batch."""
+    sync_bn: bool = False
+    """Batch normalisation sees the images of all processes together; needs CUDA."""
 
     def __post_init__(self) -> None:
         check_types(self.to_dict())
@@ -204,6 +229,13 @@ class TrainConfig:
         check_device(self.device)
         _require(self.on_bad_image in ("fail", "skip"), "on_bad_image", self.on_bad_image, "fail or skip")
         check_keep_rules(self.keep_last, self.keep_best, self.keep_every)
+        _require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "above 0 and below 1")
+        _require(
+            self.micro_batch_size is None or self.micro_batch_size >= 2,
+            "micro_batch_size",
+            self.micro_batch_size,
+            "at least 2: batch normalisation needs two images",
+        )
         _require(self.on_save_error in ("fail", "continue"), "on_save_error", self.on_save_error, "fail or continue")
 
     def to_dict(self) -> dict[str, Any]:
@@ -234,6 +266,15 @@ HARMLESS = (
 """These may change when a run is resumed; the content of the data and of the mean image is compared on its own."""
 
 
+def drift(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs: name -> (before, now). A field that was not there yet counts only if it is set now."""
+    return {
+        name: (before.get(name), value)
+        for name, value in now.items()
+        if before.get(name) != value and (name in before or value)
+    }
+
+
 def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: bool) -> None:
     """Refuse options that would make a resumed run another run than it was.
 
@@ -244,11 +285,7 @@ def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: boo
     Raises:
         ResumeError: an option changed that may not; the message names it, both values and the way out.
     """
-    changed = {
-        name: (before.get(name), value)
-        for name, value in now.to_dict().items()
-        if before.get(name) != value and (name in before or value) and name not in HARMLESS
-    }
+    changed = {name: pair for name, pair in drift(before, now.to_dict()).items() if name not in HARMLESS}
     breaking = {name: pair for name, pair in changed.items() if name in BREAKING}
     refused = breaking or ({} if new_run else changed)
     if refused:

@@ -15,6 +15,8 @@
     │   └── RefusedError             and will refuse it again
     ├── SpoolError             the journal of what MLflow has not got yet cannot be kept
     ├── BusyError              another process works in the same folder
+    ├── LostProcessError       another process of a distributed job is gone
+    ├── ElsewhereError         another process of a distributed job has failed, and reports it
     └── NonFiniteLossError     training diverged
 
 Each message is one line that names the value and the way out; the command line prints it and exits
@@ -114,6 +116,22 @@ class SpoolError(ShuffleNetError):
 
 class BusyError(ShuffleNetError):
     """Another process works in the same folder."""
+
+
+class LostProcessError(ShuffleNetError):
+    """A process of a distributed job is gone or does not answer."""
+
+
+class ElsewhereError(ShuffleNetError):
+    """A process of a distributed job has failed, and its first process says so.
+
+    Args:
+        exit_status: of that failure.
+    """
+
+    def __init__(self, message: str, exit_status: int = 1) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
 
 
 class NonFiniteLossError(ShuffleNetError):

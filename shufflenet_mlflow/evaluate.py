@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from shufflenet_mlflow.data.folder import ImageListing
-from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
+from shufflenet_mlflow.data.loader import BadImageLog, Batch, ImageDataset, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import EvalTransform, Preprocess, ToInput
 from shufflenet_mlflow.data.sampler import EvalBatches
+from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import DataError
 from shufflenet_mlflow.recipe import count_correct, make_loss
 from shufflenet_mlflow.reporting import Reporter
@@ -46,53 +47,58 @@ def evaluate(
     bad_images: BadImageLog,
     reporter: Reporter,
     stop: StopFlag,
+    world: World | None = None,
 ) -> EvalResult:
     """Evaluate `model`, which is on `settings.device`, on every image of `listing`, once.
 
     The model is put into evaluation mode and left in the mode it was in. Every image counts the same, whatever
     the size of the last batch.
 
+    Args:
+        world: the processes that share the work; each gets the same result.
+
     Raises:
         StopRequested: a signal arrived.
         DataError: a file could not be read and is not to be skipped, or none could be read.
     """
+    world = world or World()
     dataset = ImageDataset(listing, EvalTransform(preprocess), replace_bad=False)
-    batches = EvalBatches(len(listing), settings.batch_size)
+    batches = EvalBatches(len(listing), settings.batch_size, world.rank, world.size)
     loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")
+    fetched = batches_of(loader)
     loss_function = make_loss()
     device = settings.device
     to_input = ToInput(preprocess, device)
-    top1 = torch.zeros((), dtype=torch.int64, device=device)
-    top5 = torch.zeros_like(top1)
+    correct = torch.zeros(2, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), device=device)
     n = skipped = 0
     was_training = model.training
+
+    def fetch() -> Batch | None:
+        batch = next(fetched, None)
+        for bad in bad_images.new_in(batch) if batch is not None else ():
+            reporter.warn(f"left out: {bad}")
+        return batch
+
     model.eval()
     try:
-        with torch.inference_mode(), reporter.phase("validating", len(batches)) as phase:
-            for batch in batches_of(loader):
-                stop.check()
-                for bad in bad_images.new_in(batch):
-                    reporter.warn(f"left out: {bad}")
-                skipped += len(batch.bad)
-                size = len(batch.labels_N)
-                if size:
-                    labels = batch.labels_N.to(device, non_blocking=True)
-                    logits = model(to_input(batch.images_NCHW))
-                    correct1, correct5 = count_correct(logits, labels)
-                    top1 += correct1
-                    top5 += correct5
-                    loss_sum += loss_function(logits, labels) * size
-                    n += size
+        with torch.inference_mode(), reporter.phase("validating", batches.rounds) as phase:
+            for batch in world.agreed(stop, batches.rounds, fetch):
+                if batch is not None:
+                    skipped += len(batch.bad)
+                    size = len(batch.labels_N)
+                    if size:
+                        labels = batch.labels_N.to(device, non_blocking=True)
+                        logits = model(to_input(batch.images_NCHW))
+                        correct += torch.stack(count_correct(logits, labels))
+                        loss_sum += loss_function(logits, labels) * size
+                        n += size
                 phase.advance()
     finally:
         model.train(was_training)
+    counts = torch.tensor([*correct.tolist(), n, skipped])
+    top1, top5, n, skipped = world.sum(counts).tolist()
+    loss = world.sum(loss_sum.cpu().double()).item()
     if not n:
         raise DataError(f"none of the {skipped} files in {str(listing.root)!r} is a readable image")
-    return EvalResult(
-        top1=top1.item() / n,
-        top5=top5.item() / n,
-        loss=loss_sum.item() / n,
-        n=n,
-        skipped=skipped,
-    )
+    return EvalResult(top1=top1 / n, top5=top5 / n, loss=loss / n, n=n, skipped=skipped)

@@ -27,7 +27,8 @@ from shufflenet_mlflow.data.folder import (
     require_same_classes,
 )
 from shufflenet_mlflow.data.preprocess import AUGMENTATIONS, REFERENCE_SIZE, Preprocess
-from shufflenet_mlflow.data.sampler import SampleOrder
+from shufflenet_mlflow.data.sampler import Division, SampleOrder
+from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import ConfigError, ResumeError
 from shufflenet_mlflow.models.torchvision_v2 import published_weights
 from shufflenet_mlflow.network import Architecture, choose_preprocess
@@ -109,17 +110,19 @@ class Plan:
     data: TrainData
 
 
-def plan(request: TrainRequest, start: Start | None, init: Init | None = None) -> Plan:
+def plan(request: TrainRequest, start: Start | None, init: Init | None = None, world: World | None = None) -> Plan:
     """Fill in what was not given, and list the data.
 
     Args:
         start: what is continued.
         init: what gives the first weights.
+        world: the processes that share the work.
 
     Raises:
         ConfigError, ModelError: an option, or a combination of options, cannot work.
         DataError: the data cannot be used.
     """
+    world = world or World()
     given = dict(request.options)
     inherited = start.config if start else {}
     if "epochs" in given and "total_iters" in given:
@@ -148,6 +151,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None) -
     batch_size = options.get("batch_size", BATCH_SIZE)
     if batch_size < 2:
         raise ConfigError(f"--batch-size (={batch_size}) must be at least 2: batch normalisation needs two images")
+    division = _divide(batch_size, options.get("micro_batch_size"), world)
     on_bad_image = options.get("on_bad_image", "fail")
 
     train, val = (
@@ -186,6 +190,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None) -
             "display_interval": DISPLAY_INTERVAL,
             "val_interval": interval,
             "save_interval": interval,
+            "micro_batch_size": None if world.size == 1 else -(-batch_size // world.size),
             **{name: value for name, value in options.items() if name in FIELDS},
             "model": model,
             "choices": format_numbers(architecture.choices) if architecture.choices else None,
@@ -204,7 +209,22 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None) -
             "on_bad_image": on_bad_image,
         }
     )
-    return Plan(config, architecture, TrainData(train, val, order, preprocess))
+    return Plan(config, architecture, TrainData(train, val, order, division, preprocess))
+
+
+def _divide(batch_size: int, micro_batch_size: int | None, world: World) -> Division:
+    """How each iteration's batch is divided among the processes.
+
+    Raises:
+        ConfigError: a part would be too small for batch normalisation.
+    """
+    division = Division.of(batch_size, max(2, micro_batch_size or batch_size), world.rank, world.size)
+    if division.smallest < 2:
+        raise ConfigError(
+            f"--batch-size (={batch_size}) is divided into {division.parts} parts, and batch normalisation needs two "
+            f"images in each; raise it to {2 * division.parts}, or begin with fewer processes"
+        )
+    return division
 
 
 def _mean_image_to_read(given: Mapping[str, Any], start: Start | None) -> str | None:

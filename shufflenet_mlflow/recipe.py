@@ -1,20 +1,19 @@
-"""How the series is trained: loss, parameter groups, schedule, BN re-estimation.
+"""How the series is trained: loss, parameter groups, schedule, moving average.
 
 Figures: the training scripts of the original release (SGD with momentum 0.9, weight decay 4e-5, label smoothing
 0.1, a rate of 0.5 at batch 1,024 that falls linearly to 0 over 300,000 iterations, then BN statistics averaged
 over 1,280,000 images; V2+ and Large deviate in rate, batch and length).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from shufflenet_mlflow.models import get_variant
 
@@ -95,6 +94,12 @@ def make_scheduler(optimizer: SGD, total_iters: int) -> LambdaLR:
     return LambdaLR(optimizer, linear_decay(total_iters))
 
 
+def make_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """A moving average of the network's weights and BN statistics: after each iteration, `decay` of what it was."""
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
 def make_loss(label_smooth: float = 0.0) -> nn.CrossEntropyLoss:
     """Cross-entropy; smoothing spreads `label_smooth` evenly over all classes."""
     return nn.CrossEntropyLoss(label_smoothing=label_smooth)
@@ -115,21 +120,6 @@ def training_loss(
     pairs = zip(AUXILIARY_WEIGHTS, outputs, strict=True)
     losses = [weight * loss_function(logits, labels) for weight, logits in pairs]
     return torch.stack(losses).sum(), outputs[0]
-
-
-def reestimate_bn(model: nn.Module, inputs: Iterable[Tensor]) -> None:
-    """Replace the running BN statistics by the cumulative average over `inputs`.
-
-    Args:
-        inputs: float (N, 3, H, W) batches on the model's device.
-    """
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    try:
-        update_bn(inputs, model)
-    finally:  # `update_bn` leaves them unset when `inputs` raises
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

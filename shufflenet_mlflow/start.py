@@ -37,6 +37,12 @@ class TrainRequest:
     experiment: str | None = None
     run_name: str | None = None
     cache_dir: Path | None = None
+    job: str | None = None
+    """Name by which `auto` finds the run in MLflow, where `save_dir` is empty."""
+    grace: float | None = None
+    """Seconds after a signal in which what is under way may be brought to MLflow."""
+    requeue: bool = False
+    """After a signal, ask Slurm to start the job again."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Start:
 
     def without_tensors(self) -> "Start":
         """The same without what is loaded by now: for a large network these are gigabytes."""
-        heavy = ("state_dict", "optimizer_state_dict")
+        heavy = ("state_dict", "ema_state_dict", "optimizer_state_dict")
         return replace(self, payload={key: value for key, value in self.payload.items() if key not in heavy})
 
     @property

@@ -8,18 +8,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from shufflenet_mlflow.checkpoint import load_checkpoint
 from shufflenet_mlflow.config import TrainConfig
+from shufflenet_mlflow.data.sampler import derive_seed
+from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import CheckpointError, NonFiniteLossError
 
 
 class Meter:
-    """Loss and accuracy since the last report, summed on the device so that no step waits for it."""
+    """Loss and accuracy since the last report, summed on the device so that no step waits for it.
 
-    def __init__(self, device: torch.device) -> None:
+    With several processes each sums up its own; `collect` brings them together.
+    """
+
+    def __init__(self, device: torch.device, world: World | None = None) -> None:
+        self._world = world or World()
         # loss * n, correct in one, correct in five, n
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._collected = torch.zeros_like(self._sums)
         self._bad_iters = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, iters: int, loss: Tensor, correct1: Tensor, correct5: Tensor, size: int) -> None:
@@ -32,13 +40,21 @@ class Meter:
         first_bad = ~torch.isfinite(loss) & (self._bad_iters == 0)
         self._bad_iters += first_bad * iters
 
+    def collect(self) -> None:
+        """Bring all processes' sums together; all of them have to take part."""
+        if self._world.size > 1:
+            self._collected += self._world.sum(self._sums)
+            self._sums.zero_()
+            bad = int(self._bad_iters.item())
+            self._bad_iters.fill_(min((iters for iters in self._world.gather(bad) if iters), default=0))
+
     def first_bad(self) -> int | None:
         """The first iteration whose loss was not finite; None if there was none."""
         return int(self._bad_iters.item()) or None
 
     def means(self) -> dict[str, float]:
         """Means over the images since the last `reset`; NaN before the first."""
-        loss, top1, top5, n = self._sums.tolist()
+        loss, top1, top5, n = self.state_dict()
         if not n:
             return {"train/loss": math.nan, "train/top1": math.nan, "train/top5": math.nan}
         return {"train/loss": loss / n, "train/top1": top1 / n, "train/top5": top5 / n}
@@ -46,43 +62,75 @@ class Meter:
     def reset(self) -> None:
         """Begin a new stretch."""
         self._sums.zero_()
+        self._collected.zero_()
 
     def state_dict(self) -> list[float]:
         """The sums, as plain numbers."""
-        sums: list[float] = self._sums.tolist()
+        sums: list[float] = (self._sums if self._world.size == 1 else self._collected).tolist()
         return sums
 
     def load_state_dict(self, sums: list[float]) -> None:
         """The inverse of `state_dict`."""
         if len(sums) != len(self._sums):
             raise ValueError(f"meter_state has {len(sums)} numbers, not {len(self._sums)}")
-        self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
+        target = self._sums if self._world.size == 1 else self._collected
+        target.copy_(torch.tensor(sums, dtype=torch.float64))
 
 
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """The random generators that training draws from: dropout's and those of the device."""
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+class StepRandomness:
+    """What the network itself draws, for dropout: one number per iteration, from which each part's generators follow.
 
+    So nothing depends on which process computes which part, one small state is all there is to save, and a device's
+    own generator needs no saving: it is seeded anew for each part.
+    """
 
-def restore_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """The inverse of `rng_state`; a generator that was not saved is left as it is."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self._seed = 0
+
+    def begin_iteration(self) -> None:
+        """Draw this iteration's number; the same in every process."""
+        self._seed = int(torch.randint(2**62, (), generator=self.generator))
+
+    def begin_part(self, part: int) -> None:
+        """Seed the generators of all devices for that part of the batch."""
+        torch.manual_seed(derive_seed(self._seed, part))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The generator that everything follows from."""
+        return {"cpu": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.generator.set_state(state["cpu"])
 
 
 class TrainingState:
-    """Network, optimizer and schedule, and where training stands."""
+    """Network, optimizer and schedule, and where training stands.
 
-    def __init__(self, model: nn.Module, optimizer: SGD, scheduler: LambdaLR, device: torch.device) -> None:
+    Args:
+        ema: the moving average of the network's weights, if there is to be one.
+        seed: of what the network itself draws.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: SGD,
+        scheduler: LambdaLR,
+        device: torch.device,
+        *,
+        ema: AveragedModel | None = None,
+        seed: int = 0,
+        world: World | None = None,
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.device = device
-        self.meter = Meter(device)
+        self.ema = ema
+        self.randomness = StepRandomness(seed)
+        self.meter = Meter(device, world)
         self.iters = 0
         self.loss = math.nan
         """Mean training loss of the last stretch that was reported; see `current_loss`."""
@@ -92,6 +140,11 @@ class TrainingState:
         """The iteration of the last validation."""
         self.best: dict[str, float] | None = None
         """`val_top1` and `iters` of the best validation so far."""
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The network that accuracies are of: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
 
     @property
     def lr(self) -> float:
@@ -129,14 +182,16 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """The part of a checkpoint that changes; tensors are shared with the live ones."""
+        averaged = {} if self.ema is None else {"ema_state_dict": self.ema.module.state_dict()}
         return {
             "state_dict": self.model.state_dict(),
+            **averaged,
             "optimizer_state_dict": self.optimizer.state_dict(),
             "lr_scheduler_state_dict": self.scheduler.state_dict(),
             "loss": self.current_loss(),
             "metrics": {**self.validation, "validated_iters": self.validated_iters},
             "best": self.best,
-            "rng_state": rng_state(self.device),
+            "rng_state": self.randomness.state_dict(),
             "meter_state": self.meter.state_dict(),
         }
 
@@ -148,7 +203,10 @@ class TrainingState:
         """
         try:
             metrics = dict(payload["metrics"])
-            load_checkpoint(self.model, payload)
+            load_checkpoint(self.model, payload, ema=False)
+            if self.ema is not None:
+                load_checkpoint(self.ema.module, payload)  # one that begins in a fork begins with the weights
+                self.ema.n_averaged.fill_(1)  # above 0 means that the next weights are averaged, not taken
             self.optimizer.load_state_dict(payload["optimizer_state_dict"])
             self.scheduler.load_state_dict(payload["lr_scheduler_state_dict"])
             self.meter.load_state_dict(payload["meter_state"])
@@ -157,7 +215,7 @@ class TrainingState:
             self.validated_iters = int(metrics.pop("validated_iters"))
             self.validation = metrics
             self.best = payload["best"]
-            restore_rng_state(payload["rng_state"], self.device)
+            self.randomness.load_state_dict(payload["rng_state"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise CheckpointError(
                 f"the checkpoint cannot be resumed from: {type(error).__name__} {error}; it may hold weights only"

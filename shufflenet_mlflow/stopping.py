@@ -2,11 +2,25 @@
 
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 EXIT_BASE = 128
 """A shell's exit status for a process that ended by signal N is 128 + N."""
+
+GRACE_SECONDS = 20.0
+"""Between the warning and the end most schedulers leave 30 seconds: this, and time to write a checkpoint."""
+
+
+WARNING_SIGNAL: int | None = getattr(signal, "SIGUSR1", None)  # Windows has none
+"""By which Slurm announces the end: see `--signal` of `sbatch`."""
+
+
+def exit_status(signum: int) -> int:
+    """130 for SIGINT, 143 for SIGTERM and for `WARNING_SIGNAL`."""
+    return EXIT_BASE + (signal.SIGTERM if signum == WARNING_SIGNAL else signum)
 
 
 class StopRequested(Exception):
@@ -18,12 +32,12 @@ class StopRequested(Exception):
 
     @property
     def exit_status(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM."""
-        return EXIT_BASE + self.signum
+        """See `exit_status`."""
+        return exit_status(self.signum)
 
 
 class StopFlag:
-    """Set by the first SIGINT or SIGTERM; work looks at it where it can stop. A second signal ends at once.
+    """Set by the first SIGINT, SIGTERM or SIGUSR1; work looks at it where it can stop. A second one ends at once.
 
     Used as a context manager it installs the handlers, and puts the former ones back afterwards. Without that it
     is never set.
@@ -32,11 +46,16 @@ class StopFlag:
         announce: told the signal's name when the first one arrives.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, *([] if WARNING_SIGNAL is None else [WARNING_SIGNAL]))
 
     def __init__(self, announce: Callable[[str], None] = lambda _name: None) -> None:
         self.signum: int | None = None
+        self.since: float | None = None
+        """`time.monotonic()` of the signal."""
+        self.grace = GRACE_SECONDS
+        """For so many seconds after the signal what is under way may be brought to its end."""
         self._announce = announce
+        self._at_once = False
         self._before: dict[int, object] = {}
 
     def check(self) -> None:
@@ -44,12 +63,35 @@ class StopFlag:
         if self.signum is not None:
             raise StopRequested(self.signum)
 
+    def set(self, signum: int) -> None:
+        """As if that signal had arrived here: it did in another process of the same job."""
+        if self.signum is None:
+            self.signum, self.since = signum, time.monotonic()
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """Whether a signal has arrived and the grace period after it is over."""
+        return self.since is not None and time.monotonic() - self.since > self.grace
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block a signal raises `StopRequested` where it arrives: for work that may end anywhere."""
+        self.check()
+        before, self._at_once = self._at_once, True
+        try:
+            yield
+        finally:
+            self._at_once = before
+        self.check()
+
     def _receive(self, signum: int, _frame: FrameType | None) -> None:
         if self.signum is not None:
             # Files are written aside and renamed, so leaving at any instant is safe.
-            os._exit(EXIT_BASE + signum)
-        self.signum = signum
+            os._exit(exit_status(signum))
+        self.set(signum)
         self._announce(signal.Signals(signum).name)
+        if self._at_once:
+            raise StopRequested(signum)
 
     def __enter__(self) -> "StopFlag":
         self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}

@@ -4,33 +4,45 @@ It sees where checkpoints and metrics go only as the two small protocols below.
 """
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from shufflenet_mlflow.batchnorm import RunningStatistics, reestimate_bn
 from shufflenet_mlflow.checkpoint import FINAL_TAG
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.data.loader import (
     BadImageLog,
+    Batch,
     ImageDataset,
     batches_of,
     make_loader,
     worker_death,
 )
 from shufflenet_mlflow.data.preprocess import AUGMENTATIONS, MODES, Preprocess, ToInput, draw_lighting
-from shufflenet_mlflow.data.sampler import ReestimationBatches, SampleOrder, TrainBatches
-from shufflenet_mlflow.errors import DataError, NonFiniteLossError
+from shufflenet_mlflow.data.sampler import (
+    REESTIMATION_EPOCH,
+    Division,
+    ReestimationBatches,
+    SampleOrder,
+    TrainBatches,
+    derive_seed,
+)
+from shufflenet_mlflow.distributed import World, loss_of_process
+from shufflenet_mlflow.errors import DataError, ElsewhereError, NonFiniteLossError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.recipe import (
     REESTIMATION_IMAGES,
     count_correct,
     make_loss,
-    reestimate_bn,
     training_loss,
 )
 from shufflenet_mlflow.reporting import Reporter
@@ -82,11 +94,12 @@ class MetricSink(Protocol):
 
 @dataclass(frozen=True)
 class TrainData:
-    """The two sets of images and the order of the first."""
+    """The two sets of images, the order of the first, and how its batches are divided."""
 
     train: ImageListing
     val: ImageListing
     order: SampleOrder
+    division: Division
     preprocess: Preprocess
 
 
@@ -123,10 +136,13 @@ class Trainer:
     sink: MetricSink
     reporter: Reporter
     stop: StopFlag
+    world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
         self.bad_images = BadImageLog(skip=self.config.on_bad_image == "skip")
         self._to_input = ToInput(self.data.preprocess, self.state.device)
+        self._loss_function = make_loss(self.config.label_smooth)
+        self._statistics = RunningStatistics(self.state.model, self.world, self.data.division.rounds)
         self.saved: Path | None = None
         self._resumed_from: Path | None = None
         self._saved_iters: int | None = None
@@ -149,7 +165,7 @@ class Trainer:
         if resumed_from is not None:
             self.saved, self._saved_iters = resumed_from, self.state.iters
         try:
-            self.stop.check()
+            self.world.settle(self.stop)
             if self._validation_is_due() and self.state.validated_iters < self.state.iters:
                 self._validate_and_keep_best()  # a signal had cut it short
             self._train()
@@ -157,53 +173,47 @@ class Trainer:
         except StopRequested as stop:
             self._save_once()
             return self._result(stopped_by=stop.signum)
-        except DataError:
+        except (DataError, ElsewhereError):
             self._save_once()
             raise
         except RuntimeError as error:
-            death = worker_death(error)
-            if death is None:
+            problem = worker_death(error) or loss_of_process(error)
+            if problem is None:
                 raise
-            if not self._mid_step:
+            if self.world.size == 1 and not self._mid_step:
                 self._save_once()
-            raise death from error
+            raise problem from error
         except NonFiniteLossError as error:
+            if not self.world.is_leader:
+                raise ElsewhereError(str(error)) from error
             saved = self.store.newest() or self._resumed_from
             kept = f"the last good checkpoint is {str(saved)!r}" if saved else "no checkpoint yet"
             raise NonFiniteLossError(f"{error}; {kept}") from error
         return self._result()
 
+    def all_bad_images(self) -> set[str]:
+        """The unreadable files that any process has met; all of them have to take part."""
+        return {path for paths in self.world.gather(list(self.bad_images.seen)) for path in paths}
+
     def _train(self) -> None:
-        config, state = self.config, self.state
-        loss_function = make_loss(config.label_smooth)
+        config, state, division = self.config, self.state, self.data.division
         loader = make_loader(
             self._training_images(),
-            TrainBatches(self.data.order, state.iters, config.total_iters),
+            TrainBatches(self.data.order, state.iters, config.total_iters, division),
             workers=config.workers,
             pin_memory=state.device.type == "cuda",
         )
+        fetched = batches_of(loader)
+        network = self.world.wrap(state.model, state.device)
         state.model.train()
         clock = _Clock(state.iters)
         with self.reporter.phase("training", config.total_iters, state.iters) as phase:
-            for batch in batches_of(loader):
-                for bad in self.bad_images.new_in(batch):
-                    self.reporter.warn(f"another image stands in for it: {bad}")
-                if not len(batch.labels_N):
-                    raise DataError(f"no file in {str(self.data.train.root)!r} is a readable image")
+            rounds = config.total_iters - state.iters
+            for parts in self.world.agreed(self.stop, rounds, lambda: self._fetch(fetched)):
                 lr = state.lr
-                labels = batch.labels_N.to(state.device, non_blocking=True)
-                outputs = state.model(self._to_input(batch.images_NCHW, batch.shift_NC))
-                loss, logits = training_loss(outputs, labels, loss_function)
-                self._mid_step = True
-                state.optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                state.optimizer.step()
-                state.scheduler.step()
-                state.iters += 1
-                state.meter.update(state.iters, loss, *count_correct(logits.detach(), labels), len(labels))
-                self._mid_step = False
+                self._step(network, parts)
                 phase.advance()
-                if state.device.type == "cpu":  # elsewhere looking would make the device wait
+                if state.device.type == "cpu" and self.world.size == 1:  # elsewhere looking would mean waiting
                     state.check_finite()
                 if state.iters % config.display_interval == 0:
                     self._report_training(lr, clock)
@@ -213,7 +223,43 @@ class Trainer:
                 if state.iters % config.save_interval == 0:
                     with clock.paused():
                         self._save_once()
-                self.stop.check()
+
+    def _fetch(self, fetched: Iterator[Batch]) -> list[Batch]:
+        """This process's parts of the next batch."""
+        parts = [next(fetched) for _ in self.data.division.own]
+        for part in parts:
+            for bad in self.bad_images.new_in(part):
+                self.reporter.warn(f"another image stands in for it: {bad}")
+            if not len(part.labels_N):
+                raise DataError(f"no file in {str(self.data.train.root)!r} is a readable image")
+        return parts
+
+    def _step(self, network: nn.Module, parts: Sequence[Batch]) -> None:
+        """One iteration: gradients of all parts in all processes, then one step."""
+        state, division = self.state, self.data.division
+        self._mid_step = True
+        state.randomness.begin_iteration()
+        state.optimizer.zero_grad(set_to_none=True)
+        for number, batch in zip(division.own, parts, strict=True):
+            size = len(batch.labels_N)
+            labels = batch.labels_N.to(state.device, non_blocking=True)
+            images = self._to_input(batch.images_NCHW, batch.shift_NC)
+            state.randomness.begin_part(number)
+            with _gradients_kept_here(network) if number != division.own[-1] else nullcontext():
+                with self._statistics.part():
+                    outputs = network(images)
+                loss, logits = training_loss(outputs, labels, self._loss_function)
+                # The mean over the batch, as the processes' gradients are averaged.
+                share = size * self.world.size / division.batch_size
+                (loss if share == 1 else loss * share).backward()  # type: ignore[no-untyped-call]
+            state.meter.update(state.iters + 1, loss, *count_correct(logits.detach(), labels), size)
+        self._statistics.combine()
+        state.optimizer.step()
+        state.scheduler.step()
+        if state.ema is not None:
+            state.ema.update_parameters(state.model)
+        state.iters += 1
+        self._mid_step = False
 
     def _training_images(self) -> ImageDataset:
         augmentation = AUGMENTATIONS[self.config.augment]
@@ -231,7 +277,8 @@ class Trainer:
         self._save_once()
         state = self.state
         with self.reporter.phase("re-estimating BN", self._reestimation_batches()) as phase:
-            reestimate_bn(state.model, self._reestimation_inputs(phase.advance))
+            networks = [state.model] if state.ema is None else [state.model, state.ema.module]
+            reestimate_bn(networks, self._reestimation_inputs(phase.advance), self.world)
         self._validate()
         self._save(FINAL_TAG)
         if state.best is not None:
@@ -242,20 +289,23 @@ class Trainer:
         return min(most, self.data.order.iters_per_epoch)
 
     def _reestimation_inputs(self, advance: Any) -> Iterator[Tensor]:
+        batches, division = self._reestimation_batches(), self.data.division
         loader = make_loader(
             self._training_images(),
-            ReestimationBatches(self.data.order, self._reestimation_batches()),
+            ReestimationBatches(self.data.order, batches, division),
             workers=self.config.workers,
             pin_memory=self.state.device.type == "cuda",
         )
-        for batch in batches_of(loader):
-            self.stop.check()
-            self.bad_images.new_in(batch)
-            yield self._to_input(batch.images_NCHW, batch.shift_NC)
+        fetched = batches_of(loader)
+        for position, parts in enumerate(self.world.agreed(self.stop, batches, lambda: self._fetch(fetched))):
+            for number, batch in zip(division.own, parts, strict=True):
+                torch.manual_seed(derive_seed(self.config.seed, REESTIMATION_EPOCH, position, number))
+                yield self._to_input(batch.images_NCHW, batch.shift_NC)
             advance()
 
     def _report_training(self, lr: float, clock: "_Clock") -> None:
         state = self.state
+        state.meter.collect()
         state.check_finite()
         means = state.meter.means()
         state.loss = means["train/loss"]
@@ -277,20 +327,25 @@ class Trainer:
         if not self._validate():
             return
         kept = self.saved if self._saved_iters == self.state.iters else None
-        if kept is None or not self.store.mark_best(kept, self.state.validation["val/top1"]):
+        marked = kept is not None and self.store.mark_best(kept, self.state.validation["val/top1"])
+        if not self.world.from_leader(marked):  # the others keep nothing and cannot know
             self._save("")
 
     def _validate(self) -> bool:
         """True if it was the best validation so far."""
+        config = self.config
+        config = self.config
+        self.state.meter.collect()
         self.state.check_finite()
         result = evaluate(
-            self.state.model,
+            self.state.evaluated_model,
             self.data.val,
             self.data.preprocess,
-            EvalSettings(self.config.batch_size, self.config.workers, self.state.device),
+            EvalSettings(config.micro_batch_size or config.batch_size, config.workers, self.state.device),
             bad_images=self.bad_images,
             reporter=self.reporter,
             stop=self.stop,
+            world=self.world,
         )
         values = _validation_metrics(result)
         self.sink.log(values, self.state.iters)
@@ -304,6 +359,7 @@ class Trainer:
 
     def _save(self, tag: str) -> None:
         state = self.state
+        state.meter.collect()
         state.check_finite()  # a poisoned state must never become the newest checkpoint
         epoch = self.data.order.epoch_of(state.iters)
         validated = state.validated_iters == state.iters
@@ -327,6 +383,7 @@ class Trainer:
 
     def _result(self, stopped_by: int | None = None) -> TrainResult:
         state = self.state
+        state.meter.collect()
         return TrainResult(
             iters=state.iters,
             epoch=self.data.order.epoch_of(state.iters),
@@ -340,6 +397,11 @@ class Trainer:
 
 def _validation_metrics(result: EvalResult) -> dict[str, float]:
     return {"val/loss": result.loss, "val/top1": result.top1, "val/top5": result.top5}
+
+
+def _gradients_kept_here(network: nn.Module) -> AbstractContextManager[None]:
+    """Within the block gradients add up in this process only, until a backward pass outside of it."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
 
 class _Clock:

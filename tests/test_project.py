@@ -52,7 +52,6 @@ NOT_IN_MLPROJECT = {
     "experiment",  # `mlflow run --experiment-name`
     "cache_dir",
     "as_json",
-    "new_run",
     "debug",
     "help",
 }
@@ -83,9 +82,9 @@ def test_mlproject_mirrors_the_command(name: str) -> None:
 LAYERS = [
     {"errors"},
     {"config", "stopping", "reporting"},
-    {"models", "data", "checkpoint", "client", "locks", "priority"},
+    {"models", "data", "checkpoint", "client", "locks", "priority", "distributed", "launcher"},
     {"spool"},
-    {"recipe", "resolve", "network"},
+    {"recipe", "batchnorm", "resolve", "network"},
     {"evaluate", "state", "start"},
     {"train"},
     {"tracking", "planning"},

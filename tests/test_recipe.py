@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from shufflenet_mlflow import create_model
+from shufflenet_mlflow.batchnorm import reestimate_bn
 from shufflenet_mlflow.recipe import (
     count_correct,
     get_recipe,
@@ -12,7 +13,6 @@ from shufflenet_mlflow.recipe import (
     make_optimizer,
     make_scheduler,
     parameter_groups,
-    reestimate_bn,
 )
 
 
@@ -58,7 +58,7 @@ def test_bn_statistics_become_the_average_over_the_batches() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3))
     batches = [torch.randn(8, 3, 4, 4) * scale + scale for scale in (1, 2, 3)]
     momentum = model[0].momentum
-    reestimate_bn(model, iter(batches))
+    reestimate_bn([model], iter(batches))
     expected = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).mean(0)
     assert torch.allclose(model[0].running_mean, expected, atol=1e-6)
     assert model[0].momentum == momentum
@@ -72,7 +72,7 @@ def test_momentum_of_bn_survives_an_interruption() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        reestimate_bn(model, broken())  # type: ignore[arg-type]
+        reestimate_bn([model], broken())  # type: ignore[arg-type]
     assert model[0].momentum == 0.1
 
 

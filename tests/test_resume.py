@@ -20,7 +20,7 @@ from shufflenet_mlflow.errors import (
 )
 from shufflenet_mlflow.jobs import run_training
 from shufflenet_mlflow.start import TrainRequest
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.stopping import StopFlag, StopRequested
 
 
 @pytest.mark.parametrize("iteration", range(1, 13))
@@ -66,10 +66,7 @@ def test_a_run_that_died_repeats_no_step(
     [died] = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert died.info.status == "FAILED"
     resumed = run(images, "--save-dir", "models")
-    if iteration < 4:  # before the first checkpoint there is nothing to resume from
-        assert resumed.run_id != died.info.run_id
-    else:
-        assert resumed.run_id == died.info.run_id
+    assert resumed.run_id == died.info.run_id  # also from its beginning, if it died before its first checkpoint
     assert_same_end(client, resumed, uninterrupted)
 
 
@@ -103,11 +100,12 @@ def test_dropout_goes_on_where_it_was(images: Path) -> None:
 
 
 def test_stopped_before_the_first_iteration(images: Path, client: MlflowClient) -> None:
-    with StopFlag() as stop:
+    """Nothing has been made by then, so nothing is left behind."""
+    with StopFlag() as stop, pytest.raises(StopRequested):
         signal.raise_signal(signal.SIGTERM)
-        summary = run(images, stop=stop)
-    assert (summary.result.iters, summary.result.checkpoint) == (0, None)
-    assert client.get_run(summary.run_id).info.status == "KILLED"
+        run(images, stop=stop)
+    assert client.search_experiments(filter_string="name = 'shufflenet'") == []
+    assert not Path("models").exists()
 
 
 def test_a_complete_run_is_left_alone(images: Path, client: MlflowClient) -> None:
@@ -232,9 +230,8 @@ def test_a_new_run_forks(images: Path, client: MlflowClient) -> None:
 
 def test_a_fork_that_is_stopped_at_once_can_be_resumed(images: Path) -> None:
     stopped = run_until(images, "training", 6, "--save-dir", "models")
-    with StopFlag() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        fork = run(images, "--resume", stopped.run_id, "--new-run", "--save-dir", "fork", stop=stop)
+    fork_of = ["--resume", stopped.run_id, "--new-run", "--save-dir", "fork"]
+    fork = run_until(images, "training", 6, *fork_of)  # as soon as the phase begins, before its first iteration
     assert fork.result.checkpoint == Path("fork/checkpoint-000006.pth.tar")
     assert run(images, "--resume", fork.run_id, "--save-dir", "elsewhere").run_id == fork.run_id
 

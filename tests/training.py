@@ -37,6 +37,7 @@ class Reporter(LoggingReporter):
                 self.done += 1
                 reporter.at(name, self.done)
 
+        reporter.at(name, done)
         yield Counting()
 
     def warn(self, text: str) -> None:

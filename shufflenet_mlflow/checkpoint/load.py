@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from shufflenet_mlflow.checkpoint.state import STATE_DICT, bare_key, bare_state_dict, is_plain_tensor
+from shufflenet_mlflow.checkpoint.payload import is_own
+from shufflenet_mlflow.checkpoint.state import EMA_STATE_DICT, STATE_DICT, bare_key, bare_state_dict, is_plain_tensor
 from shufflenet_mlflow.checkpoint.verify import read_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, MismatchError
 
@@ -62,17 +63,19 @@ def _source_of(checkpoint: str | Path | Mapping[str, Any]) -> str:
     return "the checkpoint" if isinstance(checkpoint, Mapping) else repr(str(checkpoint))
 
 
-def weights_of(payload: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+def weights_of(payload: Mapping[str, Any], source: str, *, ema: bool = True) -> dict[str, Tensor]:
     """The tensors of what a checkpoint file holds, by bare name.
 
     Args:
         payload: a dict with `state_dict`, or a bare state dict.
         source: what to call it in messages.
+        ema: take the moving average of the weights where there is one.
 
     Raises:
         CheckpointError: it holds no state dict.
     """
-    state_dict = payload.get(STATE_DICT, payload)
+    has_ema = ema and is_own(payload) and EMA_STATE_DICT in payload
+    state_dict = payload[EMA_STATE_DICT] if has_ema else payload.get(STATE_DICT, payload)
     if not isinstance(state_dict, Mapping) or not any(isinstance(value, Tensor) for value in state_dict.values()):
         raise CheckpointError(f"{source} holds no state dict; it has {sorted(map(str, payload))[:8]}")
     for key, value in state_dict.items():
@@ -109,6 +112,7 @@ def load_checkpoint(
     *,
     strict: bool = True,
     reset_head: bool | Literal["always"] = False,
+    ema: bool = True,
     source: str | None = None,
 ) -> LoadReport:
     """Load the weights of `checkpoint` into `model`.
@@ -122,6 +126,7 @@ def load_checkpoint(
         strict: every tensor must match. Otherwise the auxiliary `predict_*` heads may lack or differ on either side.
         reset_head: with `strict=False`, a classifier of another width is left as it is in `model`; with "always",
             one of the same width too, as for other classes of the same number.
+        ema: take the moving average of the weights where the file has one, as evaluation does.
         source: what to call the checkpoint in messages; by default the file's name.
 
     Returns:
@@ -134,7 +139,7 @@ def load_checkpoint(
     if strict and reset_head:
         raise ValueError("reset_head needs strict=False")
     source = source or _source_of(checkpoint)
-    given = weights_of(checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint), source)
+    given = weights_of(checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint), source, ema=ema)
     own = {bare_key(name): (name, tensor) for name, tensor in model.state_dict().items()}
     classes = _class_layers(model) if reset_head == "always" else set()
     reset = {key for key in own if key.rpartition(".")[0] in classes}

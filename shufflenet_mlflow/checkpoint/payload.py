@@ -10,6 +10,7 @@ _NONE = type(None)
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "state_dict": (dict,),
+    "ema_state_dict": (dict,),
     "optimizer_state_dict": (dict,),
     "lr_scheduler_state_dict": (dict,),
     "iters": (int,),
@@ -24,10 +25,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "class_to_idx": (dict,),
     "config": (dict,),
     "data": (dict,),
+    "environment": (dict,),
     "run_id": (str, _NONE),
 }
 
-RESUME_KEYS = tuple(_TYPES)
+_OPTIONAL = ("ema_state_dict", "environment")
+
+RESUME_KEYS = tuple(key for key in _TYPES if key not in _OPTIONAL)
 """What is needed to continue training."""
 
 

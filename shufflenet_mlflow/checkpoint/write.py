@@ -20,6 +20,7 @@ from shufflenet_mlflow.checkpoint.record import (
     write_record,
 )
 from shufflenet_mlflow.checkpoint.state import (
+    EMA_STATE_DICT,
     FORMAT_VERSION,
     STATE_DICT,
     bare_state_dict,
@@ -101,7 +102,7 @@ def prepare_checkpoint(
     payload = as_plain(
         {
             **state,
-            STATE_DICT: bare_state_dict(state[STATE_DICT]),
+            **{key: bare_state_dict(state[key]) for key in (STATE_DICT, EMA_STATE_DICT) if key in state},
             "format_version": FORMAT_VERSION,
             "iters": iters,
             "epoch": state.get("epoch") if epoch is None else epoch,

@@ -15,6 +15,7 @@ from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.data.preprocess import Transform, seeded
 from shufflenet_mlflow.data.sampler import Key, derive_seed
 from shufflenet_mlflow.errors import BadImageError, DataError
+from shufflenet_mlflow.stopping import StopFlag
 
 
 class BadImage(NamedTuple):
@@ -127,12 +128,12 @@ def collate(items: list[_Item]) -> Batch:
 
 
 def _start_worker(_worker_id: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach the whole process group, to the main process.
+    """Leave Ctrl-C and the like, which reach the whole process group, to the main process.
 
     The loader ends its workers through a queue, and they end by themselves once their parent is gone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in StopFlag.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
 
 
@@ -179,8 +180,13 @@ class BadImageLog:
 
 
 def batches_of(loader: DataLoader[_Item]) -> Iterator[Batch]:
-    """The loader's batches, with their type."""
-    yield from loader
+    """The loader's batches, with their type.
+
+    Raises:
+        DataError: a process that reads them died.
+    """
+    with worker_deaths_reported():
+        yield from loader
 
 
 @contextmanager

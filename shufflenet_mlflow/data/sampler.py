@@ -20,6 +20,9 @@ from shufflenet_mlflow.errors import DataError
 Key = tuple[int, int]
 """(epoch, index of the sample): the epoch is part of it because augmentation draws depend on it."""
 
+Part = list[Key]
+"""The samples of one forward pass."""
+
 REESTIMATION_EPOCH = -1
 """The pass over the training set that re-estimates the BN statistics; no epoch of training."""
 
@@ -83,42 +86,96 @@ class SampleOrder:
         return {**asdict(self), "epoch": epoch, "position": position}
 
 
-class TrainBatches(Sampler[list[Key]]):
-    """The batches from iteration `start` up to, not including, iteration `stop`."""
+@dataclass(frozen=True)
+class Division:
+    """How an iteration's batch is divided: into parts, one after the other in each process.
 
-    def __init__(self, order: SampleOrder, start: int, stop: int) -> None:
+    The parts lie in the batch in order, of equal size but for one image, and each process has as many consecutive
+    ones as any other. So what is in the batch does not depend on the number of processes, and neither does what is in
+    a part, if the number of parts is the same.
+    """
+
+    batch_size: int
+    rank: int = 0
+    processes: int = 1
+    rounds: int = 1
+    """Parts per process."""
+
+    @classmethod
+    def of(cls, batch_size: int, micro_batch_size: int, rank: int, processes: int) -> "Division":
+        """The fewest parts of at most `micro_batch_size` images, as many in each process."""
+        return cls(batch_size, rank, processes, -(-batch_size // (micro_batch_size * processes)))
+
+    @property
+    def parts(self) -> int:
+        """In all processes together."""
+        return self.processes * self.rounds
+
+    @property
+    def smallest(self) -> int:
+        """Images in the smallest part."""
+        return self.batch_size // self.parts
+
+    @property
+    def own(self) -> range:
+        """The numbers of this process's parts."""
+        return range(self.rank * self.rounds, (self.rank + 1) * self.rounds)
+
+    def cut(self, batch: list[Key]) -> Iterator[Part]:
+        """This process's parts of a batch."""
+        for part in self.own:
+            yield batch[part * len(batch) // self.parts : (part + 1) * len(batch) // self.parts]
+
+
+class TrainBatches(Sampler[Part]):
+    """This process's parts of the batches from iteration `start` up to, not including, iteration `stop`."""
+
+    def __init__(self, order: SampleOrder, start: int, stop: int, division: Division | None = None) -> None:
         self.order, self.start, self.stop = order, start, stop
+        self.division = division or Division(order.batch_size)
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start)
+        return max(0, self.stop - self.start) * self.division.rounds
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        return (self.order.batch(iters) for iters in range(self.start, self.stop))
+    def __iter__(self) -> Iterator[Part]:
+        for iters in range(self.start, self.stop):
+            yield from self.division.cut(self.order.batch(iters))
 
 
-class ReestimationBatches(Sampler[list[Key]]):
-    """`count` batches, at most an epoch's worth, in a permutation of their own."""
+class ReestimationBatches(Sampler[Part]):
+    """This process's parts of `count` batches, at most an epoch's worth, in a permutation of their own."""
 
-    def __init__(self, order: SampleOrder, count: int) -> None:
+    def __init__(self, order: SampleOrder, count: int, division: Division | None = None) -> None:
         self.order, self.count = order, min(count, order.iters_per_epoch)
+        self.division = division or Division(order.batch_size)
 
     def __len__(self) -> int:
-        return self.count
+        return self.count * self.division.rounds
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        return (self.order.reestimation_batch(position) for position in range(self.count))
+    def __iter__(self) -> Iterator[Part]:
+        for position in range(self.count):
+            yield from self.division.cut(self.order.reestimation_batch(position))
 
 
-class EvalBatches(Sampler[list[Key]]):
-    """Every sample once, in order; the last batch may be smaller."""
+class EvalBatches(Sampler[Part]):
+    """Every sample once, in order; the last batch may be smaller. Of several processes each takes every so-manieth."""
 
-    def __init__(self, num_samples: int, batch_size: int) -> None:
+    def __init__(self, num_samples: int, batch_size: int, rank: int = 0, processes: int = 1) -> None:
         self.num_samples, self.batch_size = num_samples, batch_size
+        self.rank, self.processes = rank, processes
+
+    @property
+    def rounds(self) -> int:
+        """The most batches that any process has."""
+        return -(-self.num_samples // (self.batch_size * self.processes))
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.batch_size)
+        return len(self._starts())
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        for start in range(0, self.num_samples, self.batch_size):
+    def _starts(self) -> range:
+        return range(self.rank * self.batch_size, self.num_samples, self.batch_size * self.processes)
+
+    def __iter__(self) -> Iterator[Part]:
+        for start in self._starts():
             stop = min(start + self.batch_size, self.num_samples)
             yield [(0, index) for index in range(start, stop)]

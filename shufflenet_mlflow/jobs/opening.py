@@ -1,22 +1,27 @@
 """The MLflow run that a training job writes to, also where the server is away."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.client import impatient, is_server, mlflow_errors
+from shufflenet_mlflow.client import impatient, is_server, mlflow_errors, redact
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.errors import ResumeError, TrackingError
+from shufflenet_mlflow.jobs.describing import config_digest
 from shufflenet_mlflow.planning import data_name
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve import RunReference, parse_reference
 from shufflenet_mlflow.spool import Spool, is_made, name_new_run
 from shufflenet_mlflow.start import Init, Start, TrainRequest
 from shufflenet_mlflow.tracking import (
+    CONFIG_TAG,
+    JOB_TAG,
     AdoptedRun,
     adopted_run_id,
     adopted_tags,
+    has_not_begun,
     make_run,
     new_run,
     reopen_run,
@@ -26,6 +31,10 @@ from shufflenet_mlflow.tracking.messages import Message, Reopen
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.client import MlflowClient
+
+
+LONGEST_TAG = 5000
+"""MLflow takes so many characters, whatever the store."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +72,24 @@ def open_run(
     init: Init | None,
     spool: Spool | None,
     reporter: Reporter,
+    *,
+    begun: Sequence[str] = (),
+    drifted: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> OpenedRun:
     """The resumed run, the one that `mlflow run` made, or a new one; if the server is away, as far as it is known.
+
+    Args:
+        begun: runs that this one may be, if they are of the same configuration and have no checkpoint yet: the
+            process that made them was killed.
+        drifted: what has changed since `start` was written: name -> (then, now).
 
     Raises:
         ResumeError: the run has gone on beyond the checkpoint, or is not there any more.
         TrackingError: the store refuses.
     """
     adopted = adopted_run_id()
-    tags = {"network": config.model}
+    digest = config_digest(config)
+    tags = {"network": config.model, CONFIG_TAG: digest}
     if init is not None and init.run_id is not None:
         tags |= {"init_from.run": init.run_id, "init_from.checkpoint": init.path.name}
     name = request.run_name or f"{config.model} {data_name(config.train_dir)} {config.input_size}px"
@@ -81,6 +99,11 @@ def open_run(
     elif start is not None and not request.new_run and (start.run_id is not None or (spool and spool.run)):
         known = start.run_id or (spool.run if spool else None)
         tags = {"resumed.from_iters": str(start.iters)}
+    if start is not None and drifted:
+        tags[f"drift.{start.iters}"] = redact(json.dumps(drifted))[:LONGEST_TAG]
+    if request.job is not None:
+        tags[JOB_TAG] = request.job
+    plain = tags
     if known is None:
         create = new_run(experiment=request.experiment, name=name, tags=tags)
     elif known == adopted:
@@ -89,6 +112,10 @@ def open_run(
         return OpenedRun(known, (Reopen(tags),), name=name)
     try:
         with impatient() if is_server(client.tracking_uri) else nullcontext():
+            for run_id in begun:
+                if has_not_begun(client, run_id, digest):
+                    known, create, tags = run_id, None, plain
+                    break
             if create is not None:
                 run_id, is_new = make_run(client, create)
             else:

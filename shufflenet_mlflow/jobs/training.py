@@ -1,37 +1,44 @@
 """The training job: options in, a trained network out, on the disk and in MLflow."""
 
 import math
+import signal
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from shufflenet_mlflow.checkpoint import Retention, load_checkpoint, remove_leftovers
 from shufflenet_mlflow.client import connect, prepare_environment
-from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, TrainConfig, check_resumable
-from shufflenet_mlflow.data.folder import ImageListing
-from shufflenet_mlflow.errors import CheckpointError
+from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_grace, check_job, check_resumable
+from shufflenet_mlflow.distributed import World, joined
+from shufflenet_mlflow.errors import CheckpointError, ConfigError, DataError
+from shufflenet_mlflow.jobs.attempts import find_attempt, may_begin_again
+from shufflenet_mlflow.jobs.describing import (
+    NEEDED_FOR_EQUALITY,
+    config_digest,
+    constants,
+    cost,
+    describe,
+    drift_since,
+    environment,
+)
+from shufflenet_mlflow.jobs.following import NoMetrics, NoStore, QuietReporter
 from shufflenet_mlflow.jobs.opening import ending_on_error, open_run
-from shufflenet_mlflow.models.cost import model_cost
-from shufflenet_mlflow.planning import Plan, check_same_data, choose_device, data_name, plan
-from shufflenet_mlflow.recipe import make_optimizer, make_scheduler
+from shufflenet_mlflow.jobs.sharing import receive_beginning, share_beginning
+from shufflenet_mlflow.launcher import requeue
+from shufflenet_mlflow.planning import Plan, check_same_data, choose_device, plan
+from shufflenet_mlflow.recipe import make_ema, make_optimizer, make_scheduler
 from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.spool import Spool
+from shufflenet_mlflow.spool import Spool, is_made
 from shufflenet_mlflow.start import Init, Start, TrainRequest, find_init, find_start
 from shufflenet_mlflow.state import TrainingState
 from shufflenet_mlflow.stopping import StopFlag
-from shufflenet_mlflow.tracking import (
-    TrackedMetrics,
-    TrackedStore,
-    TrackingSession,
-)
-from shufflenet_mlflow.tracking.messages import DatasetInput, Message, Params, TextArtifact
+from shufflenet_mlflow.tracking import TrackedMetrics, TrackedStore, TrackingSession
 from shufflenet_mlflow.train import TrainData, Trainer, TrainResult
-
-if TYPE_CHECKING:
-    pass
 
 NOTHING_TRAINED = TrainResult(iters=0, epoch=0, loss=math.nan, val_top1=None, val_top5=None, checkpoint=None)
 
@@ -51,6 +58,8 @@ class TrainSummary:
     """Entries that have not reached MLflow; they are kept in `save_dir`."""
     was_complete: bool = False
     """The run had ended before; nothing was trained."""
+    is_leader: bool = True
+    """False in those processes of a distributed job that neither write nor track."""
 
     def to_dict(self) -> dict[str, Any]:
         """The document of `train --json`."""
@@ -71,68 +80,176 @@ class TrainSummary:
 def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -> TrainSummary:
     """Train a network, or continue training one, with checkpoints on the disk and in MLflow.
 
-    Nothing is written and no run is made before options and data have been found to work.
+    Nothing is written and no run is made before options and data have been found to work. Started by `torchrun`, it
+    trains together with the other processes; the first of them is the one that writes and tracks.
 
     Raises:
         ShuffleNetError: see `shufflenet_mlflow.errors`; the run, if there was one by then, is marked FAILED.
+        StopRequested: a signal arrived before there was a run.
     """
     prepare_environment()
-    start = find_start(request)
-    init = find_init(request) if start is None else None
-    planned = plan(request, start, init)
-    config, data = planned.config, planned.data
-    if start is not None:
-        check_resumable(start.config, config, new_run=request.new_run)
-        check_same_data(start, data, new_run=request.new_run)
-    device = choose_device(config.device)
-    state = _fresh_state(planned, device, first_weights=start is None)
-    if start is not None:
-        state.load_state_dict(start.payload, config)
-        start = start.without_tensors()
-    if init is not None:
-        _load_first_weights(state, init, data, reporter)
+    check_job(request.job)
+    stop.grace = check_grace(request.grace)
+    with joined() as world:
+        if world.is_leader:
+            return _lead(world, request, reporter, stop)
+        return _follow(world, request, QuietReporter(world.rank), stop)
+
+
+def _lead(world: World, request: TrainRequest, reporter: Reporter, stop: StopFlag) -> TrainSummary:
     client = connect(request.tracking_uri)
+    with world.together(stop), stop.at_once():
+        request, begun = find_attempt(client, request, reporter)
+        start = find_start(request)
+        init = find_init(request) if start is None else None
+    share_beginning(world, request, start, init)
+    prepared = _prepare(world, request, start, init, reporter, stop)
+    start = start.without_tensors() if start is not None else None
     with ExitStack() as stack:
-        save_dir = _save_dir(request, start)
-        spool = Spool(save_dir) if save_dir is not None else None  # nobody else may be at work there
-        closing = stack.enter_context(ExitStack())
-        if spool is not None:
-            closing.callback(spool.close)
-        opened = open_run(client, request, config, start, init, spool, reporter)
-        if opened.made is not None:
-            stack.enter_context(opened.made)
-        init = None  # its weights have been copied
-        if spool is None:
-            save_dir = Path(DEFAULT_SAVE_ROOT) / opened.run
-            with ending_on_error(client, opened.run):
-                spool = Spool(save_dir)
-        closing.pop_all()  # the session closes it
+        with world.together(stop), ExitStack() as closing:
+            save_dir = _save_dir(request, start)
+            spool = Spool(save_dir) if save_dir is not None else None  # nobody else may be at work there
+            if spool is not None:
+                closing.callback(spool.close)
+                if spool.run is not None:
+                    begun = [*begun, spool.run_id_of(spool.run)]
+            opened = open_run(
+                client,
+                request,
+                prepared.planned.config,
+                start,
+                init,
+                spool,
+                reporter,
+                begun=[run for run in begun if is_made(run)] if may_begin_again(request, start) else [],
+                drifted=prepared.drifted,
+            )
+            init = None  # its weights have been copied
+            if opened.made is not None:
+                stack.enter_context(opened.made)
+            if spool is None:
+                save_dir = Path(DEFAULT_SAVE_ROOT) / opened.run
+                with ending_on_error(client, opened.run):
+                    spool = Spool(save_dir)
+            closing.pop_all()  # the session closes it
         session = TrackingSession(client, spool, opened.run, is_new=opened.is_new, reporter=reporter, stop=stop)
         remove_leftovers(spool.directory)
         with session:
-            session.record(*opened.first, *_describe(config, data))
-            summary = _train(session, request, planned, state, start, reporter, stop, client.tracking_uri)
+            session.record(*opened.first, *describe(prepared.planned.config, prepared.planned.data))
+            summary = _train(session, request, prepared, start, reporter, stop, client.tracking_uri)
         if summary.result.stopped_by is not None and opened.made is not None:
             opened.made.status = "KILLED"
-    run_id = session.run_id
+    if request.requeue and stop.signum is not None and stop.signum != signal.SIGINT:
+        requeue(reporter)
     return replace(
-        summary, run_id=run_id, run_name=opened.name, experiment_id=opened.experiment_id, pending=spool.pending
+        summary, run_id=session.run_id, run_name=opened.name, experiment_id=opened.experiment_id, pending=spool.pending
     )
+
+
+def _follow(world: World, request: TrainRequest, reporter: Reporter, stop: StopFlag) -> TrainSummary:
+    """The work of a process that neither writes nor tracks."""
+    with world.together(stop):
+        pass  # the leader finds out what is continued
+    request, start, init = receive_beginning(world, request)
+    prepared = _prepare(world, request, start, init, reporter, stop)
+    continued = None
+    if start is not None:
+        start = start.without_tensors()
+        continued = None if request.new_run else start
+    with world.together(stop):
+        pass  # the leader opens the run
+    summary = TrainSummary(None, "", Path(), is_leader=False)
+    config = prepared.planned.config
+    if continued is not None and continued.is_final(config.total_iters):
+        return replace(summary, was_complete=True)
+    trainer = Trainer(
+        config=config,
+        data=prepared.planned.data,
+        state=prepared.state,
+        constants={},
+        store=NoStore(),
+        sink=NoMetrics(),
+        reporter=reporter,
+        stop=stop,
+        world=world,
+    )
+    result = trainer.run(continued.path if continued is not None else None)
+    trainer.all_bad_images()
+    return replace(summary, result=result)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run that is ready to train."""
+
+    planned: Plan
+    state: TrainingState
+    world: World
+    environment: Mapping[str, Any]
+    drifted: Mapping[str, tuple[Any, Any]]
+    """What has changed since the checkpoint was written."""
+
+
+def _prepare(
+    world: World, request: TrainRequest, start: Start | None, init: Init | None, reporter: Reporter, stop: StopFlag
+) -> _Prepared:
+    """Options, data and state of this process, which fit those of the others."""
+    with world.together(stop), stop.at_once():
+        planned = plan(request, start, init, world)
+        config, data = planned.config, planned.data
+        if start is not None:
+            check_resumable(start.config, config, new_run=request.new_run)
+            check_same_data(start, data, new_run=request.new_run)
+        device = choose_device(world.device(config.device))
+        if config.sync_bn and device.type != "cuda":
+            raise ConfigError(f"--sync-bn needs CUDA, and the device is {device.type}; leave it out")
+        surroundings = environment(planned, device, world)
+    with world.together(stop):
+        _require_same_as_leader(world, planned)
+    with world.together(stop), stop.at_once():
+        drifted: dict[str, tuple[Any, Any]] = {}
+        state = _fresh_state(planned, device, world, first_weights=start is None)
+        if start is not None:
+            state.load_state_dict(start.payload, config)
+            drifted = drift_since(start, config, surroundings)
+            _warn_of_drift(drifted, reporter)
+        if init is not None:
+            _load_first_weights(state, init, data, reporter)
+    return _Prepared(planned, state, world, surroundings, drifted)
+
+
+def _require_same_as_leader(world: World, planned: Plan) -> None:
+    """Raise DataError where this process was given other images, or other options, than the leader."""
+    data = planned.data
+    own = {
+        "options": config_digest(planned.config),
+        "training images": data.train.digest,
+        "validation images": data.val.digest,
+    }
+    for what, digest in world.from_leader(own).items():
+        if own[what] != digest:
+            raise DataError(f"its {what} are not those of process 0; give every process the same")
+
+
+def _warn_of_drift(drifted: Mapping[str, tuple[Any, Any]], reporter: Reporter) -> None:
+    listed = [f"{name} ({drifted[name][0]} -> {drifted[name][1]})" for name in NEEDED_FOR_EQUALITY if name in drifted]
+    if listed:
+        reporter.note(f"since the checkpoint: {', '.join(listed)}; results are equal but for rounding, not bit for bit")
 
 
 def _train(
     session: TrackingSession,
     request: TrainRequest,
-    planned: Plan,
-    state: TrainingState,
+    prepared: _Prepared,
     start: Start | None,
     reporter: Reporter,
     stop: StopFlag,
     client_uri: str,
 ) -> TrainSummary:
+    planned, state = prepared.planned, prepared.state
     config, directory = planned.config, session.spool.directory
     metrics = TrackedMetrics(session.recorder)
-    metrics.log(_cost(planned), 0)
+    metrics.log(cost(planned), 0)
     store = TrackedStore(
         directory,
         session.recorder,
@@ -156,11 +273,12 @@ def _train(
         config=config,
         data=planned.data,
         state=state,
-        constants=_constants(planned),
+        constants=constants(planned, prepared.environment),
         store=store,
         sink=metrics,
         reporter=reporter,
         stop=stop,
+        world=prepared.world,
     )
     try:
         result = trainer.run(continued.path if continued is not None else None)
@@ -169,7 +287,7 @@ def _train(
         raise
     finally:
         session.iters = state.iters
-    if skipped := len(trainer.bad_images.seen):
+    if skipped := len(trainer.all_bad_images()):
         reporter.warn(f"{skipped} unreadable files were left out")
         metrics.log({"data/unreadable_files": skipped}, result.iters)
     if result.stopped_by is not None:
@@ -186,7 +304,7 @@ def _warn_of_failed_saves(store: TrackedStore, error: BaseException, reporter: R
             reporter.warn(str(failure))
 
 
-def _fresh_state(planned: Plan, device: torch.device, *, first_weights: bool) -> TrainingState:
+def _fresh_state(planned: Plan, device: torch.device, world: World, *, first_weights: bool) -> TrainingState:
     """The state before the first iteration.
 
     Args:
@@ -196,8 +314,18 @@ def _fresh_state(planned: Plan, device: torch.device, *, first_weights: bool) ->
     torch.manual_seed(config.seed)
     pretrained = first_weights and config.pretrained
     model = planned.architecture.build(config.num_classes, pretrained=pretrained).to(device)
+    if config.sync_bn and world.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     optimizer = make_optimizer(model, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    return TrainingState(model, optimizer, make_scheduler(optimizer, config.total_iters), device)
+    return TrainingState(
+        model,
+        optimizer,
+        make_scheduler(optimizer, config.total_iters),
+        device,
+        ema=None if config.ema_decay is None else make_ema(model, config.ema_decay),
+        seed=config.seed,
+        world=world,
+    )
 
 
 def _load_first_weights(state: TrainingState, init: Init, data: TrainData, reporter: Reporter) -> None:
@@ -225,43 +353,6 @@ def _save_dir(request: TrainRequest, start: Start | None) -> Path | None:
         if start.run_id is not None:
             return Path(DEFAULT_SAVE_ROOT) / start.run_id
     return None
-
-
-def _describe(config: TrainConfig, data: TrainData) -> tuple[Message, ...]:
-    """What the run is about: parameters, data sets, configuration, classes."""
-    epochs = config.total_iters / data.order.iters_per_epoch
-    values = {**config.to_dict(), "epochs": int(epochs) if epochs.is_integer() else epochs}
-    for key in ("train_dir", "val_dir"):
-        values[key] = values[key] or data_name(None)
-    return (
-        Params.of(values),
-        _dataset(data.train, name=data_name(config.train_dir), context="training"),
-        _dataset(data.val, name=data_name(config.val_dir), context="validation"),
-        TextArtifact.of_json("config.json", config.to_dict()),
-        TextArtifact.of_json("classes.json", data.train.class_to_idx),
-    )
-
-
-def _dataset(listing: ImageListing, *, name: str, context: str) -> DatasetInput:
-    return DatasetInput(name, listing.digest, str(listing.root), len(listing), len(listing.classes), context)
-
-
-def _cost(planned: Plan) -> dict[str, float]:
-    config = planned.config
-    cost = model_cost(config.model, config.num_classes, config.input_size, **planned.architecture.kwargs())
-    return {"model/parameters": cost.parameters, "model/macs": cost.macs}
-
-
-def _constants(planned: Plan) -> dict[str, Any]:
-    config, data = planned.config, planned.data
-    kwargs = {"num_classes": config.num_classes, **planned.architecture.kwargs()}
-    return {
-        "model": {"name": config.model, "kwargs": kwargs},
-        "preprocess": data.preprocess.to_dict(),
-        "class_to_idx": data.train.class_to_idx,
-        "config": config.to_dict(),
-        "data": {"train_digest": data.train.digest, "val_digest": data.val.digest},
-    }
 
 
 def _result_of(start: Start) -> TrainResult:

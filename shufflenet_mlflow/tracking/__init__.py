@@ -2,9 +2,14 @@
 
 from shufflenet_mlflow.tracking.delivery import Deliverer
 from shufflenet_mlflow.tracking.run import (
+    CONFIG_TAG,
+    JOB_TAG,
     AdoptedRun,
+    KnownRun,
     adopted_run_id,
     adopted_tags,
+    find_job,
+    has_not_begun,
     make_run,
     new_run,
     reopen_run,
@@ -15,13 +20,18 @@ from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore, lost_checkpoints
 
 __all__ = [
+    "CONFIG_TAG",
+    "JOB_TAG",
     "AdoptedRun",
     "Deliverer",
+    "KnownRun",
     "TrackedMetrics",
     "TrackedStore",
     "TrackingSession",
     "adopted_run_id",
     "adopted_tags",
+    "find_job",
+    "has_not_begun",
     "lost_checkpoints",
     "make_run",
     "new_run",

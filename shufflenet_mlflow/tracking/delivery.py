@@ -226,13 +226,13 @@ class Delivery:
         """Wait until everything has arrived, but not for ever for a server that does not answer.
 
         Args:
-            stop: a signal ends the wait.
+            stop: a signal ends the wait, once its grace period is over.
 
         Returns:
             Whether everything has arrived.
         """
         self.wake()
-        began, asked = time.monotonic(), stop.signum
+        began = time.monotonic()
         before = self.spool.pending
         if before == 0:
             return True
@@ -244,7 +244,7 @@ class Delivery:
                 since = self._failing_since
                 if since is not None and time.monotonic() - max(since, began) > GIVE_UP_SECONDS:
                     return False
-                if stop.signum != asked:
+                if stop.is_out_of_time:
                     return False
                 with self._changed:
                     self._changed.wait(0.2)

@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+JOB_TAG = "job"
+"""Tag of a run: the name that `--job` gave it."""
+
+CONFIG_TAG = "config.digest"
+"""Tag of a run: equal for runs of equal configuration, but for what may change when one is resumed."""
 
 RUN_ID_VARIABLE = "MLFLOW_RUN_ID"
 """How `mlflow run` tells its child which run it made for it."""
@@ -137,6 +144,54 @@ def make_run(client: "MlflowClient", create: Create, *, spool_id: str | None = N
                 return str(found[0].info.run_id), False
         run = client.create_run(experiment_id, run_name=create.name, tags=tags, start_time=create.start_time)
     return str(run.info.run_id), True
+
+
+@dataclass(frozen=True)
+class KnownRun:
+    """A run that MLflow has."""
+
+    run_id: str
+    has_checkpoint: bool
+
+
+def find_job(client: "MlflowClient", job: str, experiment: str | None) -> KnownRun | None:
+    """The latest run of that job; None if there is none.
+
+    Args:
+        experiment: as for `new_run`.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    wanted = new_run(experiment=experiment, name="", tags={})
+    with mlflow_errors(f"look for the job {job!r} in {redact(client.tracking_uri)}"):
+        experiment_id = wanted.experiment_id
+        if experiment_id is None:
+            found = client.get_experiment_by_name(wanted.experiment or DEFAULT_EXPERIMENT)
+            if found is None:
+                return None
+            experiment_id = str(found.experiment_id)
+        runs = client.search_runs(
+            [experiment_id], f"tags.`{JOB_TAG}` = '{job}'", max_results=1, order_by=["attributes.start_time DESC"]
+        )
+    return KnownRun(runs[0].info.run_id, LATEST_TAG in runs[0].data.tags) if runs else None
+
+
+def has_not_begun(client: "MlflowClient", run_id: str, digest: str) -> bool:
+    """Whether a run of the same configuration, by its digest, has no checkpoint: then it can begin once more.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    try:
+        with mlflow_errors(f"read run {run_id}"):
+            run = client.get_run(run_id)
+    except TrackingError as error:
+        if error.answered:
+            return False
+        raise
+    tags = run.data.tags
+    return run.info.lifecycle_stage == "active" and LATEST_TAG not in tags and tags.get(CONFIG_TAG) == digest
 
 
 def adopted_tags(name: str | None, tags: Mapping[str, str]) -> dict[str, str]:

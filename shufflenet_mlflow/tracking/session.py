@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shufflenet_mlflow.client import stored_uri
+from shufflenet_mlflow.client import mlflow_errors, stored_uri
+from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.spool import Spool, is_made
 from shufflenet_mlflow.stopping import StopFlag
@@ -41,6 +42,7 @@ class TrackingSession:
         reporter: Reporter,
         stop: StopFlag,
     ) -> None:
+        self._client = client
         self.spool, self.run = spool, run
         self.status: Status = "FINISHED"
         self.iters = 0
@@ -73,11 +75,22 @@ class TrackingSession:
         try:
             self.record(Finish(status, now_ms(), self.iters))
             self.recorder.close()
-            self.delivery.wait(self._stop)
+            if not self.delivery.wait(self._stop):
+                self._mark(status)
             self._say_what_is_left(self.spool.directory)
         finally:
             self.delivery.close()
             self.spool.close()
+
+    def _mark(self, status: Status) -> None:
+        """Say how the run ended ahead of what still waits, so that nobody takes it for running."""
+        if self.run_id is None or self.delivery.reason:
+            return  # MLflow does not answer
+        try:
+            with mlflow_errors(f"end run {self.run_id}"):
+                self._client.set_terminated(self.run_id, status, now_ms())
+        except TrackingError as error:
+            logger.warning("%s", error)
 
     def _say_what_is_left(self, directory: Path) -> None:
         if pending := self.spool.pending:

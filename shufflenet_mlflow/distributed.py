@@ -1,0 +1,255 @@
+"""The processes that train one network together: joining them, and agreeing on what happens next.
+
+They are started by `torchrun`, or whatever else sets `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. The first
+of them, the leader, resolves, writes and tracks; the others compute. A signal or an error that reaches one of them
+ends all of them at the same point, so that none waits for the others for ever.
+"""
+
+import io
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shufflenet_mlflow import errors
+from shufflenet_mlflow.errors import ConfigError, ElsewhereError, LostProcessError, ShuffleNetError
+from shufflenet_mlflow.stopping import StopFlag, StopRequested
+
+Value = TypeVar("Value")
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+TIMEOUT = timedelta(minutes=30)
+"""For so long the processes wait for one of them: the leader may be fetching a checkpoint."""
+
+_CHUNK = 1 << 28
+"""Bytes in one broadcast."""
+
+_ERROR = 1 << 8
+"""What a process says that has failed; above all signals."""
+
+
+class World:
+    """The processes of this job. Alone, nothing here communicates, and every collective returns what it is given.
+
+    Args:
+        rank: this process's number; 0 is the leader.
+        size: how many there are.
+        local_rank: this process's number on its machine.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process writes and tracks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by its sum over all processes."""
+        if self.size > 1:
+            with _losses_reported():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def highest(self, number: int) -> int:
+        """The highest of the processes' numbers."""
+        if self.size == 1:
+            return number
+        highest = torch.tensor(number)
+        with _losses_reported():
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return int(highest)
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every process's value, which is small, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _losses_reported():
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_leader(self, value: Value) -> Value:
+        """The leader's value, which is small."""
+        return self.gather(value if self.is_leader else None)[0]  # type: ignore[return-value]
+
+    def payload_from_leader(self, payload: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """The leader's checkpoint, of any size; None if it has none."""
+        if self.size == 1:
+            return payload
+        data = _packed(payload) if payload is not None else torch.empty(0, dtype=torch.uint8)
+        length = self.from_leader(len(data))
+        if not length:
+            return None
+        if not self.is_leader:
+            data = torch.empty(length, dtype=torch.uint8)
+        with _losses_reported():
+            for first in range(0, length, _CHUNK):
+                dist.broadcast(data[first : first + _CHUNK], 0)
+        if self.is_leader:
+            return payload
+        loaded: Mapping[str, Any] = torch.load(io.BytesIO(data.numpy().data), weights_only=True)
+        return loaded
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The network whose backward pass leaves the mean of all processes' gradients."""
+        if self.size == 1:
+            return model
+        with _losses_reported():  # the running statistics of BN are kept equal by `RunningStatistics`
+            devices = [device] if device.type == "cuda" else None
+            return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+    @contextmanager
+    def together(self, stop: StopFlag) -> Iterator[None]:
+        """If the block fails or is stopped in one process, that happens in all of them.
+
+        The leader then raises an error that it can report; another process raises `ElsewhereError`.
+        """
+        problem: ShuffleNetError | None = None
+        try:
+            yield
+        except StopRequested:
+            if self.size == 1:
+                raise
+        except (LostProcessError, ElsewhereError):
+            raise
+        except ShuffleNetError as error:
+            if self.size == 1:
+                raise
+            problem = error
+        self.settle(stop, problem)
+
+    def settle(self, stop: StopFlag, problem: ShuffleNetError | None = None) -> None:
+        """Go on, unless a process has been told to stop or has failed: then none does.
+
+        Args:
+            problem: why this process cannot go on.
+
+        Raises:
+            StopRequested: a signal has arrived at one of them.
+            ShuffleNetError: this process is the leader, and one has failed.
+            ElsewhereError: this process is another, and one has failed.
+        """
+        code = self.highest(_ERROR if problem is not None and stop.signum is None else stop.signum or 0)
+        if code == 0:
+            return
+        if code < _ERROR:
+            stop.set(code)
+            raise StopRequested(code)
+        if self.size == 1 and problem is not None:
+            raise problem
+        said = self.gather(_described(problem))
+        if problem is not None and self.is_leader:
+            raise problem
+        rank, (kind, text, status, host) = next((rank, what) for rank, what in enumerate(said) if what is not None)
+        if self.is_leader:
+            raise _rebuilt(kind, f"process {rank} on {host}: {text}")
+        raise ElsewhereError(text, status) from problem
+
+    def agreed(self, stop: StopFlag, rounds: int, fetch: Callable[[], Value]) -> Iterator[Value]:
+        """What `fetch` returns, `rounds` times, as long as no process has a reason to stop."""
+        for _ in range(rounds):
+            problem, value = None, None
+            try:
+                value = fetch()
+            except (LostProcessError, ElsewhereError):
+                raise
+            except ShuffleNetError as error:
+                problem = error
+            self.settle(stop, problem)
+            yield value  # type: ignore[misc]  # fetched, or settling has raised
+        self.settle(stop)
+
+    def device(self, name: str) -> str:
+        """The device that this process is to use where the user named `name`.
+
+        Raises:
+            ConfigError: one device was named for several processes.
+        """
+        if self.size == 1 or name in ("cpu", "mps"):
+            return name
+        if ":" in name:
+            raise ConfigError(f"--device {name} is one device, and there are {self.size} processes; use cuda")
+        if name == "auto" and not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{self.local_rank}"
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The processes that this one was started with; a world of one if it was started alone.
+
+    Raises:
+        ConfigError: the environment is not what a launcher sets.
+        LostProcessError: the others do not answer.
+    """
+    if any(name not in os.environ for name in VARIABLES):
+        yield World()
+        return
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
+    except ValueError as error:
+        raise ConfigError(f"the environment's RANK, WORLD_SIZE or LOCAL_RANK is no number ({error})") from error
+    if size == 1:
+        yield world
+        return
+    if torch.cuda.is_available() and world.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(world.local_rank)
+    with _losses_reported():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    try:
+        yield world
+    finally:
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def loss_of_process(error: RuntimeError) -> LostProcessError | None:
+    """What to say if `error` is PyTorch's report that another process is gone; None for any other error."""
+    text = str(error)
+    signs = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "Timed out waiting", "TCPStore")
+    if not isinstance(error, dist.DistError) and not any(sign in text for sign in signs):
+        return None
+    first = text.splitlines()[0] if text else type(error).__name__
+    return LostProcessError(
+        f"process {os.environ.get('RANK', '0')} has lost another process of this job ({first[:200]}); what was trained "
+        "since the last checkpoint is trained again when the job is started again"
+    )
+
+
+@contextmanager
+def _losses_reported() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        loss = loss_of_process(error)
+        if loss is None:
+            raise
+        raise loss from error
+
+
+def _packed(payload: Mapping[str, Any]) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save(dict(payload), buffer)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+
+
+def _described(problem: ShuffleNetError | None) -> tuple[str, str, int, str] | None:
+    if problem is None:
+        return None
+    return type(problem).__name__, str(problem), problem.exit_status, socket.gethostname()
+
+
+def _rebuilt(kind: str, text: str) -> ShuffleNetError:
+    error: ShuffleNetError = getattr(errors, kind)(text)
+    return error

@@ -1,0 +1,65 @@
+"""Finding what an earlier attempt at the same job has begun: by its folder, or by its name in MLflow."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shufflenet_mlflow.checkpoint import list_checkpoints
+from shufflenet_mlflow.client import impatient, is_server
+from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT
+from shufflenet_mlflow.errors import TrackingError
+from shufflenet_mlflow.launcher import attempt, launch_name
+from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.start import Start, TrainRequest
+from shufflenet_mlflow.tracking import KnownRun, find_job
+
+if TYPE_CHECKING:
+    from shufflenet_mlflow.client import MlflowClient
+
+
+def find_attempt(client: "MlflowClient", request: TrainRequest, reporter: Reporter) -> tuple[TrainRequest, list[str]]:
+    """The request, so that it continues what an earlier attempt has begun.
+
+    Returns:
+        The request, and the runs that were begun and have no checkpoint yet.
+
+    Raises:
+        TrackingError: nothing lies in the job's folder, and the store that could know the job does not answer.
+    """
+    is_named = request.job is not None
+    if not is_named and request.save_dir is None and request.resume == "auto":
+        request = replace(request, job=launch_name(requeue=request.requeue))
+    if request.job is not None and request.save_dir is None:
+        request = replace(request, save_dir=Path(DEFAULT_SAVE_ROOT) / request.job)
+    directory = request.save_dir
+    found = directory is not None and directory.is_dir() and bool(list_checkpoints(directory))
+    if found and attempt():  # the same command again: the fork, say, has been made already
+        request = replace(request, resume="auto", new_run=False)
+    if request.job is None or request.resume != "auto" or request.new_run or not (is_named or attempt()):
+        return request, []
+    known: KnownRun | None
+    try:
+        if is_server(client.tracking_uri):
+            with impatient():
+                known = find_job(client, request.job, request.experiment)
+        else:
+            known = find_job(client, request.job, request.experiment)
+    except TrackingError as error:
+        if not found:
+            raise TrackingError(
+                f"{error}; --resume none begins the job anew without looking for an earlier run of it", error.code
+            ) from error
+        reporter.warn(f"{error}; taking what lies in {str(directory)!r}")
+        return request, []
+    if known is None:
+        return request, []
+    if known.has_checkpoint:
+        return replace(request, resume=known.run_id), []
+    return request, [known.run_id]
+
+
+def may_begin_again(request: TrainRequest, start: Start | None) -> bool:
+    """Whether a run that has no checkpoint yet may be this one: it was begun by the same command."""
+    if start is None:
+        return request.resume == "auto" and not request.new_run
+    return request.new_run and attempt() > 0

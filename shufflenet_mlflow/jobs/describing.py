@@ -1,0 +1,92 @@
+"""What a training run is about: what its MLflow run says, and what each of its checkpoints holds besides its state."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from shufflenet_mlflow.config import HARMLESS, TrainConfig, drift
+from shufflenet_mlflow.data.folder import ImageListing
+from shufflenet_mlflow.distributed import World
+from shufflenet_mlflow.models.cost import model_cost
+from shufflenet_mlflow.planning import Plan, data_name
+from shufflenet_mlflow.start import Start
+from shufflenet_mlflow.tracking.messages import DatasetInput, Message, Params, TextArtifact
+from shufflenet_mlflow.train import TrainData
+
+NEEDED_FOR_EQUALITY = ("torch", "device", "threads", "processes", "parts")
+"""Where one of these differs, rounding does."""
+
+
+def config_digest(config: TrainConfig) -> str:
+    """What two runs have in common that differ in nothing but what may change when one is resumed."""
+    values = {name: value for name, value in config.to_dict().items() if name not in HARMLESS}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe(config: TrainConfig, data: TrainData) -> tuple[Message, ...]:
+    """Parameters, data sets, configuration, classes."""
+    epochs = config.total_iters / data.order.iters_per_epoch
+    values = {**config.to_dict(), "epochs": int(epochs) if epochs.is_integer() else epochs}
+    for key in ("train_dir", "val_dir"):
+        values[key] = values[key] or data_name(None)
+    return (
+        Params.of(values),
+        _dataset(data.train, name=data_name(config.train_dir), context="training"),
+        _dataset(data.val, name=data_name(config.val_dir), context="validation"),
+        TextArtifact.of_json("config.json", config.to_dict()),
+        TextArtifact.of_json("classes.json", data.train.class_to_idx),
+    )
+
+
+def _dataset(listing: ImageListing, *, name: str, context: str) -> DatasetInput:
+    return DatasetInput(name, listing.digest, str(listing.root), len(listing), len(listing.classes), context)
+
+
+def cost(planned: Plan) -> dict[str, float]:
+    """The network's size, as metrics."""
+    config = planned.config
+    size = model_cost(config.model, config.num_classes, config.input_size, **planned.architecture.kwargs())
+    return {"model/parameters": size.parameters, "model/macs": size.macs}
+
+
+def environment(planned: Plan, device: torch.device, world: World) -> dict[str, Any]:
+    """What the bits of a result depend on besides the configuration."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # installed in some way that leaves no metadata
+            continue
+    return {
+        **versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "processes": world.size,
+        "parts": planned.data.division.parts,
+    }
+
+
+def constants(planned: Plan, surroundings: Mapping[str, Any]) -> dict[str, Any]:
+    """What every checkpoint of the run holds besides its state."""
+    config, data = planned.config, planned.data
+    kwargs = {"num_classes": config.num_classes, **planned.architecture.kwargs()}
+    return {
+        "model": {"name": config.model, "kwargs": kwargs},
+        "preprocess": data.preprocess.to_dict(),
+        "class_to_idx": data.train.class_to_idx,
+        "config": config.to_dict(),
+        "data": {"train_digest": data.train.digest, "val_digest": data.val.digest},
+        "environment": dict(surroundings),
+    }
+
+
+def drift_since(start: Start, config: TrainConfig, surroundings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What has changed since the checkpoint was written: name -> (then, now)."""
+    then = start.payload.get("environment")
+    changed = {} if then is None else drift(then, surroundings)
+    return {**drift(start.config, config.to_dict()), **changed}

@@ -1,0 +1,40 @@
+"""What a distributed job begins with: found by its leader, received by its other processes.
+
+They need no folder in common, and no access to MLflow.
+"""
+
+from dataclasses import replace
+
+from shufflenet_mlflow.distributed import World
+from shufflenet_mlflow.start import Init, Start, TrainRequest
+
+
+def share_beginning(world: World, request: TrainRequest, start: Start | None, init: Init | None) -> None:
+    """Send the others what was found; the counterpart of `receive_beginning`."""
+    if world.size == 1:
+        return
+    world.from_leader((request.resume, request.new_run, _light(start), _light(init)))
+    for found in (start, init):
+        world.payload_from_leader(found.payload if found is not None else None)
+
+
+def receive_beginning(world: World, request: TrainRequest) -> tuple[TrainRequest, Start | None, Init | None]:
+    """What the leader found, with the request as it understood it."""
+    resume, new_run, start, init = world.from_leader((request.resume, request.new_run, _NO_START, _NO_INIT))
+    request = replace(request, resume=resume, new_run=new_run)
+    payload = world.payload_from_leader(None)
+    if start is not None and payload is not None:
+        start = replace(start, payload=payload)
+    payload = world.payload_from_leader(None)
+    if init is not None and payload is not None:
+        init = replace(init, payload=payload)
+    return request, start, init
+
+
+_NO_START: Start | None = None
+_NO_INIT: Init | None = None
+
+
+def _light(found: "Start | Init | None") -> "Start | Init | None":
+    """Without the checkpoint's content, which is sent on its own."""
+    return None if found is None else replace(found, payload={})
