@@ -5,6 +5,7 @@ of them, the leader, resolves, writes and tracks; the others compute. A signal o
 ends all of them at the same point, so that none waits for the others for ever.
 """
 
+import inspect
 import io
 import os
 import socket
@@ -104,9 +105,12 @@ class World:
         """The network whose backward pass leaves the mean of all processes' gradients."""
         if self.size == 1:
             return model
-        with _losses_reported():  # the running statistics of BN are kept equal by `RunningStatistics`
-            devices = [device] if device.type == "cuda" else None
-            return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        # The running statistics of BN are kept equal by `RunningStatistics`.
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        devices = [device] if device.type == "cuda" else None
+        with _losses_reported():
+            return DistributedDataParallel(model, device_ids=devices, **{buffers: False})  # type: ignore[arg-type]
 
     @contextmanager
     def together(self, stop: StopFlag) -> Iterator[None]:

@@ -35,11 +35,13 @@ class Reporter(Protocol):
         """So many entries have not reached MLflow, though they should have; 0 once all is well again."""
 
 
-class _SilentPhase:
+class SilentPhase:
+    """Shows nothing."""
+
     def advance(self) -> None:
         pass
 
-    def __enter__(self) -> "_SilentPhase":
+    def __enter__(self) -> "SilentPhase":
         return self
 
     def __exit__(
@@ -56,7 +58,7 @@ class LoggingReporter:
 
     def phase(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Phase]:
         logger.info("%s: %d of %d", name, done, total)
-        return _SilentPhase()
+        return SilentPhase()
 
     def metrics(self, iters: int, values: Mapping[str, float]) -> None:
         logger.info(

@@ -1,10 +1,11 @@
 """What the processes of a distributed job have, besides the first one, which writes and tracks for all."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.reporting import LoggingReporter
+from shufflenet_mlflow.reporting import LoggingReporter, Phase, SilentPhase
 
 
 class NoStore:
@@ -43,6 +44,10 @@ class QuietReporter(LoggingReporter):
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
+
+    def phase(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Phase]:
+        """The leader shows it."""
+        return SilentPhase()
 
     def metrics(self, iters: int, values: Mapping[str, float]) -> None:
         """The leader shows them."""
