@@ -279,7 +279,7 @@ def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: boo
     """Refuse options that would make a resumed run another run than it was.
 
     Args:
-        before: the checkpoint's configuration.
+        before: the configuration of the run, or of its checkpoint.
         new_run: the continuation is a run of its own, in which anything but `BREAKING` may change.
 
     Raises:
@@ -295,4 +295,4 @@ def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: boo
             if breaking
             else "leave them as they were, or pass --new-run to continue as a run of its own"
         )
-        raise ResumeError(f"the checkpoint cannot be continued with changed {listed}; {way_out}")
+        raise ResumeError(f"the run cannot be continued with changed {listed}; {way_out}")

@@ -1,8 +1,7 @@
-"""The processes that train one network together: joining them, and agreeing on what happens next.
+"""The processes that train one network together, and how they agree on what happens next.
 
-They are started by `torchrun`, or whatever else sets `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. The first
-of them, the leader, resolves, writes and tracks; the others compute. A signal or an error that reaches one of them
-ends all of them at the same point, so that none waits for the others for ever.
+The first of them, the leader, resolves, writes and tracks; the others compute. A signal or an error that reaches one of
+them ends all of them at the same point, so that none waits for the others for ever.
 """
 
 import inspect
@@ -10,8 +9,7 @@ import io
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -24,11 +22,6 @@ from shufflenet_mlflow.errors import ConfigError, ElsewhereError, LostProcessErr
 from shufflenet_mlflow.stopping import StopFlag, StopRequested
 
 Value = TypeVar("Value")
-
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-TIMEOUT = timedelta(minutes=30)
-"""For so long the processes wait for one of them: the leader may be fetching a checkpoint."""
 
 _CHUNK = 1 << 28
 """Bytes in one broadcast."""
@@ -57,7 +50,7 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over all processes."""
         if self.size > 1:
-            with _losses_reported():
+            with losses_reported():
                 dist.all_reduce(tensor)
         return tensor
 
@@ -66,7 +59,7 @@ class World:
         if self.size == 1:
             return number
         highest = torch.tensor(number)
-        with _losses_reported():
+        with losses_reported():
             dist.all_reduce(highest, dist.ReduceOp.MAX)
         return int(highest)
 
@@ -75,7 +68,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _losses_reported():
+        with losses_reported():
             dist.all_gather_object(values, value)
         return values
 
@@ -93,7 +86,7 @@ class World:
             return None
         if not self.is_leader:
             data = torch.empty(length, dtype=torch.uint8)
-        with _losses_reported():
+        with losses_reported():
             for first in range(0, length, _CHUNK):
                 dist.broadcast(data[first : first + _CHUNK], 0)
         if self.is_leader:
@@ -109,7 +102,7 @@ class World:
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         devices = [device] if device.type == "cuda" else None
-        with _losses_reported():
+        with losses_reported():
             return DistributedDataParallel(model, device_ids=devices, **{buffers: False})  # type: ignore[arg-type]
 
     @contextmanager
@@ -188,36 +181,6 @@ class World:
         return f"cuda:{self.local_rank}"
 
 
-@contextmanager
-def joined() -> Iterator[World]:
-    """The processes that this one was started with; a world of one if it was started alone.
-
-    Raises:
-        ConfigError: the environment is not what a launcher sets.
-        LostProcessError: the others do not answer.
-    """
-    if any(name not in os.environ for name in VARIABLES):
-        yield World()
-        return
-    try:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
-    except ValueError as error:
-        raise ConfigError(f"the environment's RANK, WORLD_SIZE or LOCAL_RANK is no number ({error})") from error
-    if size == 1:
-        yield world
-        return
-    if torch.cuda.is_available() and world.local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(world.local_rank)
-    with _losses_reported():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-    try:
-        yield world
-    finally:
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
-
-
 def loss_of_process(error: RuntimeError) -> LostProcessError | None:
     """What to say if `error` is PyTorch's report that another process is gone; None for any other error."""
     text = str(error)
@@ -232,7 +195,8 @@ def loss_of_process(error: RuntimeError) -> LostProcessError | None:
 
 
 @contextmanager
-def _losses_reported() -> Iterator[None]:
+def losses_reported() -> Iterator[None]:
+    """Raise LostProcessError where PyTorch raises its own error because another process is gone."""
     try:
         yield
     except RuntimeError as error:

@@ -10,6 +10,7 @@
     │   ├── UnsafeCheckpointError    loading it would mean running code
     │   └── MismatchError            its tensors do not fit the network
     ├── UnresolvedError        nothing stands behind a checkpoint reference
+    │   └── NoCheckpointError        the run is there, and has no checkpoint yet
     ├── ResumeError            a run that cannot be continued as asked
     ├── TrackingError          the MLflow store refused or did not answer
     │   └── RefusedError             and will refuse it again
@@ -76,6 +77,18 @@ class MismatchError(CheckpointError):
 
 class UnresolvedError(ShuffleNetError):
     """A checkpoint reference behind which nothing usable was found."""
+
+
+class NoCheckpointError(UnresolvedError):
+    """A run that exists and has no checkpoint yet.
+
+    Args:
+        run_id: that run.
+    """
+
+    def __init__(self, message: str, run_id: str = "") -> None:
+        super().__init__(message)
+        self.run_id = run_id
 
 
 class ResumeError(ShuffleNetError):

@@ -124,7 +124,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
     """
     world = world or World()
     given = dict(request.options)
-    inherited = start.config if start else {}
+    inherited = start.config if start else dict(request.inherited)
     if "epochs" in given and "total_iters" in given:
         raise ConfigError("--epochs and --total-iters exclude each other; give one of them")
     options = {**inherited, **given}

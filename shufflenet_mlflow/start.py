@@ -2,22 +2,32 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from shufflenet_mlflow.checkpoint import (
     FINAL_TAG,
     RESUME_KEYS,
+    CheckpointRecord,
     check_payload,
     is_own,
+    newest_first,
     parse_name,
     read_checkpoint,
+    read_record,
 )
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, ResumeError, TrackingError, UnresolvedError
 from shufflenet_mlflow.network import Architecture, Described, describe, identify
-from shufflenet_mlflow.resolve import Resolved, RunReference, newest_valid, parse_reference, resolve
+from shufflenet_mlflow.resolve import (
+    Resolved,
+    RunReference,
+    latest_of_run,
+    newest_valid,
+    parse_reference,
+    resolve,
+)
 from shufflenet_mlflow.spool import look
 
 logger = logging.getLogger(__name__)
@@ -43,6 +53,8 @@ class TrainRequest:
     """Seconds after a signal in which what is under way may be brought to MLflow."""
     requeue: bool = False
     """After a signal, ask Slurm to start the job again."""
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+    """Configuration of the run that is begun again, because it has no checkpoint yet: holds for what is not given."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +122,17 @@ def find_init(request: TrainRequest) -> Init | None:
         ConfigError: its network is not known, or is another one than the options name.
         UnresolvedError, CheckpointError, TrackingError: the reference could not be resolved.
     """
-    ref = request.options.get("init_from")
+    options = {**request.inherited, **request.options}
+    ref = options.get("init_from")
     if ref is None:
         return None
-    if request.options.get("pretrained"):
+    if options.get("pretrained"):
         raise ConfigError("--init-from and --pretrained exclude each other; give one of them")
     resolved = resolve(ref, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
     payload = read_checkpoint(resolved.path)
     source = repr(str(resolved.path))
     described = describe(payload, source)
-    architecture = identify(described.architecture, Architecture.asked(request.options), payload, source)
+    architecture = identify(described.architecture, Architecture.asked(options), payload, source)
     run_id = payload.get("run_id") if is_own(payload) else None
     return Init(resolved.path, payload, architecture, described, run_id or resolved.run_id)
 
@@ -160,23 +173,30 @@ def find_start(request: TrainRequest) -> Start | None:
 
 
 def _resolve(request: TrainRequest) -> Resolved:
-    """What `--resume` means. The latest of a run may still lie on this disk, if MLflow never got it."""
+    """What `--resume` means. The latest of a run may lie on this disk: newer than MLflow has it, or just as well."""
     reference = parse_reference(request.resume)
-    is_latest = isinstance(reference, RunReference) and reference.which == "latest" and reference.artifact is None
-    if request.new_run or not isinstance(reference, RunReference) or not is_latest:
+    if request.new_run or not isinstance(reference, RunReference) or not reference.is_latest:
         return resolve(request.resume, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
     local = _newest_of_run(request.save_dir or Path(DEFAULT_SAVE_ROOT) / reference.run_id, reference.run_id)
     try:
-        resolved = resolve(request.resume, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
+        if local is None or not _is_up_to_date(local, latest_of_run(reference.run_id, request.tracking_uri)):
+            return resolve(request.resume, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
     except (TrackingError, UnresolvedError) as error:
         if local is None:
             raise
         logger.warning("%s; taking %s", error, local.path)
-        return local
-    if local is None or local.iters <= resolved.iters:
-        return resolved
-    logger.info("%s is newer than what MLflow has", local.path)
     return local
+
+
+def _is_up_to_date(local: Resolved, latest: CheckpointRecord | None) -> bool:
+    """Whether a checkpoint on this disk is the one that the run names as its latest, or a newer one."""
+    if latest is None:
+        return True
+    name = local.path.name
+    if name == latest.file_name:
+        record = read_record(local.path)
+        return record is not None and record.sha256 == latest.sha256
+    return newest_first([name, latest.file_name])[0] == name
 
 
 def _newest_of_run(directory: Path, run_id: str) -> Resolved | None:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from shufflenet_mlflow.checkpoint import list_checkpoints
 from shufflenet_mlflow.client import impatient, is_server
-from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT
-from shufflenet_mlflow.errors import TrackingError
+from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
+from shufflenet_mlflow.errors import ConfigError, NoCheckpointError, ResumeError, TrackingError
 from shufflenet_mlflow.launcher import attempt, launch_name
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.start import Start, TrainRequest
-from shufflenet_mlflow.tracking import KnownRun, find_job
+from shufflenet_mlflow.tracking import KnownRun, config_to_begin_with, find_job
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.client import MlflowClient
@@ -56,6 +56,34 @@ def find_attempt(client: "MlflowClient", request: TrainRequest, reporter: Report
     if known.has_checkpoint:
         return replace(request, resume=known.run_id), []
     return request, [known.run_id]
+
+
+def begin_again(
+    client: "MlflowClient", request: TrainRequest, error: NoCheckpointError
+) -> tuple[TrainRequest, list[str]]:
+    """The request, so that it begins the run once more that `--resume` names and that has no checkpoint yet.
+
+    Args:
+        error: says so.
+
+    Returns:
+        As `find_attempt` does.
+
+    Raises:
+        NoCheckpointError: it is not known how the run began, or another one was to continue it.
+        ResumeError: the folder belongs to another run.
+        TrackingError: the store does not answer.
+    """
+    config = None if request.new_run else config_to_begin_with(client, error.run_id)
+    if config is None:
+        raise error
+    try:
+        check_types(config)
+    except ConfigError as problem:
+        raise NoCheckpointError(f"{error}; its configuration is not understood: {problem}") from problem
+    if request.save_dir is not None and list_checkpoints(request.save_dir):
+        raise ResumeError(f"--save-dir {str(request.save_dir)!r} holds checkpoints of another run; name another folder")
+    return replace(request, resume="auto", inherited=config), [error.run_id]
 
 
 def may_begin_again(request: TrainRequest, start: Start | None) -> bool:

@@ -22,9 +22,9 @@ NEEDED_FOR_EQUALITY = ("torch", "device", "threads", "processes", "parts")
 """Where one of these differs, rounding does."""
 
 
-def config_digest(config: TrainConfig) -> str:
+def config_digest(config: Mapping[str, Any]) -> str:
     """What two runs have in common that differ in nothing but what may change when one is resumed."""
-    values = {name: value for name, value in config.to_dict().items() if name not in HARMLESS}
+    values = {name: value for name, value in config.items() if name not in HARMLESS}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

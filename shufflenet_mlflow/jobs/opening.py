@@ -21,7 +21,7 @@ from shufflenet_mlflow.tracking import (
     AdoptedRun,
     adopted_run_id,
     adopted_tags,
-    has_not_begun,
+    config_to_begin_with,
     make_run,
     new_run,
     reopen_run,
@@ -88,8 +88,10 @@ def open_run(
         TrackingError: the store refuses.
     """
     adopted = adopted_run_id()
-    digest = config_digest(config)
-    tags = {"network": config.model, CONFIG_TAG: digest}
+    values = config.to_dict()
+    tags = {"network": config.model, CONFIG_TAG: redact(json.dumps(values))}
+    if len(tags[CONFIG_TAG]) > LONGEST_TAG:  # paths of thousands of characters
+        del tags[CONFIG_TAG]
     if init is not None and init.run_id is not None:
         tags |= {"init_from.run": init.run_id, "init_from.checkpoint": init.path.name}
     name = request.run_name or f"{config.model} {data_name(config.train_dir)} {config.input_size}px"
@@ -113,7 +115,8 @@ def open_run(
     try:
         with impatient() if is_server(client.tracking_uri) else nullcontext():
             for run_id in begun:
-                if has_not_begun(client, run_id, digest):
+                before = config_to_begin_with(client, run_id)
+                if before is not None and config_digest(before) == config_digest(values):
                     known, create, tags = run_id, None, plain
                     break
             if create is not None:
@@ -158,4 +161,4 @@ def _means_latest(resume: str) -> bool:
     if resume == "auto":
         return False
     reference = parse_reference(resume)
-    return isinstance(reference, RunReference) and reference.which == "latest" and reference.artifact is None
+    return isinstance(reference, RunReference) and reference.is_latest

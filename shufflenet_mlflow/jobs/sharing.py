@@ -13,15 +13,16 @@ def share_beginning(world: World, request: TrainRequest, start: Start | None, in
     """Send the others what was found; the counterpart of `receive_beginning`."""
     if world.size == 1:
         return
-    world.from_leader((request.resume, request.new_run, _light(start), _light(init)))
+    world.from_leader((request.resume, request.new_run, request.inherited, _light(start), _light(init)))
     for found in (start, init):
         world.payload_from_leader(found.payload if found is not None else None)
 
 
 def receive_beginning(world: World, request: TrainRequest) -> tuple[TrainRequest, Start | None, Init | None]:
     """What the leader found, with the request as it understood it."""
-    resume, new_run, start, init = world.from_leader((request.resume, request.new_run, _NO_START, _NO_INIT))
-    request = replace(request, resume=resume, new_run=new_run)
+    own = (request.resume, request.new_run, request.inherited, _NO_START, _NO_INIT)
+    resume, new_run, inherited, start, init = world.from_leader(own)
+    request = replace(request, resume=resume, new_run=new_run, inherited=inherited)
     payload = world.payload_from_leader(None)
     if start is not None and payload is not None:
         start = replace(start, payload=payload)

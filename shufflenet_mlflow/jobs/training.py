@@ -14,9 +14,9 @@ from torch import nn
 from shufflenet_mlflow.checkpoint import Retention, load_checkpoint, remove_leftovers
 from shufflenet_mlflow.client import connect, prepare_environment
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_grace, check_job, check_resumable
-from shufflenet_mlflow.distributed import World, joined
-from shufflenet_mlflow.errors import CheckpointError, ConfigError, DataError
-from shufflenet_mlflow.jobs.attempts import find_attempt, may_begin_again
+from shufflenet_mlflow.distributed import World
+from shufflenet_mlflow.errors import CheckpointError, ConfigError, DataError, NoCheckpointError
+from shufflenet_mlflow.jobs.attempts import begin_again, find_attempt, may_begin_again
 from shufflenet_mlflow.jobs.describing import (
     NEEDED_FOR_EQUALITY,
     config_digest,
@@ -29,6 +29,7 @@ from shufflenet_mlflow.jobs.describing import (
 from shufflenet_mlflow.jobs.following import NoMetrics, NoStore, QuietReporter
 from shufflenet_mlflow.jobs.opening import ending_on_error, open_run
 from shufflenet_mlflow.jobs.sharing import receive_beginning, share_beginning
+from shufflenet_mlflow.joining import joined
 from shufflenet_mlflow.launcher import requeue
 from shufflenet_mlflow.planning import Plan, check_same_data, choose_device, plan
 from shufflenet_mlflow.recipe import make_ema, make_optimizer, make_scheduler
@@ -90,7 +91,7 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
     prepare_environment()
     check_job(request.job)
     stop.grace = check_grace(request.grace)
-    with joined() as world:
+    with joined(stop) as world:
         if world.is_leader:
             return _lead(world, request, reporter, stop)
         return _follow(world, request, QuietReporter(world.rank), stop)
@@ -100,7 +101,12 @@ def _lead(world: World, request: TrainRequest, reporter: Reporter, stop: StopFla
     client = connect(request.tracking_uri)
     with world.together(stop), stop.at_once():
         request, begun = find_attempt(client, request, reporter)
-        start = find_start(request)
+        try:
+            start = find_start(request)
+        except NoCheckpointError as error:
+            start = None
+            request, begun = begin_again(client, request, error)
+            reporter.note(f"run {begun[0]} has no checkpoint yet: it begins again")
         init = find_init(request) if start is None else None
     share_beginning(world, request, start, init)
     prepared = _prepare(world, request, start, init, reporter, stop)
@@ -197,6 +203,8 @@ def _prepare(
     with world.together(stop), stop.at_once():
         planned = plan(request, start, init, world)
         config, data = planned.config, planned.data
+        if request.inherited:
+            check_resumable(request.inherited, config, new_run=False)
         if start is not None:
             check_resumable(start.config, config, new_run=request.new_run)
             check_same_data(start, data, new_run=request.new_run)
@@ -222,7 +230,7 @@ def _require_same_as_leader(world: World, planned: Plan) -> None:
     """Raise DataError where this process was given other images, or other options, than the leader."""
     data = planned.data
     own = {
-        "options": config_digest(planned.config),
+        "options": config_digest(planned.config.to_dict()),
         "training images": data.train.digest,
         "validation images": data.val.digest,
     }

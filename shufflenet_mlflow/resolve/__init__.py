@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from shufflenet_mlflow.checkpoint import CheckpointRecord
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import UnresolvedError
 from shufflenet_mlflow.reporting import Reporter
@@ -14,6 +15,7 @@ __all__ = [
     "Resolved",
     "RunReference",
     "get_latest_model",
+    "latest_of_run",
     "newest_valid",
     "parse_reference",
     "resolve",
@@ -57,6 +59,18 @@ def resolve(
     if isinstance(reference, RunReference):
         return remote.resolve_run(reference, tracking_uri=tracking_uri, cache_dir=folder, reporter=reporter)
     return remote.resolve_model(reference, tracking_uri=tracking_uri, cache_dir=folder, reporter=reporter)
+
+
+def latest_of_run(run_id: str, tracking_uri: str | None = None) -> CheckpointRecord | None:
+    """The record of what a run names as its newest checkpoint, which is not fetched; None if it has none.
+
+    Raises:
+        UnresolvedError: there is no such run.
+        TrackingError: MLflow did not answer.
+    """
+    from shufflenet_mlflow.resolve import remote
+
+    return remote.latest_of_run(run_id, tracking_uri=tracking_uri)
 
 
 def get_latest_model(

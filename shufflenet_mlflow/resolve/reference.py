@@ -28,6 +28,11 @@ class RunReference:
     artifact: str | None = None
     """An artifact path, such as `checkpoints/checkpoint-000100.pth.tar`; overrides `which`."""
 
+    @property
+    def is_latest(self) -> bool:
+        """Whether the newest checkpoint is meant, whichever that is."""
+        return self.which == "latest" and self.artifact is None
+
 
 @dataclass(frozen=True)
 class ModelReference:

@@ -27,10 +27,12 @@ from shufflenet_mlflow.checkpoint import (
     write_record,
 )
 from shufflenet_mlflow.client import connect, mlflow_errors, redact
+from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import (
     BusyError,
     CheckpointError,
     CorruptCheckpointError,
+    NoCheckpointError,
     TrackingError,
     UnresolvedError,
 )
@@ -100,10 +102,10 @@ class RemoteCheckpoints:
 
     def _without(self, tag: str) -> UnresolvedError:
         found = self.list_names()
-        return UnresolvedError(
-            f"run {self.run_id} ({self.name}) has no {tag}; among its artifacts are "
-            + (f"the checkpoints {', '.join(found[:_NAMED])}" if found else "no checkpoints")
+        text = f"run {self.run_id} ({self.name}) has no {tag}; among its artifacts are " + (
+            f"the checkpoints {', '.join(found[:_NAMED])}" if found else "no checkpoints"
         )
+        return NoCheckpointError(text, self.run_id) if tag == LATEST_TAG else UnresolvedError(text)
 
     def list_names(self) -> list[str]:
         """Names of the checkpoints among the run's artifacts, newest first, but for those being deleted."""
@@ -206,7 +208,7 @@ class RemoteCheckpoints:
         """What `checkpoint.latest` names, or, where that fails, the newest checkpoint that verifies.
 
         Raises:
-            UnresolvedError: the run has no checkpoint, or none that verifies.
+            UnresolvedError: none of the run's checkpoints verifies; NoCheckpointError: it has none.
         """
         failures: list[str] = []
         for artifact, record in self._newest_first():
@@ -347,6 +349,15 @@ def resolve_run(
     """Fetch the checkpoint of a run; see `RemoteCheckpoints.resolve`."""
     client = connect(tracking_uri)
     return RemoteCheckpoints(client, reference.run_id, cache_dir, reporter).resolve(reference)
+
+
+def latest_of_run(run_id: str, *, tracking_uri: str | None) -> CheckpointRecord | None:
+    """What `checkpoint.latest` says; None if the run has no such tag, or it is damaged."""
+    run = RemoteCheckpoints(connect(tracking_uri), run_id, default_cache_dir())
+    try:
+        return CheckpointRecord.from_json(run.tags.get(LATEST_TAG, ""))
+    except CheckpointError:
+        return None
 
 
 def resolve_model(

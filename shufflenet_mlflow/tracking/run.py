@@ -1,5 +1,6 @@
 """The beginning and the end of an MLflow run: making, adopting, continuing it, and the status that is true."""
 
+import json
 import logging
 import os
 import platform
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import shufflenet_mlflow
 from shufflenet_mlflow.checkpoint import LATEST_TAG
@@ -37,8 +38,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 JOB_TAG = "job"
 """Tag of a run: the name that `--job` gave it."""
 
-CONFIG_TAG = "config.digest"
-"""Tag of a run: equal for runs of equal configuration, but for what may change when one is resumed."""
+CONFIG_TAG = "config"
+"""Tag of a run: its configuration as JSON, from its first moment on, so that it can begin again by its ID alone."""
 
 RUN_ID_VARIABLE = "MLFLOW_RUN_ID"
 """How `mlflow run` tells its child which run it made for it."""
@@ -177,8 +178,8 @@ def find_job(client: "MlflowClient", job: str, experiment: str | None) -> KnownR
     return KnownRun(runs[0].info.run_id, LATEST_TAG in runs[0].data.tags) if runs else None
 
 
-def has_not_begun(client: "MlflowClient", run_id: str, digest: str) -> bool:
-    """Whether a run of the same configuration, by its digest, has no checkpoint: then it can begin once more.
+def config_to_begin_with(client: "MlflowClient", run_id: str) -> dict[str, Any] | None:
+    """The configuration of a run that has no checkpoint yet, and so can begin once more; None for any other run.
 
     Raises:
         TrackingError: the store does not answer.
@@ -188,10 +189,16 @@ def has_not_begun(client: "MlflowClient", run_id: str, digest: str) -> bool:
             run = client.get_run(run_id)
     except TrackingError as error:
         if error.answered:
-            return False
+            return None
         raise
     tags = run.data.tags
-    return run.info.lifecycle_stage == "active" and LATEST_TAG not in tags and tags.get(CONFIG_TAG) == digest
+    if run.info.lifecycle_stage != "active" or LATEST_TAG in tags:
+        return None
+    try:
+        config = json.loads(tags.get(CONFIG_TAG, ""))
+    except ValueError:
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def adopted_tags(name: str | None, tags: Mapping[str, str]) -> dict[str, str]:

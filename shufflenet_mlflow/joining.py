@@ -1,0 +1,123 @@
+"""Joining the processes that `torchrun`, or whatever else sets `VARIABLES`, has started."""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from shufflenet_mlflow.distributed import World, losses_reported
+from shufflenet_mlflow.errors import ConfigError, LostProcessError
+from shufflenet_mlflow.stopping import StopFlag
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+TIMEOUT = timedelta(minutes=30)
+"""For so long the processes wait for one of them: the leader may be fetching a checkpoint."""
+
+_POLL_SECONDS = 0.02
+
+
+@contextmanager
+def joined(stop: StopFlag) -> Iterator[World]:
+    """The processes that this one was started with; a world of one if it was started alone.
+
+    Args:
+        stop: a signal ends the wait for the others.
+
+    Raises:
+        ConfigError: the environment is not what a launcher sets.
+        LostProcessError: the others do not answer.
+        StopRequested: a signal has arrived.
+    """
+    if any(name not in os.environ for name in VARIABLES):
+        yield World()
+        return
+    world = _announced()
+    if world.size == 1:
+        yield world
+        return
+    if torch.cuda.is_available() and world.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(world.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with losses_reported():
+        store = _store_of_agent(world, stop)
+        if store is None:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=world.rank, world_size=world.size)
+    try:
+        yield world
+    finally:
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _announced() -> World:
+    """What the launcher says of this process."""
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    except ValueError as error:
+        raise ConfigError(f"the environment's RANK, WORLD_SIZE or LOCAL_RANK is no number ({error})") from error
+    if not 0 <= rank < size:
+        raise ConfigError(f"the environment's RANK (={rank}) must be at least 0 and below its WORLD_SIZE (={size})")
+    return World(rank, size, local_rank)
+
+
+def _store_of_agent(world: World, stop: StopFlag) -> Store | None:
+    """The part of torchrun's own key-value store that belongs to this attempt; None where there is no such store.
+
+    torchrun keeps one store for all attempts at a job. Processes that are started again would find the addresses of
+    their dead predecessors in it, and wait for them.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=TIMEOUT)
+    return PrefixStore(name_attempt(store, world.rank, world.size, stop), store)
+
+
+def name_attempt(store: Store, rank: int, size: int, stop: StopFlag) -> str:
+    """A name that these processes have in common, and none before them had.
+
+    What the store holds may be of any earlier attempt, and torchrun's count of restarts differs between machines. So
+    each process writes a number that it has drawn, the first one answers it with the name, and what answers another
+    number counts for nothing.
+
+    Raises:
+        LostProcessError: the others do not answer.
+        StopRequested: a signal has arrived.
+    """
+    store = PrefixStore("shufflenet", store)
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    own = secrets.token_hex(8)
+    others = range(1, size)
+    asked, answered, taken = "asked/{}", "answered/{}", "taken/{}"
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    if rank != 0:
+        store.set(asked.format(rank), own)
+    while True:
+        stop.check()
+        if rank == 0:
+            for other in others:
+                if number := read(asked.format(other)):
+                    store.set(answered.format(other), f"{number} {own}")
+            if all(read(taken.format(other)) == own for other in others):
+                return own
+        else:
+            number, _, name = read(answered.format(rank)).partition(" ")
+            if number == own:
+                store.set(taken.format(rank), name)
+                return name
+        if time.monotonic() > deadline:
+            raise LostProcessError(f"process {rank}: the others of this job have not come within {TIMEOUT}")
+        time.sleep(_POLL_SECONDS)
