@@ -98,7 +98,7 @@ REQUEST_OPTIONS = (
 @flag("--new-run", help="Resume as a run of its own.")
 @option("--job", metavar="NAME", help="Name by which auto finds the run in MLflow, on any machine.")
 @option("--grace", type=float, metavar="SECONDS", help="To bring to MLflow what is left after a signal.  [default: 20]")
-@flag("--requeue", help="After SIGTERM or SIGUSR1, ask Slurm to start the job again.")
+@flag("--requeue", help="After SIGUSR1, Slurm's warning, ask it to start the job again.")
 @tracking_uri_option
 @option("--experiment", metavar="NAME", help="MLflow experiment.  [default: shufflenet]")
 @option("--run-name", metavar="NAME", help="Name of the run.  [default: network, data, size]")

@@ -20,7 +20,7 @@ def attempt() -> int:
 
 
 def launch_name(*, requeue: bool) -> str | None:
-    """A name that all attempts of this launch have in common; None if there will be only one.
+    """A name that all attempts of this launch have in common; None if there will be only one, or no such name is known.
 
     Args:
         requeue: Slurm is to be asked for another attempt.
@@ -28,8 +28,7 @@ def launch_name(*, requeue: bool) -> str | None:
     slurm = os.environ.get("SLURM_JOB_ID", "")
     if requeue and slurm:
         return f"slurm-{slurm}"
-    most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-    if not most.isdecimal() or int(most) == 0:
+    if not may_restart() or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         return None
     try:
         agent = psutil.Process(os.getppid())
@@ -37,6 +36,12 @@ def launch_name(*, requeue: bool) -> str | None:
     except psutil.Error:
         return None
     return f"torchrun-{hashlib.sha256(launch.encode()).hexdigest()[:10]}"
+
+
+def may_restart() -> bool:
+    """Whether torchrun is going to start the processes again when one of them is lost."""
+    most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    return most.isdecimal() and int(most) > 0
 
 
 def requeue(reporter: Reporter) -> None:

@@ -52,7 +52,7 @@ class TrainRequest:
     grace: float | None = None
     """Seconds after a signal in which what is under way may be brought to MLflow."""
     requeue: bool = False
-    """After a signal, ask Slurm to start the job again."""
+    """After SIGUSR1, by which Slurm announces the end, ask it to start the job again."""
     inherited: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of the run that is begun again, because it has no checkpoint yet: holds for what is not given."""
 

@@ -84,7 +84,7 @@ def client(workplace: Path) -> MlflowClient:
     return MlflowClient(f"sqlite:///{workplace}/mlflow.db")
 
 
-pytest.register_assert_rewrite("training", "crash", "server")
+pytest.register_assert_rewrite("training", "crash", "server", "processes")
 
 Invoke = Callable[..., Result]
 

@@ -6,11 +6,8 @@ Ten runs of the real command against a real server that is killed, stopped, rest
 
 import hashlib
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import small_options, steps
 from mlflow import MlflowClient
+from processes import Process, start
 from server import Proxy, Server
 
 from shufflenet_mlflow.checkpoint import list_checkpoints, list_records
@@ -44,25 +42,12 @@ def proxy(server: Server) -> Iterator[Proxy]:
     proxy.close()
 
 
-def shufflenet(folder: Path, uri: str, *words: object) -> "subprocess.Popen[str]":
-    folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, "-m", "shufflenet_mlflow", *map(str, words)],
-        cwd=folder,
-        env={
-            **os.environ,
-            "MLFLOW_TRACKING_URI": uri,
-            "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",  # else a server that hangs holds one request for long
-            "SHUFFLENET_CACHE_DIR": str(folder / "cache"),
-            "OMP_NUM_THREADS": "1",  # two threads on two busy cores wait for each other more than they work
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def shufflenet(folder: Path, uri: str, *words: object) -> Process:
+    env = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_HTTP_REQUEST_TIMEOUT": "3"}  # else one that hangs holds a request long
+    return start(folder, *words, env=env)
 
 
-def finish(process: "subprocess.Popen[str]") -> Any:
+def finish(process: Process) -> Any:
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "Traceback" not in err

@@ -2,21 +2,16 @@
 
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import assert_equal_payloads, small_options, steps
+from conftest import small_options, steps
 from mlflow import MlflowClient
+from processes import finish, start, wait_for_iteration
 from server import Server
-
-from shufflenet_mlflow.checkpoint import read_checkpoint
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
@@ -29,37 +24,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server.kill()
 
 
-def start(folder: Path, *arguments: object) -> "subprocess.Popen[str]":
-    folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, "-m", "shufflenet_mlflow", *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "SHUFFLENET_CACHE_DIR": str(folder / "cache")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: "subprocess.Popen[str]", status: int = 0) -> dict[str, Any]:
-    out, err = process.communicate()
-    assert process.returncode == status, err
-    document: dict[str, Any] = json.loads(out)
-    return document
-
-
 def options(images: Path, iters: int) -> list[object]:
     return [*small_options(images), "--total-iters", iters, "--json"]
-
-
-def wait_for_iteration(process: "subprocess.Popen[str]", iteration: int) -> None:
-    """Until the plain progress lines on stderr have come so far."""
-    assert process.stderr is not None
-    for line in process.stderr:
-        words = line.split()
-        if words[:1] == ["iteration"] and int(words[1].partition("/")[0]) >= iteration:
-            return
-    pytest.fail("the process ended early")
 
 
 def only_run(server: Server) -> str:
@@ -92,44 +58,11 @@ def test_sigterm_then_resume_by_run_id_elsewhere(server: Server, images: Path, t
 
 def test_ctrl_c_with_worker_processes(server: Server, images: Path, tmp_path: Path) -> None:
     """A terminal sends SIGINT to the whole group, the workers included."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "shufflenet_mlflow", "train", *map(str, options(images, 4000)), "--workers", "2"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(tmp_path, "train", *options(images, 4000), "--workers", "2")
     wait_for_iteration(process, 4)
     os.killpg(process.pid, signal.SIGINT)
     stopped = finish(process, status=128 + signal.SIGINT)
     assert Path(tmp_path / stopped["checkpoint"]).exists()
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_sigkill_then_resume_by_run_id_elsewhere(server: Server, images: Path, tmp_path: Path, seed: int) -> None:
-    """Killed at a random moment; continued in an empty folder from the run ID; equal to an undisturbed run."""
-    whole = finish(start(tmp_path / "whole", "train", *options(images, 24)))
-    reference = read_checkpoint(tmp_path / "whole" / whole["checkpoint"])
-    killed = start(tmp_path / "killed", "train", *options(images, 24))
-    wait_for_iteration(killed, 6)
-    time.sleep(random.Random(seed).uniform(0, 0.8))
-    killed.kill()
-    killed.communicate()
-    client = MlflowClient(server.uri)
-    runs = client.search_runs([item.experiment_id for item in client.search_experiments()])
-    [run_id] = [run.info.run_id for run in runs if run.info.run_id != whole["run_id"]]
-    ended = finish(start(tmp_path / "elsewhere", "train", "--resume", run_id, "--workers", seed % 3, "--json"))
-    payload = read_checkpoint(tmp_path / "elsewhere" / ended["checkpoint"])
-    for key in ("state_dict", "optimizer_state_dict", "best", "loss", "sampler_state", "rng_state"):
-        assert_equal_payloads(payload[key], reference[key], key)
-    for name in ("train/loss", "val/top1", "val/loss"):
-        points = [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
-        assert sorted(points) == points
-        expected = [(point.step, point.value) for point in client.get_metric_history(whole["run_id"], name)]
-        assert points == expected
-    for name in ("epoch", "loss"):
-        assert len(steps(client, run_id, name)) == len(set(steps(client, run_id, name)))
 
 
 def test_the_server_dies_and_comes_back(server: Server, images: Path, tmp_path: Path) -> None:

@@ -1,14 +1,13 @@
 """Interrupted anywhere, a run goes on as if nothing had happened; what would make it another run is refused."""
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import assert_equal_payloads, steps, values, write_images
+from conftest import Invoke, assert_equal_payloads, steps, values, write_images
 from mlflow import MlflowClient
 from training import Reporter, assert_same_end, history, run, run_until
 
@@ -20,6 +19,7 @@ from shufflenet_mlflow.errors import (
 )
 from shufflenet_mlflow.jobs import run_training
 from shufflenet_mlflow.start import TrainRequest
+from shufflenet_mlflow.state import StepRandomness
 from shufflenet_mlflow.stopping import StopFlag, StopRequested
 
 
@@ -84,19 +84,50 @@ def test_comparison_with_the_uninterrupted_run_can_fail(images: Path, client: Ml
         assert_same_end(client, resumed, uninterrupted)
 
 
-def test_dropout_goes_on_where_it_was(images: Path) -> None:
-    options = ["--model", "shufflenet_oneshot", "--total-iters", 4, "--val-interval", 4, "--tracking-uri"]
-    uri = os.environ["MLFLOW_TRACKING_URI"]
-    whole = run(images, *options, uri, "--save-dir", "whole")
-    run_until(images, "training", 2, *options, uri, "--save-dir", "parts")
+EMA_KEY = "first_conv.0.weight"
+DROPOUT = ["--model", "shufflenet_oneshot", "--total-iters", 4, "--val-interval", 4]
+
+
+def whole_and_parts(images: Path, *options: object) -> tuple[Any, Any]:
+    """The last checkpoints of a run and of one that was interrupted after two iterations."""
+    whole = run(images, *options, "--save-dir", "whole")
+    run_until(images, "training", 2, *options, "--save-dir", "parts")
     torch.manual_seed(12345)
     torch.rand(3)
-    parts = run(images, *options, uri, "--save-dir", "parts")
+    parts = run(images, *options, "--save-dir", "parts")
     assert whole.result.checkpoint
     assert parts.result.checkpoint
-    assert_equal_payloads(
-        read_checkpoint(whole.result.checkpoint)["state_dict"], read_checkpoint(parts.result.checkpoint)["state_dict"]
-    )
+    return read_checkpoint(whole.result.checkpoint), read_checkpoint(parts.result.checkpoint)
+
+
+def test_dropout_goes_on_where_it_was(images: Path) -> None:
+    whole, parts = whole_and_parts(images, *DROPOUT)
+    assert_equal_payloads(whole["state_dict"], parts["state_dict"])
+
+
+def test_a_generator_that_is_not_restored_is_noticed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the test above."""
+    monkeypatch.setattr(StepRandomness, "load_state_dict", lambda *_: None)
+    whole, parts = whole_and_parts(images, *DROPOUT)
+    with pytest.raises(AssertionError):
+        assert_equal_payloads(whole["state_dict"], parts["state_dict"])
+
+
+def test_the_moving_average_goes_on_where_it_was(images: Path, shufflenet: Invoke) -> None:
+    whole, parts = whole_and_parts(images, "--ema-decay", 0.9)
+    assert_equal_payloads(whole["ema_state_dict"], parts["ema_state_dict"])
+    assert_equal_payloads(whole["state_dict"], parts["state_dict"])
+    assert not torch.equal(whole["ema_state_dict"][EMA_KEY], whole["state_dict"][EMA_KEY])
+    # Accuracies are of the average, in training and in evaluation alike.
+    result = json.loads(shufflenet("eval", "parts", "--json").stdout)
+    assert (result["top1"], result["loss"]) == (parts["metrics"]["val/top1"], parts["metrics"]["val/loss"])
+
+
+def test_the_moving_average_is_what_its_decay_says(images: Path) -> None:
+    run(images, "--ema-decay", 0.75, "--save-interval", 1, "--val-interval", 12, "--save-dir", "m")
+    states = [read_checkpoint(Path(f"m/checkpoint-{iters:06}.pth.tar")) for iters in (5, 6)]
+    before, after = states[0]["ema_state_dict"][EMA_KEY], states[1]["ema_state_dict"][EMA_KEY]
+    torch.testing.assert_close(after, 0.75 * before + 0.25 * states[1]["state_dict"][EMA_KEY])
 
 
 def test_stopped_before_the_first_iteration(images: Path, client: MlflowClient) -> None:

@@ -22,6 +22,7 @@ class Reporter(LoggingReporter):
 
     def __init__(self, at: Callable[[str, int], None] = lambda *_: None) -> None:
         self.at = at
+        self.notes: list[str] = []
         self.warnings: list[str] = []
         self.waited: list[int] = []
 
@@ -39,6 +40,9 @@ class Reporter(LoggingReporter):
 
         reporter.at(name, done)
         yield Counting()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)

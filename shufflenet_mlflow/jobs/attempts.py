@@ -8,7 +8,7 @@ from shufflenet_mlflow.checkpoint import list_checkpoints
 from shufflenet_mlflow.client import impatient, is_server
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
 from shufflenet_mlflow.errors import ConfigError, NoCheckpointError, ResumeError, TrackingError
-from shufflenet_mlflow.launcher import attempt, launch_name
+from shufflenet_mlflow.launcher import attempt, launch_name, may_restart
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.start import Start, TrainRequest
 from shufflenet_mlflow.tracking import KnownRun, config_to_begin_with, find_job
@@ -29,6 +29,8 @@ def find_attempt(client: "MlflowClient", request: TrainRequest, reporter: Report
     is_named = request.job is not None
     if not is_named and request.save_dir is None and request.resume == "auto":
         request = replace(request, job=launch_name(requeue=request.requeue))
+        if request.job is None and may_restart():  # several machines: any of them may lead the next time
+            reporter.warn("torchrun would begin anew where it starts this job again; --job NAME makes it go on instead")
     if request.job is not None and request.save_dir is None:
         request = replace(request, save_dir=Path(DEFAULT_SAVE_ROOT) / request.job)
     directory = request.save_dir

@@ -1,7 +1,6 @@
 """The training job: options in, a trained network out, on the disk and in MLflow."""
 
 import math
-import signal
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.spool import Spool, is_made
 from shufflenet_mlflow.start import Init, Start, TrainRequest, find_init, find_start
 from shufflenet_mlflow.state import TrainingState
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.stopping import WARNING_SIGNAL, StopFlag
 from shufflenet_mlflow.tracking import TrackedMetrics, TrackedStore, TrackingSession
 from shufflenet_mlflow.train import TrainData, Trainer, TrainResult
 
@@ -145,7 +144,7 @@ def _lead(world: World, request: TrainRequest, reporter: Reporter, stop: StopFla
             summary = _train(session, request, prepared, start, reporter, stop, client.tracking_uri)
         if summary.result.stopped_by is not None and opened.made is not None:
             opened.made.status = "KILLED"
-    if request.requeue and stop.signum is not None and stop.signum != signal.SIGINT:
+    if request.requeue and stop.signum == WARNING_SIGNAL:  # `scancel` sends SIGTERM, and means it
         requeue(reporter)
     return replace(
         summary, run_id=session.run_id, run_name=opened.name, experiment_id=opened.experiment_id, pending=spool.pending

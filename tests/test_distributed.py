@@ -1,0 +1,194 @@
+"""Several processes: the same samples in the same order, the same losses but for rounding, every image counted once."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_options, steps, values
+from mlflow import MlflowClient
+from processes import finish, start, torchrun
+from torch import nn
+from torch.distributed import TCPStore
+from training import run
+
+from shufflenet_mlflow.batchnorm import RunningStatistics
+from shufflenet_mlflow.checkpoint import read_checkpoint
+from shufflenet_mlflow.data.sampler import Division, EvalBatches, ReestimationBatches, SampleOrder, TrainBatches
+from shufflenet_mlflow.distributed import World, loss_of_process
+from shufflenet_mlflow.errors import ConfigError
+from shufflenet_mlflow.joining import joined, name_attempt
+from shufflenet_mlflow.stopping import StopFlag, StopRequested
+
+ORDER = SampleOrder(num_samples=53, batch_size=12, seed=3)
+
+
+@pytest.mark.parametrize(("processes", "micro_batch_size"), [(1, 12), (1, 3), (2, 6), (2, 3), (3, 4), (5, 12), (4, 1)])
+def test_every_division_makes_the_same_global_batches(processes: int, micro_batch_size: int) -> None:
+    divisions = [Division.of(12, micro_batch_size, rank, processes) for rank in range(processes)]
+    for sampler, first in (
+        (lambda division: TrainBatches(ORDER, 2, 9, division), [ORDER.batch(iters) for iters in range(2, 9)]),
+        (lambda division: ReestimationBatches(ORDER, 3, division), [ORDER.reestimation_batch(n) for n in range(3)]),
+    ):
+        by_rank = [list(sampler(division)) for division in divisions]
+        for number, expected in enumerate(first):
+            parts = [
+                part
+                for division, own in zip(divisions, by_rank, strict=True)
+                for part in own[number * division.rounds : (number + 1) * division.rounds]
+            ]
+            assert [key for part in parts for key in part] == expected
+            sizes = {len(part) for part in parts}
+            assert max(sizes) - min(sizes) <= 1
+            assert min(sizes) == divisions[0].smallest
+            assert max(sizes) <= max(micro_batch_size, 1)
+
+
+def test_as_many_parts_in_fewer_processes_are_the_same_parts() -> None:
+    def parts(processes: int) -> list[Any]:
+        divisions = [Division.of(12, 3, rank, processes) for rank in range(processes)]
+        assert divisions[0].parts == 4
+        return [part for division in divisions for part in division.cut(ORDER.batch(7))]
+
+    assert parts(1) == parts(2) == parts(4)
+
+
+@pytest.mark.parametrize("num_samples", [1, 4, 15, 16, 17, 53])
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_evaluation_counts_each_image_once(num_samples: int, processes: int) -> None:
+    shares = [EvalBatches(num_samples, 4, rank, processes) for rank in range(processes)]
+    seen = [key for share in shares for part in share for key in part]
+    assert sorted(seen) == [(0, index) for index in range(num_samples)]
+    assert max(len(share) for share in shares) == shares[0].rounds
+
+
+class Together:
+    """A world whose processes are threads of this one."""
+
+    def __init__(self, size: int) -> None:
+        self.worlds = [self.Member(self, rank, size) for rank in range(size)]
+        self.barrier = threading.Barrier(size)
+        self.given: list[torch.Tensor] = [torch.empty(0)] * size
+
+    class Member(World):
+        def __init__(self, together: "Together", rank: int, size: int) -> None:
+            super().__init__(rank, size)
+            self._together = together
+
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            together = self._together
+            together.given[self.rank] = tensor.clone()
+            together.barrier.wait(10)
+            tensor.copy_(torch.stack(together.given).sum(0))
+            together.barrier.wait(10)
+            return tensor
+
+    def run(self, work: Callable[[World], Any]) -> list[Any]:
+        with ThreadPoolExecutor(len(self.worlds)) as pool:
+            return list(pool.map(work, self.worlds))
+
+
+def statistics_after(
+    world: World, parts: list[torch.Tensor], momentum: float = 0.1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layer = nn.BatchNorm2d(3)
+    kept = RunningStatistics(nn.Sequential(layer), world, len(parts))
+    for part in parts:
+        with kept.part():
+            layer(part)
+    kept.combine()
+    assert layer.num_batches_tracked == 1
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
+
+
+def test_running_statistics_do_not_depend_on_who_computes_which_part() -> None:
+    parts = [torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(n)) + n for n in range(4)]
+    mean, var = statistics_after(World(), parts)
+    expected = 0.1 * torch.stack([part.mean((0, 2, 3)) for part in parts]).mean(0)
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(statistics_after(World(), parts[::-1])[0], mean)
+    for found in Together(2).run(lambda world: statistics_after(world, parts[2 * world.rank : 2 * world.rank + 2])):
+        torch.testing.assert_close(found[0], mean)
+        torch.testing.assert_close(found[1], var)
+    # Without it the last part would count most, and each process would have its own.
+    layer = nn.BatchNorm2d(3)
+    for part in parts:
+        layer(part)
+    assert not torch.allclose(layer.running_mean, mean)  # type: ignore[arg-type]
+
+
+def test_processes_that_start_again_do_not_meet_their_predecessors() -> None:
+    """On a real store, which keeps what every earlier attempt has written."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def attempt(size: int) -> set[str]:
+        def join(rank: int) -> str:
+            return name_attempt(TCPStore("127.0.0.1", server.port, is_master=False), rank, size, StopFlag())
+
+        with ThreadPoolExecutor(size) as pool:
+            return set(pool.map(join, range(size)))
+
+    names = [attempt(size) for size in (3, 3, 2, 4)]
+    assert [len(name) for name in names] == [1, 1, 1, 1]
+    assert len(set.union(*names)) == 4
+
+
+def test_a_signal_ends_the_wait_for_the_others() -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stop = StopFlag()
+    threading.Timer(0.1, lambda: stop.set(15)).start()
+    with pytest.raises(StopRequested):
+        name_attempt(server, 1, 2, stop)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "one"}, "RANK, WORLD_SIZE or LOCAL_RANK is no number"),
+        ({"RANK": "2"}, r"RANK \(=2\) must be at least 0 and below its WORLD_SIZE \(=2\)"),
+    ],
+)
+def test_an_environment_that_no_launcher_makes(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**usual, **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message), joined(StopFlag()):
+        pass
+
+
+def test_what_pytorch_says_of_a_lost_process() -> None:
+    said = "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:11157: Connection reset by peer"
+    assert "has lost another process" in str(loss_of_process(RuntimeError(said)))
+    assert loss_of_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_a_division_too_fine_for_batch_normalisation(images: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--micro-batch-size \(=1\) must be at least 2"):
+        run(images, "--micro-batch-size", 1)
+
+
+def test_parts_of_a_batch_train_as_they_would_in_several_processes(
+    images: Path, client: MlflowClient, tmp_path: Path
+) -> None:
+    """Two real processes against one that computes the same two parts: equal but for rounding, and resumable as one."""
+    options = ["--micro-batch-size", 4, "--ema-decay", 0.9]
+    alone = run(images, *options, "--save-dir", "alone")
+    words = [*small_options(images), *options, "--save-dir", "m", "--json"]
+    two = finish(start(tmp_path / "two", "train", *words, under=torchrun(2)))
+    for name in ("train/loss", "train/top1", "val/loss", "val/top1", "val/top5", "train/lr", "loss"):
+        assert steps(client, two["run_id"], name) == steps(client, alone.run_id, name)
+        assert values(client, two["run_id"], name) == pytest.approx(values(client, alone.run_id, name), rel=1e-4)
+    payload = read_checkpoint(tmp_path / "two" / "m" / "bnps-checkpoint-000012.pth.tar")
+    assert payload["environment"]["processes"] == 2
+    assert payload["config"]["micro_batch_size"] == 4
+    assert not any(key.startswith("module.") for key in payload["state_dict"])
+    assert payload["state_dict"].keys() == payload["ema_state_dict"].keys()
+    # What one process had of the two is another's: the file continues alone.
+    assert run(images, *options, "--resume", two["run_id"], "--save-dir", "elsewhere").was_complete

@@ -1,0 +1,275 @@
+"""Jobs by name, and what torchrun and Slurm say of an attempt: the same command goes on where the last one ended."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import steps
+from mlflow import MlflowClient
+from training import Reporter, assert_same_end, run, run_until
+
+from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint
+from shufflenet_mlflow.errors import ConfigError, ResumeError, TrackingError, UnresolvedError
+from shufflenet_mlflow.jobs import run_training
+from shufflenet_mlflow.launcher import attempt, launch_name
+from shufflenet_mlflow.start import TrainRequest
+from shufflenet_mlflow.stopping import StopFlag, StopRequested
+
+
+def runs_of(client: MlflowClient) -> list[Any]:
+    return list(client.search_runs([item.experiment_id for item in client.search_experiments()]))
+
+
+class Death(BaseException):
+    """Nothing is saved for it."""
+
+
+def die_at(iteration: int) -> Reporter:
+    def die(phase: str, done: int) -> None:
+        if (phase, done) == ("training", iteration):
+            raise Death
+
+    return Reporter(die)
+
+
+def move_away(folder: str) -> None:
+    """What another machine does not have."""
+    if Path(folder).exists():
+        os.rename(folder, f"{folder}-of-another-machine-{len(list(Path().iterdir()))}")
+
+
+def test_a_job_goes_on_by_its_name_on_another_machine(
+    images: Path, client: MlflowClient, tmp_path: Path, uninterrupted: Any
+) -> None:
+    stopped = run_until(images, "training", 5, "--job", "pets-1")
+    assert stopped.save_dir == Path("models/pets-1")
+    assert client.get_run(stopped.run_id).data.tags["job"] == "pets-1"
+    move_away("models")
+    resumed = run(images, "--job", "pets-1", "--cache-dir", tmp_path / "cache", "--workers", 1)
+    assert resumed.run_id == stopped.run_id
+    assert_same_end(client, resumed, uninterrupted)
+    assert run(images, "--job", "pets-1").was_complete
+    assert run(images, "--job", "pets-2", "--total-iters", 2, "--val-interval", 2).run_id != stopped.run_id
+
+
+def test_a_job_that_died_before_its_first_checkpoint_begins_the_same_run(
+    images: Path, client: MlflowClient, uninterrupted: Any
+) -> None:
+    with pytest.raises(Death):
+        run(images, "--job", "early", reporter=die_at(3))
+    move_away("models")
+    resumed = run(images, "--job", "early")
+    assert [found.info.run_id for found in runs_of(client)] == [resumed.run_id]
+    assert_same_end(client, resumed, uninterrupted)
+
+
+def test_a_job_that_began_with_other_options_is_another_run(images: Path, client: MlflowClient) -> None:
+    """Nothing is lost by that: the first one had no checkpoint."""
+    with pytest.raises(Death):
+        run(images, "--job", "early", reporter=die_at(3))
+    move_away("models")
+    run(images, "--job", "early", "--lr", 0.01)
+    assert len(runs_of(client)) == 2
+
+
+def test_a_run_without_a_checkpoint_begins_again_by_its_id(
+    images: Path, client: MlflowClient, uninterrupted: Any
+) -> None:
+    """From the ID alone: options, classes, images and all."""
+    with pytest.raises(Death):
+        run(images, reporter=die_at(3))
+    [died] = runs_of(client)
+    move_away("models")
+    with pytest.raises(ResumeError, match=r"the run cannot be continued with changed --lr \(0.02 -> 0.5\)"):
+        run_training(TrainRequest({"lr": 0.5}, resume=died.info.run_id), reporter=Reporter(), stop=StopFlag())
+    with pytest.raises(UnresolvedError, match="has no checkpoint.latest; among its artifacts are no checkpoints"):
+        run(images, "--resume", died.info.run_id, "--new-run")
+    run(images, "--total-iters", 2, "--val-interval", 2, "--save-dir", "used")
+    with pytest.raises(ResumeError, match="--save-dir 'used' holds checkpoints of another run"):
+        run(images, "--resume", died.info.run_id, "--save-dir", "used")
+    resumed = run_training(TrainRequest({}, resume=died.info.run_id), reporter=Reporter(), stop=StopFlag())
+    assert resumed.run_id == died.info.run_id
+    assert_same_end(client, resumed, uninterrupted)
+
+
+def test_what_lies_here_and_is_up_to_date_is_not_fetched(images: Path, tmp_path: Path) -> None:
+    stopped = run_until(images, "training", 5)
+    cache = tmp_path / "cache"
+    resumed = run(images, "--resume", stopped.run_id, "--cache-dir", cache)
+    assert resumed.result.iters == 12
+    assert not (cache / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a b", "-x", "x" * 101])
+def test_names_that_no_job_can_have(name: str, images: Path) -> None:
+    with pytest.raises(ConfigError, match="--job"):
+        run_training(TrainRequest({}, job=name), reporter=Reporter(), stop=StopFlag())
+
+
+def test_an_unreachable_store_could_know_the_job(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match="--resume none begins the job anew"):
+        run(images, "--job", "j", "--tracking-uri", "http://127.0.0.1:9")
+
+
+def test_every_drift_is_recorded(images: Path, client: MlflowClient) -> None:
+    stopped = run_until(images, "training", 5, "--save-dir", "models")
+    run(images, "--save-dir", "models", "--workers", 1, "--save-interval", 6)
+    drifted = json.loads(client.get_run(stopped.run_id).data.tags["drift.5"])
+    assert drifted == {"workers": [0, 1], "save_interval": [5, 6]}
+
+
+def test_a_change_of_what_rounds_is_said(images: Path) -> None:
+    stopped = run_until(images, "training", 5, "--save-dir", "models")
+    path = list_checkpoints(stopped.save_dir)[0]
+    reporter = Reporter()
+    payload = read_checkpoint(path)
+    payload["environment"]["threads"] = 7
+    torch.save(payload, path)
+    path.with_name(path.name + ".json").unlink()
+    run(images, "--save-dir", "models", reporter=reporter)
+    assert any("threads (7 -> 1); results are equal but for rounding" in text for text in reporter.notes)
+
+
+# --- torchrun -------------------------------------------------------------------------------------------------------
+
+
+def restarted(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """What torchrun sets for a process alone."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+
+
+def test_without_a_launcher_there_is_one_attempt() -> None:
+    assert attempt() == 0
+    assert launch_name(requeue=False) is None
+    assert launch_name(requeue=True) is None
+
+
+def test_an_attempt_of_torchrun_goes_on_without_any_option(
+    images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any
+) -> None:
+    restarted(monkeypatch, 0)
+    with pytest.raises(Death):
+        run(images, reporter=die_at(3))
+    restarted(monkeypatch, 1)
+    with pytest.raises(Death):
+        run(images, reporter=die_at(7))
+    restarted(monkeypatch, 2)
+    resumed = run(images)
+    assert [found.info.run_id for found in runs_of(client)] == [resumed.run_id]
+    assert_same_end(client, resumed, uninterrupted)
+    restarted(monkeypatch, 0)  # the same command once more, and later, is another launch
+    monkeypatch.setattr(os, "getppid", lambda: os.getpid())
+    assert run(images, "--total-iters", 2, "--val-interval", 2).run_id != resumed.run_id
+
+
+def test_an_attempt_of_torchrun_does_not_fork_again(
+    images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = run_until(images, "training", 2)
+    fork = ["--resume", parent.run_id, "--new-run", "--save-dir", "fork"]
+    restarted(monkeypatch, 0)
+    with pytest.raises(Death):
+        run(images, *fork, reporter=die_at(7))
+    restarted(monkeypatch, 1)
+    assert run(images, *fork).run_id != parent.run_id
+    assert len(runs_of(client)) == 2
+    assert steps(client, parent.run_id, "train/loss") == [2]
+
+
+def test_several_machines_need_a_name(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    restarted(monkeypatch, 0)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    reporter = Reporter()
+    run(images, "--total-iters", 2, "--val-interval", 2, reporter=reporter)
+    assert any("--job NAME makes it go on" in text for text in reporter.warnings)
+
+
+# --- Slurm ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job of Slurm's, whose `scontrol` writes down what it is asked for."""
+    asked = tmp_path / "asked"
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {asked}\n[ ! -e {tmp_path}/broken ] || {{ echo no such job >&2; exit 1; }}\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    return asked
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGUSR1")
+def test_slurm_is_asked_to_start_the_job_again(
+    images: Path, client: MlflowClient, slurm: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any
+) -> None:
+    stopped = run_until(images, "training", 5, "--requeue", by=signal.SIGUSR1)
+    assert slurm.read_text() == "requeue 4711\n"
+    assert client.get_run(stopped.run_id).info.status == "KILLED"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    resumed = run(images, "--requeue")
+    assert resumed.run_id == stopped.run_id
+    assert_same_end(client, resumed, uninterrupted)
+    assert slurm.read_text() == "requeue 4711\n"
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_who_cancels_a_job_means_it(by: int, images: Path, slurm: Path) -> None:
+    run_until(images, "training", 2, "--requeue", by=by)
+    assert not slurm.exists()
+
+
+def test_a_requeue_that_fails_is_said(images: Path, slurm: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken").touch()
+
+    def pull(phase: str, done: int) -> None:
+        if (phase, done) == ("training", 2):
+            signal.raise_signal(signal.SIGUSR1)
+
+    reporter = Reporter(pull)
+    with StopFlag() as stop:
+        run(images, "--requeue", reporter=reporter, stop=stop)
+    assert reporter.warnings == ["--requeue: scontrol said no such job"]
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+def test_the_grace_period_is_checked(images: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--grace \(=-1.0\) must be at least 0"):
+        run(images, "--grace", -1)
+
+
+def test_without_grace_nothing_is_waited_for(images: Path, client: MlflowClient, tmp_path: Path) -> None:
+    """What has not arrived by then stays in the journal, and the run goes on from it."""
+    stopped = run_until(images, "training", 6, "--save-dir", "m", "--grace", 0, by=signal.SIGUSR1)
+    assert stopped.result.checkpoint == Path("m/checkpoint-000006.pth.tar")
+    resumed = run(images, "--save-dir", "m")
+    assert resumed.run_id == stopped.run_id
+    assert steps(client, resumed.run_id, "train/loss") == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_signal_while_the_data_is_listed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been made by then, so it may end anywhere."""
+    import shufflenet_mlflow.planning as planning
+
+    listed = planning.list_images
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return listed(*arguments, **named)
+
+    monkeypatch.setattr(planning, "list_images", interrupted)
+    with StopFlag() as stop, pytest.raises(StopRequested):
+        run(images, stop=stop)
+    assert not Path("models").exists()

@@ -1,0 +1,127 @@
+"""Guarantee 3: killed at any moment and continued elsewhere from the run ID alone, no one can tell the difference.
+
+The real command in processes of its own, against a real server, with real SIGKILLs.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import assert_equal_payloads, small_options
+from mlflow import MlflowClient
+from processes import finish, kill, start, wait_for_iteration
+from server import Server
+from training import history
+
+from shufflenet_mlflow.checkpoint import read_checkpoint
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+
+ITERATIONS = 40
+EPOCH = 4
+"""Iterations: the small set has 36 images, a batch 8."""
+
+CHAINS = 5
+KILLS = 4
+"""In each chain; 20 in all."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(autouse=True)
+def at_the_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+
+
+def options(images: Path) -> list[object]:
+    return [
+        *(*small_options(images), "--total-iters", ITERATIONS, "--val-interval", 8, "--save-interval", 5),
+        *("--display-interval", 1, "--ema-decay", 0.9),
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Server, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The last checkpoint and every metric point of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    words = [*options(images), "--tracking-uri", server.uri, "--json"]
+    whole = finish(start(folder, "train", *words))
+    return read_checkpoint(folder / whole["checkpoint"]), history(MlflowClient(server.uri), whole["run_id"])
+
+
+def compare(server: Server, run_id: str, path: Path, undisturbed: Any) -> None:
+    """Every tensor (weights, momentum, statistics, moving average) and every metric point, exactly."""
+    expected, points = undisturbed
+    payload = read_checkpoint(path)
+    changing = ("run_id", "created_at", "config")  # the last holds the workers
+    assert_equal_payloads(
+        {key: value for key, value in payload.items() if key not in changing},
+        {key: value for key, value in expected.items() if key not in changing},
+    )
+    assert history(MlflowClient(server.uri), run_id) == points
+
+
+def run_of(server: Server, name: str) -> str:
+    client = MlflowClient(server.uri)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        experiments = [item.experiment_id for item in client.search_experiments()]
+        runs = client.search_runs(experiments, f"attributes.run_name = '{name}'")
+        assert len(runs) <= 1
+        if runs:
+            return str(runs[0].info.run_id)
+        time.sleep(0.1)
+    raise AssertionError(f"no run is called {name}")
+
+
+def kill_points(chain: int) -> list[int]:
+    """Random iterations in order; each chain has one at an epoch's border, the first one before any checkpoint."""
+    dice = random.Random(chain)
+    points = [*dice.sample(range(5, ITERATIONS), KILLS - 1), EPOCH * dice.randrange(2, ITERATIONS // EPOCH)]
+    if chain == 0:
+        points[0] = 2
+    return sorted(points)
+
+
+@pytest.mark.parametrize("chain", range(CHAINS))
+def test_killed_again_and_again_and_continued_elsewhere(
+    chain: int, server: Server, images: Path, tmp_path: Path, undisturbed: Any
+) -> None:
+    dice = random.Random(100 + chain)
+    name = f"chain {chain}"
+    words: list[object] = [*options(images), "--run-name", name]
+    run_id = ""
+    for number, iteration in enumerate(kill_points(chain)):
+        process = start(tmp_path / f"machine-{number}", "train", *words)
+        wait_for_iteration(process, iteration)
+        time.sleep(dice.uniform(0, 0.05))  # an iteration takes about so long
+        run_id = run_id or run_of(server, name)
+        kill(process)
+        words = ["--resume", run_id, "--workers", number % 3]
+    last = tmp_path / "last"
+    ended = finish(start(last, "train", *words, "--json"))
+    assert (ended["run_id"], ended["iters"]) == (run_id, ITERATIONS)
+    assert MlflowClient(server.uri).get_run(run_id).info.status == "FINISHED"
+    compare(server, run_id, last / ended["checkpoint"], undisturbed)
+
+
+def test_the_comparison_notices_one_flipped_sign(
+    server: Server, images: Path, tmp_path: Path, undisturbed: Any
+) -> None:
+    """Negative control: the same way, but one momentum buffer comes back with the other sign."""
+    expected, points = undisturbed
+    run_id = finish(start(tmp_path / "whole", "train", *options(images), "--json"))["run_id"]
+    path = next((tmp_path / "whole").glob("models/*/bnps-*.pth.tar"))
+    compare(server, run_id, path, undisturbed)
+    expected = {**expected, "optimizer_state_dict": read_checkpoint(path)["optimizer_state_dict"]}
+    expected["optimizer_state_dict"]["state"][0]["momentum_buffer"].neg_()
+    with pytest.raises(AssertionError, match="momentum_buffer"):
+        compare(server, run_id, path, (expected, points))
