@@ -14,18 +14,26 @@ import pytest
 
 Process = subprocess.Popen[str]
 
+DOUBLE = (str(Path(__file__).with_name("double.py")),)
+"""The command in double precision."""
+
 
 def start(
-    folder: Path, *arguments: object, env: Mapping[str, str] | None = None, under: tuple[str, ...] = ()
+    folder: Path,
+    *arguments: object,
+    env: Mapping[str, str] | None = None,
+    under: tuple[str, ...] = (),
+    program: tuple[str, ...] = ("-m", "shufflenet_mlflow"),
 ) -> Process:
     """`shufflenet ARGUMENTS` in a folder, a cache folder and a process group of its own.
 
     Args:
         under: what starts it, such as `torchrun(2)`.
+        program: the command, or `DOUBLE`.
     """
     folder.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, *under, "-m", "shufflenet_mlflow", *map(str, arguments)],
+        [sys.executable, *under, *program, *map(str, arguments)],
         cwd=folder,
         # More threads would wait for each other, and round otherwise.
         env={**os.environ, "SHUFFLENET_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1", **(env or {})},

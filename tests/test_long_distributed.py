@@ -1,0 +1,166 @@
+"""Processes under a real `torchrun`: lost ones, fewer of them, machines with nothing in common."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import small_options, steps, values
+from mlflow import MlflowClient
+from processes import DOUBLE, Process, finish, kill, start, torchrun, wait_for_iteration, worker
+from server import Server, free_port
+
+from shufflenet_mlflow.checkpoint import read_checkpoint
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+
+ITERATIONS = 40
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+def options(images: Path, *more: object) -> list[object]:
+    own = ("--total-iters", ITERATIONS, "--display-interval", 1, "--save-interval", 5, "--val-interval", 8)
+    return [*small_options(images), *own, *more]
+
+
+@pytest.fixture(scope="module")
+def alone(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> dict[str, list[float]]:
+    """The curves of one process that computes two parts per batch."""
+    folder = tmp_path_factory.mktemp("alone")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    words = options(images, "--micro-batch-size", 4, "--tracking-uri", uri, "--json")
+    return curves(MlflowClient(uri), finish(start(folder, "train", *words))["run_id"])
+
+
+def curves(client: MlflowClient, run_id: str) -> dict[str, list[float]]:
+    assert steps(client, run_id, "train/loss") == list(range(1, ITERATIONS + 1))
+    assert steps(client, run_id, "val/loss") == list(range(8, ITERATIONS + 1, 8))
+    return {name: values(client, run_id, name) for name in ("train/loss", "train/top1", "train/lr", "val/loss")}
+
+
+def only_run(client: MlflowClient) -> Any:
+    [found] = client.search_runs([item.experiment_id for item in client.search_experiments()])
+    return found
+
+
+def assert_close(found: dict[str, list[float]], expected: dict[str, list[float]]) -> None:
+    """Equal but for rounding, which forty steps with four images in each BN amplify."""
+    for name, curve in expected.items():
+        assert found[name] == pytest.approx(curve, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_is_started_again_and_the_run_goes_on(
+    victim: int, images: Path, client: MlflowClient, tmp_path: Path, alone: dict[str, list[float]]
+) -> None:
+    """One command, no name, no folder: `torchrun` starts the processes again, and there is still one run."""
+    process = start(tmp_path / "work", "train", *options(images), "--json", under=torchrun(2, max_restarts=2))
+    wait_for_iteration(process, 17)
+    worker(process, victim).send_signal(signal.SIGKILL)
+    ended = finish(process)
+    assert ended["iters"] == ITERATIONS
+    found = only_run(client)
+    assert (found.info.run_id, found.info.status) == (ended["run_id"], "FINISHED")
+    assert_close(curves(client, ended["run_id"]), alone)
+    assert int(found.data.tags["resumed.from_iters"]) <= 17 + 5
+
+
+def test_whatever_divides_a_batch_the_losses_are_the_same(images: Path, client: MlflowClient, tmp_path: Path) -> None:
+    """Four parts: one after the other, two by two in two processes, or each in one of four.
+
+    The gradients of four parts are added in another order then, and a young network multiplies what that rounds by a
+    thousand in each step. So this looks at the first steps, in double precision.
+    """
+    words = [*options(images), "--total-iters", 6, "--val-interval", 3, "--batch-size", 16, "--micro-batch-size", 4]
+    found = []
+    for processes in (1, 2, 4):
+        under = torchrun(processes) if processes > 1 else ()
+        folder = tmp_path / f"{processes}"
+        ended = finish(start(folder, "train", *words, "--ema-decay", 0.9, "--json", under=under, program=DOUBLE))
+        payload = read_checkpoint(folder / ended["checkpoint"])
+        assert (payload["environment"]["processes"], payload["environment"]["parts"]) == (processes, 4)
+        first = {"train/loss": 3, "train/top1": 3, "val/loss": 1, "val/top1": 1}
+        found.append([values(client, ended["run_id"], name)[:count] for name, count in first.items()])
+    for others in found[1:]:
+        for curve, expected in zip(others, found[0], strict=True):
+            assert curve == pytest.approx(expected, rel=1e-6)
+
+
+def stop_and_wait(process: Process) -> None:
+    """SIGTERM for the launcher, as a scheduler sends it."""
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode != 0
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    images: Path, client: MlflowClient, tmp_path: Path, alone: dict[str, list[float]]
+) -> None:
+    """Two, one, then two again, each in an empty folder."""
+    first = start(tmp_path / "first", "train", *options(images), under=torchrun(2))
+    wait_for_iteration(first, 9)
+    stop_and_wait(first)
+    found = only_run(client)
+    assert found.info.status == "KILLED"
+    run_id = found.info.run_id
+    second = start(tmp_path / "second", "train", "--resume", run_id)
+    wait_for_iteration(second, 23)
+    second.send_signal(signal.SIGTERM)
+    second.communicate()
+    assert second.returncode == 128 + signal.SIGTERM
+    ended = finish(start(tmp_path / "third", "train", "--resume", run_id, "--json", under=torchrun(2)))
+    assert ended["run_id"] == run_id
+    assert_close(curves(client, run_id), alone)
+    payload = read_checkpoint(tmp_path / "third" / ended["checkpoint"])
+    assert payload["config"]["micro_batch_size"] == 4
+
+
+def test_two_machines_that_share_nothing(
+    server: Server, images: Path, tmp_path: Path, alone: dict[str, list[float]]
+) -> None:
+    """Two launchers with folders and caches of their own; only the first machine reaches MLflow.
+
+    Both are killed, and the job goes on by its name in two empty folders.
+    """
+    reaches = {"MLFLOW_TRACKING_URI": server.uri}
+    does_not = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+
+    def launch(name: str) -> list[Process]:
+        at = f"127.0.0.1:{free_port()}"
+        words = options(images, "--job", "two-machines", "--json")
+        return [
+            start(
+                tmp_path / f"{name}-{node}",
+                "train",
+                *words,
+                env=env,
+                under=torchrun(
+                    1,
+                    rendezvous=(
+                        *("--nnodes", "2", "--node-rank", str(node)),
+                        *("--master-addr", "127.0.0.1", "--master-port", at.rpartition(":")[2]),
+                    ),
+                ),
+            )
+            for node, env in enumerate((reaches, does_not))
+        ]
+
+    machines = launch("before")
+    wait_for_iteration(machines[0], 13)
+    for machine in machines:
+        kill(machine)
+    machines = launch("after")
+    ended = finish(machines[0])
+    _, err = machines[1].communicate()
+    assert machines[1].returncode == 0, err
+    client = MlflowClient(server.uri)
+    assert only_run(client).info.run_id == ended["run_id"]
+    assert_close(curves(client, ended["run_id"]), alone)
+    assert not list((tmp_path / "after-1").rglob("*.pth.tar")), "the second machine writes nothing"
