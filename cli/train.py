@@ -63,6 +63,11 @@ REQUEST_OPTIONS = (
 @option("--weight-decay", type=float, help="Not on biases and BN.  [default: the paper's, 4e-5]")
 @option("--label-smooth", type=float, help="Label smoothing.  [default: the paper's, 0.1]")
 @option("--ema-decay", type=float, metavar="DECAY", help="Evaluate a moving average of the weights.  [default: none]")
+@option(
+    "--amp",
+    type=click.Choice(["off", "bf16", "fp16"]),
+    help="Mixed precision in training; fp16 with a loss scaler.  [default: off]",
+)
 @option("--micro-batch-size", type=int, help="Most images per forward pass.  [default: --batch-size / processes]")
 @flag("--sync-bn", help="BN over the images of all processes; CUDA.")
 @option("--seed", type=int, help="Of everything random.  [default: 0]")

@@ -22,6 +22,9 @@ DEFAULT_SAVE_ROOT = "models"
 
 Number = TypeVar("Number", int, float)
 
+AMP_DTYPES = {"off": None, "bf16": "bfloat16", "fp16": "float16"}
+"""What `--amp` can be -> PyTorch's name for the numbers that training computes with."""
+
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 
 
@@ -196,6 +199,8 @@ class TrainConfig:
     """At most so many images per forward pass, which batch normalisation sees together; None: the whole batch."""
     sync_bn: bool = False
     """Batch normalisation sees the images of all processes together; needs CUDA."""
+    amp: str = "off"
+    """Mixed precision in training: `off`, `bf16`, or `fp16` with a loss scaler. Evaluation is in full precision."""
 
     def __post_init__(self) -> None:
         check_types(self.to_dict())
@@ -236,6 +241,7 @@ class TrainConfig:
             self.micro_batch_size,
             "at least 2: batch normalisation needs two images",
         )
+        _require(self.amp in AMP_DTYPES, "amp", self.amp, "off, bf16 or fp16")
         _require(self.on_save_error in ("fail", "continue"), "on_save_error", self.on_save_error, "fail or continue")
 
     def to_dict(self) -> dict[str, Any]:

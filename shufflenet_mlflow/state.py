@@ -1,11 +1,13 @@
 """Everything that changes while a network trains, and its way into a checkpoint and back."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -110,6 +112,7 @@ class TrainingState:
 
     Args:
         ema: the moving average of the network's weights, if there is to be one.
+        scaler: of the loss, if gradients are computed in a precision in which they would vanish.
         seed: of what the network itself draws.
     """
 
@@ -121,6 +124,7 @@ class TrainingState:
         device: torch.device,
         *,
         ema: AveragedModel | None = None,
+        scaler: GradScaler | None = None,
         seed: int = 0,
         world: World | None = None,
     ) -> None:
@@ -129,6 +133,7 @@ class TrainingState:
         self.scheduler = scheduler
         self.device = device
         self.ema = ema
+        self.scaler = scaler
         self.randomness = StepRandomness(seed)
         self.meter = Meter(device, world)
         self.iters = 0
@@ -157,6 +162,28 @@ class TrainingState:
         mean = self.meter.means()["train/loss"]
         return self.loss if math.isnan(mean) else mean
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        """One iteration's gradients are complete: change the weights, the rate and the average.
+
+        With a scaler whose scale was too high the weights stay as they are, and the scale falls.
+        """
+        if self.scaler is None:
+            self.optimizer.step()
+            self.scheduler.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            with warnings.catch_warnings():  # the first scales are often too high
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.iters += 1
+
     def check_finite(self) -> None:
         """Waits for the device.
 
@@ -182,10 +209,14 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """The part of a checkpoint that changes; tensors are shared with the live ones."""
-        averaged = {} if self.ema is None else {"ema_state_dict": self.ema.module.state_dict()}
+        optional: dict[str, Any] = {}
+        if self.ema is not None:
+            optional["ema_state_dict"] = self.ema.module.state_dict()
+        if self.scaler is not None:
+            optional["scaler_state_dict"] = self.scaler.state_dict()
         return {
             "state_dict": self.model.state_dict(),
-            **averaged,
+            **optional,
             "optimizer_state_dict": self.optimizer.state_dict(),
             "lr_scheduler_state_dict": self.scheduler.state_dict(),
             "loss": self.current_loss(),
@@ -207,6 +238,8 @@ class TrainingState:
             if self.ema is not None:
                 load_checkpoint(self.ema.module, payload)  # one that begins in a fork begins with the weights
                 self.ema.n_averaged.fill_(1)  # above 0 means that the next weights are averaged, not taken
+            if self.scaler is not None and "scaler_state_dict" in payload:  # it, too, may begin in a fork
+                self.scaler.load_state_dict(payload["scaler_state_dict"])
             self.optimizer.load_state_dict(payload["optimizer_state_dict"])
             self.scheduler.load_state_dict(payload["lr_scheduler_state_dict"])
             self.meter.load_state_dict(payload["meter_state"])

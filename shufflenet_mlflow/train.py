@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shufflenet_mlflow.batchnorm import RunningStatistics, reestimate_bn
 from shufflenet_mlflow.checkpoint import FINAL_TAG
-from shufflenet_mlflow.config import TrainConfig
+from shufflenet_mlflow.config import AMP_DTYPES, TrainConfig
 from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.data.loader import (
     BadImageLog,
@@ -246,20 +246,22 @@ class Trainer:
             images = self._to_input(batch.images_NCHW, batch.shift_NC)
             state.randomness.begin_part(number)
             with _gradients_kept_here(network) if number != division.own[-1] else nullcontext():
-                with self._statistics.part():
-                    outputs = network(images)
-                loss, logits = training_loss(outputs, labels, self._loss_function)
+                with self._autocast():
+                    with self._statistics.part():
+                        outputs = network(images)
+                    loss, logits = training_loss(outputs, labels, self._loss_function)
                 # The mean over the batch, as the processes' gradients are averaged.
                 share = size * self.world.size / division.batch_size
-                (loss if share == 1 else loss * share).backward()  # type: ignore[no-untyped-call]
+                state.backward(loss if share == 1 else loss * share)
             state.meter.update(state.iters + 1, loss, *count_correct(logits.detach(), labels), size)
         self._statistics.combine()
-        state.optimizer.step()
-        state.scheduler.step()
-        if state.ema is not None:
-            state.ema.update_parameters(state.model)
-        state.iters += 1
+        state.step()
         self._mid_step = False
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """In the block what `--amp` allows is computed in fewer bits."""
+        name = AMP_DTYPES[self.config.amp]
+        return nullcontext() if name is None else torch.autocast(self.state.device.type, getattr(torch, name))
 
     def _training_images(self) -> ImageDataset:
         augmentation = AUGMENTATIONS[self.config.augment]

@@ -9,8 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import steps
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from training import run_until
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,6 +72,20 @@ def test_train_and_eval(checkout: Path, client: MlflowClient, images: Path) -> N
     assert evaluated.info.run_id != trained.info.run_id
     assert evaluated.info.status == "FINISHED"
     assert evaluated.data.metrics["val/top1"] == trained.data.metrics["val/top1"]
+
+
+def test_resuming_continues_the_run_and_says_so_in_the_one_that_mlflow_made(
+    checkout: Path, client: MlflowClient, images: Path
+) -> None:
+    stopped = run_until(images, "training", 5)
+    result = mlflow_run(checkout, resume=stopped.run_id, workers=0)
+    assert result.returncode == 0, result.stderr
+    assert client.get_run(stopped.run_id).info.status == "FINISHED"
+    assert steps(client, stopped.run_id, "train/loss") == [2, 4, 6, 8, 10, 12]
+    made = newest_run(client)
+    assert made.info.run_id != stopped.run_id
+    assert (made.info.status, made.data.tags["continues.run"]) == ("FINISHED", stopped.run_id)
+    assert made.data.metrics == {}
 
 
 def test_failure_is_failure(checkout: Path, client: MlflowClient) -> None:

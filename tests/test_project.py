@@ -82,7 +82,7 @@ def test_mlproject_mirrors_the_command(name: str) -> None:
 LAYERS = [
     {"errors"},
     {"config", "stopping", "reporting"},
-    {"models", "data", "checkpoint", "client", "locks", "priority", "distributed", "launcher"},
+    {"models", "data", "checkpoint", "client", "locks", "priority", "distributed", "joining", "launcher"},
     {"spool"},
     {"recipe", "batchnorm", "resolve", "network"},
     {"evaluate", "state", "start"},

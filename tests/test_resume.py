@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Invoke, assert_equal_payloads, steps, values, write_images
 from mlflow import MlflowClient
+from torch.amp.grad_scaler import GradScaler
 from training import Reporter, assert_same_end, history, run, run_until
 
 from shufflenet_mlflow import create_model
@@ -121,6 +122,23 @@ def test_the_moving_average_goes_on_where_it_was(images: Path, shufflenet: Invok
     # Accuracies are of the average, in training and in evaluation alike.
     result = json.loads(shufflenet("eval", "parts", "--json").stdout)
     assert (result["top1"], result["loss"]) == (parts["metrics"]["val/top1"], parts["metrics"]["val/loss"])
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_goes_on_where_it_was(amp: str, images: Path) -> None:
+    whole, parts = whole_and_parts(images, "--amp", amp)
+    assert_equal_payloads(whole["state_dict"], parts["state_dict"])
+    assert_equal_payloads(whole["optimizer_state_dict"], parts["optimizer_state_dict"])
+    assert ("scaler_state_dict" in whole) == (amp == "fp16")
+    assert whole.get("scaler_state_dict") == parts.get("scaler_state_dict")
+    assert {tensor.dtype for tensor in whole["state_dict"].values()} == {torch.float32, torch.int64}
+
+
+def test_a_scaler_that_is_not_restored_is_noticed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: twelve iterations do not grow the scale, but they count towards it."""
+    monkeypatch.setattr(GradScaler, "load_state_dict", lambda *_: None)
+    whole, parts = whole_and_parts(images, "--amp", "fp16")
+    assert whole["scaler_state_dict"] != parts["scaler_state_dict"]
 
 
 def test_the_moving_average_is_what_its_decay_says(images: Path) -> None:

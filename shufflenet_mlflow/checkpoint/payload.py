@@ -11,6 +11,7 @@ _NONE = type(None)
 _TYPES: dict[str, tuple[type, ...]] = {
     "state_dict": (dict,),
     "ema_state_dict": (dict,),
+    "scaler_state_dict": (dict,),
     "optimizer_state_dict": (dict,),
     "lr_scheduler_state_dict": (dict,),
     "iters": (int,),
@@ -29,7 +30,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "run_id": (str, _NONE),
 }
 
-_OPTIONAL = ("ema_state_dict", "environment")
+_OPTIONAL = ("ema_state_dict", "scaler_state_dict", "environment")
 
 RESUME_KEYS = tuple(key for key in _TYPES if key not in _OPTIONAL)
 """What is needed to continue training."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 
 from shufflenet_mlflow.checkpoint import Retention, load_checkpoint, remove_leftovers
 from shufflenet_mlflow.client import connect, prepare_environment
@@ -210,6 +211,8 @@ def _prepare(
         device = choose_device(world.device(config.device))
         if config.sync_bn and device.type != "cuda":
             raise ConfigError(f"--sync-bn needs CUDA, and the device is {device.type}; leave it out")
+        if config.amp == "fp16" and device.type == "mps":
+            raise ConfigError("--amp fp16 needs CUDA or a CPU, and the device is mps; use bf16 or leave it out")
         surroundings = environment(planned, device, world)
     with world.together(stop):
         _require_same_as_leader(world, planned)
@@ -330,6 +333,7 @@ def _fresh_state(planned: Plan, device: torch.device, world: World, *, first_wei
         make_scheduler(optimizer, config.total_iters),
         device,
         ema=None if config.ema_decay is None else make_ema(model, config.ema_decay),
+        scaler=GradScaler(device.type) if config.amp == "fp16" else None,
         seed=config.seed,
         world=world,
     )
