@@ -15,11 +15,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 class Option(click.Option):
     """An option for which empty text means that it was not given.
 
-    `mlflow run` passes every parameter of an entry point, and the ones that were not set as empty text.
+    `mlflow run` passes every parameter of an entry point, and the ones that were not set as empty text; on Kubernetes
+    as a pair of quotes, since no shell removes them there.
     """
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        return None if value == "" else super().type_cast_value(ctx, value)
+        return None if value in ("", "''") else super().type_cast_value(ctx, value)
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Command], Command]:

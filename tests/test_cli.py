@@ -110,7 +110,7 @@ def test_bundled_digits_train(shufflenet: Invoke) -> None:
 
 
 def test_empty_text_means_the_default(small_train: SmallTrain, client: MlflowClient) -> None:
-    trained = small_train("--seed", "", "--model", "", "--resume", "", "--save-dir", "", "--on-bad-image", "")
+    trained = small_train("--seed", "", "--model", "''", "--resume", "", "--save-dir", "", "--on-bad-image", "")
     params = client.get_run(trained["run_id"]).data.params
     assert (params["seed"], params["model"]) == ("0", "shufflenet_v2_x0_5")
 

@@ -162,7 +162,8 @@ def test_an_attempt_of_torchrun_goes_on_without_any_option(
         run(images, reporter=die_at(7))
     restarted(monkeypatch, 2)
     resumed = run(images)
-    assert [found.info.run_id for found in runs_of(client)] == [resumed.run_id]
+    [found] = runs_of(client)
+    assert (found.info.run_id, found.data.tags["resumed.from_iters"]) == (resumed.run_id, "5")
     assert_same_end(client, resumed, uninterrupted)
     restarted(monkeypatch, 0)  # the same command once more, and later, is another launch
     monkeypatch.setattr(os, "getppid", lambda: os.getpid())
@@ -189,6 +190,27 @@ def test_several_machines_need_a_name(images: Path, monkeypatch: pytest.MonkeyPa
     reporter = Reporter()
     run(images, "--total-iters", 2, "--val-interval", 2, reporter=reporter)
     assert any("--job NAME makes it go on" in text for text in reporter.warnings)
+
+
+# --- `mlflow run` ---------------------------------------------------------------------------------------------------
+
+
+def test_a_container_that_is_started_again_continues_the_run_it_was_given(
+    images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any
+) -> None:
+    """Kubernetes starts a failed pod anew: the same `MLFLOW_RUN_ID`, an empty disk."""
+    made = client.create_run(client.create_experiment("by mlflow run")).info.run_id
+    for iteration in (3, 7):  # before the first checkpoint, and after it
+        monkeypatch.setenv("MLFLOW_RUN_ID", made)
+        with pytest.raises(Death):
+            run(images, reporter=die_at(iteration))
+        move_away("models")
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    resumed = run(images)
+    assert resumed.run_id == made
+    assert len(runs_of(client)) == 1
+    assert client.get_run(made).data.tags["resumed.from_iters"] == "5"
+    assert_same_end(client, resumed, uninterrupted)
 
 
 # --- Slurm ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""Finding what an earlier attempt at the same job has begun: by its folder, or by its name in MLflow."""
+"""Finding what an earlier attempt at the same job has begun: by its folder, by its name, or by the run it was given."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from shufflenet_mlflow.errors import ConfigError, NoCheckpointError, ResumeError
 from shufflenet_mlflow.launcher import attempt, launch_name, may_restart
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.start import Start, TrainRequest
-from shufflenet_mlflow.tracking import KnownRun, config_to_begin_with, find_job
+from shufflenet_mlflow.tracking import KnownRun, config_to_begin_with, find_job, look_up, run_to_adopt
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.client import MlflowClient
@@ -37,24 +38,29 @@ def find_attempt(client: "MlflowClient", request: TrainRequest, reporter: Report
     found = directory is not None and directory.is_dir() and bool(list_checkpoints(directory))
     if found and attempt():  # the same command again: the fork, say, has been made already
         request = replace(request, resume="auto", new_run=False)
-    if request.job is None or request.resume != "auto" or request.new_run or not (is_named or attempt()):
+    if request.resume != "auto" or request.new_run:
         return request, []
-    known: KnownRun | None
+    by_name = request.job is not None and (is_named or attempt() > 0)
+    adopted = run_to_adopt()
+    if not by_name and adopted is None:
+        return request, []
+    known: KnownRun | None = None
     try:
-        if is_server(client.tracking_uri):
-            with impatient():
-                known = find_job(client, request.job, request.experiment)
-        else:
-            known = find_job(client, request.job, request.experiment)
+        with impatient() if is_server(client.tracking_uri) else nullcontext():
+            if by_name:
+                known = find_job(client, str(request.job), request.experiment)
+            if known is None and adopted is not None:  # its container, say, was started again
+                known = look_up(client, adopted)
     except TrackingError as error:
-        if not found:
+        if not found and by_name:
             raise TrackingError(
                 f"{error}; --resume none begins the job anew without looking for an earlier run of it", error.code
             ) from error
-        reporter.warn(f"{error}; taking what lies in {str(directory)!r}")
+        if found:
+            reporter.warn(f"{error}; taking what lies in {str(directory)!r}")
         return request, []
-    if known is None:
-        return request, []
+    if known is None or (known.run_id == adopted and not known.has_checkpoint):
+        return request, []  # an adopted run begins as any other
     if known.has_checkpoint:
         return replace(request, resume=known.run_id), []
     return request, [known.run_id]

@@ -10,10 +10,12 @@ from shufflenet_mlflow.tracking.run import (
     adopted_tags,
     config_to_begin_with,
     find_job,
+    look_up,
     make_run,
     new_run,
     reopen_run,
     require_not_beyond,
+    run_to_adopt,
 )
 from shufflenet_mlflow.tracking.save import save_checkpoint
 from shufflenet_mlflow.tracking.session import TrackingSession
@@ -32,10 +34,12 @@ __all__ = [
     "adopted_tags",
     "config_to_begin_with",
     "find_job",
+    "look_up",
     "lost_checkpoints",
     "make_run",
     "new_run",
     "reopen_run",
     "require_not_beyond",
+    "run_to_adopt",
     "save_checkpoint",
 ]

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -43,6 +44,11 @@ CONFIG_TAG = "config"
 
 RUN_ID_VARIABLE = "MLFLOW_RUN_ID"
 """How `mlflow run` tells its child which run it made for it."""
+
+
+def run_to_adopt() -> str | None:
+    """The run that `mlflow run` made for this process, as long as nobody has adopted it."""
+    return os.environ.get(RUN_ID_VARIABLE)
 
 
 def adopted_run_id() -> str | None:
@@ -175,7 +181,21 @@ def find_job(client: "MlflowClient", job: str, experiment: str | None) -> KnownR
         runs = client.search_runs(
             [experiment_id], f"tags.`{JOB_TAG}` = '{job}'", max_results=1, order_by=["attributes.start_time DESC"]
         )
-    return KnownRun(runs[0].info.run_id, LATEST_TAG in runs[0].data.tags) if runs else None
+    return _known(runs[0]) if runs else None
+
+
+def look_up(client: "MlflowClient", run_id: str) -> KnownRun:
+    """That run.
+
+    Raises:
+        TrackingError: there is no such run, or the store does not answer.
+    """
+    with mlflow_errors(f"read run {run_id} in {redact(client.tracking_uri)}"):
+        return _known(client.get_run(run_id))
+
+
+def _known(run: "Run") -> KnownRun:
+    return KnownRun(run.info.run_id, LATEST_TAG in run.data.tags)
 
 
 def config_to_begin_with(client: "MlflowClient", run_id: str) -> dict[str, Any] | None:
