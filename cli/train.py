@@ -113,8 +113,8 @@ REQUEST_OPTIONS = (
 def train(as_json: bool, **values: Any) -> None:
     """Train a network, or continue training one.
 
-    Without options it trains on the bundled handwritten digits. Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint before leaving;
-    the same command, or --resume RUN_ID, then continues where it stopped.
+    Without options it trains on the bundled handwritten digits. Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint before
+    leaving; the same command, or --resume RUN_ID, then continues where it stopped.
 
     \b
     Examples:
