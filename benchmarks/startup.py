@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,34 +58,41 @@ class FirstStep(BaseException):
     """The measurement is complete."""
 
 
+def after(steps: int, act: Callable[[], None]) -> Any:
+    """A reporter that acts after so many steps of training."""
+    from shufflenet_mlflow.reporting import LoggingReporter, SilentPhase
+
+    class Counting(SilentPhase):
+        count = 0
+
+        def advance(self) -> None:
+            self.count += 1
+            if self.count == steps:
+                act()
+
+    class Reporter(LoggingReporter):
+        def phase(self, name: str, total: int, done: int = 0) -> Any:
+            return Counting() if name == "training" else SilentPhase()
+
+    return Reporter()
+
+
+def reached() -> None:
+    """The first step is over."""
+    raise FirstStep
+
+
 def measure(folder: Path, model: str, resume: str) -> dict[str, float]:
     """In a process of its own: seconds from its start, and from when the job was asked for, to the first step."""
     import psutil
 
     from shufflenet_mlflow import planning
     from shufflenet_mlflow.jobs import run_training
-    from shufflenet_mlflow.reporting import LoggingReporter
     from shufflenet_mlflow.start import TrainRequest
     from shufflenet_mlflow.stopping import StopFlag
 
     images = listing(folder / "images")
     planning.list_folder = lambda *_arguments, **_named: images  # type: ignore[assignment]
-    steps = 10 if resume == "make" else 1
-
-    class Reporter(LoggingReporter):
-        def phase(self, name: str, total: int, done: int = 0) -> Any:
-            reporter = super().phase(name, total, done)
-            count = 0
-
-            def advance() -> None:
-                nonlocal count
-                count += 1
-                if count == steps and resume != "make":
-                    raise FirstStep
-
-            reporter.advance = advance  # type: ignore[method-assign]
-            return reporter
-
     options = {
         "model": model,
         "train_dir": str(folder),
@@ -113,7 +121,7 @@ def measure(folder: Path, model: str, resume: str) -> dict[str, float]:
         make_checkpoint(folder, request, stop)
         return {}
     try:
-        run_training(request, reporter=Reporter(), stop=stop)
+        run_training(request, reporter=after(1, reached), stop=stop)
     except FirstStep:
         now = time.time()
     return {"process_s": now - psutil.Process().create_time(), "job_s": now - began}
@@ -126,23 +134,8 @@ def make_checkpoint(folder: Path, request: Any, stop: Any) -> None:
     from shufflenet_mlflow.checkpoint import checkpoint_name, read_checkpoint
     from shufflenet_mlflow.data.sampler import SampleOrder
     from shufflenet_mlflow.jobs import run_training
-    from shufflenet_mlflow.reporting import LoggingReporter
 
-    class Reporter(LoggingReporter):
-        def phase(self, name: str, total: int, done: int = 0) -> Any:
-            reporter = super().phase(name, total, done)
-            count = 0
-
-            def advance() -> None:
-                nonlocal count
-                count += 1
-                if count == PLACES[0]:
-                    stop.set(15)
-
-            reporter.advance = advance  # type: ignore[method-assign]
-            return reporter
-
-    run_training(request, reporter=Reporter(), stop=stop)
+    run_training(request, reporter=after(PLACES[0], lambda: stop.set(15)), stop=stop)
     payload = dict(read_checkpoint(request.save_dir / checkpoint_name(PLACES[0])))
     order = SampleOrder(FILES, BATCH_SIZE, 1)
     payload |= {

@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from PIL import Image
 from shufflenet_mlflow.cli import main
+
+if TYPE_CHECKING:
+    from server import Proxy, Server
 
 CLASSES = ("blue", "green", "red")
 
@@ -85,6 +89,28 @@ def client(workplace: Path) -> MlflowClient:
 
 
 pytest.register_assert_rewrite("training", "crash", "server", "processes")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
+    """A real `mlflow server` for a module's tests; starting one takes 10 s."""
+    from server import Server
+
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.send(signal.SIGCONT)
+    server.kill()
+
+
+@pytest.fixture
+def proxy(server: "Server") -> Iterator["Proxy"]:
+    """Stands before the server, and does as it is told."""
+    from server import Proxy
+
+    proxy = Proxy(server)
+    yield proxy
+    proxy.close()
+
 
 Invoke = Callable[..., Result]
 

@@ -1,7 +1,6 @@
 """Processes under a real `torchrun`: lost ones, fewer of them, machines with nothing in common."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,6 @@ from shufflenet_mlflow.checkpoint import read_checkpoint
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 ITERATIONS = 40
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.kill()
 
 
 def options(images: Path, *more: object) -> list[object]:

@@ -9,7 +9,6 @@ import json
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,6 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 ITERATIONS = 300
 SAVE_EVERY = 25
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.send(signal.SIGCONT)
-    server.kill()
-
-
-@pytest.fixture
-def proxy(server: Server) -> Iterator[Proxy]:
-    proxy = Proxy(server)
-    yield proxy
-    proxy.close()
 
 
 def shufflenet(folder: Path, uri: str, *words: object) -> Process:

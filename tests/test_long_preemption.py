@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,6 @@ GRACE = 20
 """Seconds; what `--grace` is by default."""
 
 ITERATIONS = 24
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.kill()
-
-
-@pytest.fixture(scope="module")
-def proxy(server: Server) -> Iterator[Proxy]:
-    proxy = Proxy(server)
-    yield proxy
-    proxy.close()
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +116,7 @@ def test_a_signal_in_any_phase(
     try:
         terminal = Terminal(tmp_path / "here", proxy.uri, *words(many), "--run-name", f"{phase} {signum}")
         if phase == "start-up":
-            terminal.read(dice.uniform(1.0, 2.0))
+            terminal.read(dice.uniform(1.5, 2.2))
             assert "training" not in terminal.text
         else:
             terminal.wait_for(phase)

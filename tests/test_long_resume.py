@@ -5,7 +5,6 @@ The real command in processes of its own, against a real server, with real SIGKI
 
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,6 @@ EPOCH = 4
 CHAINS = 5
 KILLS = 4
 """In each chain; 20 in all."""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.kill()
 
 
 @pytest.fixture(autouse=True)
