@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shufflenet_mlflow.stopping import exit_status
+from shufflenet_mlflow.stopping import StopRequested, exit_status
 
 from .options import (
     architecture_options,
@@ -130,13 +130,20 @@ def train(as_json: bool, **values: Any) -> None:
     from .stopping import stop_flag
 
     with stop_flag("leaving as soon as the checkpoint is safe; once more leaves at once") as stop:
-        with stop.at_once():
-            from shufflenet_mlflow.jobs import run_training
-            from shufflenet_mlflow.start import TrainRequest
+        try:
+            with stop.at_once():
+                from shufflenet_mlflow.jobs import run_training
+                from shufflenet_mlflow.start import TrainRequest
 
-            from .console import ConsoleReporter, print_json
+                from .console import ConsoleReporter, print_json
 
-            reporter = ConsoleReporter()
+                reporter = ConsoleReporter()
+        except StopRequested:
+            from shufflenet_mlflow.launcher import Requeue
+            from shufflenet_mlflow.reporting import LoggingReporter
+
+            Requeue(bool(request_options["requeue"]), LoggingReporter()).ask_if_warned(stop)
+            raise
         request_options["resume"] = request_options["resume"] or "auto"
         for name in ("new_run", "requeue"):
             request_options[name] = bool(request_options[name])

@@ -9,7 +9,7 @@ import io
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -94,8 +94,14 @@ class World:
         loaded: Mapping[str, Any] = torch.load(io.BytesIO(data.numpy().data), weights_only=True)
         return loaded
 
-    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The network whose backward pass leaves the mean of all processes' gradients."""
+    def wrap(self, model: nn.Module, device: torch.device, images_NCHW: Tensor) -> nn.Module:
+        """The network whose backward pass leaves the mean of all processes' gradients.
+
+        Args:
+            images_NCHW: two or more, of any content: after its first backward pass PyTorch puts gradients together
+                in another way, and adds them up in another order. A run that is resumed has to be past that, as the
+                undisturbed one is.
+        """
         if self.size == 1:
             return model
         # The running statistics of BN are kept equal by `RunningStatistics`.
@@ -103,13 +109,24 @@ class World:
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         devices = [device] if device.type == "cuda" else None
         with losses_reported():
-            return DistributedDataParallel(model, device_ids=devices, **{buffers: False})  # type: ignore[arg-type]
+            wrapped = DistributedDataParallel(model, device_ids=devices, **{buffers: False})  # type: ignore[arg-type]
+            kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+            outputs = wrapped(images_NCHW)
+            several = (outputs,) if isinstance(outputs, Tensor) else outputs
+            torch.stack([output.sum() for output in several]).sum().backward()  # type: ignore[no-untyped-call]
+        for buffer, before in kept:
+            buffer.copy_(before)
+        model.zero_grad(set_to_none=True)
+        return wrapped
 
     @contextmanager
-    def together(self, stop: StopFlag) -> Iterator[None]:
+    def together(self, stop: StopFlag, *, signals: bool = True) -> Iterator[None]:
         """If the block fails or is stopped in one process, that happens in all of them.
 
         The leader then raises an error that it can report; another process raises `ElsewhereError`.
+
+        Args:
+            signals: also if a signal has arrived meanwhile; otherwise that is left to the next time.
         """
         problem: ShuffleNetError | None = None
         try:
@@ -123,9 +140,17 @@ class World:
             if self.size == 1:
                 raise
             problem = error
-        self.settle(stop, problem)
+        self.settle(stop, problem, signals=signals)
 
-    def settle(self, stop: StopFlag, problem: ShuffleNetError | None = None) -> None:
+    def part(self) -> None:
+        """Wait for each other at the end of a job that was stopped.
+
+        A launcher ends all processes once one of them has left, and the leader has to deliver first.
+        """
+        with suppress(LostProcessError):  # it has left with an error of its own
+            self.gather(None)
+
+    def settle(self, stop: StopFlag, problem: ShuffleNetError | None = None, *, signals: bool = True) -> None:
         """Go on, unless a process has been told to stop or has failed: then none does.
 
         Args:
@@ -136,7 +161,8 @@ class World:
             ShuffleNetError: this process is the leader, and one has failed.
             ElsewhereError: this process is another, and one has failed.
         """
-        code = self.highest(_ERROR if problem is not None and stop.signum is None else stop.signum or 0)
+        signum = (stop.signum or 0) if signals else 0
+        code = self.highest(signum if problem is None or signum else _ERROR)
         if code == 0:
             return
         if code < _ERROR:

@@ -9,6 +9,7 @@ import subprocess
 import psutil
 
 from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.stopping import WARNING_SIGNAL, StopFlag
 
 SCONTROL_SECONDS = 30.0
 
@@ -19,15 +20,16 @@ def attempt() -> int:
     return max(int(count) if count.isdecimal() else 0 for count in counts)
 
 
-def launch_name(*, requeue: bool) -> str | None:
+def launch_name(options: str, *, requeue: bool) -> str | None:
     """A name that all attempts of this launch have in common; None if there will be only one, or no such name is known.
 
     Args:
+        options: what was asked for: one job of Slurm's may hold several trainings.
         requeue: Slurm is to be asked for another attempt.
     """
-    slurm = os.environ.get("SLURM_JOB_ID", "")
+    slurm, step = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_STEP_ID", "")
     if requeue and slurm:
-        return f"slurm-{slurm}"
+        return f"slurm-{slurm}-{_digest(f'{step} {options}')[:6]}"
     if not may_restart() or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         return None
     try:
@@ -35,7 +37,11 @@ def launch_name(*, requeue: bool) -> str | None:
         launch = f"{socket.gethostname()} {agent.pid} {agent.create_time()}"
     except psutil.Error:
         return None
-    return f"torchrun-{hashlib.sha256(launch.encode()).hexdigest()[:10]}"
+    return f"torchrun-{_digest(launch)[:10]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def may_restart() -> bool:
@@ -44,20 +50,39 @@ def may_restart() -> bool:
     return most.isdecimal() and int(most) > 0
 
 
-def requeue(reporter: Reporter) -> None:
-    """Ask Slurm to start this job again; it may end this process at once."""
-    job, scontrol = os.environ.get("SLURM_JOB_ID", ""), shutil.which("scontrol")
-    if not job or scontrol is None:
-        lacking = "scontrol is not on the PATH" if job else "SLURM_JOB_ID is not set"
-        reporter.warn(f"--requeue: {lacking}, so the job is not requeued")
-        return
-    reporter.note(f"asking Slurm to start job {job} again")
-    try:
-        asked = subprocess.run(  # noqa: S603 - found on the PATH
-            [scontrol, "requeue", job], capture_output=True, text=True, timeout=SCONTROL_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        reporter.warn(f"--requeue: {error}")
-        return
-    if asked.returncode:
-        reporter.warn(f"--requeue: scontrol said {' '.join(asked.stderr.split()) or asked.returncode}")
+class Requeue:
+    """Asking Slurm to start this job again, once, by the first process of the job.
+
+    Args:
+        wanted: the user wants that.
+    """
+
+    def __init__(self, wanted: bool, reporter: Reporter) -> None:
+        self._wanted = wanted and os.environ.get("RANK", "0") == "0"
+        self._reporter = reporter
+
+    def ask_if_warned(self, stop: StopFlag) -> None:
+        """Ask, if Slurm has announced the end; it may end this process at once.
+
+        Not after SIGTERM: that is what `scancel` sends, and who cancels means it.
+        """
+        if self._wanted and stop.signum == WARNING_SIGNAL:
+            self._wanted = False
+            self._ask()
+
+    def _ask(self) -> None:
+        job, scontrol = os.environ.get("SLURM_JOB_ID", ""), shutil.which("scontrol")
+        if not job or scontrol is None:
+            lacking = "scontrol is not on the PATH" if job else "SLURM_JOB_ID is not set"
+            self._reporter.warn(f"--requeue: {lacking}, so the job is not requeued")
+            return
+        self._reporter.note(f"asking Slurm to start job {job} again")
+        try:
+            asked = subprocess.run(  # noqa: S603 - found on the PATH
+                [scontrol, "requeue", job], capture_output=True, text=True, timeout=SCONTROL_SECONDS, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            self._reporter.warn(f"--requeue: {error}")
+            return
+        if asked.returncode:
+            self._reporter.warn(f"--requeue: scontrol said {' '.join(asked.stderr.split()) or asked.returncode}")

@@ -145,7 +145,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
     preprocess = choose_preprocess(
         architecture,
         options.get("input_size", DIGITS_INPUT_SIZE if train_dir is None else REFERENCE_SIZE),
-        mean_image=_mean_image_to_read(given, start),
+        mean_image=_mean_image_to_read({**request.inherited, **given}, start),
         stored=Preprocess.from_dict(start.payload["preprocess"], repr(str(start.path))) if start is not None else None,
     )
     batch_size = options.get("batch_size", BATCH_SIZE)
@@ -220,9 +220,10 @@ def _divide(batch_size: int, micro_batch_size: int | None, world: World) -> Divi
     """
     division = Division.of(batch_size, max(2, micro_batch_size or batch_size), world.rank, world.size)
     if division.smallest < 2:
+        way_out = "raise --micro-batch-size" if division.rounds > 1 else "begin with fewer processes"
         raise ConfigError(
             f"--batch-size (={batch_size}) is divided into {division.parts} parts, and batch normalisation needs two "
-            f"images in each; raise it to {2 * division.parts}, or begin with fewer processes"
+            f"images in each; raise it to {2 * division.parts}, or {way_out}"
         )
     return division
 

@@ -23,6 +23,10 @@ def exit_status(signum: int) -> int:
     return EXIT_BASE + (signal.SIGTERM if signum == WARNING_SIGNAL else signum)
 
 
+ECHO_SECONDS = 1.0
+"""A launcher passes on a signal that has reached its processes already: so soon after the first one it is the same."""
+
+
 class StopRequested(Exception):
     """Raised at the next safe point after a signal arrived."""
 
@@ -39,6 +43,8 @@ class StopRequested(Exception):
 class StopFlag:
     """Set by the first SIGINT, SIGTERM or SIGUSR1; work looks at it where it can stop. A second one ends at once.
 
+    What another process of the same job has received counts as a first one here, and as no more.
+
     Used as a context manager it installs the handlers, and puts the former ones back afterwards. Without that it
     is never set.
 
@@ -54,6 +60,7 @@ class StopFlag:
         """`time.monotonic()` of the signal."""
         self.grace = GRACE_SECONDS
         """For so many seconds after the signal what is under way may be brought to its end."""
+        self._received: float | None = None
         self._announce = announce
         self._at_once = False
         self._before: dict[int, object] = {}
@@ -85,9 +92,15 @@ class StopFlag:
         self.check()
 
     def _receive(self, signum: int, _frame: FrameType | None) -> None:
-        if self.signum is not None:
+        now = time.monotonic()
+        if self._received is not None:
+            if "RANK" in os.environ and now - self._received < ECHO_SECONDS:
+                return
             # Files are written aside and renamed, so leaving at any instant is safe.
             os._exit(exit_status(signum))
+        self._received = now
+        if self.signum is not None:  # it is being stopped already
+            return
         self.set(signum)
         self._announce(signal.Signals(signum).name)
         if self._at_once:

@@ -204,8 +204,9 @@ class Trainer:
             pin_memory=state.device.type == "cuda",
         )
         fetched = batches_of(loader)
-        network = self.world.wrap(state.model, state.device)
         state.model.train()
+        size = self.data.preprocess.input_size
+        network = self.world.wrap(state.model, state.device, torch.zeros(2, 3, size, size, device=state.device))
         clock = _Clock(state.iters)
         with self.reporter.phase("training", config.total_iters, state.iters) as phase:
             rounds = config.total_iters - state.iters

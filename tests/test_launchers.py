@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import steps
 from mlflow import MlflowClient
-from training import Reporter, assert_same_end, run, run_until
+from training import Reporter, assert_same_end, history, run, run_until
 
 from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint
 from shufflenet_mlflow.errors import ConfigError, ResumeError, TrackingError, UnresolvedError
-from shufflenet_mlflow.jobs import run_training
+from shufflenet_mlflow.jobs import opening, run_training
+from shufflenet_mlflow.jobs.sync import run_sync
 from shufflenet_mlflow.launcher import attempt, launch_name
 from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.stopping import StopFlag, StopRequested
@@ -105,6 +106,25 @@ def test_what_lies_here_and_is_up_to_date_is_not_fetched(images: Path, tmp_path:
     assert not (cache / "runs").exists()
 
 
+def test_a_job_is_forked_by_its_name(images: Path, client: MlflowClient) -> None:
+    """The fork is the job from then on."""
+    stopped = run_until(images, "training", 5, "--job", "pets")
+    with pytest.raises(ResumeError, match="pass --new-run"):
+        run(images, "--job", "pets", "--lr", 0.01)
+    fork = run_until(images, "training", 9, "--job", "pets", "--lr", 0.01, "--new-run")
+    assert fork.run_id != stopped.run_id
+    assert client.get_run(fork.run_id).data.tags["resumed.from_run"] == stopped.run_id
+    assert run(images, "--job", "pets", "--lr", 0.01).run_id == fork.run_id
+    assert client.get_run(stopped.run_id).info.status == "KILLED"
+
+
+@pytest.mark.parametrize("options", [[], ["--job", "pets"], ["--save-dir", "empty"]])
+def test_nothing_is_there_to_be_forked(options: list[object], images: Path, client: MlflowClient) -> None:
+    with pytest.raises(ConfigError, match="--new-run: nothing is there to be forked; name a checkpoint with --resume"):
+        run(images, "--new-run", *options)
+    assert runs_of(client) == []
+
+
 @pytest.mark.parametrize("name", ["", "../up", "a b", "-x", "x" * 101])
 def test_names_that_no_job_can_have(name: str, images: Path) -> None:
     with pytest.raises(ConfigError, match="--job"):
@@ -147,8 +167,8 @@ def restarted(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 def test_without_a_launcher_there_is_one_attempt() -> None:
     assert attempt() == 0
-    assert launch_name(requeue=False) is None
-    assert launch_name(requeue=True) is None
+    assert launch_name("", requeue=False) is None
+    assert launch_name("", requeue=True) is None
 
 
 def test_an_attempt_of_torchrun_goes_on_without_any_option(
@@ -182,6 +202,43 @@ def test_an_attempt_of_torchrun_does_not_fork_again(
     assert run(images, *fork).run_id != parent.run_id
     assert len(runs_of(client)) == 2
     assert steps(client, parent.run_id, "train/loss") == [2]
+
+
+def test_a_forks_attempts_are_one_fork(images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No folder, no name, one of the attempts on another disk."""
+    parent = run_until(images, "training", 2)
+    fork = ["--resume", parent.run_id, "--new-run", "--lr", 0.01]
+    restarted(monkeypatch, 0)
+    with pytest.raises(Death):
+        run(images, *fork, reporter=die_at(7))
+    move_away("models")
+    restarted(monkeypatch, 1)
+    ended = run(images, *fork)
+    assert len(runs_of(client)) == 2
+    assert client.get_run(ended.run_id).data.tags["resumed.from_iters"] == "5"
+    assert steps(client, ended.run_id, "train/loss") == [4, 6, 8, 10, 12]
+
+
+def test_attempts_without_a_server_are_one_run(
+    images: Path, monkeypatch: pytest.MonkeyPatch, client: MlflowClient, uninterrupted: Any
+) -> None:
+    """The server is away in all of them; one dies before its first checkpoint, one after it."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = ["--tracking-uri", "http://127.0.0.1:9", "--grace", 0]
+    monkeypatch.setattr("shufflenet_mlflow.tracking.delivery.GIVE_UP_SECONDS", 1.0)
+    for number, iteration in enumerate((3, 7)):
+        restarted(monkeypatch, number)
+        with pytest.raises(Death):
+            run(images, *away, reporter=die_at(iteration))
+    restarted(monkeypatch, 2)
+    ended = run(images, *away)
+    assert ended.result.iters == 12
+    assert ended.run_id is None
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    synced = run_sync(ended.save_dir, dry_run=False, tracking_uri=uri, reporter=Reporter(), stop=StopFlag())
+    [found] = runs_of(client)
+    assert (found.info.run_id, found.info.status) == (synced.run_id, "FINISHED")
+    assert history(client, found.info.run_id)["train/loss"] == uninterrupted[1]["train/loss"]
 
 
 def test_several_machines_need_a_name(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +302,22 @@ def test_slurm_is_asked_to_start_the_job_again(
     assert slurm.read_text() == "requeue 4711\n"
 
 
+def test_two_trainings_in_one_job_of_slurm(images: Path, slurm: Path) -> None:
+    short = ["--total-iters", 2, "--val-interval", 2, "--requeue"]
+    first = run(images, *short, "--lr", 0.01)
+    assert run(images, *short, "--lr", 0.02).run_id != first.run_id
+
+
+def test_a_warning_before_training_asks_too(images: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_arguments: Any, **_named: Any) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr("shufflenet_mlflow.planning.list_images", interrupted)
+    with StopFlag() as stop, pytest.raises(StopRequested):
+        run(images, "--requeue", stop=stop)
+    assert slurm.read_text() == "requeue 4711\n"
+
+
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
 def test_who_cancels_a_job_means_it(by: int, images: Path, slurm: Path) -> None:
     run_until(images, "training", 2, "--requeue", by=by)
@@ -295,3 +368,21 @@ def test_a_signal_while_the_data_is_listed(images: Path, monkeypatch: pytest.Mon
     with StopFlag() as stop, pytest.raises(StopRequested):
         run(images, stop=stop)
     assert not Path("models").exists()
+
+
+def test_a_signal_while_the_run_is_made_leaves_it_killed(
+    images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It exists by then, so it has to be ended."""
+    make_run = opening.make_run
+
+    def interrupted(*arguments: Any) -> Any:
+        made = make_run(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+        return made
+
+    monkeypatch.setattr(opening, "make_run", interrupted)
+    with StopFlag() as stop:
+        summary = run(images, "--save-dir", "m", stop=stop)
+    assert (summary.result.iters, summary.result.stopped_by) == (0, signal.SIGTERM)
+    assert client.get_run(summary.run_id).info.status == "KILLED"

@@ -1,7 +1,9 @@
 """The loop end to end on real files and a real store: what it logs and what it keeps."""
 
 import json
+import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,7 +115,7 @@ def test_bn_statistics_are_reestimated_at_the_end(images: Path) -> None:
 
 
 def test_the_network_learns(images: Path) -> None:
-    summary = run(images, "--total-iters", 60, "--augment", "none", "--lr", 0.05)
+    summary = run(images, "--total-iters", 60, "--augment", "none", "--lr", 0.02)
     assert summary.result.val_top1 is not None
     assert summary.result.val_top1 > 0.8  # chance is a third
 
@@ -124,6 +126,32 @@ def test_handlers_are_put_back() -> None:
         assert signal.getsignal(signal.SIGTERM) != before[0]
         stop.check()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_second_signal_ends_at_once_unless_a_launcher_repeats_the_first(
+    launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`torchrun` passes on what its processes have received themselves."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr("shufflenet_mlflow.stopping.ECHO_SECONDS", 0.2)
+    if launched:
+        monkeypatch.setenv("RANK", "1")
+    with StopFlag() as stop:
+        stop.set(signal.SIGTERM)  # another process has received one
+        signal.raise_signal(signal.SIGTERM)
+        if launched:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        with pytest.raises(Ended, match="143"):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_the_first_signal_is_announced() -> None:

@@ -1,5 +1,6 @@
 """Finding what an earlier attempt at the same job has begun: by its folder, by its name, or by the run it was given."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
 from shufflenet_mlflow.errors import ConfigError, NoCheckpointError, ResumeError, TrackingError
 from shufflenet_mlflow.launcher import attempt, launch_name, may_restart
 from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.spool import SPOOL_NAME, look
 from shufflenet_mlflow.start import Start, TrainRequest
 from shufflenet_mlflow.tracking import KnownRun, config_to_begin_with, find_job, look_up, run_to_adopt
 
@@ -25,45 +27,76 @@ def find_attempt(client: "MlflowClient", request: TrainRequest, reporter: Report
         The request, and the runs that were begun and have no checkpoint yet.
 
     Raises:
+        ConfigError: nothing is there to be forked.
         TrackingError: nothing lies in the job's folder, and the store that could know the job does not answer.
     """
-    is_named = request.job is not None
-    if not is_named and request.save_dir is None and request.resume == "auto":
-        request = replace(request, job=launch_name(requeue=request.requeue))
+    is_named, has_folder = request.job is not None, request.save_dir is not None
+    request = _named(request, reporter)
+    again = attempt() > 0
+    if _holds_checkpoints(request.save_dir) and again:  # the same command again: the fork, say, has been made already
+        request = replace(request, resume="auto", new_run=False)
+    known: KnownRun | None = None
+    try:
+        known = _look_up(client, request, by_name=again or (is_named and request.resume == "auto"))
+    except TrackingError as error:
+        if is_named and not _was_used(request.save_dir):
+            raise TrackingError(
+                f"{error}; --resume none begins the job anew without looking for an earlier run of it", error.code
+            ) from error
+        reporter.warn(f"{error}; going on with what lies here")
+    if request.new_run and request.resume == "auto" and not again:
+        if known is not None and known.has_checkpoint:  # the folder of that name is the parent's
+            return replace(request, resume=known.run_id, save_dir=request.save_dir if has_folder else None), []
+        if not _holds_checkpoints(request.save_dir):
+            raise ConfigError("--new-run: nothing is there to be forked; name a checkpoint with --resume")
+        return request, []
+    if known is None:
+        return request, []
+    if not known.has_checkpoint:
+        return request, [known.run_id]
+    if not has_folder and request.save_dir is not None and look(request.save_dir).run_id not in (None, known.run_id):
+        request = replace(request, save_dir=None)  # it belongs to the run that this one was forked from
+    return replace(request, resume=known.run_id, new_run=False), []
+
+
+def _named(request: TrainRequest, reporter: Reporter) -> TrainRequest:
+    """With the name that its launch has, if the user gave none, and with the folder of that name."""
+    goes_on_by_itself = request.resume not in ("auto", "none") and not request.new_run
+    if request.job is None and request.save_dir is None and not goes_on_by_itself:
+        asked = json.dumps([dict(request.options), request.resume, request.new_run, request.run_name], default=str)
+        request = replace(request, job=launch_name(asked, requeue=request.requeue))
         if request.job is None and may_restart():  # several machines: any of them may lead the next time
             reporter.warn("torchrun would begin anew where it starts this job again; --job NAME makes it go on instead")
     if request.job is not None and request.save_dir is None:
         request = replace(request, save_dir=Path(DEFAULT_SAVE_ROOT) / request.job)
-    directory = request.save_dir
-    found = directory is not None and directory.is_dir() and bool(list_checkpoints(directory))
-    if found and attempt():  # the same command again: the fork, say, has been made already
-        request = replace(request, resume="auto", new_run=False)
-    if request.resume != "auto" or request.new_run:
-        return request, []
-    by_name = request.job is not None and (is_named or attempt() > 0)
-    adopted = run_to_adopt()
+    return request
+
+
+def _holds_checkpoints(directory: Path | None) -> bool:
+    return directory is not None and directory.is_dir() and bool(list_checkpoints(directory))
+
+
+def _was_used(directory: Path | None) -> bool:
+    """Whether an earlier attempt has worked there."""
+    return _holds_checkpoints(directory) or (directory is not None and (directory / SPOOL_NAME).exists())
+
+
+def _look_up(client: "MlflowClient", request: TrainRequest, *, by_name: bool) -> KnownRun | None:
+    """The run of an earlier attempt, as MLflow knows it; None if there is none.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    adopted = run_to_adopt() if request.resume == "auto" and not request.new_run else None
+    by_name = by_name and request.job is not None
     if not by_name and adopted is None:
-        return request, []
-    known: KnownRun | None = None
-    try:
-        with impatient() if is_server(client.tracking_uri) else nullcontext():
-            if by_name:
-                known = find_job(client, str(request.job), request.experiment)
-            if known is None and adopted is not None:  # its container, say, was started again
-                known = look_up(client, adopted)
-    except TrackingError as error:
-        if not found and by_name:
-            raise TrackingError(
-                f"{error}; --resume none begins the job anew without looking for an earlier run of it", error.code
-            ) from error
-        if found:
-            reporter.warn(f"{error}; taking what lies in {str(directory)!r}")
-        return request, []
-    if known is None or (known.run_id == adopted and not known.has_checkpoint):
-        return request, []  # an adopted run begins as any other
-    if known.has_checkpoint:
-        return replace(request, resume=known.run_id), []
-    return request, [known.run_id]
+        return None
+    with impatient() if is_server(client.tracking_uri) else nullcontext():
+        known = find_job(client, str(request.job), request.experiment) if by_name else None
+        if known is None and adopted is not None:  # its container, say, was started again
+            known = look_up(client, adopted)
+            return known if known.has_checkpoint else None  # without one it begins as any adopted run
+    return known
 
 
 def begin_again(

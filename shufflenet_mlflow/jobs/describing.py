@@ -18,8 +18,11 @@ from shufflenet_mlflow.start import Start
 from shufflenet_mlflow.tracking.messages import DatasetInput, Message, Params, TextArtifact
 from shufflenet_mlflow.train import TrainData
 
-NEEDED_FOR_EQUALITY = ("torch", "device", "threads", "processes", "parts")
+NEEDED_FOR_EQUALITY = ("torch", "device", "threads", "processes")
 """Where one of these differs, rounding does."""
+
+PARTS = "parts"
+"""Where this differs, batch normalisation sees other images together."""
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -67,7 +70,7 @@ def environment(planned: Plan, device: torch.device, world: World) -> dict[str, 
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "processes": world.size,
-        "parts": planned.data.division.parts,
+        PARTS: planned.data.division.parts,
     }
 
 

@@ -10,6 +10,7 @@ from shufflenet_mlflow.client import impatient, is_server, mlflow_errors, redact
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.errors import ResumeError, TrackingError
 from shufflenet_mlflow.jobs.describing import config_digest
+from shufflenet_mlflow.launcher import attempt
 from shufflenet_mlflow.planning import data_name
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve import RunReference, parse_reference
@@ -101,6 +102,8 @@ def open_run(
     elif start is not None and not request.new_run and (start.run_id is not None or (spool and spool.run)):
         known = start.run_id or (spool.run if spool else None)
         tags = {"resumed.from_iters": str(start.iters)}
+    elif start is None and attempt() and spool is not None and spool.run and not is_made(spool.run_id_of(spool.run)):
+        known = spool.run  # MLflow was away then, too
     if start is not None and drifted:
         tags[f"drift.{start.iters}"] = redact(json.dumps(drifted))[:LONGEST_TAG]
     if request.job is not None:

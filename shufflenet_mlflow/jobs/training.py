@@ -13,13 +13,13 @@ from torch.amp.grad_scaler import GradScaler
 
 from shufflenet_mlflow.checkpoint import Retention, load_checkpoint, remove_leftovers
 from shufflenet_mlflow.client import connect, prepare_environment
-from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_grace, check_job, check_resumable
+from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_grace, check_job, check_resumable, option
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, DataError, NoCheckpointError
 from shufflenet_mlflow.jobs.attempts import begin_again, find_attempt, may_begin_again
 from shufflenet_mlflow.jobs.describing import (
     NEEDED_FOR_EQUALITY,
-    config_digest,
+    PARTS,
     constants,
     cost,
     describe,
@@ -30,16 +30,19 @@ from shufflenet_mlflow.jobs.following import NoMetrics, NoStore, QuietReporter
 from shufflenet_mlflow.jobs.opening import ending_on_error, open_run
 from shufflenet_mlflow.jobs.sharing import receive_beginning, share_beginning
 from shufflenet_mlflow.joining import joined
-from shufflenet_mlflow.launcher import requeue
+from shufflenet_mlflow.launcher import Requeue
 from shufflenet_mlflow.planning import Plan, check_same_data, choose_device, plan
 from shufflenet_mlflow.recipe import make_ema, make_optimizer, make_scheduler
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.spool import Spool, is_made
 from shufflenet_mlflow.start import Init, Start, TrainRequest, find_init, find_start
 from shufflenet_mlflow.state import TrainingState
-from shufflenet_mlflow.stopping import WARNING_SIGNAL, StopFlag
+from shufflenet_mlflow.stopping import StopFlag, StopRequested
 from shufflenet_mlflow.tracking import TrackedMetrics, TrackedStore, TrackingSession
 from shufflenet_mlflow.train import TrainData, Trainer, TrainResult
+
+OF_ONE_MACHINE = ("train_dir", "val_dir", "mean_image", "init_from", "workers", "device")
+"""Options in which the processes of one job may differ."""
 
 NOTHING_TRAINED = TrainResult(iters=0, epoch=0, loss=math.nan, val_top1=None, val_top5=None, checkpoint=None)
 
@@ -91,10 +94,22 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
     prepare_environment()
     check_job(request.job)
     stop.grace = check_grace(request.grace)
-    with joined(stop) as world:
-        if world.is_leader:
-            return _lead(world, request, reporter, stop)
-        return _follow(world, request, QuietReporter(world.rank), stop)
+    another = Requeue(request.requeue, reporter)
+    try:
+        with joined(stop) as world:
+            work, to_tell = (_lead, reporter) if world.is_leader else (_follow, QuietReporter(world.rank))
+            try:
+                summary = work(world, request, to_tell, stop)
+            except StopRequested:
+                another.ask_if_warned(stop)
+                world.part()
+                raise
+            if summary.result.stopped_by is not None:
+                another.ask_if_warned(stop)
+                world.part()
+            return summary
+    finally:
+        another.ask_if_warned(stop)
 
 
 def _lead(world: World, request: TrainRequest, reporter: Reporter, stop: StopFlag) -> TrainSummary:
@@ -112,7 +127,8 @@ def _lead(world: World, request: TrainRequest, reporter: Reporter, stop: StopFla
     prepared = _prepare(world, request, start, init, reporter, stop)
     start = start.without_tensors() if start is not None else None
     with ExitStack() as stack:
-        with world.together(stop), ExitStack() as closing:
+        # From here on there is a run to be ended: the session hears of a signal, no sooner.
+        with world.together(stop, signals=False), ExitStack() as closing:
             save_dir = _save_dir(request, start)
             spool = Spool(save_dir) if save_dir is not None else None  # nobody else may be at work there
             if spool is not None:
@@ -145,8 +161,6 @@ def _lead(world: World, request: TrainRequest, reporter: Reporter, stop: StopFla
             summary = _train(session, request, prepared, start, reporter, stop, client.tracking_uri)
         if summary.result.stopped_by is not None and opened.made is not None:
             opened.made.status = "KILLED"
-    if request.requeue and stop.signum == WARNING_SIGNAL:  # `scancel` sends SIGTERM, and means it
-        requeue(reporter)
     return replace(
         summary, run_id=session.run_id, run_name=opened.name, experiment_id=opened.experiment_id, pending=spool.pending
     )
@@ -162,7 +176,7 @@ def _follow(world: World, request: TrainRequest, reporter: Reporter, stop: StopF
     if start is not None:
         start = start.without_tensors()
         continued = None if request.new_run else start
-    with world.together(stop):
+    with world.together(stop, signals=False):
         pass  # the leader opens the run
     summary = TrainSummary(None, "", Path(), is_leader=False)
     config = prepared.planned.config
@@ -229,19 +243,29 @@ def _prepare(
 
 
 def _require_same_as_leader(world: World, planned: Plan) -> None:
-    """Raise DataError where this process was given other images, or other options, than the leader."""
+    """Raise DataError or ConfigError where this process was given other images, or other options, than the leader."""
     data = planned.data
-    own = {
-        "options": config_digest(planned.config.to_dict()),
-        "training images": data.train.digest,
-        "validation images": data.val.digest,
-    }
-    for what, digest in world.from_leader(own).items():
-        if own[what] != digest:
+    images = {"training images": data.train.digest, "validation images": data.val.digest}
+    options = {name: value for name, value in planned.config.to_dict().items() if name not in OF_ONE_MACHINE}
+    leaders_images, leaders_options = world.from_leader((images, options))
+    for what, digest in images.items():
+        if leaders_images[what] != digest:
             raise DataError(f"its {what} are not those of process 0; give every process the same")
+    for name, value in options.items():
+        if leaders_options[name] != value:
+            raise ConfigError(
+                f"its {option(name)} (={value}) is not that of process 0 (={leaders_options[name]}); give every "
+                "process the same"
+            )
 
 
 def _warn_of_drift(drifted: Mapping[str, tuple[Any, Any]], reporter: Reporter) -> None:
+    if PARTS in drifted:
+        then, now = drifted[PARTS]
+        reporter.warn(
+            f"batches are divided into {now} parts, and were into {then}: batch normalisation sees other images "
+            f"together, so results differ; {then} processes, or a number that divides {then}, would go on as before"
+        )
     listed = [f"{name} ({drifted[name][0]} -> {drifted[name][1]})" for name in NEEDED_FOR_EQUALITY if name in drifted]
     if listed:
         reporter.note(f"since the checkpoint: {', '.join(listed)}; results are equal but for rounding, not bit for bit")
