@@ -7,17 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import steps
 from mlflow import MlflowClient
-from training import Reporter, assert_same_end, history, run, run_until
+from training import Reporter, assert_same_end, history, request, run, run_until
 
 from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint
 from shufflenet_mlflow.errors import ConfigError, ResumeError, TrackingError, UnresolvedError
 from shufflenet_mlflow.jobs import opening, run_training
 from shufflenet_mlflow.jobs.sync import run_sync
 from shufflenet_mlflow.launcher import attempt, launch_name
+from shufflenet_mlflow.planning import plan
 from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.stopping import StopFlag, StopRequested
 
@@ -96,6 +98,28 @@ def test_a_run_without_a_checkpoint_begins_again_by_its_id(
     resumed = run_training(TrainRequest({}, resume=died.info.run_id), reporter=Reporter(), stop=StopFlag())
     assert resumed.run_id == died.info.run_id
     assert_same_end(client, resumed, uninterrupted)
+
+
+def test_a_run_that_begins_again_has_its_mean_image(images: Path, client: MlflowClient, tmp_path: Path) -> None:
+    """The image is in each checkpoint, but there is none yet: it is read again."""
+    mean = tmp_path / "mean.npy"
+    np.save(mean, np.full((32, 32, 3), 100, np.float32))
+    options = {**request(images).options, "model": "shufflenet_v2_large", "mean_image": str(mean)}
+    planned = plan(TrainRequest({}, inherited=options), None)
+    assert planned.data.preprocess.mean_image is not None
+
+
+def test_another_division_is_not_called_rounding(images: Path) -> None:
+    """What batch normalisation sees together is another thing."""
+    stopped = run_until(images, "training", 5, "--save-dir", "models")
+    path = list_checkpoints(stopped.save_dir)[0]
+    payload = read_checkpoint(path)
+    payload["environment"]["parts"] = 4
+    torch.save(payload, path)
+    path.with_name(path.name + ".json").unlink()
+    reporter = Reporter()
+    run(images, "--save-dir", "models", reporter=reporter)
+    assert any("divided into 1 parts, and were into 4: batch normalisation sees other" in w for w in reporter.warnings)
 
 
 def test_what_lies_here_and_is_up_to_date_is_not_fetched(images: Path, tmp_path: Path) -> None:

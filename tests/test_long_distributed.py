@@ -1,16 +1,18 @@
 """Processes under a real `torchrun`: lost ones, fewer of them, machines with nothing in common."""
 
+import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_options, steps, values
+from conftest import assert_equal_payloads, small_options, steps, values
 from mlflow import MlflowClient
 from processes import DOUBLE, Process, finish, kill, start, torchrun, wait_for_iteration, worker
-from server import Server, free_port
+from server import Proxy, Server, free_port
 
-from shufflenet_mlflow.checkpoint import read_checkpoint
+from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -156,3 +158,67 @@ def test_two_machines_that_share_nothing(
     assert only_run(client).info.run_id == ended["run_id"]
     assert_close(curves(client, ended["run_id"]), alone)
     assert not list((tmp_path / "after-1").rglob("*.pth.tar")), "the second machine writes nothing"
+
+
+def test_three_processes_go_on_bit_for_bit(images: Path, client: MlflowClient, tmp_path: Path) -> None:
+    """From three on the order matters in which gradients are added up: it must be the same after resuming."""
+    words = [*options(images), "--total-iters", 12, "--save-interval", 6, "--batch-size", 9, "--json"]
+    whole = finish(start(tmp_path / "whole", "train", *words, "--save-dir", "m", under=torchrun(3)))
+    middle = tmp_path / "whole" / "m" / "checkpoint-000006.pth.tar"
+    parts = finish(start(tmp_path / "parts", "train", "--resume", middle, "--new-run", "--json", under=torchrun(3)))
+    expected, found = (
+        read_checkpoint(tmp_path / name / ended["checkpoint"]) for name, ended in (("whole", whole), ("parts", parts))
+    )
+    for key in ("state_dict", "optimizer_state_dict", "loss", "metrics"):
+        assert_equal_payloads(found[key], expected[key], key)
+
+
+def test_processes_with_other_options_end_with_one_line(images: Path, tmp_path: Path) -> None:
+    """The interval decides who waits for whom: they would wait for ever."""
+    port = str(free_port())
+
+    def begin(rank: int, *more: object) -> Process:
+        env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return start(tmp_path / f"{rank}", "train", *options(images, *more), env=env)
+
+    leader, other = begin(0), begin(1, "--val-interval", 10)
+    _, err = leader.communicate()
+    other.communicate()
+    assert (leader.returncode, other.returncode) == (2, 2)
+    assert "its --val-interval (=10) is not that of process 0 (=8); give every process the same" in err
+    assert len([line for line in err.splitlines() if line.startswith("Error")]) == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_for_everyone_still_leaves_time_to_deliver(
+    signum: int, server: Server, proxy: Proxy, images: Path, tmp_path: Path
+) -> None:
+    """Slurm signals each process of a step, `torchrun` among them, which passes it on; the server is slow besides."""
+    asked, scontrol = tmp_path / "asked", tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.chmod(0o755)
+    env = {
+        "MLFLOW_TRACKING_URI": proxy.uri,
+        "SLURM_JOB_ID": "4711",
+        "PATH": f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    words = options(images, "--total-iters", 2000, "--requeue", "--save-dir", "m", "--run-name", f"signal {signum}")
+    process = start(tmp_path / "work", "train", *words, env=env, under=torchrun(2))
+    wait_for_iteration(process, 9)
+    workers = [worker(process, rank) for rank in (0, 1)]
+    proxy.mode = "slow"
+    try:
+        for receiver in (*workers, *([process] if signum == signal.SIGTERM else [])):
+            receiver.send_signal(signum)
+        process.communicate()
+    finally:
+        proxy.mode = "pass"
+    client = MlflowClient(server.uri)
+    experiments = [item.experiment_id for item in client.search_experiments()]
+    [found] = client.search_runs(experiments, f"attributes.run_name = 'signal {signum}'")
+    assert found.info.status == "KILLED"
+    newest = list_checkpoints(tmp_path / "work" / "m")[0]
+    assert json.loads(found.data.tags["checkpoint.latest"])["path"].endswith(newest.name)
+    assert asked.exists() == (signum == signal.SIGUSR1)
