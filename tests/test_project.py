@@ -1,14 +1,18 @@
 """What holds between the project's files: MLproject and the CLI, conda.yaml and pyproject.toml, who imports whom."""
 
 import ast
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from mlflow.projects._project_spec import load_project
 from shufflenet_mlflow.cli import main
+from shufflenet_mlflow.cli.train import train
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -156,3 +160,38 @@ def test_tracked_files_name_no_machine() -> None:
     pattern = re.compile(r"(^|[\"'= (:])/(root|home/[a-z]+)/")
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *LIBRARY.rglob("*.py"), *ROOT.glob("cli/*.py")]:
         assert not pattern.search(path.read_text()), path
+
+
+# ---------------------------------------------------------------- docs/clusters
+
+CLUSTERS = ROOT / "docs" / "clusters"
+
+
+def train_options() -> set[str]:
+    return {word for parameter in train.params for word in parameter.opts}
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.sh")), ids=lambda path: path.name)
+def test_cluster_scripts_are_sound(path: Path) -> None:
+    """They are bash, can be run, and pass options that there are."""
+    subprocess.run(["bash", "-n", path], check=True)
+    assert path.stat().st_mode & 0o100
+    [command] = re.findall(r"(?:shufflenet|shufflenet_mlflow) train (--.*)", path.read_text())
+    assert set(re.findall(r"--[a-z-]+", command)) <= train_options()
+
+
+def test_the_kubernetes_project_is_sound() -> None:
+    """MLflow takes the project, and every word of its command is an option."""
+    folder = CLUSTERS / "kubernetes"
+    entry = load_project(folder).get_entry_point("main")
+    command = entry.compute_command({"train_dir": "/a b"}, None)
+    assert set(re.findall(r"--[a-z-]+", command)) <= train_options()
+    assert "--train-dir '/a b'" in command
+    backend = json.loads((folder / "backend.json").read_text())
+    template = yaml.safe_load((ROOT / backend["kube-job-template-path"]).read_text())
+    assert template["kind"] == "Job"
+    pod = template["spec"]["template"]["spec"]
+    grace = float(re.findall(r"--grace (\d+)", command)[0])
+    assert pod["terminationGracePeriodSeconds"] >= grace + 10
+    [container] = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
