@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from processes import DOUBLE, Process, finish, kill, start, torchrun, wait_for_i
 from server import Proxy, Server, free_port
 
 from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint
+from shufflenet_mlflow.stopping import ECHO_SECONDS
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -212,6 +214,10 @@ def test_a_signal_for_everyone_still_leaves_time_to_deliver(
     try:
         for receiver in (*workers, *([process] if signum == signal.SIGTERM else [])):
             receiver.send_signal(signum)
+        if signum == signal.SIGUSR1:  # as if the step took long: no echo of a launcher is so late
+            workers[1].suspend()
+            time.sleep(1.5 * ECHO_SECONDS)
+            workers[1].resume()
         process.communicate()
     finally:
         proxy.mode = "pass"
