@@ -13,6 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as SqlAlchemyRegistryStore
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as SqlAlchemyTrackingStore
 from PIL import Image
 from shufflenet_mlflow.cli import main
 
@@ -64,7 +66,7 @@ def workplace(
     monkeypatch: pytest.MonkeyPatch,
     cache_dir: Path,
     empty_database: Path,
-) -> Path:
+) -> Iterator[Path]:
     """Every test has a working directory of its own, with an empty store in it, and no MLflow settings."""
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
@@ -73,7 +75,11 @@ def workplace(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     monkeypatch.setenv("SHUFFLENET_CACHE_DIR", str(cache_dir))
-    return folder
+    yield folder
+    # MLflow keeps the connections of every store for as long as the process lives.
+    for store in (SqlAlchemyTrackingStore, SqlAlchemyRegistryStore):
+        if engine := store._engine_map.pop(f"sqlite:///{folder}/mlflow.db", None):
+            engine.dispose()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -46,6 +46,8 @@ class Terminal:
         folder.mkdir()
         shown, own = pty.openpty()
         self.shown, self.text = shown, ""
+        self.poll = select.poll()  # select() takes no descriptors above 1023
+        self.poll.register(shown, select.POLLIN)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "shufflenet_mlflow", "train", *map(str, words), "--json"],
             cwd=folder,
@@ -61,7 +63,7 @@ class Terminal:
         """What it shows meanwhile."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            if not select.select([self.shown], [], [], left)[0]:
+            if not self.poll.poll(left * 1000):
                 return
             try:
                 data = os.read(self.shown, 65536)
