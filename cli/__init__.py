@@ -18,8 +18,10 @@ from shufflenet_mlflow.stopping import EXIT_BASE, StopRequested
 from .checkpoints import checkpoints
 from .data import data
 from .eval import eval_
+from .export import export
 from .models import models
 from .options import DEBUG, debug_option
+from .predict import predict
 from .sync import sync
 from .train import train
 
@@ -76,5 +78,5 @@ def main() -> None:
     """
 
 
-for command in (train, eval_, checkpoints, sync, models, data):
+for command in (train, eval_, predict, checkpoints, export, sync, models, data):
     main.add_command(command)

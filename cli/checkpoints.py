@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def checkpoints() -> None:
-    """List, verify, fetch and prune checkpoints."""
+    """List, verify, fetch, prune and promote checkpoints."""
 
 
 @checkpoints.command("ls")
@@ -162,3 +162,50 @@ def prune(
     click.echo(
         f"{verb} {len(dropped)} checkpoints, {_megabytes(sum(item.record.bytes for item in dropped))} each place"
     )
+
+
+@checkpoints.command()
+@click.argument("ref", metavar="REF")
+@click.option("--name", required=True, help="Registered model; it is made if there is none.")
+@click.option("--alias", "aliases", multiple=True, metavar="ALIAS", help="Such as champion; may be given several times.")
+@tracking_uri_option
+@cache_dir_option
+@json_option
+@debug_option
+def promote(
+    ref: str,
+    name: str,
+    aliases: tuple[str, ...],
+    tracking_uri: str | None,
+    cache_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Make the checkpoint REF of a run a version of a registered model.
+
+    models:/NAME@ALIAS then stands for it, here wherever a checkpoint is asked for, and in MLflow, which serves it. A
+    promoted checkpoint is never pruned.
+
+    \b
+    Examples:
+      shufflenet checkpoints promote runs:/0123456789abcdef0123456789abcdef@best --name pets --alias champion
+      shufflenet predict models:/pets@champion cat.jpg
+      mlflow models serve -m models:/pets@champion --env-manager local
+    """
+    from shufflenet_mlflow.jobs.exporting import run_promotion
+
+    from .console import ConsoleReporter, print_json
+
+    promoted = run_promotion(
+        ref,
+        name=name,
+        aliases=aliases,
+        tracking_uri=tracking_uri,
+        cache_dir=cache_dir,
+        reporter=ConsoleReporter(),
+    )
+    if as_json:
+        print_json(promoted.to_dict())
+        return
+    click.echo(f"{promoted.uri} is version {promoted.version} of {promoted.name}: {promoted.checkpoint}")
+    click.echo(f"serve it    mlflow models serve -m {promoted.uri} --env-manager local")
+    click.echo(f"predict     shufflenet predict {promoted.uri} IMAGE")

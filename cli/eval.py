@@ -1,6 +1,6 @@
 """`shufflenet eval`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,10 @@ from .options import (
     tracking_uri_option,
 )
 
+if TYPE_CHECKING:
+    from shufflenet_mlflow.jobs import EvalSummary
+
+WORST_CLASSES = 3
 
 @click.command("eval")
 @click.argument("ref")
@@ -29,6 +33,13 @@ from .options import (
 @option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: the run's own]")
 @device_option
 @bad_image_option
+@option(
+    "--log-to",
+    type=click.Choice(["source", "new", "none"]),
+    help="Run for the result: the checkpoint's, one of its own, none.  [default: source if REF names a run or model]",
+)
+@option("--experiment", metavar="NAME", help="For --log-to new.  [default: that of the checkpoint's run]")
+@option("--run-name", metavar="NAME", help="For --log-to new.  [default: network and data]")
 @tracking_uri_option
 @cache_dir_option
 @json_option
@@ -38,6 +49,9 @@ def eval_(ref: str, as_json: bool, **values: Any) -> None:
 
     REF is a file, a folder of checkpoints, a run ID, runs:/ID, runs:/ID@best, runs:/ID@latest, runs:/ID@ITERS,
     models:/NAME@ALIAS or models:/NAME/VERSION.
+
+    What is logged: accuracies, loss, accuracy by class, calibration, confusion matrix, the most confident mistakes,
+    throughput, and what became of each image.
 
     \b
     Examples:
@@ -55,13 +69,28 @@ def eval_(ref: str, as_json: bool, **values: Any) -> None:
         summary = run_evaluation(EvalRequest(ref, **given), reporter=ConsoleReporter(), stop=stop)
     if as_json:
         print_json(summary.to_dict())
-        return
+    else:
+        click.echo(_result_lines(summary))
+    if summary.problem is not None:
+        raise summary.problem
+
+
+def _result_lines(summary: "EvalSummary") -> str:
     result = summary.result
-    click.echo(f"checkpoint  {summary.checkpoint}  ({summary.model}, iteration {summary.iters})")
-    if summary.run_id:
-        click.echo(f"run ID      {summary.run_id}")
     skipped = f", {result.skipped} unreadable left out" if result.skipped else ""
-    click.echo(f"images      {result.n}{skipped}")
-    click.echo(f"top1        {result.top1:.4f}")
-    click.echo(f"top5        {result.top5:.4f}")
-    click.echo(f"loss        {result.loss:.4f}")
+    lines = [f"checkpoint  {summary.checkpoint}  ({summary.model}, iteration {summary.iters})"]
+    if summary.run_id:
+        lines.append(f"run ID      {summary.run_id}")
+    lines += [
+        f"images      {result.n}{skipped}  ({summary.images_per_second:.0f} per second)",
+        f"top1        {result.top1:.4f}",
+        f"top5        {result.top5:.4f}",
+        f"loss        {result.loss:.4f}",
+    ]
+    worst = sorted(
+        (row for row in summary.report.class_rows() if row.accuracy is not None), key=lambda row: row.accuracy or 0.0
+    )[:WORST_CLASSES]
+    lines.append("worst       " + ", ".join(f"{row.name} {row.accuracy:.4f}" for row in worst))
+    if summary.logged_to:
+        lines.append(f"logged to   run {summary.logged_to}")
+    return "\n".join(lines)

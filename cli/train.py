@@ -38,6 +38,8 @@ REQUEST_OPTIONS = (
     "job",
     "grace",
     "requeue",
+    "no_log_models",
+    "no_system_metrics",
 )
 """Options that say where a run is kept; the others say what it does."""
 
@@ -104,6 +106,8 @@ REQUEST_OPTIONS = (
 @option("--job", metavar="NAME", help="Name by which auto finds the run in MLflow, on any machine.")
 @option("--grace", type=float, metavar="SECONDS", help="To bring to MLflow what is left after a signal.  [default: 20]")
 @flag("--requeue", help="After SIGUSR1, Slurm's warning, ask it to start the job again.")
+@flag("--no-log-models", help="Make no MLflow models of the best and the final checkpoint.")
+@flag("--no-system-metrics", help="Do not log how busy the machine is.")
 @tracking_uri_option
 @option("--experiment", metavar="NAME", help="MLflow experiment.  [default: shufflenet]")
 @option("--run-name", metavar="NAME", help="Name of the run.  [default: network, data, size]")
@@ -145,7 +149,7 @@ def train(as_json: bool, **values: Any) -> None:
             Requeue(bool(request_options["requeue"]), LoggingReporter()).ask_if_warned(stop)
             raise
         request_options["resume"] = request_options["resume"] or "auto"
-        for name in ("new_run", "requeue"):
+        for name in ("new_run", "requeue", "no_log_models", "no_system_metrics"):
             request_options[name] = bool(request_options[name])
         request = TrainRequest(options=given, **request_options)
         summary = run_training(request, reporter=reporter, stop=stop)

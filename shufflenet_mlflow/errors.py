@@ -11,6 +11,7 @@
     │   └── MismatchError            its tensors do not fit the network
     ├── UnresolvedError        nothing stands behind a checkpoint reference
     │   └── NoCheckpointError        the run is there, and has no checkpoint yet
+    ├── ExportError            an exported network is not equal to its checkpoint, or cannot be written
     ├── ResumeError            a run that cannot be continued as asked
     ├── TrackingError          the MLflow store refused or did not answer
     │   └── RefusedError             and will refuse it again
@@ -89,6 +90,10 @@ class NoCheckpointError(UnresolvedError):
     def __init__(self, message: str, run_id: str = "") -> None:
         super().__init__(message)
         self.run_id = run_id
+
+
+class ExportError(ShuffleNetError):
+    """An exported network that cannot be written, or is not equal to its checkpoint."""
 
 
 class ResumeError(ShuffleNetError):

@@ -1,13 +1,14 @@
 """One full pass over a set of images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, Batch, ImageDataset, batches_of, make_loader
-from shufflenet_mlflow.data.preprocess import EvalTransform, Preprocess, ToInput
+from shufflenet_mlflow.data.preprocess import eval_transform, Preprocess, ToInput
 from shufflenet_mlflow.data.sampler import EvalBatches
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import DataError
@@ -48,6 +49,7 @@ def evaluate(
     reporter: Reporter,
     stop: StopFlag,
     world: World | None = None,
+    observe: Callable[[Batch, Tensor], None] | None = None,
 ) -> EvalResult:
     """Evaluate `model`, which is on `settings.device`, on every image of `listing`, once.
 
@@ -56,13 +58,14 @@ def evaluate(
 
     Args:
         world: the processes that share the work; each gets the same result.
+        observe: is given each of this process's batches with its logits (N, classes).
 
     Raises:
         StopRequested: a signal arrived.
         DataError: a file could not be read and is not to be skipped, or none could be read.
     """
     world = world or World()
-    dataset = ImageDataset(listing, EvalTransform(preprocess), replace_bad=False)
+    dataset = ImageDataset(listing, eval_transform(preprocess), replace_bad=False)
     batches = EvalBatches(len(listing), settings.batch_size, world.rank, world.size)
     loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")
     fetched = batches_of(loader)
@@ -93,6 +96,8 @@ def evaluate(
                         correct += torch.stack(count_correct(logits, labels))
                         loss_sum += loss_function(logits, labels) * size
                         n += size
+                        if observe is not None:
+                            observe(batch, logits)
                 phase.advance()
     finally:
         model.train(was_training)

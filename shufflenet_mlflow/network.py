@@ -187,6 +187,12 @@ class Network:
     class_to_idx: Mapping[str, int] | None
     """None: the file does not name its classes."""
 
+    @property
+    def labels(self) -> list[str]:
+        """What to call each output; its number where the checkpoint gives it no name."""
+        names = {index: name for name, index in (self.class_to_idx or {}).items()}
+        return [names.get(index, str(index)) for index in range(self.num_classes)]
+
 
 def load_network(
     payload: Mapping[str, Any],

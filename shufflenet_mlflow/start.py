@@ -53,6 +53,10 @@ class TrainRequest:
     """Seconds after a signal in which what is under way may be brought to MLflow."""
     requeue: bool = False
     """After SIGUSR1, by which Slurm announces the end, ask it to start the job again."""
+    no_log_models: bool = False
+    """Make no logged models of the best and the final checkpoint."""
+    no_system_metrics: bool = False
+    """Do not watch how busy the machine is."""
     inherited: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of the run that is begun again, because it has no checkpoint yet: holds for what is not given."""
 
@@ -212,6 +216,15 @@ def run_of(path: Path, payload: Mapping[str, Any]) -> str | None:
     """The run that a checkpoint file belongs to, also if MLflow made it after the file was written."""
     run_id: str | None = payload.get("run_id") if is_own(payload) else None
     return run_id or look(path.parent).run_id
+
+
+def run_of_file(path: Path) -> str | None:
+    """The same for a file that is not loaded yet.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return run_of(path, read_checkpoint(path))
 
 
 def _load_start(path: Path, fetched_from: str | None) -> Start:

@@ -285,7 +285,7 @@ class Trainer:
         self._validate()
         self._save(FINAL_TAG)
         if state.best is not None:
-            self.sink.log({"best/val_top1": state.best["val_top1"]}, 0)
+            self.sink.log(best_metrics(state.best), 0)
 
     def _reestimation_batches(self) -> int:
         most = -(-REESTIMATION_IMAGES // self.config.batch_size)
@@ -336,7 +336,6 @@ class Trainer:
 
     def _validate(self) -> bool:
         """True if it was the best validation so far."""
-        config = self.config
         config = self.config
         self.state.meter.collect()
         self.state.check_finite()
@@ -396,6 +395,11 @@ class Trainer:
             checkpoint=self._on_disk(),
             stopped_by=stopped_by,
         )
+
+
+def best_metrics(best: Mapping[str, Any]) -> dict[str, float]:
+    """What a run says of its best validation once it has ended."""
+    return {"best/val_top1": best["val_top1"], "best/iters": best["iters"]}
 
 
 def _validation_metrics(result: EvalResult) -> dict[str, float]:

@@ -150,6 +150,7 @@ def small_options(images: Path) -> list[object]:
         *("--train-dir", images / "train", "--val-dir", images / "val"),
         *("--input-size", 32, "--batch-size", 8, "--total-iters", 12, "--lr", 0.02),
         *("--display-interval", 2, "--val-interval", 4, "--save-interval", 5, "--workers", 0),
+        "--no-log-models",  # each takes seconds; what makes them asks for them
     ]
 
 

@@ -30,7 +30,7 @@ from shufflenet_mlflow.data.loader import (
 from shufflenet_mlflow.data.preprocess import (
     AUGMENTATIONS,
     MODES,
-    EvalTransform,
+    eval_transform,
     Preprocess,
     ToInput,
     draw_lighting,
@@ -147,7 +147,7 @@ def test_evaluation_pixels_are_those_of_the_release(shape: tuple[int, int]) -> N
         size = (256, int(256 / width * height + 0.5))
     resized = cv2.resize(rgb, size, interpolation=cv2.INTER_LINEAR)
     expected_rgb = np.asarray(v2.CenterCrop(224)(Image.fromarray(resized)))
-    tensor = EvalTransform(Preprocess("bgr255", 224))(Image.fromarray(rgb))
+    tensor = eval_transform(Preprocess("bgr255", 224))(Image.fromarray(rgb))
     assert tensor.dtype == torch.uint8
     assert np.array_equal(tensor.numpy(), expected_rgb[:, :, ::-1].transpose(2, 0, 1))
 
@@ -155,7 +155,7 @@ def test_evaluation_pixels_are_those_of_the_release(shape: tuple[int, int]) -> N
 def test_pixels_reach_the_network_as_bgr_0_255() -> None:
     red = Image.new("RGB", (50, 40), (200, 10, 0))
     preprocess = Preprocess("bgr255", 32)
-    image = EvalTransform(preprocess)(red)
+    image = eval_transform(preprocess)(red)
     x = ToInput(preprocess, torch.device("cpu"))(image[None])
     assert x.dtype == torch.float32
     assert x[0, :, 5, 5].tolist() == [0.0, 10.0, 200.0]
@@ -164,11 +164,11 @@ def test_pixels_reach_the_network_as_bgr_0_255() -> None:
 def test_large_gets_bgr_minus_the_mean() -> None:
     red = Image.new("RGB", (50, 40), (200, 10, 0))
     plain = Preprocess("bgr255_mean", 32)
-    x = ToInput(plain, torch.device("cpu"))(EvalTransform(plain)(red)[None])
+    x = ToInput(plain, torch.device("cpu"))(eval_transform(plain)(red)[None])
     torch.testing.assert_close(x[0, :, 5, 5], torch.tensor([0 - 103.53, 10 - 116.28, 200 - 123.675]))
     mean = torch.rand(3, 32, 32) * 255
     with_image = Preprocess("bgr255_mean", 32, mean)
-    x = ToInput(with_image, torch.device("cpu"))(EvalTransform(with_image)(red)[None])
+    x = ToInput(with_image, torch.device("cpu"))(eval_transform(with_image)(red)[None])
     torch.testing.assert_close(x[0], torch.tensor([0.0, 10.0, 200.0]).view(3, 1, 1) - mean)
 
 
@@ -342,7 +342,7 @@ def folder_with_bad_files(tmp_path: Path) -> Path:
 
 def loader_of(folder: Path, *, replace_bad: bool, workers: int = 0) -> "DataLoader[object]":
     listing = list_images(folder)
-    dataset = ImageDataset(listing, EvalTransform(Preprocess("bgr255", 32)), replace_bad=replace_bad)
+    dataset = ImageDataset(listing, eval_transform(Preprocess("bgr255", 32)), replace_bad=replace_bad)
     return make_loader(dataset, EvalBatches(len(listing), 6), workers=workers, pin_memory=False)  # type: ignore[return-value]
 
 
@@ -398,7 +398,7 @@ def test_an_endless_strip_is_a_bad_image(tmp_path: Path) -> None:
     write_images(tmp_path, per_class=1)
     Image.new("RGB", (1, 60_000)).save(tmp_path / "red" / "strip.png")
     listing = list_images(tmp_path)
-    dataset = ImageDataset(listing, EvalTransform(Preprocess("bgr255", 224)), replace_bad=False)
+    dataset = ImageDataset(listing, eval_transform(Preprocess("bgr255", 224)), replace_bad=False)
     [bad] = [bad for index in range(len(listing)) for bad in dataset[0, index].bad]
     assert str(bad).endswith("is not a readable image (1x60000 pixels are too long and thin to be resized)")
 

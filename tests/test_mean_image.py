@@ -16,7 +16,7 @@ from shufflenet_mlflow.data.loader import (
 )
 from shufflenet_mlflow.data.mean import check_output, mean_image, read_mean_image, write_mean_image
 from shufflenet_mlflow.data.preprocess import (
-    EvalTransform,
+    eval_transform,
     Preprocess,
 )
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, DataError
@@ -29,7 +29,7 @@ def test_the_mean_image_is_the_mean(images: Path, tmp_path: Path) -> None:
     mean = mean_image(
         listing, 32, workers=0, bad_images=BadImageLog(skip=False), reporter=LoggingReporter(), stop=StopFlag()
     )
-    transform = EvalTransform(Preprocess("bgr255", 32))
+    transform = eval_transform(Preprocess("bgr255", 32))
     pixels = np.stack([transform(decode(str(listing.root / sample.path))).numpy() for sample in listing.samples])
     expected = pixels.astype(np.float64).mean(0)
     assert mean.shape == (32, 32, 3)

@@ -18,7 +18,7 @@ from torchvision.models import get_model
 
 from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.checkpoint import read_checkpoint
-from shufflenet_mlflow.data.preprocess import EvalTransform, Preprocess, ToInput
+from shufflenet_mlflow.data.preprocess import eval_transform, Preprocess, ToInput
 from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, ModelError
 from shufflenet_mlflow.models import VARIANTS
 from shufflenet_mlflow.models.torchvision_v2 import published_weights, weights_file
@@ -177,7 +177,7 @@ def test_x1_0_computes_what_torchvisions_does_behind_its_first_unit() -> None:
 def test_preprocessing_is_that_of_the_weights(name: str, shape: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
     preprocess = Preprocess(VARIANTS[name].preprocess, 224)
-    x = ToInput(preprocess, torch.device("cpu"))(EvalTransform(preprocess)(image)[None])[0]
+    x = ToInput(preprocess, torch.device("cpu"))(eval_transform(preprocess)(image)[None])[0]
     torch.testing.assert_close(x, published_weights(name).transforms()(image), rtol=0, atol=1e-5)
 
 

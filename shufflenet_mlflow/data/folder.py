@@ -92,6 +92,15 @@ def _files_below(folder: str) -> list[str]:
     return sorted(found)
 
 
+def image_files(folder: str) -> list[str]:
+    """Paths of the image files below `folder`, sorted.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    return [path for path in _files_below(folder) if path.lower().endswith(IMG_EXTENSIONS) and _size_of(path)]
+
+
 def _size_of(path: str) -> int | None:
     """Bytes of a file; 0 for a broken link, which decoding will name; None for what is no file, such as a pipe."""
     try:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import cv2
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from shufflenet_mlflow.classifier import UnreadableImageError, decode
 from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.data.preprocess import Transform, seeded
 from shufflenet_mlflow.data.sampler import Key, derive_seed
@@ -35,6 +35,8 @@ class Batch(NamedTuple):
     """uint8."""
     labels_N: Tensor
     """int64."""
+    places_N: Tensor
+    """int64, where in the listing each image stands."""
     shift_NC: Tensor | None
     """float32, what the augmentation adds to all pixels of an image; None if it adds nothing."""
     bad: tuple[BadImage, ...]
@@ -44,24 +46,9 @@ class Batch(NamedTuple):
 class _Item(NamedTuple):
     image_CHW: Tensor | None
     label: int
+    place: int
     shift_C: Tensor | None
     bad: tuple[BadImage, ...]
-
-
-def decode(path: str) -> Image.Image:
-    """Read an image file of any kind that Pillow knows as RGB.
-
-    Raises:
-        BadImageError: it cannot be opened or decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            rgb: Image.Image = image.convert("RGB")
-            return rgb
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        # Pillow repeats the path in "cannot identify image file '...'".
-        reason = str(error).split(" '")[0] or type(error).__name__
-        raise BadImageError(reason) from error
 
 
 class ImageDataset(Dataset[_Item]):
@@ -106,10 +93,10 @@ class ImageDataset(Dataset[_Item]):
                 with seeded(derive_seed(self.seed, epoch, first)):
                     pixels_CHW = self.transform(image)
                     shift_C = self.lighting() if self.lighting else None
-                return _Item(pixels_CHW, sample.label, shift_C, tuple(bad))
-            except BadImageError as error:
+                return _Item(pixels_CHW, sample.label, index, shift_C, tuple(bad))
+            except UnreadableImageError as error:
                 bad.append(BadImage(path, str(error)))
-        return _Item(None, -1, None, tuple(bad))
+        return _Item(None, -1, -1, None, tuple(bad))
 
 
 def collate(items: list[_Item]) -> Batch:
@@ -117,11 +104,13 @@ def collate(items: list[_Item]) -> Batch:
     bad = tuple(entry for item in items for entry in item.bad)
     images = [item.image_CHW for item in items if item.image_CHW is not None]
     labels = [item.label for item in items if item.image_CHW is not None]
+    places = [item.place for item in items if item.image_CHW is not None]
     shifts = [item.shift_C for item in items if item.shift_C is not None]
     stacked = torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
     return Batch(
         stacked,
         torch.tensor(labels, dtype=torch.int64),
+        torch.tensor(places, dtype=torch.int64),
         torch.stack(shifts) if shifts else None,
         bad,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from shufflenet_mlflow.checkpoint.files import temporary_beside
 from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
-from shufflenet_mlflow.data.preprocess import EvalTransform, Preprocess
+from shufflenet_mlflow.data.preprocess import eval_transform, Preprocess
 from shufflenet_mlflow.data.sampler import EvalBatches
 from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.reporting import Reporter
@@ -44,7 +44,7 @@ def mean_image(
         DataError: a file could not be read and is not to be skipped, or none could be read.
         StopRequested: a signal arrived.
     """
-    dataset = ImageDataset(listing, EvalTransform(Preprocess("bgr255", input_size)), replace_bad=False)
+    dataset = ImageDataset(listing, eval_transform(Preprocess("bgr255", input_size)), replace_bad=False)
     batches = EvalBatches(len(listing), BATCH_SIZE)
     loader = make_loader(dataset, batches, workers=workers, pin_memory=False)
     total = torch.zeros(3, input_size, input_size, dtype=torch.float64)

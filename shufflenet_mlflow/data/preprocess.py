@@ -13,23 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
 from shufflenet_mlflow.checkpoint import is_plain_tensor
-from shufflenet_mlflow.errors import BadImageError, CheckpointError, ConfigError
+from shufflenet_mlflow.classifier import CentreCrop, resize_shorter_side, to_tensor
+from shufflenet_mlflow.errors import CheckpointError, ConfigError
 
 REFERENCE_SIZE = 224
 """The input size that the published figures belong to."""
-
-LARGEST_RESIZED = 1 << 26
-"""Pixels of a resized image: a file of a few bytes can be 1 pixel high and 60,000 wide."""
 
 LARGEST_INPUT = 7168
 """So large that what is resized for it stays within `LARGEST_RESIZED`."""
@@ -142,48 +137,10 @@ Transform = Callable[[Image.Image], Tensor]
 """An RGB image -> uint8 (3, input_size, input_size) in the mode's channel order."""
 
 
-def resize_shorter_side(image: Image.Image, size: int, *, antialias: bool) -> NDArray[np.uint8]:
-    """Scale so that the shorter side is `size`, bilinearly, half-pixel centres.
-
-    Without `antialias` as the release does, with it as torchvision does; the two also round the longer side
-    differently.
-
-    Returns:
-        (height, width, 3) RGB.
-
-    Raises:
-        BadImageError: the longer side would become enormous.
-    """
-    width, height = image.size
-    if (size / min(width, height)) ** 2 * width * height > LARGEST_RESIZED:
-        raise BadImageError(f"{width}x{height} pixels are too long and thin to be resized")
-    if antialias:
-        return np.asarray(functional.resize(image, [size], antialias=True))  # type: ignore[arg-type]  # Pillow too
-    pixels_HWC: NDArray[np.uint8] = np.asarray(image)
-    shorter = min(height, width)
-    target = (int(size / shorter * width + 0.5), int(size / shorter * height + 0.5))
-    if target == (width, height):
-        return pixels_HWC
-    return cv2.resize(pixels_HWC, target, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
-
-
-def _to_tensor(pixels_HWC: NDArray[np.uint8], mode: Mode) -> Tensor:
-    ordered = pixels_HWC[:, :, ::-1] if mode.channels == "BGR" else pixels_HWC
-    return torch.from_numpy(np.ascontiguousarray(ordered.transpose(2, 0, 1)))
-
-
-@dataclass(frozen=True)
-class EvalTransform:
+def eval_transform(preprocess: Preprocess) -> CentreCrop:
     """Resize the shorter side, crop the centre."""
-
-    preprocess: Preprocess
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        size, mode = self.preprocess.input_size, MODES[self.preprocess.mode]
-        pixels_HWC = resize_shorter_side(image, self.preprocess.resize_size, antialias=mode.antialias)
-        top = round((pixels_HWC.shape[0] - size) / 2)
-        left = round((pixels_HWC.shape[1] - size) / 2)
-        return _to_tensor(pixels_HWC[top : top + size, left : left + size], mode)
+    mode = MODES[preprocess.mode]
+    return CentreCrop(preprocess.input_size, preprocess.resize_size, mode.channels, mode.antialias)
 
 
 @dataclass(frozen=True)
@@ -197,7 +154,7 @@ class ShiftTransform:
         pixels_HWC = resize_shorter_side(image, self.preprocess.resize_size, antialias=mode.antialias)
         top = int(torch.randint(pixels_HWC.shape[0] - size + 1, ()))
         left = int(torch.randint(pixels_HWC.shape[1] - size + 1, ()))
-        return _to_tensor(pixels_HWC[top : top + size, left : left + size], mode)
+        return to_tensor(pixels_HWC[top : top + size, left : left + size], mode.channels)
 
 
 class ReleaseTransform:
@@ -214,7 +171,7 @@ class ReleaseTransform:
         )
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return _to_tensor(np.asarray(self._augment(image)), MODES[self.preprocess.mode])
+        return to_tensor(np.asarray(self._augment(image)), MODES[self.preprocess.mode].channels)
 
 
 @dataclass(frozen=True)
@@ -230,7 +187,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "release": Augmentation(ReleaseTransform),
     "lighting": Augmentation(ReleaseTransform, lighting=True),
     "shift": Augmentation(ShiftTransform),
-    "none": Augmentation(EvalTransform),
+    "none": Augmentation(eval_transform),
 }
 
 # Principal components of ImageNet's colours on a 0-1 scale: Krizhevsky et al., 2012, as the release has them.

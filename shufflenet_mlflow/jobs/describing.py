@@ -16,7 +16,9 @@ from shufflenet_mlflow.models.cost import model_cost
 from shufflenet_mlflow.planning import Plan, data_name
 from shufflenet_mlflow.start import Start
 from shufflenet_mlflow.tracking.messages import DatasetInput, Message, Params, TextArtifact
-from shufflenet_mlflow.train import TrainData
+from shufflenet_mlflow.tracking.note import Note, indented
+from shufflenet_mlflow.tracking.provenance import command_line
+from shufflenet_mlflow.train import TrainData, TrainResult
 
 NEEDED_FOR_EQUALITY = ("torch", "device", "threads", "processes")
 """Where one of these differs, rounding does."""
@@ -44,6 +46,27 @@ def describe(config: TrainConfig, data: TrainData) -> tuple[Message, ...]:
         TextArtifact.of_json("config.json", config.to_dict()),
         TextArtifact.of_json("classes.json", data.train.class_to_idx),
     )
+
+
+def describe_in_words(planned: Plan, result: str) -> Note:
+    """The run's description: network, data, command and result."""
+    config, data = planned.config, planned.data
+    return Note.of(
+        f"**{config.model}** on **{data_name(config.train_dir)}**: {len(data.train):,} training and "
+        f"{len(data.val):,} validation images of {len(data.train.classes)} classes, {config.input_size} px",
+        f"**Result:** {result}",
+        indented(command_line()),
+    )
+
+
+def result_in_words(result: TrainResult, best: Mapping[str, Any] | None, total_iters: int) -> str:
+    """How far it came and how good it was, in a sentence."""
+    parts = [f"iteration {result.iters:,} of {total_iters:,}"]
+    if result.val_top1 is not None:
+        parts.append(f"validation accuracy {result.val_top1:.4f}")
+    if best is not None:
+        parts.append(f"best {best['val_top1']:.4f} at iteration {best['iters']:,}")
+    return ", ".join(parts) + ("; stopped by a signal" if result.stopped_by is not None else "")
 
 
 def _dataset(listing: ImageListing, *, name: str, context: str) -> DatasetInput:

@@ -1,25 +1,35 @@
-"""The evaluation job: a checkpoint reference and an image folder in, accuracies out."""
+"""The evaluation job: a checkpoint reference and an image folder in, accuracies out, on the screen and in MLflow."""
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.checkpoint import is_own, read_checkpoint
-from shufflenet_mlflow.client import connect, prepare_environment
+from shufflenet_mlflow.client import connect, prepare_environment, redact
 from shufflenet_mlflow.config import check_types
 from shufflenet_mlflow.data.folder import ImageListing, require_same_classes
 from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
-from shufflenet_mlflow.errors import ConfigError, DataError
+from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, UnresolvedError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
-from shufflenet_mlflow.network import Architecture, Network, load_network
+from shufflenet_mlflow.jobs.loading import Loaded, load_checkpointed
+from shufflenet_mlflow.jobs.recording import Evaluated, read_run, record_in_new, record_in_own, record_in_source
+from shufflenet_mlflow.network import Architecture, Network
 from shufflenet_mlflow.planning import BATCH_SIZE, choose_device, list_folder
+from shufflenet_mlflow.report import Observer, Report
 from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.resolve import resolve
-from shufflenet_mlflow.start import run_of
+from shufflenet_mlflow.resolve import parse_reference
 from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking import AdoptedRun, adopted_run_id
-from shufflenet_mlflow.tracking.messages import MetricPoints, Tags, now_ms
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from shufflenet_mlflow.client import MlflowClient
+
+LOG_TO = ("source", "new", "none")
+"""What `--log-to` takes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,11 @@ class EvalRequest:
     workers: int | None = None
     device: str = "auto"
     on_bad_image: str = "fail"
+    log_to: str | None = None
+    """`source`, the run that the checkpoint belongs to; `new`, one of its own; or `none`. By default the run that
+    `mlflow run` made, or else `source` where `ref` names a run or a registered model."""
+    experiment: str | None = None
+    run_name: str | None = None
     tracking_uri: str | None = None
     cache_dir: Path | None = None
 
@@ -46,11 +61,17 @@ class EvalSummary:
     """An evaluation's result and what was evaluated."""
 
     result: EvalResult
+    report: Report
     checkpoint: Path
     run_id: str | None
     """The run that the checkpoint belongs to."""
     iters: int
     model: str
+    images_per_second: float
+    logged_to: str | None = None
+    """The run that has the result."""
+    problem: TrackingError | None = None
+    """Why it has not, though it should."""
 
     def to_dict(self) -> dict[str, Any]:
         """The document of `eval --json`."""
@@ -60,38 +81,97 @@ class EvalSummary:
             "loss": self.result.loss,
             "n": self.result.n,
             "skipped": self.result.skipped,
+            "mean_class_accuracy": self.report.mean_class_accuracy,
+            "calibration_error": self.report.calibration_error(),
+            "images_per_second": self.images_per_second,
+            "classes": {row.name: row.accuracy for row in self.report.class_rows()},
             "checkpoint": str(self.checkpoint),
             "run_id": self.run_id,
             "iters": self.iters,
             "model": self.model,
+            "logged_to": self.logged_to,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged, by plain name."""
+        return {
+            "top1": self.result.top1,
+            "top5": self.result.top5,
+            "loss": self.result.loss,
+            "mean_class_accuracy": self.report.mean_class_accuracy,
+            "calibration_error": self.report.calibration_error(),
+            "images_per_second": self.images_per_second,
         }
 
 
 def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) -> EvalSummary:
-    """Evaluate a checkpoint on an image folder.
+    """Evaluate a checkpoint on an image folder, and log the result where `request.log_to` says.
 
-    Below `mlflow run` the result is logged to the run that was made for it.
+    A store that turns out to be away once the result is there does not take it away: see `EvalSummary.problem`.
 
     Raises:
         ShuffleNetError: see `shufflenet_mlflow.errors`.
     """
     prepare_environment()
     adopted = adopted_run_id()
-    if adopted is None:
-        return _evaluate(request, reporter, stop)
-    client = connect(request.tracking_uri)
-    with AdoptedRun(client, adopted, tags={}) as run:
-        summary = _evaluate(request, reporter, stop)
-        result = summary.result
-        run.send(Tags({"network": summary.model, "evaluated.run": summary.run_id or ""}))
-        values = {"val/loss": result.loss, "val/top1": result.top1, "val/top5": result.top5}
-        run.send(MetricPoints(values, summary.iters, now_ms()))
-    return summary
+    where = request.log_to or _default_place(request.ref, adopted)
+    client = connect(request.tracking_uri) if adopted is not None or where != "none" else None
+    made = AdoptedRun(client, adopted, tags={}) if client is not None and adopted is not None else None
+    with made or nullcontext():
+        loaded = _load(request, reporter)
+        source = _source(client, loaded, request, where) if client is not None and where != "none" else None
+        summary, listing = _evaluate(request, loaded, reporter, stop)
+        if client is None or where == "none":
+            return summary
+        evaluated = Evaluated(
+            network=summary.model,
+            checkpoint=summary.checkpoint.name,
+            iters=summary.iters,
+            run_id=summary.run_id,
+            listing=listing,
+            metrics=summary.metrics(),
+            report=summary.report,
+        )
+        if where == "new" and made is not None:
+            record_in_own(made, source, evaluated)
+            return replace(summary, logged_to=adopted)
+        try:
+            if where == "new":
+                run_id = record_in_new(client, source, evaluated, experiment=request.experiment, name=request.run_name)
+            else:
+                assert source is not None  # noqa: S101 - `_source` saw to that
+                run_id = record_in_source(client, source, evaluated)
+        except TrackingError as error:
+            return replace(summary, problem=error)
+        return replace(summary, logged_to=run_id)
+
+
+def _default_place(ref: str, adopted: str | None) -> str:
+    """Into the run that `mlflow run` made, or else into the run that was named, or nowhere."""
+    if adopted is not None:
+        return "new"
+    return "none" if isinstance(parse_reference(ref), Path) else "source"
+
+
+def _source(client: "MlflowClient", loaded: Loaded, request: EvalRequest, where: str) -> "Run | None":
+    """The run that the checkpoint belongs to; None if there is none, or this store does not have it.
+
+    Raises:
+        UnresolvedError: there is none, and the result was to be logged there.
+        TrackingError: MLflow did not answer.
+    """
+    run = read_run(client, loaded.run_id) if loaded.run_id is not None else None
+    if run is None and where == "source":
+        raise UnresolvedError(
+            f"{loaded.source} belongs to no run in {redact(client.tracking_uri)}; --log-to new makes one for the "
+            "result, --log-to none leaves MLflow out"
+        )
+    return run
 
 
 def _usable_config(payload: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint's configuration; empty if it has none that makes sense, which evaluation can do without."""
-    config = dict(payload.get("config", {})) if is_own(payload) else {}
+    config = dict(payload.get("config", {}))
     try:
         check_types(config)
     except ConfigError:
@@ -100,18 +180,23 @@ def _usable_config(payload: Mapping[str, Any]) -> dict[str, Any]:
     return config if usable else {}
 
 
-def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummary:
-    resolved = resolve(request.ref, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
-    payload = read_checkpoint(resolved.path)
-    source = f"the checkpoint {str(resolved.path)!r}"
-    network = load_network(
-        payload,
-        source,
+def _load(request: EvalRequest, reporter: Reporter) -> Loaded:
+    return load_checkpointed(
+        request.ref,
         asked=Architecture.asked(vars(request)),
         input_size=request.input_size,
         mean_image=request.mean_image,
+        tracking_uri=request.tracking_uri,
+        cache_dir=request.cache_dir,
+        reporter=reporter,
     )
-    trained = _usable_config(payload)
+
+
+def _evaluate(
+    request: EvalRequest, loaded: Loaded, reporter: Reporter, stop: StopFlag
+) -> tuple[EvalSummary, ImageListing]:
+    network, source = loaded.network, loaded.source
+    trained = _usable_config(loaded.payload)
     skip_bad = request.on_bad_image == "skip"
     val_dir = request.val_dir if request.val_dir is not None else trained.get("val_dir")
     if val_dir is None and "val_dir" not in trained:
@@ -124,6 +209,8 @@ def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalS
         workers=trained.get("workers", 0) if request.workers is None else request.workers,
         device=device,
     )
+    observer = Observer(listing)
+    began = time.perf_counter()
     with worker_deaths_reported():
         result = evaluate(
             network.model.to(device),
@@ -133,14 +220,20 @@ def _evaluate(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalS
             bad_images=BadImageLog(skip=skip_bad),
             reporter=reporter,
             stop=stop,
+            observe=observer,
         )
-    return EvalSummary(
+    seconds = time.perf_counter() - began
+    labels = [*listing.classes, *network.labels[len(listing.classes) :]]  # they are the network's, where it has names
+    summary = EvalSummary(
         result=result,
-        checkpoint=resolved.path,
-        run_id=run_of(resolved.path, payload) or resolved.run_id,
-        iters=payload.get("iters", resolved.iters) if is_own(payload) else resolved.iters,
+        report=Report.of(observer.outcomes(), labels),
+        checkpoint=loaded.path,
+        run_id=loaded.run_id,
+        iters=loaded.iters,
         model=network.architecture.name,
+        images_per_second=result.n / seconds,
     )
+    return summary, listing
 
 
 def _check_classes(network: Network, listing: ImageListing, source: str, reporter: Reporter) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from shufflenet_mlflow.checkpoint import remove_leftovers
 from shufflenet_mlflow.client import connect, prepare_environment, redact, uri_of_journal
 from shufflenet_mlflow.errors import SpoolError, TrackingError
+from shufflenet_mlflow.export import LogModels
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.spool import SPOOL_NAME, Entry, Spool, look
 from shufflenet_mlflow.stopping import StopFlag
@@ -116,6 +117,8 @@ _SPOKEN = {
     "tags": "sets of tags",
     "text": "small files",
     "input": "data sets",
+    "note": "descriptions",
+    LogModels.kind: "sets of logged models",
     "prune": "rounds of pruning",
     "create": "new runs",
     "reopen": "continued runs",

@@ -16,6 +16,7 @@ from shufflenet_mlflow.client import connect, prepare_environment
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_grace, check_job, check_resumable, option
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, DataError, NoCheckpointError
+from shufflenet_mlflow.export import LogModels
 from shufflenet_mlflow.jobs.attempts import begin_again, find_attempt, may_begin_again
 from shufflenet_mlflow.jobs.describing import (
     NEEDED_FOR_EQUALITY,
@@ -23,8 +24,10 @@ from shufflenet_mlflow.jobs.describing import (
     constants,
     cost,
     describe,
+    describe_in_words,
     drift_since,
     environment,
+    result_in_words,
 )
 from shufflenet_mlflow.jobs.following import NoMetrics, NoStore, QuietReporter
 from shufflenet_mlflow.jobs.opening import ending_on_error, open_run
@@ -38,8 +41,8 @@ from shufflenet_mlflow.spool import Spool, is_made
 from shufflenet_mlflow.start import Init, Start, TrainRequest, find_init, find_start
 from shufflenet_mlflow.state import TrainingState
 from shufflenet_mlflow.stopping import StopFlag, StopRequested
-from shufflenet_mlflow.tracking import TrackedMetrics, TrackedStore, TrackingSession
-from shufflenet_mlflow.train import TrainData, Trainer, TrainResult
+from shufflenet_mlflow.tracking import SystemMetrics, TrackedMetrics, TrackedStore, TrackingSession
+from shufflenet_mlflow.train import TrainData, Trainer, TrainResult, best_metrics
 
 OF_ONE_MACHINE = ("train_dir", "val_dir", "mean_image", "init_from", "workers", "device")
 """Options in which the processes of one job may differ."""
@@ -157,7 +160,11 @@ def _lead(world: World, request: TrainRequest, reporter: Reporter, stop: StopFla
         session = TrackingSession(client, spool, opened.run, is_new=opened.is_new, reporter=reporter, stop=stop)
         remove_leftovers(spool.directory)
         with session:
-            session.record(*opened.first, *describe(prepared.planned.config, prepared.planned.data))
+            session.record(
+                *opened.first,
+                *describe(prepared.planned.config, prepared.planned.data),
+                describe_in_words(prepared.planned, "Not finished yet."),
+            )
             summary = _train(session, request, prepared, start, reporter, stop, client.tracking_uri)
         if summary.result.stopped_by is not None and opened.made is not None:
             opened.made.status = "KILLED"
@@ -300,9 +307,10 @@ def _train(
         store.deliver_again()
         if continued.is_final(config.total_iters):
             reporter.note("nothing is left to train")
-            if continued.best_top1 is not None:
-                metrics.log({"best/val_top1": continued.best_top1}, 0)
-            return replace(summary, result=_result_of(continued), was_complete=True)
+            if continued.payload.get("best"):
+                metrics.log(best_metrics(continued.payload["best"]), 0)
+            _tell_of_the_end(session, request, prepared, result := _result_of(continued), continued.payload.get("best"))
+            return replace(summary, result=result, was_complete=True)
     trainer = Trainer(
         config=config,
         data=planned.data,
@@ -315,7 +323,10 @@ def _train(
         world=prepared.world,
     )
     try:
-        result = trainer.run(continued.path if continued is not None else None)
+        with ExitStack() as watching:
+            if not request.no_system_metrics:
+                watching.enter_context(SystemMetrics(session.recorder, lambda: state.iters))
+            result = trainer.run(continued.path if continued is not None else None)
     except BaseException as error:
         _warn_of_failed_saves(store, error, reporter)
         raise
@@ -326,7 +337,22 @@ def _train(
         metrics.log({"data/unreadable_files": skipped}, result.iters)
     if result.stopped_by is not None:
         session.status = "KILLED"
+    _tell_of_the_end(session, request, prepared, result, state.best)
     return replace(summary, result=result)
+
+
+def _tell_of_the_end(
+    session: TrackingSession,
+    request: TrainRequest,
+    prepared: _Prepared,
+    result: TrainResult,
+    best: Mapping[str, Any] | None,
+) -> None:
+    """What the run says of itself from now on, and the models that it is remembered by."""
+    config = prepared.planned.config
+    session.record(describe_in_words(prepared.planned, result_in_words(result, best, config.total_iters)))
+    if result.stopped_by is None and not request.no_log_models:
+        session.record(LogModels())
 
 
 def _warn_of_failed_saves(store: TrackedStore, error: BaseException, reporter: Reporter) -> None:

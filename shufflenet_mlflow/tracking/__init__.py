@@ -20,6 +20,7 @@ from shufflenet_mlflow.tracking.run import (
 from shufflenet_mlflow.tracking.save import save_checkpoint
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore, lost_checkpoints
+from shufflenet_mlflow.tracking.system import SystemMetrics
 
 __all__ = [
     "CONFIG_TAG",
@@ -27,6 +28,7 @@ __all__ = [
     "AdoptedRun",
     "Deliverer",
     "KnownRun",
+    "SystemMetrics",
     "TrackedMetrics",
     "TrackedStore",
     "TrackingSession",

@@ -415,6 +415,11 @@ KINDS: dict[str, type[Any]] = {
 }
 
 
+def register_kind(kind: type[Any]) -> None:
+    """Let the journal hold messages of a kind that is defined elsewhere."""
+    KINDS[kind.kind] = kind
+
+
 def to_body(message: Message) -> dict[str, Any]:
     """Plain data for the journal."""
     return asdict(message)  # type: ignore[call-overload, no-any-return]

@@ -3,16 +3,11 @@
 import json
 import logging
 import os
-import platform
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import shufflenet_mlflow
 from shufflenet_mlflow.checkpoint import LATEST_TAG
 from shufflenet_mlflow.client import mlflow_errors, redact
 from shufflenet_mlflow.config import DEFAULT_EXPERIMENT
@@ -27,6 +22,7 @@ from shufflenet_mlflow.tracking.messages import (
     now_ms,
     record_in,
 )
+from shufflenet_mlflow.tracking.provenance import DIRTY_TAG, provenance_tags
 
 logger = logging.getLogger(__name__)
 
@@ -54,42 +50,6 @@ def run_to_adopt() -> str | None:
 def adopted_run_id() -> str | None:
     """The run that `mlflow run` made for this process; asked once, so that no child adopts it too."""
     return os.environ.pop(RUN_ID_VARIABLE, None)
-
-
-def git_commit() -> str | None:
-    """The commit of the project's code, or else of the working directory's; None outside a checkout."""
-    from mlflow.utils.git_utils import get_git_commit
-
-    for folder in (str(Path(shufflenet_mlflow.__file__).parent), os.getcwd()):
-        commit: str | None = get_git_commit(folder)
-        if commit:
-            return commit
-    return None
-
-
-def command_line() -> str:
-    """This process's command, as it can be typed again, without credentials."""
-    program = Path(sys.argv[0]).name
-    words = ["shufflenet" if program == "__main__.py" else program, *sys.argv[1:]]
-    return redact(shlex.join(words))
-
-
-def environment_tags() -> dict[str, str]:
-    """Versions, commit and user, as tags."""
-    from mlflow.tracking.context import default_context
-
-    tags = dict(default_context.DefaultRunContext().tags())  # type: ignore[no-untyped-call]
-    tags["mlflow.source.name"] = command_line()
-    if commit := git_commit():
-        tags["mlflow.source.git.commit"] = commit
-    tags["version.python"] = platform.python_version()
-    tags["version.shufflenet_mlflow"] = shufflenet_mlflow.__version__
-    for package in ("torch", "torchvision", "mlflow"):
-        try:
-            tags[f"version.{package}"] = version(package)
-        except PackageNotFoundError:  # installed in some way that leaves no metadata
-            continue
-    return tags
 
 
 def get_experiment_id(client: "MlflowClient", name: str) -> str:
@@ -126,7 +86,7 @@ def new_run(*, experiment: str | None, name: str, tags: Mapping[str, str]) -> Cr
     """
     experiment_id = None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID")
     experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
-    return Create(experiment, experiment_id, name, {**environment_tags(), **tags}, now_ms())
+    return Create(experiment, experiment_id, name, {**provenance_tags(), **tags}, now_ms())
 
 
 def make_run(client: "MlflowClient", create: Create, *, spool_id: str | None = None) -> tuple[str, bool]:
@@ -224,7 +184,9 @@ def config_to_begin_with(client: "MlflowClient", run_id: str) -> dict[str, Any] 
 def adopted_tags(name: str | None, tags: Mapping[str, str]) -> dict[str, str]:
     """Tags for the run that `mlflow run` made; what it knows of source and commit stands."""
     own = {
-        key: value for key, value in environment_tags().items() if not key.startswith(("mlflow.source", "mlflow.user"))
+        key: value
+        for key, value in provenance_tags().items()
+        if not key.startswith(("mlflow.source", "mlflow.user")) or key == DIRTY_TAG
     }
     return {**own, **({"mlflow.runName": name} if name else {}), **tags}
 

@@ -1,0 +1,55 @@
+"""`shufflenet export`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import (
+    architecture_options,
+    cache_dir_option,
+    debug_option,
+    json_option,
+    mean_image_option,
+    option,
+    options,
+    tracking_uri_option,
+)
+
+
+@click.command()
+@click.argument("ref")
+@option("--format", type=click.Choice(["pt2", "onnx", "mlflow"]), help="[default: pt2]")
+@option("--output", type=click.Path(path_type=Path), help="File, or folder for mlflow.  [default: the checkpoint's name]")
+@option("--model", metavar="NAME", help="Network, for a file that does not name it.")
+@options(*architecture_options)
+@option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: the checkpoint's own, or 224]")
+@mean_image_option
+@tracking_uri_option
+@cache_dir_option
+@json_option
+@debug_option
+def export(ref: str, as_json: bool, **values: Any) -> None:
+    """Write the network of the checkpoint REF in a format that needs none of this package.
+
+    pt2 is read by torch.export.load, onnx by ONNX Runtime and others; mlflow is a folder for `mlflow models serve -m`.
+    The first two take uint8 images (N, 3, S, S), resized and cropped, for any N, and give logits; classes and the way
+    from an image to these pixels are in the file, as classifier.json. Before the file gets its name, its logits are
+    compared with the checkpoint's: they may differ by 1e-4 of the largest one.
+
+    \b
+    Examples:
+      shufflenet export runs:/0123456789abcdef0123456789abcdef@best --format onnx --output pets.onnx
+      shufflenet export ShuffleNetV2.1.0x.pth.tar --model shufflenet_v2_x1_0 --format mlflow --output served
+    """
+    from shufflenet_mlflow.jobs.exporting import ExportRequest, run_export
+
+    from .console import ConsoleReporter, print_json
+
+    given = {name: value for name, value in values.items() if value is not None}
+    summary = run_export(ExportRequest(ref, **given), reporter=ConsoleReporter())
+    if as_json:
+        print_json(summary.to_dict())
+        return
+    click.echo(f"{summary.path}  ({summary.loaded.network.architecture.name}, iteration {summary.loaded.iters})")
+    click.echo(f"largest difference from the checkpoint's logits: {summary.difference:.1e} of the largest")

@@ -1,0 +1,60 @@
+"""`shufflenet predict`."""
+
+from typing import Any
+
+import click
+
+from .options import (
+    architecture_options,
+    bad_image_option,
+    cache_dir_option,
+    debug_option,
+    device_option,
+    json_option,
+    mean_image_option,
+    option,
+    options,
+    tracking_uri_option,
+)
+
+
+@click.command()
+@click.argument("ref")
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@option("--top", type=click.IntRange(min=1), help="Labels per image.  [default: 5]")
+@option("--model", metavar="NAME", help="Network, for a file that does not name it.")
+@options(*architecture_options)
+@option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: the checkpoint's own, or 224]")
+@mean_image_option
+@option("--batch-size", type=click.IntRange(min=1), help="Images at a time.  [default: 64]")
+@option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: none for a few images]")
+@device_option
+@bad_image_option
+@tracking_uri_option
+@cache_dir_option
+@json_option
+@debug_option
+def predict(ref: str, images: tuple[str, ...], as_json: bool, **values: Any) -> None:
+    """Say what the checkpoint REF takes each IMAGE for: files, or folders of them.
+
+    REF is what `shufflenet eval` takes.
+
+    \b
+    Examples:
+      shufflenet predict 0123456789abcdef0123456789abcdef cat.jpg dog.png
+      shufflenet predict models:/pets@champion photos --top 1 --json
+    """
+    from shufflenet_mlflow.jobs.prediction import PredictRequest, run_prediction
+
+    from .console import ConsoleReporter, print_json
+    from .stopping import stop_flag
+
+    given = {name: value for name, value in values.items() if value is not None}
+    with stop_flag() as stop:
+        found = run_prediction(PredictRequest(ref, images, **given), reporter=ConsoleReporter(), stop=stop)
+        if as_json:
+            print_json([prediction.to_dict() for prediction in found])
+            return
+        for prediction in found:
+            ranked = "  ".join(f"{label} {probability:.4f}" for label, probability in prediction.top)
+            click.echo(f"{prediction.path}  {ranked}")

@@ -1,0 +1,200 @@
+"""An image file in, labels and probabilities out.
+
+`shufflenet predict` works with this, and MLflow takes this very file as the code of a logged model, so that a served
+model answers the same. A logged model outlives the package that made it: nothing of the package is imported here.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+LARGEST_RESIZED = 1 << 26
+"""Pixels of a resized image: a file of a few bytes can be 1 pixel high and 60,000 wide."""
+
+PROGRAM = "program"
+SETTINGS = "settings"
+"""What the two artifacts of a logged model are called."""
+
+BATCH_SIZE = 64
+"""A served model takes more images in one request a batch at a time."""
+
+
+class UnreadableImageError(ValueError):
+    """What should be an image is none, or none that can be used."""
+
+
+def decode(source: str | BinaryIO) -> Image.Image:
+    """Read an image of any kind that Pillow knows as RGB.
+
+    Raises:
+        UnreadableImageError: it cannot be opened or decoded.
+    """
+    try:
+        with Image.open(source) as image:
+            rgb: Image.Image = image.convert("RGB")
+            return rgb
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        # Pillow repeats the path, or the object, in "cannot identify image file '...'".
+        reason = str(error).split(" '")[0].split(" <")[0] or type(error).__name__
+        raise UnreadableImageError(reason) from error
+
+
+def resize_shorter_side(image: Image.Image, size: int, *, antialias: bool) -> NDArray[np.uint8]:
+    """Scale so that the shorter side is `size`, bilinearly, half-pixel centres.
+
+    Without `antialias` as the original ShuffleNet release does, with it as torchvision does; the two also round the
+    longer side differently.
+
+    Returns:
+        (height, width, 3) RGB.
+
+    Raises:
+        UnreadableImageError: the longer side would become enormous.
+    """
+    width, height = image.size
+    if (size / min(width, height)) ** 2 * width * height > LARGEST_RESIZED:
+        raise UnreadableImageError(f"{width}x{height} pixels are too long and thin to be resized")
+    if antialias:
+        return np.asarray(functional.resize(image, [size], antialias=True))  # type: ignore[arg-type]  # Pillow too
+    pixels_HWC: NDArray[np.uint8] = np.asarray(image)
+    shorter = min(height, width)
+    target = (int(size / shorter * width + 0.5), int(size / shorter * height + 0.5))
+    if target == (width, height):
+        return pixels_HWC
+    return cv2.resize(pixels_HWC, target, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+
+
+def to_tensor(pixels_HWC: NDArray[np.uint8], channels: str) -> Tensor:
+    """(height, width, 3) RGB -> uint8 (3, height, width) in the order of `channels`, BGR or RGB."""
+    ordered = pixels_HWC[:, :, ::-1] if channels == "BGR" else pixels_HWC
+    return torch.from_numpy(np.ascontiguousarray(ordered.transpose(2, 0, 1)))
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """An RGB image -> uint8 (3, crop, crop): the shorter side resized, the centre cropped."""
+
+    crop: int
+    resize: int
+    """Pixels of the shorter side before the crop."""
+    channels: str
+    """BGR or RGB."""
+    antialias: bool
+    """Average over the pixels that are left out when an image is made smaller."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels_HWC = resize_shorter_side(image, self.resize, antialias=self.antialias)
+        top = round((pixels_HWC.shape[0] - self.crop) / 2)
+        left = round((pixels_HWC.shape[1] - self.crop) / 2)
+        return to_tensor(pixels_HWC[top : top + self.crop, left : left + self.crop], self.channels)
+
+
+Ranked = list[tuple[str, float]]
+"""Labels with their probabilities, the most probable first."""
+
+
+def rank(logits_NC: Tensor, labels: Sequence[str], top: int = 1) -> list[Ranked]:
+    """The `top` most probable labels of each row; of equal ones the first."""
+    probabilities_NC = torch.softmax(logits_NC.float(), 1).cpu()
+    order_NC = torch.argsort(probabilities_NC, dim=1, descending=True, stable=True)[:, :top]
+    rows = zip(order_NC.tolist(), probabilities_NC.gather(1, order_NC).tolist(), strict=True)
+    return [[(labels[index], value) for index, value in zip(*row, strict=True)] for row in rows]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A program that takes uint8 (N, 3, crop, crop) and gives logits (N, classes), with what belongs to it."""
+
+    program: Callable[[Tensor], Tensor]
+    labels: Sequence[str]
+    prepare: CentreCrop
+
+    @classmethod
+    def load(cls, program: str | Path, settings: str | Path) -> "Classifier":
+        """From an exported program and the JSON file that `settings_of` describes."""
+        values: dict[str, Any] = json.loads(Path(settings).read_text("utf-8"))
+        module = torch.export.load(program).module()
+        return cls(module, values["labels"], CentreCrop(**values["prepare"]))
+
+    def classify(self, images: Iterable[BinaryIO], top: int = 1) -> list[Ranked]:
+        """The most probable labels of each image.
+
+        Raises:
+            UnreadableImageError: one cannot be read; the message says which.
+        """
+        found: list[Ranked] = []
+        waiting: list[Tensor] = []
+
+        def flush() -> None:
+            with torch.inference_mode():
+                found.extend(rank(self.program(torch.stack(waiting)), self.labels, top))
+            waiting.clear()
+
+        for number, source in enumerate(images):
+            try:
+                waiting.append(self.prepare(decode(source)))
+            except UnreadableImageError as error:
+                raise UnreadableImageError(f"image {number} is not a readable image ({error})") from error
+            if len(waiting) == BATCH_SIZE:
+                flush()
+        if waiting:
+            flush()
+        return found
+
+
+def image_bytes(value: bytes | str) -> BinaryIO:
+    """An encoded image as a request brings it: bytes, or the same in base64.
+
+    Raises:
+        UnreadableImageError: it is neither.
+    """
+    if isinstance(value, str):
+        try:
+            value = base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise UnreadableImageError(f"{value[:20]!r} is not base64") from error
+    if not isinstance(value, (bytes, bytearray)):
+        raise UnreadableImageError(f"a {type(value).__name__} is not the bytes of a JPEG or PNG")
+    return BytesIO(value)
+
+
+if __package__ != "shufflenet_mlflow":  # MLflow runs this file as the code of a logged model
+    import pandas as pd
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import set_model
+    from mlflow.pyfunc import PythonModel
+
+    class LoggedClassifier(PythonModel):  # type: ignore[misc]
+        """A column `image` of JPEG or PNG bytes in; columns `label` and `probability` out."""
+
+        def load_context(self, context: Any) -> None:
+            """See `mlflow.pyfunc.PythonModel`."""
+            self.classifier = Classifier.load(context.artifacts[PROGRAM], context.artifacts[SETTINGS])
+
+        def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
+            """See `mlflow.pyfunc.PythonModel`.
+
+            Raises:
+                MlflowException: an image cannot be read; the answer to a request is then status 400.
+            """
+            try:
+                found = self.classifier.classify(image_bytes(value) for value in model_input["image"])
+            except UnreadableImageError as error:
+                raise MlflowException.invalid_parameter_value(str(error)) from error
+            rows = [ranked[0] for ranked in found]
+            return pd.DataFrame(rows, columns=["label", "probability"])
+
+    set_model(LoggedClassifier())

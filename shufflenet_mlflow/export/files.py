@@ -1,0 +1,119 @@
+"""Exported files: `.pt2` for PyTorch, `.onnx` for everything else, each compared with the checkpoint."""
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shufflenet_mlflow.checkpoint.files import write_atomically
+from shufflenet_mlflow.errors import ExportError
+from shufflenet_mlflow.export.program import (
+    INPUT,
+    OUTPUT,
+    check_equal,
+    example_pixels,
+    export_program,
+    settings_of,
+)
+from shufflenet_mlflow.network import Network
+
+SETTINGS_FILE = "classifier.json"
+"""The extra file of a `.pt2`, and the metadata entry of an `.onnx`, that holds `settings_of`."""
+
+
+def export_file(network: Network, target: Path, form: str) -> float:
+    """Write the network to `target`, in a format of `FORMATS`, and compare it with the checkpoint before it counts.
+
+    Returns:
+        The largest difference between logits, as a part of the largest one: 0 if they are equal bit for bit.
+
+    Raises:
+        ExportError: it cannot be written, differs, or a package is missing.
+    """
+    write, load = FORMATS[form]
+    part = target.with_name(f".{target.name}.part{target.suffix}")
+    try:
+        write(network, part)
+        difference = check_equal(network, load(part), f"the {form} program")
+        with open(part, "rb") as file:
+            content = file.read()
+        write_atomically(target, lambda out: out.write(content))
+    except OSError as error:
+        raise ExportError(f"cannot write {str(target)!r}: {error.strerror}; --output names another file") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return difference
+
+
+def write_pt2(network: Network, path: Path) -> None:
+    """What `torch.export.load` reads."""
+    torch.export.save(export_program(network), path, extra_files={SETTINGS_FILE: json.dumps(settings_of(network))})
+
+
+def load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
+    """The program in a file of `write_pt2`."""
+    program: Callable[[Tensor], Tensor] = torch.export.load(path).module()
+    return program
+
+
+def _write_onnx(network: Network, path: Path) -> None:
+    onnx = _needed("onnx")
+    _needed("onnxscript")
+    with _quiet():
+        exported = torch.onnx.export(
+            export_program(network),
+            (example_pixels(network),),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamo=True,
+            verbose=False,
+        )
+    assert exported is not None  # noqa: S101 - None is for the older exporter
+    model = exported.model_proto
+    onnx.helper.set_model_props(model, {SETTINGS_FILE: json.dumps(settings_of(network))})
+    path.write_bytes(model.SerializeToString())
+
+
+def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    session = _needed("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(pixels_NCHW: Tensor) -> Tensor:
+        return torch.from_numpy(session.run([OUTPUT], {INPUT: pixels_NCHW.numpy()})[0])
+
+    return run
+
+
+def _needed(package: str) -> Any:
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise ExportError(f"--format onnx needs the package {package}; pip install 'shufflenet-mlflow[export]'") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells of its own deprecations."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+FORMATS: dict[str, tuple[Callable[[Network, Path], None], Callable[[Path], Callable[[Tensor], Tensor]]]] = {
+    "pt2": (write_pt2, load_pt2),
+    "onnx": (_write_onnx, _load_onnx),
+}
+"""Name -> how it is written, and how it is read back."""

@@ -1,0 +1,301 @@
+"""Logged models: a checkpoint as something that MLflow loads, serves and registers, without this package.
+
+Its code is `classifier.py`, its weights an exported program, which needs no permission to unpickle anything. A logged
+model belongs to one checkpoint of a run, and is made once: it is found again by the checkpoint's SHA-256.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from shufflenet_mlflow import classifier
+from shufflenet_mlflow.checkpoint import BEST_TAG, LATEST_TAG, CheckpointRecord, read_checkpoint, verify_checkpoint
+from shufflenet_mlflow.client import mlflow_errors
+from shufflenet_mlflow.errors import CheckpointError, RefusedError, ShuffleNetError, TrackingError
+from shufflenet_mlflow.export.files import load_pt2, write_pt2
+from shufflenet_mlflow.export.program import check_equal, settings_of
+from shufflenet_mlflow.network import Network, load_network
+from shufflenet_mlflow.resolve.artifacts import RunArtifacts
+from shufflenet_mlflow.resolve.remote import MODEL_VERSION_TAG
+from shufflenet_mlflow.tracking.messages import MOST_POINTS, RunTarget, record_in, register_kind
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+
+logger = logging.getLogger(__name__)
+
+SHA256_TAG = "checkpoint.sha256"
+"""Tag of a logged model: of the checkpoint that it was made from."""
+
+_REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pandas")
+
+_LINKED = ("loss", "val/loss", "val/top1", "val/top5")
+"""Metrics of a run that are also those of the checkpoint at their step."""
+
+
+@dataclass(frozen=True)
+class LogModels:
+    """Make logged models of the run's best and its final checkpoint."""
+
+    kind: ClassVar[str] = "models"
+
+    def send(self, target: RunTarget) -> None:
+        """Make those that there are not yet.
+
+        Raises:
+            RefusedError: a checkpoint is gone, or cannot be exported.
+            TrackingError: MLflow did not answer.
+        """
+        run = target.read()
+        named = (record_in(run.data.tags, tag) for tag in (BEST_TAG, LATEST_TAG))
+        for record in dict.fromkeys(record for record in named if record is not None):
+            if find_logged_model(target.client, run, record) is None:
+                self._make(target, run, record)
+
+    def _make(self, target: RunTarget, run: "Run", record: CheckpointRecord) -> None:
+        try:
+            with _local_copy(target, record) as path:
+                log_model(target.client, run, record, path)
+        except TrackingError:
+            raise
+        except Exception as error:  # whatever the exporter raises, what waits behind must not wait for ever
+            reason = f"{type(error).__name__}: {error}" if not isinstance(error, ShuffleNetError) else str(error)
+            raise RefusedError(f"no logged model of {record.file_name}: {reason}") from error
+
+
+register_kind(LogModels)
+
+
+@contextlib.contextmanager
+def _local_copy(target: RunTarget, record: CheckpointRecord) -> Iterator[Path]:
+    """The checkpoint's file: the one in the run's folder, or else fetched."""
+    path = target.directory / record.file_name
+    with tempfile.TemporaryDirectory() as scratch:
+        if not path.exists():
+            path = target.artifacts.download(record.path, Path(scratch))
+        verify_checkpoint(path, record)
+        yield path
+
+
+def find_logged_model(client: "MlflowClient", run: "Run", record: CheckpointRecord) -> "LoggedModel | None":
+    """The logged model of that checkpoint; None if there is none.
+
+    Raises:
+        TrackingError: MLflow did not answer.
+    """
+    ready = [model for model in _models_of(client, run, record) if str(model.status) == "READY"]
+    return ready[0] if ready else None
+
+
+def _models_of(client: "MlflowClient", run: "Run", record: CheckpointRecord) -> "Sequence[LoggedModel]":
+    with mlflow_errors(f"look for logged models of run {run.info.run_id}"):
+        found: Sequence[LoggedModel] = client.search_logged_models(
+            [run.info.experiment_id],
+            f"source_run_id = '{run.info.run_id}' AND tags.`{SHA256_TAG}` = '{record.sha256}'",
+        )
+    return found
+
+
+def log_model(client: "MlflowClient", run: "Run", record: CheckpointRecord, path: Path) -> str:
+    """Make a logged model of a checkpoint, with the metrics that belong to it.
+
+    Args:
+        path: the checkpoint's file, verified.
+
+    Returns:
+        Its ID.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint's network cannot be built.
+        ExportError: its program differs from it.
+        TrackingError: MLflow did not answer; what was begun is taken up by nobody, and removed the next time.
+    """
+    for begun in _models_of(client, run, record):  # a process was killed while it made that
+        with mlflow_errors(f"remove the unfinished logged model {begun.model_id}"):
+            client.delete_logged_model(begun.model_id)
+    network = load_network(read_checkpoint(path), repr(str(path)))
+    run_id = run.info.run_id
+    with mlflow_errors(f"make a logged model of {record.file_name}"):
+        model = client.create_logged_model(
+            run.info.experiment_id,
+            name=_name(network, record),
+            source_run_id=run_id,
+            tags={SHA256_TAG: record.sha256, MODEL_VERSION_TAG: record.to_json()},
+            params={
+                "network": network.architecture.name,
+                "num_classes": str(network.num_classes),
+                "input_size": str(network.preprocess.input_size),
+                "iters": str(record.iters),
+            },
+            model_type="image classifier",
+        )
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = Path(scratch) / "model"
+                write_model(network, folder, run_id=run_id, model=model, metadata=asdict(record))
+                client.log_model_artifacts(model.model_id, str(folder))
+            _link(client, run, model.model_id, record)
+            client.finalize_logged_model(model.model_id, "READY")  # last: an unfinished one is made again
+        except BaseException:
+            with contextlib.suppress(Exception):
+                client.delete_logged_model(model.model_id)
+            raise
+    return str(model.model_id)
+
+
+def _name(network: Network, record: CheckpointRecord) -> str:
+    """MLflow takes no slashes, colons, dots, percent signs or quotes in names of logged models."""
+    stem = record.file_name.removesuffix(".pth.tar").replace("checkpoint-", "")
+    return f"{network.architecture.name}-{stem}".translate(str.maketrans("/:.%\"'", "------"))
+
+
+def write_model(
+    network: Network,
+    folder: Path,
+    *,
+    run_id: str | None = None,
+    model: "LoggedModel | None" = None,
+    metadata: dict[str, Any] | None = None,
+) -> float:
+    """Write the network as an MLflow model into the new folder `folder`, which `mlflow models serve -m` takes too.
+
+    Returns:
+        How far it is from the network: see `check_equal`.
+
+    Raises:
+        ExportError: the program differs from the network.
+        MlflowException: MLflow refuses it.
+    """
+    import pandas as pd
+
+    with _quiet_mlflow():
+        import mlflow.pyfunc
+        from mlflow.models import Model, ModelSignature
+        from mlflow.types import ColSpec, DataType, Schema
+
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        outputs=Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability")]),
+    )
+    identity = {"run_id": run_id}
+    if model is not None:
+        identity |= {"model_id": model.model_id, "model_uuid": model.model_id, "artifact_path": model.artifact_location}
+    with tempfile.TemporaryDirectory() as scratch:
+        program, settings = Path(scratch) / "network.pt2", Path(scratch) / "classifier.json"
+        write_pt2(network, program)
+        difference = check_equal(network, load_pt2(program), "the logged model")
+        settings.write_text(json.dumps(settings_of(network), indent=2), "utf-8")
+        with _quiet_mlflow():
+            mlflow.pyfunc.save_model(
+                folder,
+                python_model=classifier.__file__,
+                artifacts={classifier.PROGRAM: str(program), classifier.SETTINGS: str(settings)},
+                signature=signature,
+                input_example=pd.DataFrame({"image": [_example_image()]}),
+                pip_requirements=_requirements(),
+                mlflow_model=Model(metadata=metadata, **identity),
+            )
+    return difference
+
+
+def _example_image() -> bytes:
+    """A PNG of a few pixels."""
+    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def request_of(images: Sequence[bytes]) -> dict[str, Any]:
+    """What to post to a served model for encoded images, as plain values for JSON."""
+    rows = [[base64.b64encode(image).decode("ascii")] for image in images]
+    return {"dataframe_split": {"columns": ["image"], "data": rows}}
+
+
+def _requirements() -> list[str]:
+    """What `classifier.py` needs, in the versions that are here; a local build's suffix is not to be had elsewhere."""
+    lines = []
+    for package in _REQUIREMENTS:
+        try:
+            lines.append(f"{package}=={version(package).partition('+')[0]}")
+        except PackageNotFoundError:  # installed in some way that leaves no metadata
+            lines.append(package)
+    return lines
+
+
+@contextlib.contextmanager
+def _quiet_mlflow() -> Iterator[None]:
+    """MLflow warns of its own type hints, and advises on requirements, which are as they should be."""
+    loggers = [logging.getLogger(name) for name in ("mlflow.pyfunc", "mlflow.models", "mlflow.types", "mlflow.utils")]
+    before = [log.level for log in loggers]
+    try:
+        for log in loggers:
+            log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(loggers, before, strict=True):
+            log.setLevel(level)
+
+
+def _link(client: "MlflowClient", run: "Run", model_id: str, record: CheckpointRecord) -> None:
+    """Name the model among the run's outputs, and the run's metrics at its step among the model's."""
+    from mlflow.entities import LoggedModelOutput, Metric
+
+    run_id = run.info.run_id
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, record.iters)])
+    inputs = run.inputs.dataset_inputs if run.inputs is not None else []
+    validation = [
+        entry.dataset for entry in inputs if any(tag.value == "validation" for tag in entry.tags)
+    ]
+    metrics = []
+    for name in _LINKED:
+        if name not in run.data.metrics:
+            continue
+        points = [point for point in client.get_metric_history(run_id, name) if point.step == record.iters]
+        dataset = validation[0] if validation and name.startswith("val/") else None
+        metrics += [
+            # The same point once more, now as the model's: the run has it already, and keeps it once.
+            Metric(
+                name,
+                point.value,
+                point.timestamp,
+                point.step,
+                model_id=model_id,
+                run_id=run_id,
+                dataset_name=dataset.name if dataset else None,
+                dataset_digest=dataset.digest if dataset else None,
+            )
+            for point in points[-1:]
+        ]
+    if metrics:
+        client.log_batch(run_id, metrics=metrics[:MOST_POINTS])
+
+
+def checkpoint_in_run(client: "MlflowClient", run_id: str, name: str) -> CheckpointRecord:
+    """The record of the run's artifact `name`.
+
+    Raises:
+        TrackingError: it is not there, or MLflow did not answer.
+    """
+    record = RunArtifacts(client, run_id).record_of(name)
+    if record is None:
+        raise TrackingError(
+            f"run {run_id} has no checkpoint {name} yet; `shufflenet sync FOLDER` brings it there",
+            "RESOURCE_DOES_NOT_EXIST",
+        )
+    return record

@@ -1,0 +1,87 @@
+"""A network as a program that PyTorch runs without the code that made it, and what its inputs and outputs mean."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shufflenet_mlflow.data.preprocess import ToInput, eval_transform
+from shufflenet_mlflow.errors import ExportError
+from shufflenet_mlflow.network import Network
+
+INPUT, OUTPUT = "images", "logits"
+"""Names of what a program takes and gives."""
+
+TOLERANCE = 1e-4
+"""How far an exported program's logits may be from the network's, as a part of the largest logit."""
+
+_BATCHES = (2, 1, 5)
+"""Sizes of the batches that are compared."""
+
+
+class PixelsToLogits(nn.Module):
+    """uint8 (N, 3, S, S) in the preprocessing's channel order -> float32 (N, classes)."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network.model.cpu().eval()
+        self._to_input = ToInput(network.preprocess, torch.device("cpu"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(self._to_input(images))
+        return logits
+
+
+def example_pixels(network: Network, images: int = 2) -> Tensor:
+    """Random pixels of the right shape; the same at each call."""
+    generator = torch.Generator().manual_seed(images)
+    size = network.preprocess.input_size
+    return torch.randint(256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def export_program(network: Network) -> torch.export.ExportedProgram:
+    """The network in evaluation mode as a program for batches of any size."""
+    module = PixelsToLogits(network)
+    with torch.no_grad():
+        return torch.export.export(
+            module, (example_pixels(network),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+        )
+
+
+def settings_of(network: Network) -> dict[str, Any]:
+    """What a program's inputs and outputs mean, as plain values: labels, and the way from an image to its pixels.
+
+    `classifier.Classifier` works with it.
+    """
+    return {
+        "network": network.architecture.name,
+        "labels": network.labels,
+        "prepare": asdict(eval_transform(network.preprocess)),
+        "input": f"{INPUT}: uint8 (N, 3, {network.preprocess.input_size}, {network.preprocess.input_size})",
+        "output": f"{OUTPUT}: float32 (N, {network.num_classes}); softmax gives probabilities",
+    }
+
+
+def check_equal(network: Network, run: Callable[[Tensor], Tensor], what: str) -> float:
+    """Compare a program with the network on batches of several sizes.
+
+    Returns:
+        The largest difference between logits, as a part of the largest logit.
+
+    Raises:
+        ExportError: it is above `TOLERANCE`.
+    """
+    module, largest = PixelsToLogits(network), 0.0
+    for size in _BATCHES:
+        pixels = example_pixels(network, size)
+        with torch.inference_mode():
+            expected, found = module(pixels), run(pixels)
+        if found.shape != expected.shape:
+            raise ExportError(f"{what} gives {tuple(found.shape)} for {size} images, the checkpoint {expected.shape}")
+        scale = max(1e-12, expected.abs().max().item())
+        largest = max(largest, (found - expected).abs().max().item() / scale)
+    if not largest <= TOLERANCE:
+        raise ExportError(f"{what} differs from the checkpoint by {largest:.2e} of the largest logit (> {TOLERANCE:g})")
+    return largest

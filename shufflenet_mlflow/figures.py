@@ -1,0 +1,123 @@
+"""Pictures of an evaluation: confusions, classes, calibration, mistakes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from shufflenet_mlflow.classifier import UnreadableImageError, decode
+from shufflenet_mlflow.report import Report
+
+MOST_NUMBERS = 20
+"""Up to so many classes the confusion matrix shows its counts."""
+
+MOST_NAMES = 60
+"""Up to so many classes are named along an axis."""
+
+GALLERY = 24
+"""Mistakes in the gallery."""
+
+_COLUMNS = 6
+_INK, _BLUE, _GREY = "#1b1f24", "#2f6fb2", "#c9d1d9"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty picture of that size in inches, which belongs to no window."""
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def confusion_figure(report: Report) -> Figure:
+    """Images by true and predicted class, each row as parts of its class."""
+    counts_CC, classes = report.confusion_CC, report.classes
+    size = min(14.0, max(4.5, 0.32 * len(classes) + 2.5))
+    figure = new_figure(size + 0.8, size)
+    axes = figure.subplots()
+    parts_CC = counts_CC / np.maximum(1, counts_CC.sum(1, keepdims=True))
+    picture = axes.imshow(parts_CC, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(picture, ax=axes, label="part of the true class", shrink=0.8)
+    axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
+    if len(classes) <= MOST_NAMES:
+        axes.set_xticks(range(len(classes)), [_short(name) for name in classes], rotation=90)
+        axes.set_yticks(range(len(classes)), [_short(name) for name in classes])
+    if len(classes) <= MOST_NUMBERS:
+        for (row, column), count in np.ndenumerate(counts_CC):
+            if count:
+                ink = "white" if parts_CC[row, column] > 0.5 else _INK
+                axes.text(column, row, str(count), ha="center", va="center", color=ink, fontsize=8)
+    return figure
+
+
+def classes_figure(report: Report) -> Figure:
+    """Accuracy by class, the lowest first; of very many classes the lowest only."""
+    rows = [row for row in report.class_rows() if row.accuracy is not None]
+    rows.sort(key=lambda row: row.accuracy or 0.0)
+    shown = rows[:MOST_NAMES]
+    figure = new_figure(6.5, max(2.5, 0.22 * len(shown) + 1.2))
+    axes = figure.subplots()
+    axes.barh([_short(row.name) for row in shown], [row.accuracy or 0.0 for row in shown], color=_BLUE)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel="accuracy", title=f"Accuracy by class ({len(shown)} of {len(rows)})")
+    axes.axvline(report.mean_class_accuracy, color=_INK, linewidth=1, linestyle=":")
+    return figure
+
+
+def calibration_figure(report: Report) -> Figure:
+    """Accuracy against the probability that announced it, and how many images stand behind each point."""
+    bins = report.calibration_bins()
+    figure = new_figure(5.0, 5.5)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color=_GREY, linestyle="--")
+    upper.plot([entry.confidence for entry in bins], [entry.accuracy for entry in bins], "o-", color=_BLUE)
+    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    upper.set_title(f"Calibration (expected error {report.calibration_error():.3f})")
+    lower.bar(
+        [(entry.low + entry.high) / 2 for entry in bins],
+        [entry.images for entry in bins],
+        width=0.9 / 15,
+        color=_BLUE,
+    )
+    lower.set(xlabel="probability of the predicted class", ylabel="images")
+    return figure
+
+
+def mistakes_figure(report: Report, root: Path) -> Figure:
+    """The images below `root` that were taken for something else with the highest probability."""
+    places = report.worst_mistakes(GALLERY)
+    rows = max(1, -(-len(places) // _COLUMNS))
+    figure = new_figure(1.7 * _COLUMNS, 2.0 * rows + 0.4)
+    figure.suptitle(f"Most confident mistakes ({len(places)} of {int((~report.outcomes.correct_N).sum())})")
+    grid = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+    for axes in grid:
+        axes.axis("off")
+    for axes, place in zip(grid, places, strict=False):
+        try:
+            image = decode(str(root / report.outcomes.paths[place]))
+        except UnreadableImageError:  # it has gone since
+            continue
+        image.thumbnail((192, 192))
+        axes.imshow(image)
+        true = report.classes[report.outcomes.labels_N[place]]
+        taken = report.classes[report.outcomes.predicted_N[place]]
+        title = f"{_short(true, 20)}\n→ {_short(taken, 16)} {report.outcomes.probability_N[place]:.2f}"
+        axes.set_title(title, fontsize=8)
+    return figure
+
+
+def figures_of(report: Report, root: Path) -> dict[str, Callable[[], Figure]]:
+    """File name -> what draws it."""
+    return {
+        "confusion.png": lambda: confusion_figure(report),
+        "classes.png": lambda: classes_figure(report),
+        "calibration.png": lambda: calibration_figure(report),
+        "mistakes.png": lambda: mistakes_figure(report, root),
+    }
+
+
+def _short(name: str, most: int = 24) -> str:
+    """A name that fits; `$` would begin a formula."""
+    cut = name if len(name) <= most else f"{name[: most - 1]}…"
+    return cut.replace("$", r"\$")

@@ -1,0 +1,144 @@
+"""Checkpoints for others: exported files, and versions of registered models."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shufflenet_mlflow.checkpoint import read_record
+from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment
+from shufflenet_mlflow.errors import ExportError, UnresolvedError
+from shufflenet_mlflow.export import FORMATS, Promoted, export_file, log_model, promote
+from shufflenet_mlflow.export.logged import checkpoint_in_run, find_logged_model, write_model
+from shufflenet_mlflow.export.program import TOLERANCE
+from shufflenet_mlflow.jobs.loading import Loaded, load_checkpointed, source_of
+from shufflenet_mlflow.network import Architecture
+from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.resolve import resolve
+from shufflenet_mlflow.start import run_of_file
+
+MLFLOW_FORMAT = "mlflow"
+"""A folder that `mlflow models serve -m` takes."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export; None means as the checkpoint says."""
+
+    ref: str
+    format: str = "pt2"
+    output: Path | None = None
+    model: str | None = None
+    choices: str | None = None
+    scales: str | None = None
+    input_size: int | None = None
+    mean_image: str | None = None
+    tracking_uri: str | None = None
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What was written."""
+
+    path: Path
+    format: str
+    loaded: Loaded
+    difference: float
+    """The largest one between logits of the export and of the checkpoint, as a part of the largest logit."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `export --json`."""
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "model": self.loaded.network.architecture.name,
+            "classes": self.loaded.network.labels,
+            "checkpoint": str(self.loaded.path),
+            "run_id": self.loaded.run_id,
+            "iters": self.loaded.iters,
+            "largest_difference": self.difference,
+            "tolerance": TOLERANCE,
+        }
+
+
+def run_export(request: ExportRequest, *, reporter: Reporter) -> ExportSummary:
+    """Write a checkpoint's network in another format, and compare the two before the file gets its name.
+
+    Raises:
+        ExportError: it cannot be written, or is not equal.
+        ShuffleNetError: as `load_checkpointed` does.
+    """
+    prepare_environment()
+    loaded = load_checkpointed(
+        request.ref,
+        asked=Architecture.asked(vars(request)),
+        input_size=request.input_size,
+        mean_image=request.mean_image,
+        tracking_uri=request.tracking_uri,
+        cache_dir=request.cache_dir,
+        reporter=reporter,
+    )
+    suffix = "-mlflow" if request.format == MLFLOW_FORMAT else f".{request.format}"
+    target = request.output or Path(loaded.path.name.removesuffix(".pth.tar") + suffix)
+    if not target.parent.is_dir():
+        raise ExportError(f"cannot write {str(target)!r}: its folder does not exist; make it, or change --output")
+    if request.format != MLFLOW_FORMAT:
+        return ExportSummary(target, request.format, loaded, export_file(loaded.network, target, request.format))
+    if target.exists():
+        raise ExportError(f"{str(target)!r} exists already; --output names another folder")
+    difference = 0.0
+    try:
+        with mlflow_errors(f"write the model {str(target)!r}"):
+            difference = write_model(loaded.network, target, run_id=loaded.run_id)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    return ExportSummary(target, request.format, loaded, difference)
+
+
+def run_promotion(
+    ref: str,
+    *,
+    name: str,
+    aliases: Sequence[str],
+    tracking_uri: str | None,
+    cache_dir: Path | None,
+    reporter: Reporter,
+) -> Promoted:
+    """Make the checkpoint that `ref` means a version of the registered model `name`, served and resolved by its alias.
+
+    Its logged model is made if there is none yet.
+
+    Raises:
+        UnresolvedError: there is no such checkpoint, or it belongs to no run.
+        TrackingError: MLflow refused, or did not answer.
+    """
+    prepare_environment()
+    resolved = resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir, reporter=reporter)
+    run_id = resolved.run_id or run_of_file(resolved.path)
+    if run_id is None:
+        raise UnresolvedError(
+            f"{source_of(resolved.path)} belongs to no run, and only a run's checkpoint can be promoted; "
+            f"`shufflenet export {ref} --format mlflow` makes a model of it that MLflow serves"
+        )
+    client = connect(tracking_uri)
+    with mlflow_errors(f"read run {run_id}"):
+        run = client.get_run(run_id)
+    record = checkpoint_in_run(client, run_id, resolved.path.name)
+    here = read_record(resolved.path)
+    if here is not None and here.sha256 != record.sha256:
+        raise UnresolvedError(
+            f"{source_of(resolved.path)} is not the one that run {run_id} has under that name; "
+            f"promote runs:/{run_id}@{record.iters} instead"
+        )
+    known = find_logged_model(client, run, record)
+    if known is None:
+        reporter.note(f"making a logged model of {record.file_name}")
+    model_id = known.model_id if known is not None else log_model(client, run, record, resolved.path)
+    return promote(client, record, run_id=run_id, model_id=model_id, name=name, aliases=aliases)
+
+
+EXPORT_FORMATS = (*FORMATS, MLFLOW_FORMAT)
+"""What `--format` takes."""

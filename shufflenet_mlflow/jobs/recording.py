@@ -1,0 +1,221 @@
+"""An evaluation in MLflow: in the run that the checkpoint belongs to, or in one of its own."""
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shufflenet_mlflow.client import mlflow_errors, redact
+from shufflenet_mlflow.data.folder import ImageListing
+from shufflenet_mlflow.errors import TrackingError
+from shufflenet_mlflow.export.logged import find_logged_model
+from shufflenet_mlflow.figures import figures_of
+from shufflenet_mlflow.planning import data_name
+from shufflenet_mlflow.report import Report
+from shufflenet_mlflow.resolve.artifacts import RunArtifacts
+from shufflenet_mlflow.tracking import AdoptedRun, make_run, new_run
+from shufflenet_mlflow.tracking.messages import (
+    DatasetInput,
+    Message,
+    Params,
+    RunTarget,
+    Tags,
+    TextArtifact,
+    now_ms,
+)
+from shufflenet_mlflow.tracking.note import Note, indented
+from shufflenet_mlflow.tracking.provenance import command_line
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+
+ARTIFACTS = "evaluation"
+"""Folder of a run's artifacts: a folder for each set of images and checkpoint."""
+
+SUMMARY, PREDICTIONS = "summary.json", "predictions.csv"
+
+OWN_SECTION = "val"
+"""In a run of its own an evaluation's metrics are called as those of a validation: the UI shows them side by side."""
+
+EVALUATED_TAG = "evaluated.run"
+"""Tag of an evaluation's own run: the run that it evaluates."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was evaluated, on what, and what came out."""
+
+    network: str
+    checkpoint: str
+    """File name."""
+    iters: int
+    run_id: str | None
+    """The run that the checkpoint belongs to."""
+    listing: ImageListing
+    metrics: Mapping[str, float]
+    """By plain name, such as `top1`."""
+    report: Report
+
+    @property
+    def data(self) -> str:
+        """What to call the images; MLflow takes only some letters."""
+        return re.sub(r"[^\w .:-]", "_", data_name(str(self.listing.root)))
+
+    @property
+    def folder(self) -> str:
+        """Where its artifacts lie, below `evaluation` and `figures`."""
+        stem = self.checkpoint.removesuffix(".pth.tar").replace("checkpoint-", "")
+        return f"{self.data}/{re.sub(r'[^A-Za-z0-9_.-]', '_', stem)}"
+
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` holds."""
+        return {
+            "data": self.data,
+            "digest": self.listing.digest,
+            "images": len(self.report.outcomes.paths),
+            "network": self.network,
+            "checkpoint": self.checkpoint,
+            "iters": self.iters,
+            "run_id": self.run_id,
+            "metrics": dict(self.metrics),
+        }
+
+
+def record_in_source(client: "MlflowClient", source: "Run", evaluated: Evaluated) -> str:
+    """Log to the run that the checkpoint belongs to, under `eval/<data>/`; its ID.
+
+    Raises:
+        TrackingError: MLflow did not answer.
+    """
+    target = RunTarget(client, source.info.run_id, Path())
+    _record(target, evaluated, f"eval/{evaluated.data}", _logged_model(client, source, evaluated))
+    return target.run_id
+
+
+def record_in_new(
+    client: "MlflowClient", source: "Run | None", evaluated: Evaluated, *, experiment: str | None, name: str | None
+) -> str:
+    """Log to a run of its own, below the one that the checkpoint belongs to; its ID.
+
+    Args:
+        experiment: by default that of `source`.
+
+    Raises:
+        TrackingError: MLflow did not answer.
+    """
+    tags = {} if source is None else {"mlflow.parentRunId": source.info.run_id}
+    create = new_run(experiment=experiment, name=name or f"eval {evaluated.network} {evaluated.data}", tags=tags)
+    if source is not None and experiment is None:
+        create = type(create)(create.experiment, source.info.experiment_id, create.name, create.tags, create.start_time)
+    run_id, _ = make_run(client, create)
+    with AdoptedRun(client, run_id, tags={}) as run:
+        record_in_own(run, source, evaluated)
+    return run_id
+
+
+def record_in_own(run: AdoptedRun, source: "Run | None", evaluated: Evaluated) -> None:
+    """Log to a run that is the evaluation's own.
+
+    Raises:
+        TrackingError: MLflow did not answer.
+    """
+    target = run.target
+    model = _logged_model(target.client, source, evaluated) if source is not None else None
+    tags = {"network": evaluated.network, "evaluated.checkpoint": evaluated.checkpoint}
+    if evaluated.run_id is not None:
+        tags[EVALUATED_TAG] = evaluated.run_id
+    run.send(Tags(tags))
+    values = {
+        "model": evaluated.network,
+        "iters": evaluated.iters,
+        "val_dir": evaluated.listing.root,
+        "val_images": len(evaluated.listing),
+    }
+    run.send(Params.of(values))
+    top1 = f"accuracy {evaluated.metrics['top1']:.4f} on {len(evaluated.report.outcomes.paths):,} images"
+    run.send(
+        Note.of(
+            f"**{evaluated.network}**, {evaluated.checkpoint} on **{evaluated.data}**",
+            f"**Result:** {top1}",
+            indented(command_line()),
+        )
+    )
+    _record(target, evaluated, OWN_SECTION, model)
+    if model is not None:
+        from mlflow.entities import LoggedModelInput
+
+        with mlflow_errors(f"name the model of run {target.run_id}"):
+            target.client.log_inputs(target.run_id, models=[LoggedModelInput(model.model_id)])
+
+
+def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "LoggedModel | None") -> None:
+    """Artifacts first, then the numbers that say that they are there."""
+    report, listing = evaluated.report, evaluated.listing
+    folder = f"{ARTIFACTS}/{evaluated.folder}"
+    messages: list[Message] = [
+        TextArtifact(f"{folder}/{PREDICTIONS}", report.outcomes.to_csv(report.classes)),
+        TextArtifact(f"{folder}/classes.csv", report.classes_csv()),
+        TextArtifact(f"{folder}/confusion.csv", report.confusion_csv()),
+        TextArtifact.of_json(f"{folder}/{SUMMARY}", evaluated.summary()),
+        DatasetInput(
+            evaluated.data, listing.digest, str(listing.root), len(listing), len(listing.classes), "evaluation"
+        ),
+    ]
+    for message in messages:
+        message.send(target)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, draw in figures_of(report, listing.root).items():
+            draw().savefig(Path(scratch) / name)
+        with mlflow_errors(f"upload the figures of run {target.run_id}"):
+            target.client.log_artifacts(target.run_id, scratch, f"figures/{evaluated.folder}")
+    _log_metrics(target, evaluated, section, model)
+
+
+def _log_metrics(target: RunTarget, evaluated: Evaluated, section: str, model: "LoggedModel | None") -> None:
+    """Points at the checkpoint's iteration, for the run and for the logged model."""
+    from mlflow.entities import Metric
+
+    known = target.read().data.metrics
+    with mlflow_errors(f"log metrics of run {target.run_id}"):
+        metrics = []
+        for name, value in evaluated.metrics.items():
+            key, timestamp = f"{section}/{name}", now_ms()
+            if known.get(key) == value:  # the same point once more: the run keeps it once
+                history = target.client.get_metric_history(target.run_id, key)
+                same = [point.timestamp for point in history if (point.step, point.value) == (evaluated.iters, value)]
+                timestamp = same[-1] if same else timestamp
+            of_model = {"dataset_name": evaluated.data, "dataset_digest": evaluated.listing.digest} if model else {}
+            metrics.append(
+                Metric(
+                    *(key, value, timestamp, evaluated.iters),
+                    model_id=model.model_id if model else None,
+                    run_id=target.run_id,
+                    **of_model,
+                )
+            )
+        target.client.log_batch(target.run_id, metrics=metrics)
+
+
+def _logged_model(client: "MlflowClient", source: "Run", evaluated: Evaluated) -> "LoggedModel | None":
+    """The logged model of the checkpoint, if there is one."""
+    record = RunArtifacts(client, source.info.run_id).record_of(evaluated.checkpoint)
+    return find_logged_model(client, source, record) if record is not None else None
+
+
+def read_run(client: "MlflowClient", run_id: str) -> "Run | None":
+    """The run; None if this store does not have it.
+
+    Raises:
+        TrackingError: MLflow did not answer.
+    """
+    try:
+        with mlflow_errors(f"read run {run_id} in {redact(client.tracking_uri)}"):
+            return client.get_run(run_id)
+    except TrackingError as error:
+        if error.answered:
+            return None
+        raise

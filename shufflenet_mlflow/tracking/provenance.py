@@ -1,0 +1,105 @@
+"""Where a run comes from: command, code, versions and hardware, as tags."""
+
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+import shufflenet_mlflow
+from shufflenet_mlflow.client import redact
+
+COMMAND_TAG = "command"
+"""Tag of a run: the command line, also where `mlflow run` names its project as the source."""
+
+COMMIT_TAG = "mlflow.source.git.commit"
+DIRTY_TAG = "mlflow.source.git.dirty"
+"""Tag of a run: `true` where tracked files differed from the commit."""
+
+GIT_TAGS = (COMMIT_TAG, DIRTY_TAG, "mlflow.source.git.branch")
+
+
+def command_line() -> str:
+    """This process's command, as it can be typed again, without credentials."""
+    program = Path(sys.argv[0]).name
+    words = ["shufflenet" if program == "__main__.py" else program, *sys.argv[1:]]
+    return redact(shlex.join(words))
+
+
+def git_tags() -> dict[str, str]:
+    """Commit and branch of the project's code, or else of the working directory's, and whether files differ from it.
+
+    Empty outside a checkout, or without git.
+    """
+    try:
+        import git
+    except ImportError:  # it raises that where there is no git executable
+        return {}
+    for folder in (Path(shufflenet_mlflow.__file__).parent, Path.cwd()):
+        try:
+            with git.Repo(folder, search_parent_directories=True) as repository:
+                tags = {
+                    COMMIT_TAG: repository.head.commit.hexsha,
+                    DIRTY_TAG: str(repository.is_dirty(untracked_files=False)).lower(),
+                }
+                if not repository.head.is_detached:
+                    tags["mlflow.source.git.branch"] = repository.active_branch.name
+                return tags
+        except (git.GitError, ValueError, OSError):  # no repository, or one without a commit
+            continue
+    return {}
+
+
+def hardware_tags() -> dict[str, str]:
+    """Processor, memory and GPUs of this machine."""
+    import torch
+
+    memory = psutil.virtual_memory().total / (1 << 30)
+    tags = {
+        "hardware.cpu": f"{_processor()}, {os.cpu_count()} cores",
+        "hardware.memory": f"{memory:.1f} GiB",
+    }
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        tags["hardware.gpu"] = ", ".join(names)
+    return tags
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except (OSError, UnicodeDecodeError):
+        pass
+    return platform.processor() or platform.machine()
+
+
+def version_tags() -> dict[str, str]:
+    """Of Python, this package and those whose numbers its results depend on."""
+    tags = {"version.python": platform.python_version(), "version.shufflenet_mlflow": shufflenet_mlflow.__version__}
+    for package in ("torch", "torchvision", "mlflow", "numpy", "opencv-python-headless", "pillow"):
+        try:
+            tags[f"version.{package}"] = version(package)
+        except PackageNotFoundError:  # installed in some way that leaves no metadata
+            continue
+    return tags
+
+
+def provenance_tags() -> dict[str, str]:
+    """Command, commit, versions, hardware and user."""
+    from mlflow.tracking.context import default_context
+
+    command = command_line()
+    return {
+        **default_context.DefaultRunContext().tags(),  # type: ignore[no-untyped-call]
+        **git_tags(),
+        **version_tags(),
+        **hardware_tags(),
+        "mlflow.source.name": command,
+        COMMAND_TAG: command,
+    }

@@ -1,0 +1,98 @@
+"""How busy the machine is while it trains: MLflow's own monitors, their points sent through the journal.
+
+MLflow's thread for that talks to the server itself, and would lose its points while the server is away.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from shufflenet_mlflow.tracking.messages import MetricPoints, now_ms
+from shufflenet_mlflow.tracking.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_VARIABLE = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
+INTERVAL = 10.0
+"""Seconds between samples, unless the variable says otherwise."""
+
+PREFIX = "system/"
+"""The UI has a page of its own for metrics with it."""
+
+
+class SystemMetrics:
+    """As a context manager it samples in a thread for as long as the block lasts.
+
+    Points stand at the iteration at which they were taken, so that they lie beside the curves of training; samples
+    that fall into one iteration, such as those of a long validation, are averaged.
+
+    Args:
+        iters: says which iteration it is.
+    """
+
+    def __init__(self, recorder: Recorder, iters: Callable[[], int]) -> None:
+        self._recorder, self._iters = recorder, iters
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "SystemMetrics":
+        monitors = _monitors()
+        if monitors:
+            self._thread = threading.Thread(target=self._work, args=(monitors,), name="system metrics", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self, monitors: list[Any]) -> None:
+        pause, iters = _interval(), self._iters()
+        while not self._ended.wait(pause):
+            try:
+                for monitor in monitors:
+                    monitor.collect_metrics()
+                now = self._iters()
+                if now == iters:
+                    continue
+                iters = now
+                self._send(monitors, iters)
+            except Exception as error:  # noqa: BLE001 - whatever a driver raises, training is worth more
+                logger.warning("no system metrics from here on: %s", error)
+                return
+
+    def _send(self, monitors: list[Any], iters: int) -> None:
+        values: dict[str, float] = {}
+        for monitor in monitors:
+            values |= {f"{PREFIX}{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        if values:
+            self._recorder.record(MetricPoints(values, iters, now_ms()))
+
+
+def _interval() -> float:
+    try:
+        given = float(os.environ.get(INTERVAL_VARIABLE, INTERVAL))
+    except ValueError:
+        return INTERVAL
+    return given if given > 0 else INTERVAL
+
+
+def _monitors() -> list[Any]:
+    """Those that work here; none without psutil."""
+    try:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+    except ImportError:
+        return []
+    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    try:
+        monitors.append(GPUMonitor())
+    except (ImportError, RuntimeError):  # no NVIDIA GPU, or no package that reads it
+        pass
+    return monitors
