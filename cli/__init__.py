@@ -16,12 +16,14 @@ from shufflenet_mlflow.errors import ElsewhereError, ShuffleNetError
 from shufflenet_mlflow.stopping import EXIT_BASE, StopRequested
 
 from .checkpoints import checkpoints
+from .compare import compare
 from .data import data
 from .eval import eval_
 from .export import export
 from .models import models
 from .options import DEBUG, debug_option
 from .predict import predict
+from .runs import runs
 from .sync import sync
 from .train import train
 
@@ -78,5 +80,5 @@ def main() -> None:
     """
 
 
-for command in (train, eval_, predict, checkpoints, export, sync, models, data):
+for command in (train, eval_, predict, runs, compare, checkpoints, export, sync, models, data):
     main.add_command(command)

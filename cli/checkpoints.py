@@ -167,7 +167,9 @@ def prune(
 @checkpoints.command()
 @click.argument("ref", metavar="REF")
 @click.option("--name", required=True, help="Registered model; it is made if there is none.")
-@click.option("--alias", "aliases", multiple=True, metavar="ALIAS", help="Such as champion; may be given several times.")
+@click.option(
+    "--alias", "aliases", multiple=True, metavar="ALIAS", help="Such as champion; may be given several times."
+)
 @tracking_uri_option
 @cache_dir_option
 @json_option

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -128,6 +128,33 @@ class ConsoleReporter:
 
     def _line(self, markup: str) -> None:
         self.console.print(markup, highlight=False)
+
+
+def cell(value: Any) -> str:
+    """A value as it stands in a table; a dash for none."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns on stdout, as wide as what is in them; numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    numeric = [all(_is_number(text) for text in column) for column in zip(*rows, strict=True)] or [False] * len(widths)
+    for row in (titles, *rows):
+        aligned = [
+            f"{text:>{width}}" if right else f"{text:<{width}}"
+            for text, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        click.echo("  ".join(aligned).rstrip())
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text == "-"
+    return True
 
 
 def print_json(document: Any) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WORST_CLASSES = 3
 
+
 @click.command("eval")
 @click.argument("ref")
 @option("--val-dir", metavar="DIR", help="Images, a folder per class.  [default: the run's own]")

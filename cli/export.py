@@ -20,7 +20,9 @@ from .options import (
 @click.command()
 @click.argument("ref")
 @option("--format", type=click.Choice(["pt2", "onnx", "mlflow"]), help="[default: pt2]")
-@option("--output", type=click.Path(path_type=Path), help="File, or folder for mlflow.  [default: the checkpoint's name]")
+@option(
+    "--output", type=click.Path(path_type=Path), help="File, or folder for mlflow.  [default: the checkpoint's name]"
+)
 @option("--model", metavar="NAME", help="Network, for a file that does not name it.")
 @options(*architecture_options)
 @option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: the checkpoint's own, or 224]")

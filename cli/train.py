@@ -193,7 +193,7 @@ def _closing_lines(summary: "TrainSummary") -> str:
 
 
 def _ui_hint(summary: "TrainSummary") -> str:
-    page = f"/#/experiments/{summary.experiment_id}/runs/{summary.run_id}"
+    page = f"/#/experiments/{summary.experiment_id}/runs/{summary.run_id}?workflowType=machine_learning"
     from shufflenet_mlflow.client import redact
 
     uri = redact(summary.tracking_uri)

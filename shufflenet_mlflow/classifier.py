@@ -177,14 +177,14 @@ if __package__ != "shufflenet_mlflow":  # MLflow runs this file as the code of a
     from mlflow.models import set_model
     from mlflow.pyfunc import PythonModel
 
-    class LoggedClassifier(PythonModel):  # type: ignore[misc]
+    class LoggedClassifier(PythonModel):
         """A column `image` of JPEG or PNG bytes in; columns `label` and `probability` out."""
 
         def load_context(self, context: Any) -> None:
             """See `mlflow.pyfunc.PythonModel`."""
             self.classifier = Classifier.load(context.artifacts[PROGRAM], context.artifacts[SETTINGS])
 
-        def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
+        def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]
             """See `mlflow.pyfunc.PythonModel`.
 
             Raises:

@@ -51,6 +51,17 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def command_of(config: Mapping[str, Any]) -> list[str]:
+    """The options of `shufflenet train` that make a run of this configuration, all of them spelled out."""
+    words = []
+    for name, value in config.items():
+        if value is True:
+            words.append(option(name))
+        elif value is not None and value is not False:
+            words += [option(name), str(value)]
+    return words
+
+
 def _require(condition: bool, field: str, value: object, rule: str) -> None:
     if not condition:
         raise ConfigError(f"{option(field)} (={value}) must be {rule}")

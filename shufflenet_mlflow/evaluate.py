@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, Batch, ImageDataset, batches_of, make_loader
-from shufflenet_mlflow.data.preprocess import eval_transform, Preprocess, ToInput
+from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import DataError

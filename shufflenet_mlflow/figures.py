@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from shufflenet_mlflow.classifier import UnreadableImageError, decode
-from shufflenet_mlflow.report import Report
+from shufflenet_mlflow.report import CALIBRATION_BINS, Report
 
 MOST_NUMBERS = 20
 """Up to so many classes the confusion matrix shows its counts."""
@@ -77,7 +77,7 @@ def calibration_figure(report: Report) -> Figure:
     lower.bar(
         [(entry.low + entry.high) / 2 for entry in bins],
         [entry.images for entry in bins],
-        width=0.9 / 15,
+        width=0.9 / CALIBRATION_BINS,
         color=_BLUE,
     )
     lower.set(xlabel="probability of the predicted class", ylabel="images")
@@ -89,8 +89,8 @@ def mistakes_figure(report: Report, root: Path) -> Figure:
     places = report.worst_mistakes(GALLERY)
     rows = max(1, -(-len(places) // _COLUMNS))
     figure = new_figure(1.7 * _COLUMNS, 2.0 * rows + 0.4)
-    figure.suptitle(f"Most confident mistakes ({len(places)} of {int((~report.outcomes.correct_N).sum())})")
-    grid = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+    figure.suptitle(f"Most confident mistakes ({len(places)} of {int((~report.outcomes.is_correct).sum())})")
+    grid = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
     for axes in grid:
         axes.axis("off")
     for axes, place in zip(grid, places, strict=False):

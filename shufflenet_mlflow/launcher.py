@@ -1,10 +1,14 @@
-"""What started this process, `torchrun` or Slurm: whether it is a further attempt, and asking for another."""
+"""What started this process, `torchrun`, Slurm or `mlflow run`: a further attempt, another one, and its end."""
 
 import hashlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 
@@ -12,6 +16,9 @@ from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.stopping import WARNING_SIGNAL, StopFlag
 
 SCONTROL_SECONDS = 30.0
+
+WATCH_SECONDS = 0.5
+"""Between two looks at whether `mlflow run` is still there."""
 
 
 def attempt() -> int:
@@ -48,6 +55,54 @@ def may_restart() -> bool:
     """Whether torchrun is going to start the processes again when one of them is lost."""
     most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     return most.isdecimal() and int(most) > 0
+
+
+@contextmanager
+def ended_with_mlflow_run() -> Iterator[None]:
+    """In the block this process is sent SIGTERM once the `mlflow run` that started it is gone.
+
+    `mlflow run` does not pass on the signal that ends it, and its child would train on as nobody's process.
+    """
+    parent = _mlflow_run()
+    if parent is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(WATCH_SECONDS):
+            if not _is_alive(parent):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    watcher = threading.Thread(target=watch, name="watching mlflow run", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _mlflow_run() -> psutil.Process | None:
+    """The `mlflow run` that started this process, if one did."""
+    if "MLFLOW_RUN_ID" not in os.environ:
+        return None
+    try:
+        for ancestor in psutil.Process().parents():
+            words = [os.path.basename(word) for word in ancestor.cmdline()]
+            if "mlflow" in words[:4] and "run" in words[:5]:
+                return ancestor
+    except psutil.Error:
+        pass
+    return None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 class Requeue:

@@ -32,10 +32,10 @@ class Outcomes:
     """Of the true class."""
 
     @property
-    def correct_N(self) -> NDArray[np.bool_]:
-        """Whether the predicted class is the true one."""
-        correct: NDArray[np.bool_] = self.labels_N == self.predicted_N
-        return correct
+    def is_correct(self) -> NDArray[np.bool_]:
+        """bool (N): whether the predicted class is the true one."""
+        equal: NDArray[np.bool_] = self.labels_N == self.predicted_N
+        return equal
 
     def to_csv(self, classes: Sequence[str]) -> str:
         """A line per image: path, label, predicted, probability, label_probability."""
@@ -147,7 +147,7 @@ class Report:
         return float(
             binary_calibration_error(
                 torch.from_numpy(self.outcomes.probability_N).float().clamp(0, 1),
-                torch.from_numpy(self.outcomes.correct_N).long(),
+                torch.from_numpy(self.outcomes.is_correct).long(),
                 n_bins=CALIBRATION_BINS,
                 norm="l1",
             )
@@ -167,22 +167,20 @@ class Report:
                         float(edges[number + 1]),
                         int(inside_N.sum()),
                         float(self.outcomes.probability_N[inside_N].mean()),
-                        float(self.outcomes.correct_N[inside_N].mean()),
+                        float(self.outcomes.is_correct[inside_N].mean()),
                     )
                 )
         return bins
 
     def worst_mistakes(self, most: int) -> list[int]:
         """Places in `outcomes` of the mistakes that were made with the highest probability."""
-        wrong = np.flatnonzero(~self.outcomes.correct_N)
+        wrong = np.flatnonzero(~self.outcomes.is_correct)
         order = np.argsort(-self.outcomes.probability_N[wrong], kind="stable")[:most]
         return [int(place) for place in wrong[order]]
 
     def classes_csv(self) -> str:
         """A line per class: class, images, accuracy, precision."""
-        rows = [
-            (row.name, row.images, _decimal(row.accuracy), _decimal(row.precision)) for row in self.class_rows()
-        ]
+        rows = [(row.name, row.images, _decimal(row.accuracy), _decimal(row.precision)) for row in self.class_rows()]
         return to_csv(("class", "images", "accuracy", "precision"), rows)
 
     def confusion_csv(self) -> str:

@@ -23,6 +23,9 @@ def exit_status(signum: int) -> int:
     return EXIT_BASE + (signal.SIGTERM if signum == WARNING_SIGNAL else signum)
 
 
+_LAUNCHER_VARIABLES = ("RANK", "MLFLOW_RUN_ID")
+"""`torchrun` and `mlflow run` set these for the processes that they start."""
+
 ECHO_SECONDS = 1.0
 """A launcher passes on a signal that has reached its processes already: so soon after the first one it is the same."""
 
@@ -61,6 +64,7 @@ class StopFlag:
         self.grace = GRACE_SECONDS
         """For so many seconds after the signal what is under way may be brought to its end."""
         self._received: float | None = None
+        self._has_launcher = any(name in os.environ for name in _LAUNCHER_VARIABLES)
         self._announce = announce
         self._at_once = False
         self._before: dict[int, object] = {}
@@ -94,7 +98,7 @@ class StopFlag:
     def _receive(self, signum: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._received is not None:
-            if "RANK" in os.environ and now - self._received < ECHO_SECONDS:
+            if self._has_launcher and now - self._received < ECHO_SECONDS:
                 return
             # Files are written aside and renamed, so leaving at any instant is safe.
             os._exit(exit_status(signum))

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,36 +25,66 @@ def free_port() -> int:
         return port
 
 
-class Server:
-    """`mlflow server` with SQLite and an artifact folder, on a free port of this machine."""
+def wait_until_up(address: str, process: "subprocess.Popen[bytes]") -> None:
+    """Until a server that was just started answers there."""
+    deadline = time.monotonic() + UP_WITHIN
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=2):
+                return
+        except urllib.error.HTTPError:  # it is up, and wants a password
+            return
+        except OSError:
+            assert process.poll() is None, f"{process.args} ended with status {process.returncode}"
+            assert time.monotonic() < deadline, f"{address} did not come up"
+            time.sleep(0.2)
 
-    def __init__(self, folder: Path) -> None:
+
+class Server:
+    """`mlflow server` on a free port of this machine, by default with SQLite and an artifact folder.
+
+    Args:
+        store: where it keeps runs.
+        artifacts: its options for artifacts.
+        options: more of its options.
+        env: more of its environment.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        store: str | None = None,
+        artifacts: Sequence[str] = (),
+        options: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
+        self._words = (
+            *("--backend-store-uri", store or f"sqlite:///{folder}/server.db", "--workers", "1"),
+            *(artifacts or ("--artifacts-destination", str(folder / "artifacts"))),
+            *options,
+        )
+        self._env = dict(env or {})
         self.start()
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-                *("--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"),
-                *("--artifacts-destination", str(self.folder / "artifacts")),
-            ],
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + UP_WITHIN
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                    return
-            except OSError:
-                assert time.monotonic() < deadline, "mlflow server did not come up"
-                time.sleep(0.2)
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
+                    *self._words,
+                ],
+                cwd=self.folder,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **self._env},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_until_up(f"{self.uri}/health", self.process)
 
     def kill(self) -> None:
         """End it at once, with its workers."""

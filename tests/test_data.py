@@ -30,10 +30,10 @@ from shufflenet_mlflow.data.loader import (
 from shufflenet_mlflow.data.preprocess import (
     AUGMENTATIONS,
     MODES,
-    eval_transform,
     Preprocess,
     ToInput,
     draw_lighting,
+    eval_transform,
     seeded,
 )
 from shufflenet_mlflow.data.sampler import (

@@ -4,6 +4,7 @@ Every one is detected, or changes nothing that is loaded or delivered.
 """
 
 import logging
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,12 @@ def test_records(checkpoint: Path) -> None:
     assert disbelieved > 0.9 * TRIALS
 
 
+def abandon(spool: Spool) -> None:
+    """Let go of the journal as a killed process does, without tidying it."""
+    spool._lock.release()
+    os.close(spool._descriptor)
+
+
 def test_journals(tmp_path: Path) -> None:
     """What comes out of a damaged journal went into it."""
     spool = Spool(tmp_path)
@@ -103,7 +110,7 @@ def test_journals(tmp_path: Path) -> None:
         if step % 10 == 0:
             record = CheckpointRecord(f"checkpoints/checkpoint-{step:06}.pth.tar", step, 1, 0.5, None, "0" * 64, 9)
             spool.append("a" * 32, "checkpoint", to_body(Checkpoint.of(record)))
-    spool._lock.release()
+    abandon(spool)
     path = tmp_path / SPOOL_NAME
     original = path.read_bytes()
     entries = [(entry.run, entry.kind, entry.body) for entry in look(tmp_path).entries]
@@ -114,7 +121,7 @@ def test_journals(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         again = Spool(tmp_path)
         found = [(entry.run, entry.kind, entry.body) for entry in again.oldest(99)]
-        again._lock.release()
+        abandon(again)
         remaining = iter(entries)
         assert all(entry in remaining for entry in found), "altered, or out of order"
         if len(damaged) == len(original) and found != entries:

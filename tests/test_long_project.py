@@ -3,16 +3,25 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import steps
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from processes import wait_for_iteration
+from server import free_port
 from training import run_until
+
+from shufflenet_mlflow.checkpoint import verify_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +40,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mlflow_run(checkout: Path, *arguments: object, **parameters: object) -> "subprocess.CompletedProcess[str]":
+def mlflow_run(checkout: object, *arguments: object, **parameters: object) -> "subprocess.CompletedProcess[str]":
     words = [sys.executable, "-m", "mlflow", "run", str(checkout), "--env-manager=local", *map(str, arguments)]
     for name, value in parameters.items():
         words += ["-P", f"{name}={value}"]
@@ -132,3 +141,129 @@ def test_the_wheel(checkout: Path, tmp_path: Path) -> None:
         check=True,
     )
     assert result.stdout.splitlines()[0].startswith(str(tmp_path / "site"))
+
+
+# ---------------------------------------------------------------- other ways to name the project, other endings
+
+
+def git(*words: object, cwd: Path) -> str:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    done = subprocess.run(["git", *identity, *map(str, words)], cwd=cwd, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of the bare repositories below `folder`: MLflow takes one on the disk for a plain folder."""
+    port = free_port()
+    daemon = subprocess.Popen(
+        ["git", "daemon", "--export-all", f"--base-path={folder}", "--listen=127.0.0.1", f"--port={port}", str(folder)],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        address = f"git://127.0.0.1:{port}"
+        [first] = folder.iterdir()
+        deadline = time.monotonic() + 30
+        while subprocess.run(
+            ["git", "ls-remote", f"{address}/{first.name}"], capture_output=True, check=False
+        ).returncode:
+            assert time.monotonic() < deadline
+        yield address
+    finally:
+        os.killpg(daemon.pid, signal.SIGKILL)
+        daemon.wait()
+
+
+def mlflow_run_small(uri: str, images: Path) -> "subprocess.CompletedProcess[str]":
+    return mlflow_run(
+        uri,
+        **small_parameters(images),
+        total_iters=4,
+        weight_decay="5E-5",
+        sync_bn="false",
+        run_name="it's one",
+    )
+
+
+def test_from_a_git_uri(checkout: Path, client: MlflowClient, images: Path, tmp_path: Path) -> None:
+    """As from a server: MLflow clones it, and the run says which commit it was."""
+    work = tmp_path / "work"
+    shutil.copytree(checkout, work)
+    git("init", "--quiet", cwd=work)
+    git("add", "--all", cwd=work)
+    git("commit", "--quiet", "--message", "first", cwd=work)
+    commit = git("rev-parse", "HEAD", cwd=work)
+    git("clone", "--quiet", "--bare", work, tmp_path / "bare" / "project.git", cwd=tmp_path)
+    with served(tmp_path / "bare") as address:
+        result = mlflow_run_small(f"{address}/project.git", images)
+    assert result.returncode == 0, result.stderr
+    run = newest_run(client)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "it's one")
+    assert run.data.tags["mlflow.source.git.commit"] == commit
+    assert run.data.tags["mlflow.source.git.dirty"] == "false"
+    assert (run.data.params["resolved/weight_decay"], run.data.params["sync_bn"]) == ("5e-05", "false")
+
+
+def test_from_a_parent_folder(
+    checkout: Path, client: MlflowClient, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkout.parent)
+    result = mlflow_run(checkout.name, *("-e", "train"), **small_parameters(images), total_iters=2)
+    assert result.returncode == 0, result.stderr
+    assert newest_run(client).info.status == "FINISHED"
+
+
+def small_parameters(images: Path) -> dict[str, object]:
+    return {
+        "train_dir": images / "train",
+        "val_dir": images / "val",
+        "input_size": 32,
+        "batch_size": 8,
+        "workers": 0,
+        "no_log_models": "true",
+    }
+
+
+@pytest.mark.parametrize(
+    ("signum", "whom"),
+    [
+        (signal.SIGTERM, "mlflow run alone"),
+        (signal.SIGKILL, "mlflow run alone"),
+        (signal.SIGINT, "everyone"),  # Ctrl-C in a terminal
+        (signal.SIGTERM, "everyone"),
+    ],
+)
+def test_a_signal_ends_run_and_process(
+    checkout: Path, client: MlflowClient, images: Path, tmp_path: Path, signum: int, whom: str
+) -> None:
+    """No run is left RUNNING, no process goes on, and the checkpoint is there to continue from."""
+    words = [f"{name}={value}" for name, value in small_parameters(images).items()]
+    words += ["total_iters=100000", "display_interval=5", f"save_dir={tmp_path / 'models'}"]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlflow", "run", str(checkout), "--env-manager=local"),
+            *(part for word in words for part in ("-P", word)),
+        ],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_iteration(process, 10)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("shufflenet_mlflow" in child.cmdline() for child in children)
+    if whom == "everyone":
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
+    process.communicate()
+    _, left = psutil.wait_procs(children, timeout=60)
+    assert not left
+    run = newest_run(client)
+    # After Ctrl-C MLflow 3.17 writes FAILED over whatever a run says of itself.
+    assert run.info.status == ("FAILED" if signum == signal.SIGINT else "KILLED")
+    latest = json.loads(run.data.tags["checkpoint.latest"])
+    assert latest["iters"] >= 10
+    assert verify_checkpoint(tmp_path / "models" / Path(latest["path"]).name) is None

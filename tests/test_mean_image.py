@@ -16,8 +16,8 @@ from shufflenet_mlflow.data.loader import (
 )
 from shufflenet_mlflow.data.mean import check_output, mean_image, read_mean_image, write_mean_image
 from shufflenet_mlflow.data.preprocess import (
-    eval_transform,
     Preprocess,
+    eval_transform,
 )
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, DataError
 from shufflenet_mlflow.reporting import LoggingReporter

@@ -92,6 +92,7 @@ LAYERS = [
     {"evaluate", "state", "start"},
     {"train", "predict", "report"},
     {"figures"},
+    {"compare"},
     {"tracking", "planning"},
     {"export"},
     {"jobs"},

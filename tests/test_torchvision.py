@@ -18,7 +18,7 @@ from torchvision.models import get_model
 
 from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.checkpoint import read_checkpoint
-from shufflenet_mlflow.data.preprocess import eval_transform, Preprocess, ToInput
+from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, ModelError
 from shufflenet_mlflow.models import VARIANTS
 from shufflenet_mlflow.models.torchvision_v2 import published_weights, weights_file

@@ -19,7 +19,7 @@ from torch import Tensor
 from shufflenet_mlflow.checkpoint.files import temporary_beside
 from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
-from shufflenet_mlflow.data.preprocess import eval_transform, Preprocess
+from shufflenet_mlflow.data.preprocess import Preprocess, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches
 from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.reporting import Reporter

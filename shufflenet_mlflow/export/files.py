@@ -93,7 +93,9 @@ def _needed(package: str) -> Any:
     try:
         return __import__(package)
     except ImportError as error:
-        raise ExportError(f"--format onnx needs the package {package}; pip install 'shufflenet-mlflow[export]'") from error
+        raise ExportError(
+            f"--format onnx needs the package {package}; pip install 'shufflenet-mlflow[export]'"
+        ) from error
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from PIL import Image
 from shufflenet_mlflow import classifier
 from shufflenet_mlflow.checkpoint import BEST_TAG, LATEST_TAG, CheckpointRecord, read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.client import mlflow_errors
-from shufflenet_mlflow.errors import CheckpointError, RefusedError, ShuffleNetError, TrackingError
+from shufflenet_mlflow.errors import RefusedError, ShuffleNetError, TrackingError
 from shufflenet_mlflow.export.files import load_pt2, write_pt2
 from shufflenet_mlflow.export.program import check_equal, settings_of
 from shufflenet_mlflow.network import Network, load_network
@@ -190,7 +190,7 @@ def write_model(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
         outputs=Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "probability")]),
     )
-    identity = {"run_id": run_id}
+    identity: dict[str, Any] = {"run_id": run_id}
     if model is not None:
         identity |= {"model_id": model.model_id, "model_uuid": model.model_id, "artifact_path": model.artifact_location}
     with tempfile.TemporaryDirectory() as scratch:
@@ -259,9 +259,7 @@ def _link(client: "MlflowClient", run: "Run", model_id: str, record: CheckpointR
     run_id = run.info.run_id
     client.log_outputs(run_id, [LoggedModelOutput(model_id, record.iters)])
     inputs = run.inputs.dataset_inputs if run.inputs is not None else []
-    validation = [
-        entry.dataset for entry in inputs if any(tag.value == "validation" for tag in entry.tags)
-    ]
+    validation = [entry.dataset for entry in inputs if any(tag.value == "validation" for tag in entry.tags)]
     metrics = []
     for name in _LINKED:
         if name not in run.data.metrics:

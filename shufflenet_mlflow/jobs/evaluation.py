@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,14 @@ from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
 from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, UnresolvedError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.jobs.loading import Loaded, load_checkpointed
-from shufflenet_mlflow.jobs.recording import Evaluated, read_run, record_in_new, record_in_own, record_in_source
+from shufflenet_mlflow.jobs.recording import Evaluated, record_in_new, record_in_own, record_in_source
+from shufflenet_mlflow.launcher import ended_with_mlflow_run
 from shufflenet_mlflow.network import Architecture, Network
 from shufflenet_mlflow.planning import BATCH_SIZE, choose_device, list_folder
 from shufflenet_mlflow.report import Observer, Report
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve import parse_reference
+from shufflenet_mlflow.resolve.remote import read_run
 from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking import AdoptedRun, adopted_run_id
 
@@ -113,6 +115,11 @@ def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) 
         ShuffleNetError: see `shufflenet_mlflow.errors`.
     """
     prepare_environment()
+    with ended_with_mlflow_run():
+        return _run(request, reporter, stop)
+
+
+def _run(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummary:
     adopted = adopted_run_id()
     where = request.log_to or _default_place(request.ref, adopted)
     client = connect(request.tracking_uri) if adopted is not None or where != "none" else None
@@ -160,7 +167,10 @@ def _source(client: "MlflowClient", loaded: Loaded, request: EvalRequest, where:
         UnresolvedError: there is none, and the result was to be logged there.
         TrackingError: MLflow did not answer.
     """
-    run = read_run(client, loaded.run_id) if loaded.run_id is not None else None
+    run = None
+    if loaded.run_id is not None:
+        with suppress(UnresolvedError):  # it is in another store
+            run = read_run(client, loaded.run_id)
     if run is None and where == "source":
         raise UnresolvedError(
             f"{loaded.source} belongs to no run in {redact(client.tracking_uri)}; --log-to new makes one for the "

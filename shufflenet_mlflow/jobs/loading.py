@@ -66,9 +66,7 @@ def load_resolved(
 ) -> Loaded:
     """The same for a file that was resolved."""
     payload = read_checkpoint(resolved.path)
-    network = load_network(
-        payload, source_of(resolved.path), asked=asked, input_size=input_size, mean_image=mean_image
-    )
+    network = load_network(payload, source_of(resolved.path), asked=asked, input_size=input_size, mean_image=mean_image)
     own = is_own(payload)
     return Loaded(
         network,

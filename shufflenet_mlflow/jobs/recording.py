@@ -1,6 +1,5 @@
 """An evaluation in MLflow: in the run that the checkpoint belongs to, or in one of its own."""
 
-import json
 import re
 import tempfile
 from collections.abc import Mapping
@@ -8,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.client import mlflow_errors, redact
+from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.data.folder import ImageListing
-from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.export.logged import find_logged_model
 from shufflenet_mlflow.figures import figures_of
 from shufflenet_mlflow.planning import data_name
@@ -76,6 +74,7 @@ class Evaluated:
         return {
             "data": self.data,
             "digest": self.listing.digest,
+            "root": str(self.listing.root),
             "images": len(self.report.outcomes.paths),
             "network": self.network,
             "checkpoint": self.checkpoint,
@@ -188,13 +187,13 @@ def _log_metrics(target: RunTarget, evaluated: Evaluated, section: str, model: "
                 history = target.client.get_metric_history(target.run_id, key)
                 same = [point.timestamp for point in history if (point.step, point.value) == (evaluated.iters, value)]
                 timestamp = same[-1] if same else timestamp
-            of_model = {"dataset_name": evaluated.data, "dataset_digest": evaluated.listing.digest} if model else {}
             metrics.append(
                 Metric(
                     *(key, value, timestamp, evaluated.iters),
                     model_id=model.model_id if model else None,
                     run_id=target.run_id,
-                    **of_model,
+                    dataset_name=evaluated.data if model else None,
+                    dataset_digest=evaluated.listing.digest if model else None,
                 )
             )
         target.client.log_batch(target.run_id, metrics=metrics)
@@ -204,18 +203,3 @@ def _logged_model(client: "MlflowClient", source: "Run", evaluated: Evaluated) -
     """The logged model of the checkpoint, if there is one."""
     record = RunArtifacts(client, source.info.run_id).record_of(evaluated.checkpoint)
     return find_logged_model(client, source, record) if record is not None else None
-
-
-def read_run(client: "MlflowClient", run_id: str) -> "Run | None":
-    """The run; None if this store does not have it.
-
-    Raises:
-        TrackingError: MLflow did not answer.
-    """
-    try:
-        with mlflow_errors(f"read run {run_id} in {redact(client.tracking_uri)}"):
-            return client.get_run(run_id)
-    except TrackingError as error:
-        if error.answered:
-            return None
-        raise

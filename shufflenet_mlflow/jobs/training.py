@@ -33,7 +33,7 @@ from shufflenet_mlflow.jobs.following import NoMetrics, NoStore, QuietReporter
 from shufflenet_mlflow.jobs.opening import ending_on_error, open_run
 from shufflenet_mlflow.jobs.sharing import receive_beginning, share_beginning
 from shufflenet_mlflow.joining import joined
-from shufflenet_mlflow.launcher import Requeue
+from shufflenet_mlflow.launcher import Requeue, ended_with_mlflow_run
 from shufflenet_mlflow.planning import Plan, check_same_data, choose_device, plan
 from shufflenet_mlflow.recipe import make_ema, make_optimizer, make_scheduler
 from shufflenet_mlflow.reporting import Reporter
@@ -99,7 +99,7 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
     stop.grace = check_grace(request.grace)
     another = Requeue(request.requeue, reporter)
     try:
-        with joined(stop) as world:
+        with ended_with_mlflow_run(), joined(stop) as world:
             work, to_tell = (_lead, reporter) if world.is_leader else (_follow, QuietReporter(world.rank))
             try:
                 summary = work(world, request, to_tell, stop)

@@ -44,6 +44,7 @@ from shufflenet_mlflow.resolve.reference import ModelReference, RunReference, is
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,25 @@ def _missing(error: TrackingError) -> bool:
     return error.code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
+def read_run(client: "MlflowClient", run_id: str) -> "Run":
+    """The run.
+
+    Raises:
+        UnresolvedError: there is none such in the store.
+        TrackingError: MLflow did not answer.
+    """
+    with_uri = f"run {run_id} in {redact(client.tracking_uri)}"
+    try:
+        with mlflow_errors(f"read {with_uri}"):
+            return client.get_run(run_id)
+    except TrackingError as error:
+        if not _missing(error):
+            raise
+        raise UnresolvedError(
+            f"there is no {with_uri}; --tracking-uri or MLFLOW_TRACKING_URI names another store"
+        ) from error
+
+
 class RemoteCheckpoints:
     """The checkpoints of one run, fetched into a cache folder."""
 
@@ -74,16 +94,7 @@ class RemoteCheckpoints:
         self.run_id = run_id
         self.folder = cache_dir / "runs" / run_id
         self.artifacts = RunArtifacts(client, run_id)
-        with_uri = f"run {run_id} in {redact(client.tracking_uri)}"
-        try:
-            with mlflow_errors(f"read {with_uri}"):
-                run = client.get_run(run_id)
-        except TrackingError as error:
-            if not _missing(error):
-                raise
-            raise UnresolvedError(
-                f"there is no {with_uri}; --tracking-uri or MLFLOW_TRACKING_URI names another store"
-            ) from error
+        run = read_run(client, run_id)
         self.name = run.info.run_name
         self.tags: dict[str, str] = run.data.tags
 

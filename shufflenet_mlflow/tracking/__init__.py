@@ -16,6 +16,7 @@ from shufflenet_mlflow.tracking.run import (
     reopen_run,
     require_not_beyond,
     run_to_adopt,
+    wanted_experiment,
 )
 from shufflenet_mlflow.tracking.save import save_checkpoint
 from shufflenet_mlflow.tracking.session import TrackingSession
@@ -44,4 +45,5 @@ __all__ = [
     "require_not_beyond",
     "run_to_adopt",
     "save_checkpoint",
+    "wanted_experiment",
 ]

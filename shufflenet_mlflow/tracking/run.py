@@ -78,14 +78,36 @@ def get_experiment_id(client: "MlflowClient", name: str) -> str:
     return str(experiment.experiment_id)
 
 
+def _wanted(experiment: str | None) -> tuple[str, str | None]:
+    """Name and, if that is what names it, ID of the experiment that is asked for, or that the environment names."""
+    experiment_id = None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID")
+    return experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT, experiment_id
+
+
+def wanted_experiment(client: "MlflowClient", experiment: str | None) -> tuple[str, str | None]:
+    """Name and ID of the experiment; no ID if there is none such.
+
+    Args:
+        experiment: by default `MLFLOW_EXPERIMENT_ID` or `MLFLOW_EXPERIMENT_NAME`, or else `DEFAULT_EXPERIMENT`.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    name, experiment_id = _wanted(experiment)
+    if experiment_id is not None:
+        return f"with the ID {experiment_id}", experiment_id
+    with mlflow_errors(f"look for the experiment {name!r} in {redact(client.tracking_uri)}"):
+        found = client.get_experiment_by_name(name)
+    return name, None if found is None else str(found.experiment_id)
+
+
 def new_run(*, experiment: str | None, name: str, tags: Mapping[str, str]) -> Create:
     """What is needed to make a run, now or later.
 
     Args:
-        experiment: by default `MLFLOW_EXPERIMENT_ID` or `MLFLOW_EXPERIMENT_NAME`, or else `DEFAULT_EXPERIMENT`.
+        experiment: as for `wanted_experiment`.
     """
-    experiment_id = None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID")
-    experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
+    experiment, experiment_id = _wanted(experiment)
     return Create(experiment, experiment_id, name, {**provenance_tags(), **tags}, now_ms())
 
 
@@ -130,14 +152,10 @@ def find_job(client: "MlflowClient", job: str, experiment: str | None) -> KnownR
     Raises:
         TrackingError: the store does not answer.
     """
-    wanted = new_run(experiment=experiment, name="", tags={})
+    _, experiment_id = wanted_experiment(client, experiment)
+    if experiment_id is None:
+        return None
     with mlflow_errors(f"look for the job {job!r} in {redact(client.tracking_uri)}"):
-        experiment_id = wanted.experiment_id
-        if experiment_id is None:
-            found = client.get_experiment_by_name(wanted.experiment or DEFAULT_EXPERIMENT)
-            if found is None:
-                return None
-            experiment_id = str(found.experiment_id)
         runs = client.search_runs(
             [experiment_id], f"tags.`{JOB_TAG}` = '{job}'", max_results=1, order_by=["attributes.start_time DESC"]
         )

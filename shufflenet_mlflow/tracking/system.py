@@ -3,6 +3,7 @@
 MLflow's thread for that talks to the server itself, and would lose its points while the server is away.
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -90,9 +91,8 @@ def _monitors() -> list[Any]:
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
     except ImportError:
         return []
-    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    try:
-        monitors.append(GPUMonitor())
-    except (ImportError, RuntimeError):  # no NVIDIA GPU, or no package that reads it
-        pass
+    kinds: list[Any] = [CPUMonitor, DiskMonitor, NetworkMonitor]
+    monitors = [kind() for kind in kinds]
+    with contextlib.suppress(ImportError, RuntimeError):  # no NVIDIA GPU, or no package that reads it
+        monitors.append(GPUMonitor())  # type: ignore[no-untyped-call]
     return monitors

@@ -1,0 +1,83 @@
+"""`shufflenet compare`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import debug_option, json_option, option, tracking_uri_option
+
+if TYPE_CHECKING:
+    from shufflenet_mlflow.compare import Comparison, PairedTest
+
+SHOWN_CHANGES = 5
+
+
+@click.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@option("--out", type=click.Path(path_type=Path), help="Folder for compare.html and the curves as PNG.")
+@tracking_uri_option
+@json_option
+@debug_option
+def compare(runs: tuple[str, ...], out: Path | None, tracking_uri: str | None, as_json: bool) -> None:
+    """Compare two RUNs or more: options that differ, results with the best marked, curves.
+
+    Where the first run and another have been evaluated on the same images, it says which images changed sides and
+    whether the difference is more than chance (McNemar's exact test).
+
+    \b
+    Examples:
+      shufflenet compare 0123456789abcdef0123456789abcdef 89abcdef0123456789abcdef01234567
+      shufflenet compare $A $B $C --out comparison
+    """
+    from shufflenet_mlflow.jobs.comparing import run_comparison
+
+    from .console import ConsoleReporter, print_json
+
+    ConsoleReporter()
+    summary = run_comparison(runs, out=out, tracking_uri=tracking_uri)
+    if as_json:
+        print_json({**summary.comparison.to_dict(), "written": [str(path) for path in summary.written]})
+        return
+    _show(summary.comparison)
+    for path in summary.written:
+        click.echo(f"written  {path}")
+
+
+def _show(comparison: "Comparison") -> None:
+    from .console import cell, print_table
+
+    print_table(("run", "name", "status"), [(run.short_id, run.name, run.status) for run in comparison.runs])
+    ids = [run.short_id for run in comparison.runs]
+    if comparison.differing:
+        click.echo()
+        print_table(("differing", *ids), [(name, *map(cell, values)) for name, values in comparison.differing.items()])
+    if comparison.results:
+        click.echo()
+        rows = [
+            (
+                row.metric,
+                *(f"{cell(value)}{' *' if place in row.best else '  '}" for place, value in enumerate(row.values)),
+            )
+            for row in comparison.results
+        ]
+        print_table(("last value", *ids), rows)
+        click.echo("* best")
+    for test in comparison.tests:
+        click.echo()
+        _show_test(test)
+
+
+def _show_test(test: "PairedTest") -> None:
+    first, second = test.first, test.second
+    click.echo(
+        f"{first.data}, the same {test.images} images: {first.run_id[:8]} {first.top1:.4f}, "
+        f"{second.run_id[:8]} {second.top1:.4f}"
+    )
+    for run_id, changes in ((first.run_id, test.only_first), (second.run_id, test.only_second)):
+        click.echo(f"  {len(changes)} images only {run_id[:8]} gets right")
+        for change in changes[:SHOWN_CHANGES]:
+            click.echo(f"    {change.path}: {change.label}, taken for {change.first} / {change.second}")
+        if len(changes) > SHOWN_CHANGES:
+            click.echo(f"    and {len(changes) - SHOWN_CHANGES} more; --json lists all")
+    click.echo(f"  {test.verdict}")

@@ -1,0 +1,118 @@
+"""`shufflenet runs`."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import debug_option, json_option, option, tracking_uri_option
+
+if TYPE_CHECKING:
+    from shufflenet_mlflow.jobs.runs import RunDetails
+
+LIMIT = 50
+
+
+@click.group(invoke_without_command=True)
+@option("--experiment", metavar="NAME", help="MLflow experiment.  [default: shufflenet]")
+@option("--filter", "filter_string", metavar="EXPR", help="As MLflow's search takes it.")
+@option("--sort", metavar="COLUMN", help="Highest first.  [default: started]")
+@click.option("--ascending", is_flag=True, help="Lowest first.")
+@option("--columns", metavar="LIST", help="Such as name,lr,best/val_top1,tags.job.  [default: what matters most]")
+@option("--limit", type=click.IntRange(1, 50_000), help=f"Most rows.  [default: {LIMIT}]")
+@tracking_uri_option
+@json_option
+@debug_option
+@click.pass_context
+def runs(ctx: click.Context, /, as_json: bool, ascending: bool, **values: Any) -> None:
+    """List runs, or show one of them.
+
+    Columns are run_id, name, status, started and minutes, every metric, every option of training, and tags.NAME.
+
+    \b
+    Examples:
+      shufflenet runs --sort best/val_top1
+      shufflenet runs --filter "metrics.`val/top1` > 0.9 and params.model = 'shufflenet_oneshot'"
+      shufflenet runs --columns run_id,lr,batch_size,best/val_top1,best/iters --json
+      shufflenet runs show 0123456789abcdef0123456789abcdef
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from shufflenet_mlflow.jobs.runs import DEFAULT_COLUMNS, list_runs
+
+    from .console import ConsoleReporter, cell, print_json, print_table
+
+    ConsoleReporter()
+    columns, filter_string = values["columns"], values["filter_string"] or ""
+    table = list_runs(
+        experiment=values["experiment"],
+        filter_string=filter_string,
+        sort=values["sort"] or "started",
+        ascending=ascending,
+        columns=columns.split(",") if columns else DEFAULT_COLUMNS,
+        limit=values["limit"] or LIMIT,
+        tracking_uri=values["tracking_uri"],
+    )
+    if as_json:
+        print_json(table.to_dicts())
+        return
+    if not table.runs:
+        click.echo(f"experiment {table.experiment}: no runs" + (" that fit" if filter_string else ""))
+        return
+    print_table([column.title for column in table.columns], [[cell(value) for value in row] for row in table.rows()])
+    if table.has_more:
+        click.echo(f"the first {len(table.runs)}; --limit shows more", err=True)
+
+
+@runs.command()
+@click.argument("run", metavar="RUN")
+@tracking_uri_option
+@json_option
+@debug_option
+def show(run: str, tracking_uri: str | None, as_json: bool) -> None:
+    """Show the run RUN in full: data, code, versions, hardware, results, and the command that makes it again."""
+    from shufflenet_mlflow.jobs.runs import show_run
+
+    from .console import ConsoleReporter, print_json
+
+    ConsoleReporter()
+    details = show_run(run, tracking_uri=tracking_uri)
+    if as_json:
+        print_json(details.to_dict())
+        return
+    click.echo("\n".join(_lines(details)))
+
+
+def _lines(details: "RunDetails") -> list[str]:
+    document = details.to_dict()
+    lines = [
+        f"run ID      {document['run_id']}",
+        f"name        {document['name']}",
+        f"experiment  {document['experiment']}",
+        f"status      {document['status']}  (from {document['started']} to {document['ended'] or 'now'})",
+    ]
+    if document["command"]:
+        lines.append(f"command     {document['command']}")
+    if document["commit"]:
+        lines.append(f"commit      {document['commit']}" + ("  (with changes)" if document["dirty"] else ""))
+    for title in ("versions", "hardware"):
+        if document[title]:
+            lines.append(f"{title:<10}  " + ", ".join(f"{name} {value}" for name, value in document[title].items()))
+    for data in document["data"]:
+        lines.append(
+            f"{data['context']:<10}  {data['name']}, {data.get('images')} images of {data.get('classes')} classes "
+            f"in {data['source']}  (digest {data['digest'][:12]})"
+        )
+    for title in ("latest", "best"):
+        record = document[title]
+        if record is not None:
+            lines.append(f"{title:<10}  {record['path']}  sha256 {record['sha256'][:12]}")
+    for model in document["models"]:
+        lines.append(f"model       models:/{model['model_id']}  ({model['name']})")
+    metrics = {name: value for name, value in document["metrics"].items() if not name.startswith("system/")}
+    if metrics:
+        lines += ["", "last values"]
+        width = max(map(len, metrics))
+        lines += [f"  {name:<{width}}  {value:.6g}" for name, value in sorted(metrics.items())]
+    if again := details.reproduce_lines():
+        lines += ["", "to make it again", *(f"  {line}" for line in again)]
+    return lines

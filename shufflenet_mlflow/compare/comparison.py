@@ -1,0 +1,233 @@
+"""What several runs have, put side by side."""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shufflenet_mlflow.client import mlflow_errors
+from shufflenet_mlflow.compare.paired import Evaluation, PairedTest, paired_test, read_outcomes
+from shufflenet_mlflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+HIGHER, LOWER = "higher", "lower"
+
+_BETTER = {
+    **dict.fromkeys(("top1", "top5", "val_top1", "mean_class_accuracy", "images_per_second"), HIGHER),
+    **dict.fromkeys(("loss", "calibration_error"), LOWER),
+}
+"""The last part of a metric's name -> which values are better."""
+
+_LEFT_OUT = ("system/", "train/lr", "epoch")
+"""Metrics that say nothing about which run is better."""
+
+CURVES = ("train/loss", "val/loss", "train/top1", "val/top1")
+
+_POINTS = 2000
+"""A curve is drawn with so many points; of more, evenly spread ones are taken."""
+
+
+@dataclass(frozen=True)
+class RunColumn:
+    """One of the runs."""
+
+    run_id: str
+    name: str
+    status: str
+    started: int
+    """Milliseconds since the epoch."""
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+    @property
+    def short_id(self) -> str:
+        """Enough of its ID to tell it from the others."""
+        return self.run_id[:8]
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """A metric of all runs; None where a run has none."""
+
+    metric: str
+    values: tuple[float | None, ...]
+    best: tuple[int, ...]
+    """Which runs have the best value; empty where there is no better and worse, or all are equal."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric of one run over the course of training."""
+
+    metric: str
+    run: int
+    iterations: tuple[int, ...]
+    images: tuple[int, ...] | None
+    """Images seen; None where the run does not say how large its batches are."""
+    minutes: tuple[float, ...]
+    """Since the run began; pauses count."""
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side."""
+
+    runs: tuple[RunColumn, ...]
+    differing: Mapping[str, tuple[str | None, ...]]
+    """Parameter -> its value in each run, where they differ."""
+    results: tuple[ResultRow, ...]
+    curves: tuple[Curve, ...]
+    tests: tuple[PairedTest, ...]
+    """The evaluations of the first run against those of the others, on the same images."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `compare --json`."""
+        return {
+            "runs": [{"run_id": run.run_id, "name": run.name, "status": run.status} for run in self.runs],
+            "differing_params": {name: list(values) for name, values in self.differing.items()},
+            "results": [
+                {"metric": row.metric, "values": list(row.values), "best": [self.runs[i].run_id for i in row.best]}
+                for row in self.results
+            ],
+            "paired_tests": [test.to_dict() for test in self.tests],
+        }
+
+
+def compare_runs(client: "MlflowClient", runs: "Sequence[Run]", *, curves: bool = True) -> Comparison:
+    """Put runs side by side.
+
+    Args:
+        curves: read the course of their metrics too.
+
+    Raises:
+        ConfigError: there are fewer than two, or one twice.
+        TrackingError: MLflow did not answer.
+    """
+    ids = [run.info.run_id for run in runs]
+    if len(ids) < 2:
+        raise ConfigError("comparing takes two runs or more; `shufflenet runs` lists them")
+    if repeated := sorted({run_id for run_id in ids if ids.count(run_id) > 1}):
+        raise ConfigError(f"run {repeated[0]} is given twice; name another one to compare it with")
+    columns = tuple(
+        RunColumn(
+            run.info.run_id,
+            run.info.run_name,
+            run.info.status,
+            run.info.start_time,
+            _resolved(run.data.params),
+            dict(run.data.metrics),
+        )
+        for run in runs
+    )
+    names = sorted({name for run in columns for name in run.params})
+    values = {name: tuple(run.params.get(name) for run in columns) for name in names}
+    evaluations = [list(_evaluations(client, run)) for run in runs]
+    return Comparison(
+        runs=columns,
+        differing={name: found for name, found in values.items() if len(set(found)) > 1},
+        results=_results(columns),
+        curves=tuple(_curves(client, columns)) if curves else (),
+        tests=tuple(_tests(client, evaluations)),
+    )
+
+
+def _resolved(params: Mapping[str, str]) -> dict[str, str]:
+    """The values in force: `mlflow run` logs its own spelling, with what it amounts to beside."""
+    plain = {name: value for name, value in params.items() if not name.startswith("resolved/")}
+    in_force = {name.removeprefix("resolved/"): value for name, value in params.items() if name not in plain}
+    return {name: value for name, value in {**plain, **in_force}.items() if value not in ("", "''")}
+
+
+def _results(runs: Sequence[RunColumn]) -> tuple[ResultRow, ...]:
+    names = sorted({name for run in runs for name in run.metrics if not name.startswith(_LEFT_OUT)})
+    return tuple(_result(name, tuple(run.metrics.get(name) for run in runs)) for name in names)
+
+
+def _result(name: str, values: tuple[float | None, ...]) -> ResultRow:
+    better = _BETTER.get(name.rpartition("/")[2])
+    known = {value for value in values if value is not None and math.isfinite(value)}
+    best: tuple[int, ...] = ()
+    if better is not None and len(known) > 1:
+        winner = max(known) if better == HIGHER else min(known)
+        best = tuple(place for place, value in enumerate(values) if value == winner)
+    return ResultRow(name, values, best)
+
+
+def _curves(client: "MlflowClient", runs: Sequence[RunColumn]) -> Iterator[Curve]:
+    for metric in CURVES:
+        for place, run in enumerate(runs):
+            if metric not in run.metrics:
+                continue
+            with mlflow_errors(f"read {metric} of run {run.run_id}"):
+                history = client.get_metric_history(run.run_id, metric)
+            points = sorted(history, key=lambda point: point.step)
+            points = points[:: -(-len(points) // _POINTS)] if len(points) > _POINTS else points
+            if len(points) < 2:
+                continue
+            steps = tuple(point.step for point in points)
+            batch = run.params.get("batch_size", "")
+            yield Curve(
+                metric,
+                place,
+                steps,
+                tuple(step * int(batch) for step in steps) if batch.isdecimal() else None,
+                tuple((point.timestamp - run.started) / 60_000 for point in points),
+                tuple(point.value for point in points),
+            )
+
+
+def _evaluations(client: "MlflowClient", run: "Run") -> Iterator[Evaluation]:
+    """The evaluations among a run's artifacts: of each set of images the one of the latest checkpoint."""
+    run_id = run.info.run_id
+    newest: dict[str, Evaluation] = {}
+    with mlflow_errors(f"list the evaluations of run {run_id}"):
+        folders = [
+            folder.path
+            for data in client.list_artifacts(run_id, "evaluation")
+            if data.is_dir
+            for folder in client.list_artifacts(run_id, data.path)
+            if folder.is_dir
+        ]
+    for folder in folders:
+        try:
+            summary = json.loads(_read(client, run_id, f"{folder}/summary.json"))
+            found = Evaluation(
+                run_id,
+                summary["data"],
+                summary["digest"],
+                summary.get("root"),
+                summary["checkpoint"],
+                int(summary["iters"]),
+                float(summary["metrics"]["top1"]),
+                folder,
+            )
+        except (ValueError, KeyError, TypeError):  # cut short, or from a later version
+            continue
+        if found.digest not in newest or newest[found.digest].iters <= found.iters:
+            newest[found.digest] = found
+    yield from newest.values()
+
+
+def _tests(client: "MlflowClient", evaluations: Sequence[Sequence[Evaluation]]) -> Iterator[PairedTest]:
+    for first in evaluations[0]:
+        for others in evaluations[1:]:
+            for second in others:
+                if second.digest == first.digest:
+                    pair = [
+                        read_outcomes(_read(client, one.run_id, f"{one.folder}/predictions.csv"))
+                        for one in (first, second)
+                    ]
+                    yield paired_test(first, second, pair)
+
+
+def _read(client: "MlflowClient", run_id: str, artifact: str) -> str:
+    """A small artifact's text."""
+    with mlflow_errors(f"read {artifact} of run {run_id}"), tempfile.TemporaryDirectory() as scratch:
+        return Path(client.download_artifacts(run_id, artifact, scratch)).read_text("utf-8")

@@ -1,0 +1,96 @@
+"""A comparison as files: one HTML page that needs no other file, and the curves as PNG."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from shufflenet_mlflow.classifier import UnreadableImageError, decode
+from shufflenet_mlflow.compare.comparison import Comparison
+from shufflenet_mlflow.compare.curves import AXES, curves_figure
+from shufflenet_mlflow.compare.paired import Change, PairedTest
+from shufflenet_mlflow.errors import ExportError
+
+PAGE, DOCUMENT = "compare.html", "compare.json"
+
+_MOST_CHANGES = 60
+"""Images shown on the page for each side of a test."""
+
+_THUMBNAIL = 96
+
+
+def write_page(comparison: Comparison, directory: Path) -> list[Path]:
+    """Write `compare.html`, `compare.json` and a PNG for each of `AXES` that there are curves over.
+
+    Raises:
+        ExportError: the folder cannot be written.
+    """
+    written: list[Path] = []
+    drawings: list[tuple[str, Markup]] = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, (label, _) in AXES.items():
+            figure = curves_figure(comparison, name)
+            if figure is None:
+                continue
+            written.append(directory / f"curves-{name}.png")
+            figure.savefig(written[-1])
+            drawing = io.StringIO()
+            figure.savefig(drawing, format="svg")
+            drawings.append((label, Markup(drawing.getvalue().partition("<svg")[2].join(("<svg", "")))))  # noqa: S704
+        environment = Environment(
+            loader=PackageLoader("shufflenet_mlflow.compare", "."),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        page = environment.get_template("compare.html.j2").render(
+            comparison=comparison,
+            drawings=drawings,
+            tests=[_shown(test) for test in comparison.tests],
+        )
+        for name, text in ((PAGE, page), (DOCUMENT, json.dumps(comparison.to_dict(), indent=2))):
+            written.append(directory / name)
+            written[-1].write_text(text, "utf-8")
+    except OSError as error:
+        raise ExportError(
+            f"cannot write to {str(directory)!r}: {error.strerror}; --out names another folder"
+        ) from error
+    return written
+
+
+def _shown(test: PairedTest) -> dict[str, Any]:
+    sides = (
+        ("only the first is right", test.only_first),
+        ("only the second is right", test.only_second),
+    )
+    return {
+        "test": test,
+        "sides": [
+            {
+                "title": title,
+                "count": len(changes),
+                "changes": [(change, _thumbnail(test, change)) for change in changes[:_MOST_CHANGES]],
+            }
+            for title, changes in sides
+        ],
+    }
+
+
+def _thumbnail(test: PairedTest, change: Change) -> str | None:
+    """The image as a data URI; None if it is not on this machine."""
+    if test.first.root is None:
+        return None
+    try:
+        image = decode(str(Path(test.first.root) / change.path))
+    except UnreadableImageError:
+        return None
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -1,0 +1,118 @@
+"""Two evaluations on the same images: which images changed sides, and whether the difference is more than chance."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.stats import binomtest
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One line of `predictions.csv`."""
+
+    path: str
+    label: str
+    predicted: str
+    probability: float
+
+    @property
+    def correct(self) -> bool:
+        """Whether the predicted class is the true one."""
+        return self.label == self.predicted
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation that a run has among its artifacts."""
+
+    run_id: str
+    data: str
+    digest: str
+    root: str | None
+    """The folder that the images were in."""
+    checkpoint: str
+    iters: int
+    top1: float
+    folder: str
+    """Artifact path of its folder."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """An image that one of two evaluations gets right and the other wrong."""
+
+    path: str
+    label: str
+    first: str
+    """What the first evaluation takes it for."""
+    second: str
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """McNemar's exact test (McNemar, 1947) of two evaluations on the same images."""
+
+    first: Evaluation
+    second: Evaluation
+    images: int
+    only_first: tuple[Change, ...]
+    """Images that only the first gets right."""
+    only_second: tuple[Change, ...]
+
+    @property
+    def p_value(self) -> float:
+        """How probable so uneven a split of the changed images is if both are equally good; two-sided."""
+        changed = len(self.only_first) + len(self.only_second)
+        return 1.0 if not changed else float(binomtest(len(self.only_first), changed, 0.5).pvalue)
+
+    @property
+    def verdict(self) -> str:
+        """The result in words."""
+        difference = self.second.top1 - self.first.top1
+        if self.p_value >= SIGNIFICANT:
+            return f"the difference of {difference:+.4f} in accuracy may be chance (p = {self.p_value:.3g})"
+        better = "second" if difference > 0 else "first"
+        return f"the {better} is better by {abs(difference):.4f} in accuracy (p = {self.p_value:.3g})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry of `compare --json`."""
+        return {
+            "data": self.first.data,
+            "digest": self.first.digest,
+            "images": self.images,
+            "first": self.first.run_id,
+            "second": self.second.run_id,
+            "first_checkpoint": self.first.checkpoint,
+            "second_checkpoint": self.second.checkpoint,
+            "first_top1": self.first.top1,
+            "second_top1": self.second.top1,
+            "only_first_right": [vars(change) for change in self.only_first],
+            "only_second_right": [vars(change) for change in self.only_second],
+            "p_value": self.p_value,
+            "test": "McNemar, exact, two-sided",
+        }
+
+
+def read_outcomes(text: str) -> dict[str, Outcome]:
+    """The lines of `predictions.csv` by path."""
+    rows = csv.DictReader(io.StringIO(text))
+    return {
+        row["path"]: Outcome(row["path"], row["label"], row["predicted"], float(row["probability"])) for row in rows
+    }
+
+
+def paired_test(first: Evaluation, second: Evaluation, outcomes: Sequence[dict[str, Outcome]]) -> PairedTest:
+    """Compare two evaluations image by image; those that only one of them could read are left out."""
+    left, right = outcomes
+    common = [path for path in left if path in right]
+    changes: tuple[list[Change], list[Change]] = ([], [])
+    for path in common:
+        before, after = left[path], right[path]
+        if before.correct != after.correct:
+            changes[before.correct is False].append(Change(path, before.label, before.predicted, after.predicted))
+    return PairedTest(first, second, len(common), tuple(changes[0]), tuple(changes[1]))

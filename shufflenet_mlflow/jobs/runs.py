@@ -1,0 +1,290 @@
+"""Looking at runs: a table of them, and one in full with the command that makes it again."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from shufflenet_mlflow.checkpoint import BEST_TAG, LATEST_TAG, CheckpointRecord
+from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment, redact
+from shufflenet_mlflow.config import FIELDS, command_of
+from shufflenet_mlflow.errors import ConfigError, UnresolvedError
+from shufflenet_mlflow.resolve import RunReference, parse_reference
+from shufflenet_mlflow.resolve.remote import read_run
+from shufflenet_mlflow.tracking import CONFIG_TAG, wanted_experiment
+from shufflenet_mlflow.tracking.messages import record_in
+from shufflenet_mlflow.tracking.note import NOTE_TAG
+from shufflenet_mlflow.tracking.provenance import COMMAND_TAG, COMMIT_TAG, DIRTY_TAG
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from shufflenet_mlflow.client import MlflowClient
+
+DEFAULT_COLUMNS = ("run_id", "name", "status", "started", "minutes", "model", "val/top1", "best/val_top1")
+
+_ATTRIBUTES = {"run_id": "run_id", "name": "run_name", "status": "status", "started": "start_time"}
+"""Column -> MLflow's name for it, by which it sorts."""
+
+_COMPUTED = ("minutes",)
+_KINDS = ("metrics", "params", "tags")
+_PARAMS = {*FIELDS, "epochs"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """What to show of each run."""
+
+    title: str
+    kind: str
+    """`attribute`, `metrics`, `params` or `tags`."""
+    key: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Column":
+        """A column by name: an attribute, a metric, an option of training, or `metrics.`, `params.`, `tags.` and more.
+
+        Raises:
+            ConfigError: it is empty.
+        """
+        name = text.strip()
+        if not name:
+            raise ConfigError("--columns and --sort take names such as started, best/val_top1, lr or tags.job")
+        kind, dot, key = name.partition(".")
+        if dot and kind in _KINDS:
+            return cls(name, kind, key)
+        if name in _ATTRIBUTES or name in _COMPUTED:
+            return cls(name, "attribute", name)
+        return cls(name, "params" if name in _PARAMS else "metrics", name)
+
+    def of(self, run: "Run") -> Any:
+        """Its value; None where the run has none."""
+        if self.kind != "attribute":
+            return getattr(run.data, self.kind).get(self.key)
+        info = run.info
+        if self.key == "minutes":
+            end = info.end_time or (_now_ms() if info.status == "RUNNING" else None)
+            return None if end is None else round((end - info.start_time) / 60_000, 1)
+        if self.key == "started":
+            return _time(info.start_time)
+        return {"run_id": info.run_id, "name": info.run_name, "status": info.status}[self.key]
+
+    def order(self, *, ascending: bool) -> str:
+        """As MLflow's search takes it.
+
+        Raises:
+            ConfigError: MLflow does not sort by it.
+        """
+        if self.key in _COMPUTED and self.kind == "attribute":
+            raise ConfigError(f"--sort {self.title} is not possible; sort by started, a metric or an option")
+        name = f"attributes.{_ATTRIBUTES[self.key]}" if self.kind == "attribute" else f"{self.kind}.`{self.key}`"
+        return f"{name} {'ASC' if ascending else 'DESC'}"
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """Runs of an experiment, a row each."""
+
+    experiment: str
+    columns: tuple[Column, ...]
+    runs: tuple["Run", ...]
+    has_more: bool
+
+    def rows(self) -> list[list[Any]]:
+        """A value per column, None where a run has none."""
+        return [[column.of(run) for column in self.columns] for run in self.runs]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The document of `runs --json`: the columns, and all metrics and parameters."""
+        return [
+            {
+                **{column.title: value for column, value in zip(self.columns, row, strict=True)},
+                "run_id": run.info.run_id,
+                "metrics": dict(run.data.metrics),
+                "params": dict(run.data.params),
+            }
+            for run, row in zip(self.runs, self.rows(), strict=True)
+        ]
+
+
+def list_runs(
+    *,
+    experiment: str | None,
+    filter_string: str,
+    sort: str,
+    ascending: bool,
+    columns: Sequence[str],
+    limit: int,
+    tracking_uri: str | None,
+) -> RunTable:
+    """The runs of an experiment.
+
+    Args:
+        experiment: by default that of training.
+        filter_string: as MLflow's search takes it, such as "metrics.`val/top1` > 0.9 and params.model = 'detnas'".
+        sort: a column; the highest first, unless `ascending`.
+
+    Raises:
+        ConfigError: a column or the filter is not understood.
+        UnresolvedError: there is no such experiment.
+        TrackingError: MLflow did not answer.
+    """
+    prepare_environment()
+    client = connect(tracking_uri)
+    parsed = tuple(Column.parse(name) for name in columns)
+    order = Column.parse(sort).order(ascending=ascending)
+    name, experiment_id = wanted_experiment(client, experiment)
+    if experiment_id is None:
+        with mlflow_errors("list the experiments"):
+            known = ", ".join(found.name for found in client.search_experiments(max_results=8))
+        raise UnresolvedError(f"there is no experiment {name!r} in {redact(client.tracking_uri)}; there is: {known}")
+    with mlflow_errors(f"search the runs of {name!r}" + (f" for {filter_string!r}" if filter_string else "")):
+        found = client.search_runs([experiment_id], filter_string, max_results=limit, order_by=[order])
+    return RunTable(name, parsed, tuple(found), bool(found.token))
+
+
+@dataclass(frozen=True)
+class RunDetails:
+    """One run in full."""
+
+    run: "Run"
+    experiment: str
+    latest: CheckpointRecord | None
+    best: CheckpointRecord | None
+    models: tuple[tuple[str, str], ...]
+    """IDs and names of its logged models."""
+    reproduce: tuple[str, ...] | None
+    """The words of the command that makes it again; None if it was not a training run."""
+
+    @property
+    def commit(self) -> str | None:
+        """Of the code that it was made with."""
+        return self.run.data.tags.get(COMMIT_TAG)
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether the code differed from the commit."""
+        return self.run.data.tags.get(DIRTY_TAG) == "true"
+
+    def reproduce_lines(self) -> list[str]:
+        """Shell commands, and remarks on what they cannot bring back."""
+        tags, lines = self.run.data.tags, []
+        if self.commit is not None:
+            lines.append(f"git checkout {self.commit}" + ("   # and changes that were not committed" * self.is_dirty))
+        versions = {name.partition(".")[2]: value for name, value in tags.items() if name.startswith("version.")}
+        pins = [f"{name}=={versions[name].partition('+')[0]}" for name in _PINNED if name in versions]
+        if pins:
+            lines.append(f"pip install {' '.join(pins)}")
+        if self.reproduce is not None:
+            lines.append(shlex.join(("shufflenet", "train", *self.reproduce)))
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `runs show --json`."""
+        info, data = self.run.info, self.run.data
+        return {
+            "run_id": info.run_id,
+            "name": info.run_name,
+            "experiment": self.experiment,
+            "status": info.status,
+            "started": _time(info.start_time),
+            "ended": _time(info.end_time),
+            "command": data.tags.get(COMMAND_TAG),
+            "commit": self.commit,
+            "dirty": self.is_dirty,
+            "versions": _with_prefix(data.tags, "version."),
+            "hardware": _with_prefix(data.tags, "hardware."),
+            "data": self.data(),
+            "params": dict(data.params),
+            "metrics": dict(data.metrics),
+            "latest": None if self.latest is None else json.loads(self.latest.to_json()),
+            "best": None if self.best is None else json.loads(self.best.to_json()),
+            "models": [{"model_id": model_id, "name": name} for model_id, name in self.models],
+            "reproduce": None if self.reproduce is None else ["shufflenet", "train", *self.reproduce],
+        }
+
+    def data(self) -> list[dict[str, Any]]:
+        """The sets of images: name, digest, context, folder, number of images."""
+        inputs = self.run.inputs.dataset_inputs if self.run.inputs is not None else []
+        return [
+            {
+                "context": next((tag.value for tag in entry.tags if tag.key == "mlflow.data.context"), ""),
+                "name": entry.dataset.name,
+                "digest": entry.dataset.digest,
+                "source": _json(entry.dataset.source).get("uri"),
+                **_json(entry.dataset.profile),
+            }
+            for entry in inputs
+        ]
+
+    @property
+    def note(self) -> str:
+        """Its description."""
+        return str(self.run.data.tags.get(NOTE_TAG, ""))
+
+
+_PINNED = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow")
+
+
+def show_run(ref: str, *, tracking_uri: str | None) -> RunDetails:
+    """One run in full.
+
+    Raises:
+        UnresolvedError: `ref` is no run ID, or there is no such run.
+        TrackingError: MLflow did not answer.
+    """
+    prepare_environment()
+    client = connect(tracking_uri)
+    run = find_run(client, ref)
+    tags, run_id = run.data.tags, run.info.run_id
+    with mlflow_errors(f"read the models of run {run_id}"):
+        experiment = client.get_experiment(run.info.experiment_id).name
+        models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
+    config = _json(tags.get(CONFIG_TAG))
+    return RunDetails(
+        run,
+        experiment,
+        record_in(tags, LATEST_TAG),
+        record_in(tags, BEST_TAG),
+        tuple((str(model.model_id), str(model.name)) for model in models),
+        tuple(command_of(config)) if config else None,
+    )
+
+
+def find_run(client: "MlflowClient", ref: str) -> "Run":
+    """The run that `ref` names: its ID, or `runs:/ID`.
+
+    Raises:
+        UnresolvedError: it names none, or there is none such.
+        TrackingError: MLflow did not answer.
+    """
+    reference = parse_reference(ref)
+    if not isinstance(reference, RunReference):
+        raise UnresolvedError(f"{ref!r} is not a run ID; `shufflenet runs` lists them")
+    return read_run(client, reference.run_id)
+
+
+def _with_prefix(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {name.removeprefix(prefix): value for name, value in tags.items() if name.startswith(prefix)}
+
+
+def _json(text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _time(milliseconds: int | None) -> str | None:
+    """Local time to the second."""
+    if milliseconds is None:
+        return None
+    moment = datetime.fromtimestamp(milliseconds / 1000, tz=timezone.utc)
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _now_ms() -> int:
+    return int(datetime.now(tz=timezone.utc).timestamp() * 1000)
