@@ -11,7 +11,7 @@ from shufflenet_mlflow.checkpoint import BEST_TAG, LATEST_TAG, CheckpointRecord
 from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment, redact
 from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
-from shufflenet_mlflow.resolve import RunReference, parse_reference
+from shufflenet_mlflow.resolve.reference import is_run_id
 from shufflenet_mlflow.resolve.remote import read_run
 from shufflenet_mlflow.tracking import CONFIG_TAG, wanted_experiment
 from shufflenet_mlflow.tracking.messages import record_in
@@ -260,10 +260,10 @@ def find_run(client: "MlflowClient", ref: str) -> "Run":
         UnresolvedError: it names none, or there is none such.
         TrackingError: MLflow did not answer.
     """
-    reference = parse_reference(ref)
-    if not isinstance(reference, RunReference):
+    run_id = ref.removeprefix("runs:/").rstrip("/")
+    if not is_run_id(run_id):
         raise UnresolvedError(f"{ref!r} is not a run ID; `shufflenet runs` lists them")
-    return read_run(client, reference.run_id)
+    return read_run(client, run_id)
 
 
 def _with_prefix(tags: Mapping[str, str], prefix: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
+
+_READERS = 8
+"""Threads that fetch records: each takes little more than the way to the store and back."""
 
 DELETING_TAG = "checkpoint.deleting"
 """Names of checkpoints that are being deleted, as a JSON list: from now on nobody resolves them."""
@@ -72,9 +76,13 @@ class RunArtifacts:
     def records(self) -> list[CheckpointRecord]:
         """The records of the checkpoints that are there, newest first; each is read once."""
         names = newest_first(self.sizes())
-        for name in names:
-            if name not in self._records and (record := self.record_of(name)) is not None:
-                self._records[name] = record
+        unread = [name for name in names if name not in self._records]
+        if unread:
+            self._artifact_repository()  # made once, before several threads ask for it
+            with ThreadPoolExecutor(_READERS) as readers:
+                for name, record in zip(unread, readers.map(self.record_of, unread), strict=True):
+                    if record is not None:
+                        self._records[name] = record
         return [self._records[name] for name in names if name in self._records]
 
     def lonely_records(self) -> list[str]:
@@ -84,9 +92,12 @@ class RunArtifacts:
         return [name for name in ends if name not in names and newest_first([name])]
 
     def download(self, artifact: str, folder: Path) -> Path:
-        """Fetch one artifact into `folder`, unverified."""
+        """Fetch one artifact into `folder`, unverified.
+
+        The client's call for that asks for the run first, each time.
+        """
         with mlflow_errors(f"download {artifact} of run {self.run_id}"):
-            return Path(self.client.download_artifacts(self.run_id, artifact, str(folder)))
+            return Path(self._artifact_repository().download_artifacts(artifact, str(folder)))
 
     def upload(self, path: Path, record: CheckpointRecord) -> None:
         """Upload a checkpoint and confirm what arrived: its content where the store is a folder, else its size.
@@ -111,10 +122,7 @@ class RunArtifacts:
             )
 
     def put_file(self, path: Path) -> None:
-        """Put one file into the folder, unconfirmed.
-
-        The client's call for that asks for the run first, each time.
-        """
+        """Put one file into the folder, unconfirmed; not through the client, as in `download`."""
         self._artifact_repository().log_artifact(str(path), ARTIFACT_FOLDER)
 
     def write_record(self, record: CheckpointRecord) -> None:

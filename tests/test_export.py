@@ -1,0 +1,351 @@
+"""Exported programs, logged models, promotion: equal to the checkpoint, and each made once."""
+
+import base64
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pandas as pd
+import pytest
+import torch
+from conftest import Invoke
+from mlflow import MlflowClient, pyfunc
+from mlflow.exceptions import MlflowException
+from PIL import Image
+from torch import nn
+from training import Reporter, run
+
+from shufflenet_mlflow import create_model, list_models
+from shufflenet_mlflow.checkpoint import read_checkpoint
+from shufflenet_mlflow.classifier import Classifier, UnreadableImageError, decode, image_bytes, rank
+from shufflenet_mlflow.errors import ExportError
+from shufflenet_mlflow.export import export_file, log_model
+from shufflenet_mlflow.export.logged import SHA256_TAG, find_logged_model, write_model
+from shufflenet_mlflow.export.program import check_equal, example_pixels
+from shufflenet_mlflow.jobs.sync import run_sync
+from shufflenet_mlflow.network import Architecture, Network, choose_preprocess
+from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.tracking.messages import record_in
+
+SMALL = ("shufflenet_v1_x0_5_g3", "shufflenet_v2_x0_5", "torchvision/shufflenet_v2_x0_5")
+
+
+def network(name: str = "shufflenet_v2_x0_5", classes: int = 3, size: int = 32, named: bool = True) -> Network:
+    torch.manual_seed(0)
+    architecture = Architecture(name)
+    model = architecture.build(classes).eval()
+    names = {f"class {index}": index for index in range(classes)} if named else None
+    return Network(model, architecture, classes, choose_preprocess(architecture, size), names)
+
+
+def png(seed: int = 0, size: tuple[int, int] = (40, 50)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+# ---------------------------------------------------------------- programs
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_pt2_is_equal_bit_for_bit(name: str, tmp_path: Path) -> None:
+    ours = network(name)
+    assert export_file(ours, tmp_path / "net.pt2", "pt2") == 0
+    extra = {"classifier.json": ""}
+    program = torch.export.load(tmp_path / "net.pt2", extra_files=extra).module()
+    settings = json.loads(extra["classifier.json"])
+    assert settings["labels"] == ["class 0", "class 1", "class 2"]
+    assert program(example_pixels(ours, 7)).shape == (7, 3)
+
+
+OF_EACH_FAMILY = ("shufflenet_v1_x0_5_g8", "shufflenet_v2_plus_small", "shufflenet_oneshot", "detnas_coco_fpn_300m")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, "pt2") for name in list_models() if name not in ("shufflenet_v2_large", "shufflenet_v2_exlarge")),
+        *((name, "onnx") for name in OF_EACH_FAMILY),
+    ],
+)
+def test_every_network_can_be_exported(name: str, form: str, tmp_path: Path) -> None:
+    """All but the two giants, which have the same blocks."""
+    assert export_file(network(name), tmp_path / f"net.{form}", form) <= 1e-4
+
+
+def test_onnx_takes_any_number_of_images(tmp_path: Path) -> None:
+    ours = network()
+    assert export_file(ours, tmp_path / "net.onnx", "onnx") <= 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    settings = json.loads(session.get_modelmeta().custom_metadata_map["classifier.json"])
+    assert settings["labels"] == ours.labels
+    for images in (1, 3):
+        [logits] = session.run(["logits"], {"images": example_pixels(ours, images).numpy()})
+        assert logits.shape == (images, 3)
+
+
+def test_a_mean_image_is_in_the_program(tmp_path: Path) -> None:
+    mean = torch.rand(3, 32, 32) * 255
+    architecture = Architecture("shufflenet_v2_x0_5")
+    ours = network()
+    preprocess = type(ours.preprocess)("bgr255_mean", 32, mean)
+    with_mean = Network(ours.model, architecture, 3, preprocess, None)
+    assert export_file(with_mean, tmp_path / "net.pt2", "pt2") == 0
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    pixels = example_pixels(ours)
+    assert torch.equal(program(pixels), ours.model(pixels.float() - mean))
+
+
+def test_a_program_that_differs_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = network()
+    with pytest.raises(ExportError, match=r"differs from the checkpoint by .* \(> 0.0001\)"):
+        check_equal(ours, lambda pixels: ours.model(pixels.float() * 1.01), "the test's program")
+    other = network()
+    nn.init.ones_(next(other.model.parameters()))
+    from shufflenet_mlflow.export import files
+
+    monkeypatch.setitem(files.FORMATS, "pt2", (lambda _, path: files.write_pt2(other, path), files.load_pt2))
+    with pytest.raises(ExportError, match="differs"):
+        export_file(ours, tmp_path / "net.pt2", "pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ExportError, match=r"needs the package onnx; pip install 'shufflenet-mlflow\[export\]'"):
+        export_file(network(), tmp_path / "net.onnx", "onnx")
+
+
+@pytest.mark.parametrize("form", ["pt2", "onnx", "mlflow"])
+def test_a_checkpoint_of_the_release(form: str, tmp_path: Path, shufflenet: Invoke) -> None:
+    """It names neither network nor classes, and belongs to no run."""
+    model = create_model("shufflenet_v2_x0_5", 4)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, "old.pth.tar")
+    words = ["export", "old.pth.tar", "--format", form, "--input-size", 32, "--output", tmp_path / "out"]
+    result = shufflenet(*words)
+    assert result.exit_code == 2
+    assert "it fits --model" in result.output
+    result = shufflenet(*words, "--model", "shufflenet_v2_x0_5", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert (document["classes"], document["tolerance"]) == (["0", "1", "2", "3"], 1e-4)
+    assert (tmp_path / "out").exists()
+    result = shufflenet("checkpoints", "promote", "old.pth.tar", "--name", "old")
+    assert result.exit_code == 1
+    assert "belongs to no run" in result.output
+    assert "--format mlflow" in result.output
+
+
+def test_output_that_cannot_be_written(tmp_path: Path, shufflenet: Invoke) -> None:
+    torch.save({"state_dict": create_model("shufflenet_v2_x0_5", 4).state_dict()}, "old.pth.tar")
+    words = ["export", "old.pth.tar", "--model", "shufflenet_v2_x0_5", "--input-size", 32]
+    result = shufflenet(*words, "--output", tmp_path / "nowhere" / "x.pt2")
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    assert "its folder does not exist" in result.output
+    (tmp_path / "there").mkdir()
+    result = shufflenet(*words, "--format", "mlflow", "--output", tmp_path / "there")
+    assert result.exit_code == 1
+    assert "exists already" in result.output
+
+
+# ---------------------------------------------------------------- the model that MLflow runs
+
+
+def test_the_logged_code_needs_nothing_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no permission to unpickle."""
+    ours = network()
+    write_model(ours, tmp_path / "model")
+    code = (tmp_path / "model" / "classifier.py").read_text()
+    assert "from shufflenet_mlflow" not in code
+    assert "import shufflenet_mlflow" not in code
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    for name in [name for name in sys.modules if name.split(".")[0] == "shufflenet_mlflow"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    served = pyfunc.load_model(str(tmp_path / "model"))
+    answers = served.predict(pd.DataFrame({"image": [png(seed) for seed in range(70)]}))
+    assert list(answers.columns) == ["label", "probability"]
+    assert len(answers) == 70
+    assert set(answers["label"]) <= set(ours.labels)
+    with zipfile.ZipFile(tmp_path / "model" / "artifacts" / "network.pt2") as archive:
+        assert archive.testzip() is None
+
+
+def test_a_request_that_holds_no_image(tmp_path: Path) -> None:
+    write_model(network(), tmp_path / "model")
+    served = pyfunc.load_model(str(tmp_path / "model"))
+    with pytest.raises(MlflowException, match="image 1 is not a readable image") as caught:
+        served.predict(pd.DataFrame({"image": [png(), b"no picture"]}))
+    assert caught.value.get_http_status_code() == 400
+
+
+def test_bytes_and_base64() -> None:
+    picture = png()
+    for value in (picture, base64.b64encode(picture).decode()):
+        assert decode(image_bytes(value)).size == (50, 40)
+    for value in ("no base64!", 7, None):
+        with pytest.raises(UnreadableImageError):
+            decode(image_bytes(value))
+
+
+def test_ranking() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, -1.0]])
+    [ranked] = rank(logits, ["a", "b", "c", "d"], 3)
+    assert [label for label, _ in ranked] == ["b", "c", "a"]
+    assert ranked[0][1] == pytest.approx(torch.softmax(logits, 1)[0, 1].item())
+
+
+def test_a_classifier_from_files(tmp_path: Path) -> None:
+    ours = network("torchvision/shufflenet_v2_x0_5", named=False)
+    write_model(ours, tmp_path / "model")
+    artifacts = tmp_path / "model" / "artifacts"
+    [found] = Classifier.load(artifacts / "network.pt2", artifacts / "classifier.json").classify([io.BytesIO(png())], 2)
+    assert len(found) == 2
+    assert found[0][0] in ("0", "1", "2")
+
+
+# ---------------------------------------------------------------- in the run
+
+
+def models_of(client: MlflowClient, run_id: str) -> list[Any]:
+    run = client.get_run(run_id)
+    return list(client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'"))
+
+
+WITH_MODELS = ("--no-log-models", "false")
+
+
+def test_a_model_is_made_once_per_checkpoint(client: MlflowClient, images: Path) -> None:
+    summary = run(images, *WITH_MODELS)
+    stored = client.get_run(summary.run_id)
+    tags = {record_in(stored.data.tags, tag) for tag in ("checkpoint.best", "checkpoint.latest")}
+    models = models_of(client, summary.run_id)
+    assert {model.tags[SHA256_TAG] for model in models} == {record.sha256 for record in tags}
+    assert all(str(model.status) == "READY" for model in models)
+    assert {output.model_id for output in stored.outputs.model_outputs} == {model.model_id for model in models}
+    # Resuming what is complete says it all once more, and makes nothing new.
+    run(images, "--resume", summary.run_id, *WITH_MODELS)
+    assert {model.model_id for model in models_of(client, summary.run_id)} == {model.model_id for model in models}
+    for name in ("loss", "val/top1"):
+        points = client.get_metric_history(summary.run_id, name)
+        assert len({point.step for point in points}) == len(points)
+
+
+def test_an_unfinished_model_is_made_again(client: MlflowClient, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process leaves it that was killed while it uploaded."""
+    summary = run(images)
+    stored = client.get_run(summary.run_id)
+    record = record_in(stored.data.tags, "checkpoint.latest")
+    tags = {SHA256_TAG: record.sha256}
+    begun = client.create_logged_model(stored.info.experiment_id, "begun", summary.run_id, tags)
+    assert find_logged_model(client, stored, record) is None
+    made = log_model(client, stored, record, summary.result.checkpoint)
+    assert [model.model_id for model in models_of(client, summary.run_id)] == [made]
+    assert made != begun.model_id
+
+
+def test_a_network_that_cannot_be_exported_holds_nothing_up(
+    client: MlflowClient, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is reported, and what waits behind it is delivered."""
+    from shufflenet_mlflow.export import logged
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug in the exporter")
+
+    monkeypatch.setattr(logged, "write_pt2", fail)
+    summary = run(images, *WITH_MODELS)
+    assert summary.pending == 0
+    assert client.get_run(summary.run_id).info.status == "FINISHED"
+    assert models_of(client, summary.run_id) == []
+    [line] = (summary.save_dir / "spool.refused.jsonl").read_text().splitlines()
+    assert "a bug in the exporter" in json.loads(line)["reason"]
+
+
+def test_models_wait_for_the_server_too(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shufflenet_mlflow.tracking.delivery.GIVE_UP_SECONDS", 0.5)
+    uri = "http://127.0.0.1:9"
+    summary = run(images, *WITH_MODELS, "--tracking-uri", uri, "--save-dir", tmp_path / "m")
+    assert summary.run_id is None
+    store = f"sqlite:///{tmp_path}/later.db"
+    synced = run_sync(tmp_path / "m", dry_run=False, tracking_uri=store, reporter=Reporter(), stop=StopFlag())
+    assert synced.pending == ()
+    assert models_of(MlflowClient(store), synced.run_id)
+
+
+def test_promoting(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
+    summary = run(images)
+
+    def promote(ref: object, *words: object) -> Any:
+        result = shufflenet("checkpoints", "promote", ref, "--name", "pets", *words, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    first = promote(summary.run_id, "--alias", "champion", "--alias", "newest")
+    assert (first["version"], first["uri"], first["aliases"]) == ("1", "models:/pets@champion", ["champion", "newest"])
+    again = promote(summary.result.checkpoint)
+    assert (again["version"], again["uri"], again["model_id"]) == ("1", "models:/pets/1", first["model_id"])
+    second = promote(f"runs:/{summary.run_id}@5", "--alias", "champion")
+    assert second["version"] == "2"
+    version = client.get_model_version_by_alias("pets", "champion")
+    assert (version.version, version.run_id) in {("2", summary.run_id), (2, summary.run_id)}
+    assert json.loads(version.tags["checkpoint"])["iters"] == 5
+    result = shufflenet("checkpoints", "pull", "models:/pets@champion", "--json")
+    assert json.loads(result.stdout)["iters"] == 5
+
+
+def test_a_file_that_is_not_the_runs(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
+    """Another training in the same folder has taken its name."""
+    summary = run(images)
+    path = summary.result.checkpoint
+    payload = dict(read_checkpoint(path))
+    other = path.parent / "elsewhere"
+    from shufflenet_mlflow import save_checkpoint
+
+    payload["loss"] = 7.0
+    written = save_checkpoint(payload, 12, "bnps-", directory=other)
+    result = shufflenet("checkpoints", "promote", written, "--name", "pets")
+    assert (result.exit_code, "is not the one that run" in result.output) == (1, True), result.output
+    result = shufflenet("checkpoints", "promote", summary.run_id, "--name", "it's")
+    assert (result.exit_code, "leave the quote out" in result.output) == (1, True), result.output
+
+
+# ---------------------------------------------------------------- predict
+
+
+def test_predictions_are_those_of_the_network(images: Path, shufflenet: Invoke) -> None:
+    summary = run(images)
+    files = sorted((images / "val").rglob("*.png"))
+    predict: Callable[..., Any] = lambda *words: json.loads(shufflenet("predict", *words, "--json").stdout)  # noqa: E731
+    found = predict(summary.run_id, images / "val", "--workers", 1)
+    assert [row["path"] for row in found] == [str(path) for path in files]
+    right = sum(row["label"] == Path(row["path"]).parent.name for row in found)
+    assert right / len(files) == summary.result.val_top1
+    assert all(row["top"][0] == {"label": row["label"], "probability": row["probability"]} for row in found)
+    assert found[0]["top"][0]["probability"] >= found[0]["top"][1]["probability"]
+    assert sum(entry["probability"] for entry in found[0]["top"]) == pytest.approx(1)
+    assert [len(row["top"]) for row in predict(summary.run_id, files[0], files[1], "--top", 1)] == [1, 1]
+
+
+def test_predicting_what_is_no_image(images: Path, shufflenet: Invoke) -> None:
+    summary = run(images)
+    Path("bad.png").write_bytes(b"nothing")
+    Path("empty").mkdir()
+    good = images / "val" / "red" / "000.png"
+    for words, expected in (
+        (("nowhere.png",), "'nowhere.png' does not exist"),
+        (("empty",), "'empty' holds no images"),
+        ((good, "bad.png"), "'bad.png' is not a readable image"),
+    ):
+        result = shufflenet("predict", summary.run_id, *words)
+        assert result.exit_code == 1
+        assert expected in result.output
+    result = shufflenet("predict", summary.run_id, good, "bad.png", "--on-bad-image", "skip", "--json")
+    assert [row["path"] for row in json.loads(result.stdout)] == [str(good)]

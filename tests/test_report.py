@@ -1,0 +1,183 @@
+"""An evaluation in detail: counted by hand, by the libraries that do the work, and as it is logged."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Invoke
+from mlflow import MlflowClient
+from training import run
+
+from shufflenet_mlflow.data.folder import ImageListing, Sample, list_images
+from shufflenet_mlflow.data.loader import Batch
+from shufflenet_mlflow.figures import figures_of
+from shufflenet_mlflow.report import Observer, Outcomes, Report
+
+
+def report_of(labels: list[int], predicted: list[int], probability: list[float], classes: int = 3) -> Report:
+    outcomes = Outcomes(
+        tuple(f"{place}.png" for place in range(len(labels))),
+        np.array(labels),
+        np.array(predicted),
+        np.array(probability),
+        np.array(probability),
+    )
+    return Report.of(outcomes, [f"class {index}" for index in range(classes)])
+
+
+# Four of class 0, two of class 1, none of class 2; four right.
+SIX = report_of([0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 2], [0.9, 0.8, 0.9, 0.6, 0.7, 0.95])
+
+
+def test_classes() -> None:
+    rows = SIX.class_rows()
+    assert [(row.name, row.images, row.accuracy, row.precision) for row in rows] == [
+        ("class 0", 4, 0.75, 1.0),
+        ("class 1", 2, 0.5, 0.5),
+        ("class 2", 0, None, 0.0),
+    ]
+    assert SIX.mean_class_accuracy == pytest.approx((0.75 + 0.5) / 2)
+    assert SIX.confusion_CC.tolist() == [[3, 1, 0], [0, 1, 1], [0, 0, 0]]
+    assert SIX.classes_csv().splitlines()[3] == "class 2,0,,0.0000"
+    assert SIX.confusion_csv().splitlines()[1] == "class 0,3,1,0"
+
+
+def test_the_most_confident_mistakes_come_first() -> None:
+    assert SIX.worst_mistakes(9) == [5, 3]
+    assert SIX.worst_mistakes(1) == [5]
+
+
+def test_calibration_by_hand() -> None:
+    """Two bins: 0.8..0.867 is right half of the time, 0.267..0.333 never."""
+    report = report_of([0, 0, 0, 0], [0, 1, 1, 1], [0.82, 0.84, 0.3, 0.3])
+    bins = report.calibration_bins()
+    assert [(entry.images, entry.accuracy) for entry in bins] == [(2, 0.0), (2, 0.5)]
+    expected = (2 * abs(0 - 0.3) + 2 * abs(0.5 - 0.83)) / 4
+    assert report.calibration_error() == pytest.approx(expected, abs=1e-6)
+    assert report_of([0, 0], [0, 0], [1.0, 1.0]).calibration_error() == pytest.approx(0)
+
+
+def test_observing_batches() -> None:
+    """Whatever the order and size of batches, and with images left out."""
+    samples = tuple(Sample(f"c/{place}.png", place % 2, 1) for place in range(5))
+    listing = ImageListing(Path("root"), ("a", "b"), samples)
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
+    observer = Observer(listing)
+    for places in ([3, 1], [4]):
+        at = torch.tensor(places)
+        batch = Batch(torch.zeros(len(places), 3, 1, 1), at % 2, at, None, ())
+        observer(batch, logits[at])
+    outcomes = observer.outcomes()
+    assert outcomes.paths == ("c/3.png", "c/1.png", "c/4.png")
+    assert outcomes.is_correct.tolist() == [True, True, True]
+    assert outcomes.probability_N[0] == pytest.approx(torch.softmax(logits[3], 0)[1].item())
+    rows = list(csv.DictReader(io.StringIO(outcomes.to_csv(("a", "b,c")))))
+    assert [row["label"] for row in rows] == ["b,c", "b,c", "a"]
+
+
+@pytest.mark.parametrize("classes", [2, 30, 120])
+def test_figures_are_drawn_for_any_number_of_classes(classes: int, images: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    listing = list_images(images / "val")
+    count = len(listing)
+    report = Report.of(
+        Outcomes(
+            tuple(sample.path for sample in listing.samples),
+            generator.integers(0, classes, count),
+            generator.integers(0, classes, count),
+            generator.random(count),
+            generator.random(count),
+        ),
+        [f"a rather long name of class ${index}$" for index in range(classes)],
+    )
+    for name, draw in figures_of(report, listing.root).items():
+        draw().savefig(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5_000
+    gallery = figures_of(report, listing.root)["mistakes.png"]()
+    assert sum(bool(axes.images) for axes in gallery.axes) == (~report.outcomes.is_correct).sum()
+
+
+# ---------------------------------------------------------------- logged
+
+
+def evaluate(shufflenet: Invoke, *words: object) -> Any:
+    result = shufflenet("eval", *words, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_predictions_of_every_image_are_kept(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
+    summary = run(images)
+    found = evaluate(shufflenet, summary.run_id)
+    folder = f"evaluation/{images.name}/bnps-000012"
+    text = Path(client.download_artifacts(summary.run_id, f"{folder}/predictions.csv")).read_text()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert len(rows) == found["n"] == 15
+    assert sum(row["label"] == row["predicted"] for row in rows) / 15 == found["top1"]
+    assert {row["path"].partition("/")[0] for row in rows} == {"red", "green", "blue"}
+    assert (
+        json.loads(Path(client.download_artifacts(summary.run_id, f"{folder}/summary.json")).read_text())["images"]
+        == 15
+    )
+    assert found["classes"].keys() == {"red", "green", "blue"}
+
+
+def test_evaluating_twice_adds_no_points(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
+    summary = run(images)
+    for _ in range(2):
+        evaluate(shufflenet, summary.run_id)
+    names = [name for name in client.get_run(summary.run_id).data.metrics if name.startswith("eval/")]
+    assert len(names) == 6
+    for name in names:
+        if "images_per_second" not in name:
+            assert len(client.get_metric_history(summary.run_id, name)) == 1
+    # The run's own validations are as they were.
+    assert [point.step for point in client.get_metric_history(summary.run_id, "val/top1")] == [4, 8, 12]
+
+
+def test_where_it_goes_by_default(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
+    summary = run(images)
+    assert evaluate(shufflenet, summary.result.checkpoint)["logged_to"] is None  # a file
+    assert evaluate(shufflenet, summary.run_id, "--log-to", "none")["logged_to"] is None
+    assert evaluate(shufflenet, f"runs:/{summary.run_id}@5")["logged_to"] == summary.run_id
+    assert evaluate(shufflenet, summary.result.checkpoint, "--log-to", "source")["logged_to"] == summary.run_id
+    own = evaluate(shufflenet, summary.run_id, "--log-to", "new", "--run-name", "mine", "--experiment", "other")
+    made = client.get_run(own["logged_to"])
+    assert made.info.run_name == "mine"
+    assert client.get_experiment(made.info.experiment_id).name == "other"
+    assert made.data.tags["evaluated.run"] == summary.run_id
+    [dataset] = made.inputs.dataset_inputs
+    assert dataset.dataset.digest == list_images(images / "val").digest
+
+
+def test_a_file_without_a_run_cannot_go_to_it(images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
+    summary = run(images)
+    store = f"sqlite:///{tmp_path}/another.db"
+    result = shufflenet("eval", summary.result.checkpoint, "--log-to", "source", "--tracking-uri", store)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "belongs to no run in" in result.output
+    assert "--log-to new makes one" in result.output
+    found = evaluate(shufflenet, summary.result.checkpoint, "--log-to", "new", "--tracking-uri", store)
+    assert found["logged_to"]
+
+
+def test_a_store_that_goes_away_takes_no_result_with_it(
+    images: Path, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = run(images)
+    from shufflenet_mlflow.errors import TrackingError
+    from shufflenet_mlflow.jobs import evaluation
+
+    def fail(*_: object) -> None:
+        raise TrackingError("cannot log metrics: connection refused")
+
+    monkeypatch.setattr(evaluation, "record_in_source", fail)
+    result = shufflenet("eval", summary.run_id, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["top1"] == summary.result.val_top1
+    assert "Error: cannot log metrics: connection refused" in result.stderr

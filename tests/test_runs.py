@@ -1,0 +1,210 @@
+"""Looking at runs, and comparing them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Invoke
+from mlflow import MlflowClient
+from training import run
+
+from shufflenet_mlflow.compare import compare_runs
+from shufflenet_mlflow.compare.paired import Evaluation, Outcome, paired_test
+from shufflenet_mlflow.config import command_of
+from shufflenet_mlflow.tracking.messages import RunTarget
+from shufflenet_mlflow.tracking.note import NOTE_TAG, Note
+from shufflenet_mlflow.tracking.recorder import Recorder
+from shufflenet_mlflow.tracking.system import SystemMetrics
+
+
+@pytest.fixture
+def two(images: Path) -> tuple[str, str]:
+    """Two runs that differ in their rate."""
+    ids = [run(images, "--lr", rate, "--run-name", f"rate {rate}").run_id for rate in (0.02, 0.005)]
+    return str(ids[0]), str(ids[1])
+
+
+def as_json(shufflenet: Invoke, *words: object) -> Any:
+    result = shufflenet(*words, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_listing(two: tuple[str, str], shufflenet: Invoke) -> None:
+    rows = as_json(shufflenet, "runs", "--columns", "name,lr,best/val_top1,tags.network,minutes", "--sort", "lr")
+    assert [row["name"] for row in rows] == ["rate 0.02", "rate 0.005"]
+    assert rows[0]["tags.network"] == "shufflenet_v2_x0_5"
+    assert rows[0]["best/val_top1"] == rows[0]["metrics"]["best/val_top1"]
+    rows = as_json(shufflenet, "runs", "--filter", "params.lr = '0.005' and metrics.`val/top1` >= 0")
+    assert [row["run_id"] for row in rows] == [two[1]]
+    assert [row["run_id"] for row in as_json(shufflenet, "runs", "--ascending")] == list(two)
+    assert len(as_json(shufflenet, "runs", "--limit", 1)) == 1
+    table = shufflenet("runs").stdout.splitlines()
+    assert table[0].split()[:4] == ["run_id", "name", "status", "started"]
+    assert {line.split()[0] for line in table[1:]} == set(two)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--filter", "lr is nice"), "lr is nice"),
+        (("--experiment", "nowhere"), "there is no experiment 'nowhere'"),
+        (("--sort", "minutes"), "--sort minutes is not possible"),
+        (("--columns", "name,,lr"), "--columns and --sort take names"),
+        (("show", "nonsense"), "'nonsense' is not a run ID"),
+        (("show", "0" * 32), "there is no run 0000"),
+    ],
+)
+def test_what_is_not_understood(
+    two: tuple[str, str], shufflenet: Invoke, words: tuple[str, ...], expected: str
+) -> None:
+    result = shufflenet("runs", *words)
+    assert result.exit_code in (1, 2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert expected in result.stderr
+
+
+def test_showing(client: MlflowClient, two: tuple[str, str], shufflenet: Invoke) -> None:
+    document = as_json(shufflenet, "runs", "show", two[0])
+    assert {entry["context"] for entry in document["data"]} == {"training", "validation"}
+    assert document["data"][0]["images"] == 36
+    assert document["versions"]["torch"]
+    assert "cores" in document["hardware"]["cpu"]
+    assert document["latest"]["iters"] == 12
+    tags = client.get_run(two[0]).data.tags
+    assert document["dirty"] == (tags.get("mlflow.source.git.dirty") == "true")
+    text = shufflenet("runs", "show", f"runs:/{two[0]}").stdout
+    assert "to make it again" in text
+    assert "shufflenet train --model shufflenet_v2_x0_5" in text
+
+
+def test_a_command_spells_out_what_counts() -> None:
+    config = {"lr": 0.1, "pretrained": True, "sync_bn": False, "train_dir": None, "choices": "0, 1"}
+    assert command_of(config) == ["--lr", "0.1", "--pretrained", "--choices", "0, 1"]
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def test_comparing(client: MlflowClient, two: tuple[str, str], shufflenet: Invoke, tmp_path: Path) -> None:
+    for run_id in two:
+        as_json(shufflenet, "eval", run_id)
+    document = as_json(shufflenet, "compare", *two, "--out", tmp_path / "page")
+    assert document["differing_params"] == {"lr": ["0.02", "0.005"]}
+    rows = {row["metric"]: row for row in document["results"]}
+    losses = rows["val/loss"]["values"]
+    assert rows["val/loss"]["best"] == [two[losses.index(min(losses))]]
+    assert rows["model/parameters"]["best"] == []
+    assert not any(name.startswith(("system/", "train/lr")) for name in rows)
+    [test] = document["paired_tests"]
+    assert test["images"] == 15
+    changed = len(test["only_second_right"]) - len(test["only_first_right"])
+    assert changed / 15 == pytest.approx(test["second_top1"] - test["first_top1"])
+    names = {Path(path).name for path in document["written"]}
+    assert names == {"compare.html", "compare.json", "curves-iterations.png", "curves-images.png", "curves-time.png"}
+    page = (tmp_path / "page" / "compare.html").read_text()
+    assert page.count("<svg") == 3
+    assert not any(word in page for word in ("http-equiv", "<script", 'src="http', "<link"))
+    text = shufflenet("compare", *two).stdout
+    assert "* best" in text
+    assert "p = " in text
+
+
+def test_curves_over_images_and_time(client: MlflowClient, two: tuple[str, str]) -> None:
+    comparison = compare_runs(client, [client.get_run(run_id) for run_id in two])
+    curves = {(curve.metric, curve.run): curve for curve in comparison.curves}
+    curve = curves["train/loss", 0]
+    assert curve.iterations == (2, 4, 6, 8, 10, 12)
+    assert curve.images == (16, 32, 48, 64, 80, 96)
+    assert list(curve.minutes) == sorted(curve.minutes)
+    assert curve.minutes[0] >= 0
+
+
+def test_names_cannot_break_the_page(client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
+    ids = [run(images, "--total-iters", 4, "--run-name", name).run_id for name in ("<b>$x", '& "quoted"')]
+    as_json(shufflenet, "compare", *ids, "--out", tmp_path)
+    page = (tmp_path / "compare.html").read_text()
+    assert "<b>$x" not in page
+    assert "&lt;b&gt;$x" in page
+
+
+@pytest.mark.parametrize("words", [(0,), (0, 0)])
+def test_too_few_runs(two: tuple[str, str], shufflenet: Invoke, words: tuple[int, ...]) -> None:
+    result = shufflenet("compare", *(two[place] for place in words))
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def evaluation(run_id: str, right: int, images: int) -> Evaluation:
+    return Evaluation(run_id, "pets", "digest", None, "checkpoint-000001.pth.tar", 1, right / images, "evaluation/pets")
+
+
+def outcomes(right: set[int], images: int) -> dict[str, Outcome]:
+    return {str(place): Outcome(str(place), "a", "a" if place in right else "b", 0.9) for place in range(images)}
+
+
+def test_a_paired_test_by_hand() -> None:
+    """1 and 9 of ten images that changed sides: 2 * (1 + 10) / 2**10."""
+    first, second = {0, 20}, {*range(1, 10), 20}
+    test = paired_test(evaluation("a", 2, 30), evaluation("b", 10, 30), [outcomes(first, 30), outcomes(second, 30)])
+    assert (len(test.only_first), len(test.only_second), test.images) == (1, 9, 30)
+    assert test.p_value == pytest.approx(2 * (1 + 10) / 2**10)
+    assert test.verdict.startswith("the second is better by 0.2667")
+    same = paired_test(evaluation("a", 2, 30), evaluation("b", 2, 30), [outcomes(first, 30), outcomes(first, 30)])
+    assert same.p_value == 1
+    assert "may be chance" in same.verdict
+
+
+# ---------------------------------------------------------------- what a run says of itself
+
+
+def test_a_note_leaves_what_people_write(client: MlflowClient) -> None:
+    run_id = client.create_run(client.create_experiment("notes")).info.run_id
+    target = RunTarget(client, run_id, Path())
+
+    def note() -> str:
+        return str(client.get_run(run_id).data.tags[NOTE_TAG])
+
+    Note.of("training").send(target)
+    client.set_tag(run_id, NOTE_TAG, f"Mine, before.\n\n{note()}\n\nMine, after.")
+    Note.of(r"result \1 at http://me:secret@host").send(target)
+    assert "training" not in note()
+    assert "secret" not in note()
+    assert r"result \1" in note()
+    assert note().startswith("Mine, before.")
+    assert note().endswith("Mine, after.")
+    client.set_tag(run_id, NOTE_TAG, "All mine.")
+    Note.of("x" * 9000).send(target)
+    assert note().startswith("All mine.")
+
+
+def test_system_metrics_stand_at_iterations(
+    client: MlflowClient, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.02")
+    summary = run(images)
+    points = client.get_metric_history(summary.run_id, "system/cpu_utilization_percentage")
+    steps = [point.step for point in points]
+    assert steps == sorted(set(steps))
+    assert steps
+    assert set(steps) <= set(range(1, 13))
+    without = run(images, "--no-system-metrics")
+    assert not [name for name in client.get_run(without.run_id).data.metrics if name.startswith("system/")]
+
+
+def test_a_monitor_that_fails_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shufflenet_mlflow.tracking import system
+
+    class Broken:
+        def collect_metrics(self) -> None:
+            raise OSError("the driver has gone")
+
+    monkeypatch.setattr(system, "_monitors", lambda: [Broken()])
+    monkeypatch.setattr(system, "_interval", lambda: 0.001)
+    recorder: Any = Recorder.__new__(Recorder)
+    with SystemMetrics(recorder, lambda: 1) as metrics:
+        assert metrics._thread is not None
+        metrics._thread.join(5)
+        assert not metrics._thread.is_alive()
