@@ -47,7 +47,7 @@ def compare(runs: tuple[str, ...], out: Path | None, tracking_uri: str | None, a
 def _show(comparison: "Comparison") -> None:
     from .console import cell, print_table
 
-    print_table(("run", "name", "status"), [(run.short_id, run.name, run.status) for run in comparison.runs])
+    print_table(("run", "name", "status"), [(run.short_id, cell(run.name), run.status) for run in comparison.runs])
     ids = [run.short_id for run in comparison.runs]
     if comparison.differing:
         click.echo()

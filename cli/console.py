@@ -1,6 +1,5 @@
 """What a person sees while a job runs: a live display on a terminal, plain lines elsewhere. All of it on stderr."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from shufflenet_mlflow.jsontext import to_json
 
 
 class _Handler(logging.Handler):
@@ -134,7 +135,12 @@ def cell(value: Any) -> str:
     """A value as it stands in a table; a dash for none."""
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+
+
+def printable(text: str) -> str:
+    """Text on one line, without what a terminal would take for more than text."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -159,14 +165,4 @@ def _is_number(text: str) -> bool:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout; what is not finite becomes null."""
-    click.echo(json.dumps(_finite(document), indent=2))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value
+    click.echo(to_json(document))

@@ -46,7 +46,7 @@ def predict(ref: str, images: tuple[str, ...], as_json: bool, **values: Any) -> 
     """
     from shufflenet_mlflow.jobs.prediction import PredictRequest, run_prediction
 
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, print_json, printable
     from .stopping import stop_flag
 
     given = {name: value for name, value in values.items() if value is not None}
@@ -57,4 +57,4 @@ def predict(ref: str, images: tuple[str, ...], as_json: bool, **values: Any) -> 
             return
         for prediction in found:
             ranked = "  ".join(f"{label} {probability:.4f}" for label, probability in prediction.top)
-            click.echo(f"{prediction.path}  {ranked}")
+            click.echo(f"{printable(prediction.path)}  {ranked}")

@@ -88,7 +88,8 @@ def _lines(details: "RunDetails") -> list[str]:
         f"run ID      {document['run_id']}",
         f"name        {document['name']}",
         f"experiment  {document['experiment']}",
-        f"status      {document['status']}  (from {document['started']} to {document['ended'] or 'now'})",
+        f"status      {document['status']}{', deleted' * document['deleted']}",
+        f"time        {document['started']} to {document['ended'] or 'now'}",
     ]
     if document["command"]:
         lines.append(f"command     {document['command']}")

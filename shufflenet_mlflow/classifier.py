@@ -46,7 +46,9 @@ def decode(source: str | BinaryIO) -> Image.Image:
         with Image.open(source) as image:
             rgb: Image.Image = image.convert("RGB")
             return rgb
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers of damaged files raise all kinds
         # Pillow repeats the path, or the object, in "cannot identify image file '...'".
         reason = str(error).split(" '")[0].split(" <")[0] or type(error).__name__
         raise UnreadableImageError(reason) from error

@@ -55,6 +55,8 @@ def command_of(config: Mapping[str, Any]) -> list[str]:
     """The options of `shufflenet train` that make a run of this configuration, all of them spelled out."""
     words = []
     for name, value in config.items():
+        if name not in FIELDS:
+            continue
         if value is True:
             words.append(option(name))
         elif value is not None and value is not False:

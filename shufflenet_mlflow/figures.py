@@ -1,7 +1,9 @@
 """Pictures of an evaluation: confusions, classes, calibration, mistakes."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -105,6 +107,13 @@ def mistakes_figure(report: Report, root: Path) -> Figure:
         title = f"{_short(true, 20)}\n→ {_short(taken, 16)} {report.outcomes.probability_N[place]:.2f}"
         axes.set_title(title, fontsize=8)
     return figure
+
+
+def write_figure(figure: Figure, target: "Path | TextIO", form: str = "png") -> None:
+    """Write a figure; letters that the font does not have are drawn as boxes, without a word about each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(target, format=form)
 
 
 def figures_of(report: Report, root: Path) -> dict[str, Callable[[], Figure]]:

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 
 import psutil
 
@@ -89,12 +90,14 @@ def _mlflow_run() -> psutil.Process | None:
     if "MLFLOW_RUN_ID" not in os.environ:
         return None
     try:
-        for ancestor in psutil.Process().parents():
-            words = [os.path.basename(word) for word in ancestor.cmdline()]
-            if "mlflow" in words[:4] and "run" in words[:5]:
-                return ancestor
+        ancestors = psutil.Process().parents()
     except psutil.Error:
-        pass
+        return None
+    for ancestor in ancestors:
+        with suppress(psutil.Error):
+            words = [os.path.basename(word) for word in ancestor.cmdline()]
+            if any(pair == ("mlflow", "run") for pair in pairwise(words[:5])):
+                return ancestor
     return None
 
 

@@ -190,8 +190,14 @@ class Network:
     @property
     def labels(self) -> list[str]:
         """What to call each output; its number where the checkpoint gives it no name."""
-        names = {index: name for name, index in (self.class_to_idx or {}).items()}
-        return [names.get(index, str(index)) for index in range(self.num_classes)]
+        return label_outputs({index: name for name, index in (self.class_to_idx or {}).items()}, self.num_classes)
+
+
+def label_outputs(names: Mapping[int, str], outputs: int) -> list[str]:
+    """What to call each of a network's outputs: its class, or else its number; no two the same."""
+    taken = set(names.values())
+    numbers = (f"output {index}" if str(index) in taken else str(index) for index in range(outputs))
+    return [names.get(index, number) for index, number in enumerate(numbers)]
 
 
 def load_network(

@@ -17,6 +17,8 @@ import torch
 from conftest import Invoke
 from mlflow import MlflowClient, pyfunc
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from PIL import Image
 from torch import nn
 from training import Reporter, run
@@ -24,14 +26,14 @@ from training import Reporter, run
 from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.checkpoint import read_checkpoint
 from shufflenet_mlflow.classifier import Classifier, UnreadableImageError, decode, image_bytes, rank
-from shufflenet_mlflow.errors import ExportError
-from shufflenet_mlflow.export import export_file, log_model
+from shufflenet_mlflow.errors import ExportError, RefusedError, TrackingError
+from shufflenet_mlflow.export import LogModels, export_file, log_model
 from shufflenet_mlflow.export.logged import SHA256_TAG, find_logged_model, write_model
 from shufflenet_mlflow.export.program import check_equal, example_pixels
 from shufflenet_mlflow.jobs.sync import run_sync
 from shufflenet_mlflow.network import Architecture, Network, choose_preprocess
 from shufflenet_mlflow.stopping import StopFlag
-from shufflenet_mlflow.tracking.messages import record_in
+from shufflenet_mlflow.tracking.messages import RunTarget, record_in
 
 SMALL = ("shufflenet_v1_x0_5_g3", "shufflenet_v2_x0_5", "torchvision/shufflenet_v2_x0_5")
 
@@ -108,6 +110,8 @@ def test_a_program_that_differs_is_no_export(tmp_path: Path, monkeypatch: pytest
     ours = network()
     with pytest.raises(ExportError, match=r"differs from the checkpoint by .* \(> 0.0001\)"):
         check_equal(ours, lambda pixels: ours.model(pixels.float() * 1.01), "the test's program")
+    with pytest.raises(ExportError, match="differs"):
+        check_equal(ours, lambda pixels: ours.model(pixels.float()) * float("nan"), "the test's program")
     other = network()
     nn.init.ones_(next(other.model.parameters()))
     from shufflenet_mlflow.export import files
@@ -151,6 +155,10 @@ def test_output_that_cannot_be_written(tmp_path: Path, shufflenet: Invoke) -> No
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
     assert "its folder does not exist" in result.output
     (tmp_path / "there").mkdir()
+    for target, expected in ((tmp_path / "there", "is a folder"), ("/proc/x.pt2", "cannot write '/proc/x.pt2'")):
+        result = shufflenet(*words, "--output", target)
+        assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
+        assert expected in result.output
     result = shufflenet(*words, "--format", "mlflow", "--output", tmp_path / "there")
     assert result.exit_code == 1
     assert "exists already" in result.output
@@ -190,7 +198,7 @@ def test_bytes_and_base64() -> None:
     picture = png()
     for value in (picture, base64.b64encode(picture).decode()):
         assert decode(image_bytes(value)).size == (50, 40)
-    for value in ("no base64!", 7, None):
+    for value in ("no base64!", 7, None, b"", b"RIFF\x00\x00\x00\x00WEBPVP8 "):
         with pytest.raises(UnreadableImageError):
             decode(image_bytes(value))
 
@@ -238,8 +246,8 @@ def test_a_model_is_made_once_per_checkpoint(client: MlflowClient, images: Path)
         assert len({point.step for point in points}) == len(points)
 
 
-def test_an_unfinished_model_is_made_again(client: MlflowClient, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a process leaves it that was killed while it uploaded."""
+def test_an_unfinished_model_is_taken_up(client: MlflowClient, images: Path) -> None:
+    """As a process leaves it that was killed while it uploaded; a finished one is left alone."""
     summary = run(images)
     stored = client.get_run(summary.run_id)
     record = record_in(stored.data.tags, "checkpoint.latest")
@@ -248,7 +256,10 @@ def test_an_unfinished_model_is_made_again(client: MlflowClient, images: Path, m
     assert find_logged_model(client, stored, record) is None
     made = log_model(client, stored, record, summary.result.checkpoint)
     assert [model.model_id for model in models_of(client, summary.run_id)] == [made]
-    assert made != begun.model_id
+    assert made == begun.model_id
+    assert str(client.get_logged_model(made).status) == "READY"
+    pyfunc.load_model(f"models:/{made}")
+    assert log_model(client, stored, record, summary.result.checkpoint) == made
 
 
 def test_a_network_that_cannot_be_exported_holds_nothing_up(
@@ -264,9 +275,40 @@ def test_a_network_that_cannot_be_exported_holds_nothing_up(
     summary = run(images, *WITH_MODELS)
     assert summary.pending == 0
     assert client.get_run(summary.run_id).info.status == "FINISHED"
-    assert models_of(client, summary.run_id) == []
+    assert {str(model.status) for model in models_of(client, summary.run_id)} == {"FAILED"}
     [line] = (summary.save_dir / "spool.refused.jsonl").read_text().splitlines()
     assert "a bug in the exporter" in json.loads(line)["reason"]
+
+
+@pytest.mark.parametrize("lacking", ["the endpoint", "the checkpoint"])
+def test_what_will_never_be_made_holds_nothing_up(
+    client: MlflowClient, images: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    """A server without logged models, and a checkpoint that somebody has deleted: set aside, not tried for ever."""
+    summary = run(images)
+    target = RunTarget(client, summary.run_id, Path("nowhere"))
+    if lacking == "the endpoint":
+
+        def refuse(*_: object, **__: object) -> None:
+            raise MlflowException("no such page", error_code=ENDPOINT_NOT_FOUND)
+
+        monkeypatch.setattr(client, "search_logged_models", refuse)
+    else:
+        artifacts = get_artifact_repository(client.get_run(summary.run_id).info.artifact_uri)
+        artifacts.delete_artifacts("checkpoints")
+    with pytest.raises(RefusedError, match="no logged model of"):
+        LogModels().send(target)
+
+
+def test_models_of_a_deleted_run_wait(client: MlflowClient, images: Path) -> None:
+    summary = run(images)
+    client.delete_run(summary.run_id)
+    with pytest.raises(TrackingError, match="was deleted") as caught:
+        LogModels().send(RunTarget(client, summary.run_id, Path()))
+    assert not isinstance(caught.value, RefusedError)
+    client.restore_run(summary.run_id)
+    LogModels().send(RunTarget(client, summary.run_id, summary.save_dir))
+    assert models_of(client, summary.run_id)
 
 
 def test_models_wait_for_the_server_too(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,8 +355,38 @@ def test_a_file_that_is_not_the_runs(client: MlflowClient, images: Path, shuffle
     written = save_checkpoint(payload, 12, "bnps-", directory=other)
     result = shufflenet("checkpoints", "promote", written, "--name", "pets")
     assert (result.exit_code, "is not the one that run" in result.output) == (1, True), result.output
-    result = shufflenet("checkpoints", "promote", summary.run_id, "--name", "it's")
-    assert (result.exit_code, "leave the quote out" in result.output) == (1, True), result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(("--name", "it's"), "it's"), (("--name", "a@b"), "a@b"), (("--name", "a", "--alias", "v1"), "v1")],
+)
+def test_names_that_no_reference_could_hold(
+    client: MlflowClient, images: Path, shufflenet: Invoke, words: tuple[str, ...], named: str
+) -> None:
+    """Nothing is begun."""
+    summary = run(images)
+    result = shufflenet("checkpoints", "promote", summary.run_id, *words)
+    assert (result.exit_code, f"(={named})" in result.output) == (2, True), result.output
+    assert client.search_registered_models() == []
+    assert models_of(client, summary.run_id) == []
+
+
+def test_versions_that_mlflow_made_itself(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
+    """Registered in the UI: the logged model says which checkpoint it is."""
+    summary = run(images, *WITH_MODELS)
+    model = models_of(client, summary.run_id)[0]
+    client.create_registered_model("ui")
+    client.create_model_version("ui", f"models:/{model.model_id}", model_id=model.model_id)
+    client.create_model_version("ui", "file:///somewhere", tags={"checkpoint": "nonsense"})
+    path = str(images / "val" / "red" / "000.png")
+    assert json.loads(shufflenet("predict", "models:/ui/1", path, "--json").stdout)[0]["path"] == path
+    result = shufflenet("predict", "models:/ui/2", path)
+    assert (result.exit_code, "which is no checkpoint" in result.output) == (1, True), result.output
+    for number in range(9):
+        client.create_registered_model(f"a{number}")
+    result = shufflenet("predict", "models:/ui@nope", path)
+    assert "ui has the aliases: none" in result.output
 
 
 # ---------------------------------------------------------------- predict

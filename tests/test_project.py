@@ -84,7 +84,7 @@ def test_mlproject_mirrors_the_command(name: str) -> None:
 # ---------------------------------------------------------------- layers
 
 LAYERS = [
-    {"errors", "classifier"},
+    {"errors", "classifier", "jsontext"},
     {"config", "stopping", "reporting"},
     {"models", "data", "checkpoint", "client", "locks", "priority", "distributed", "joining", "launcher"},
     {"spool"},

@@ -3,19 +3,25 @@
 import csv
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Invoke
+from conftest import Invoke, write_images
 from mlflow import MlflowClient
 from training import run
 
 from shufflenet_mlflow.data.folder import ImageListing, Sample, list_images
 from shufflenet_mlflow.data.loader import Batch
+from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.figures import figures_of
+from shufflenet_mlflow.jobs import evaluation
+from shufflenet_mlflow.jsontext import to_json
+from shufflenet_mlflow.network import label_outputs
 from shufflenet_mlflow.report import Observer, Outcomes, Report
 
 
@@ -155,6 +161,56 @@ def test_where_it_goes_by_default(client: MlflowClient, images: Path, shufflenet
     assert dataset.dataset.digest == list_images(images / "val").digest
 
 
+def test_other_images_of_the_same_name(client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
+    """Neither takes the other's place."""
+    summary = run(images)
+    for part, seed in (("a", 5), ("b", 6)):
+        write_images(tmp_path / part / "photos", per_class=2, seed=seed)
+        evaluate(shufflenet, summary.run_id, "--val-dir", tmp_path / part / "photos")
+    folders = [entry.path for entry in client.list_artifacts(summary.run_id, "evaluation")]
+    assert len(folders) == 2
+    digest = list_images(tmp_path / "b" / "photos").digest
+    assert f"evaluation/photos-{digest[:8]}" in folders
+    assert f"eval/photos-{digest[:8]}/top1" in client.get_run(summary.run_id).data.metrics
+
+
+def test_file_names_that_are_no_text(client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
+    shutil.copytree(images / "val", tmp_path / "val")
+    (tmp_path / "val" / "red" / "000.png").rename(tmp_path / "val" / "red" / os.fsdecode(b"\xff.png"))
+    summary = run(images)
+    found = evaluate(shufflenet, summary.run_id, "--val-dir", tmp_path / "val")
+    assert (found["n"], found["logged_to"]) == (15, summary.run_id)
+
+
+def test_outputs_without_a_class_have_labels_of_their_own() -> None:
+    names = dict(enumerate(("0", "10", "x")))
+    labels = label_outputs(names, 12)
+    assert len(set(labels)) == 12
+    assert labels[:3] == ["0", "10", "x"]
+    assert labels[10] == "output 10"
+    assert labels[11] == "11"
+
+
+def test_json_of_what_is_no_number() -> None:
+    assert json.loads(to_json({"a": [float("nan"), (1.5, float("inf"))]})) == {"a": [None, [1.5, None]]}
+
+
+def test_below_mlflow_run_a_result_is_printed_too(
+    client: MlflowClient, images: Path, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = run(images)
+    made = client.create_run(client.create_experiment("made")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+
+    def fail(*_: object, **__: object) -> None:
+        raise TrackingError("cannot log metrics: connection refused")
+
+    monkeypatch.setattr(evaluation, "record_in_own", fail)
+    result = shufflenet("eval", summary.run_id, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["n"]) == (1, 15)
+    assert client.get_run(made).info.status == "FAILED"
+
+
 def test_a_file_without_a_run_cannot_go_to_it(images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
     summary = run(images)
     store = f"sqlite:///{tmp_path}/another.db"
@@ -170,8 +226,6 @@ def test_a_store_that_goes_away_takes_no_result_with_it(
     images: Path, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = run(images)
-    from shufflenet_mlflow.errors import TrackingError
-    from shufflenet_mlflow.jobs import evaluation
 
     def fail(*_: object) -> None:
         raise TrackingError("cannot log metrics: connection refused")

@@ -14,6 +14,7 @@ from shufflenet_mlflow.compare.paired import Evaluation, Outcome, paired_test
 from shufflenet_mlflow.config import command_of
 from shufflenet_mlflow.tracking.messages import RunTarget
 from shufflenet_mlflow.tracking.note import NOTE_TAG, Note
+from shufflenet_mlflow.tracking.provenance import command_line
 from shufflenet_mlflow.tracking.recorder import Recorder
 from shufflenet_mlflow.tracking.system import SystemMetrics
 
@@ -155,6 +156,13 @@ def test_a_paired_test_by_hand() -> None:
     same = paired_test(evaluation("a", 2, 30), evaluation("b", 2, 30), [outcomes(first, 30), outcomes(first, 30)])
     assert same.p_value == 1
     assert "may be chance" in same.verdict
+
+
+@pytest.mark.parametrize("password", ["plain", "pa'ss", "pa ss", 'p"w', "p@w"])
+def test_no_password_stands_in_the_command(monkeypatch: pytest.MonkeyPatch, password: str) -> None:
+    words = ["shufflenet", "train", "--tracking-uri", f"http://me:{password}@host:5000", "--run-name", "a @ b"]
+    monkeypatch.setattr("sys.argv", words)
+    assert command_line() == "shufflenet train --tracking-uri http://host:5000 --run-name 'a @ b'"
 
 
 # ---------------------------------------------------------------- what a run says of itself

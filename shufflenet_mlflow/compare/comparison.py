@@ -1,6 +1,7 @@
 """What several runs have, put side by side."""
 
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +14,9 @@ from shufflenet_mlflow.compare.paired import Evaluation, PairedTest, paired_test
 from shufflenet_mlflow.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from shufflenet_mlflow.client import MlflowClient, Run
+
+logger = logging.getLogger(__name__)
 
 HIGHER, LOWER = "higher", "lower"
 
@@ -168,7 +170,7 @@ def _curves(client: "MlflowClient", runs: Sequence[RunColumn]) -> Iterator[Curve
             with mlflow_errors(f"read {metric} of run {run.run_id}"):
                 history = client.get_metric_history(run.run_id, metric)
             points = sorted(history, key=lambda point: point.step)
-            points = points[:: -(-len(points) // _POINTS)] if len(points) > _POINTS else points
+            points = [*points[: -1 : max(1, -(-len(points) // _POINTS))], *points[-1:]]
             if len(points) < 2:
                 continue
             steps = tuple(point.step for point in points)
@@ -220,14 +222,19 @@ def _tests(client: "MlflowClient", evaluations: Sequence[Sequence[Evaluation]]) 
         for others in evaluations[1:]:
             for second in others:
                 if second.digest == first.digest:
-                    pair = [
-                        read_outcomes(_read(client, one.run_id, f"{one.folder}/predictions.csv"))
-                        for one in (first, second)
-                    ]
+                    try:
+                        pair = [
+                            read_outcomes(_read(client, one.run_id, f"{one.folder}/predictions.csv"))
+                            for one in (first, second)
+                        ]
+                    except (ValueError, KeyError, TypeError):
+                        logger.warning("runs %s and %s: their predictions cannot be read", first.run_id, second.run_id)
+                        continue
                     yield paired_test(first, second, pair)
 
 
 def _read(client: "MlflowClient", run_id: str, artifact: str) -> str:
     """A small artifact's text."""
     with mlflow_errors(f"read {artifact} of run {run_id}"), tempfile.TemporaryDirectory() as scratch:
-        return Path(client.download_artifacts(run_id, artifact, scratch)).read_text("utf-8")
+        # Not as text: quoted names may hold ends of lines of any kind.
+        return Path(client.download_artifacts(run_id, artifact, scratch)).read_bytes().decode()

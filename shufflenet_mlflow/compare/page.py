@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from shufflenet_mlflow.compare.comparison import Comparison
 from shufflenet_mlflow.compare.curves import AXES, curves_figure
 from shufflenet_mlflow.compare.paired import Change, PairedTest
 from shufflenet_mlflow.errors import ExportError
+from shufflenet_mlflow.figures import write_figure
+from shufflenet_mlflow.jsontext import to_json
 
 PAGE, DOCUMENT = "compare.html", "compare.json"
 
@@ -38,9 +39,9 @@ def write_page(comparison: Comparison, directory: Path) -> list[Path]:
             if figure is None:
                 continue
             written.append(directory / f"curves-{name}.png")
-            figure.savefig(written[-1])
+            write_figure(figure, written[-1])
             drawing = io.StringIO()
-            figure.savefig(drawing, format="svg")
+            write_figure(figure, drawing, "svg")
             drawings.append((label, Markup(drawing.getvalue().partition("<svg")[2].join(("<svg", "")))))  # noqa: S704
         environment = Environment(
             loader=PackageLoader("shufflenet_mlflow.compare", "."),
@@ -54,9 +55,9 @@ def write_page(comparison: Comparison, directory: Path) -> list[Path]:
             drawings=drawings,
             tests=[_shown(test) for test in comparison.tests],
         )
-        for name, text in ((PAGE, page), (DOCUMENT, json.dumps(comparison.to_dict(), indent=2))):
+        for name, text in ((PAGE, page), (DOCUMENT, to_json(comparison.to_dict()))):
             written.append(directory / name)
-            written[-1].write_text(text, "utf-8")
+            written[-1].write_text(text, "utf-8", "backslashreplace")
     except OSError as error:
         raise ExportError(
             f"cannot write to {str(directory)!r}: {error.strerror}; --out names another folder"

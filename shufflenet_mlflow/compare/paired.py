@@ -73,7 +73,7 @@ class PairedTest:
     @property
     def verdict(self) -> str:
         """The result in words."""
-        difference = self.second.top1 - self.first.top1
+        difference = (len(self.only_second) - len(self.only_first)) / max(1, self.images)
         if self.p_value >= SIGNIFICANT:
             return f"the difference of {difference:+.4f} in accuracy may be chance (p = {self.p_value:.3g})"
         better = "second" if difference > 0 else "first"

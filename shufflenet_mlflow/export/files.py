@@ -46,6 +46,9 @@ def export_file(network: Network, target: Path, form: str) -> float:
         write_atomically(target, lambda out: out.write(content))
     except OSError as error:
         raise ExportError(f"cannot write {str(target)!r}: {error.strerror}; --output names another file") from error
+    except RuntimeError as error:  # PyTorch's writer, and its exporter
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(f"cannot write {str(target)!r}: {reason}; --output names another file") from error
     finally:
         part.unlink(missing_ok=True)
     return difference

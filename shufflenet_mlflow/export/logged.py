@@ -56,24 +56,23 @@ class LogModels:
         """Make those that there are not yet.
 
         Raises:
-            RefusedError: a checkpoint is gone, or cannot be exported.
-            TrackingError: MLflow did not answer.
+            RefusedError: a checkpoint is gone or cannot be exported, or the server has no logged models.
+            TrackingError: MLflow did not answer, or the run was deleted, which can be undone.
         """
         run = target.read()
+        if run.info.lifecycle_stage != "active":
+            raise TrackingError(f"run {target.run_id} was deleted; `mlflow runs restore` brings it back")
         named = (record_in(run.data.tags, tag) for tag in (BEST_TAG, LATEST_TAG))
         for record in dict.fromkeys(record for record in named if record is not None):
-            if find_logged_model(target.client, run, record) is None:
-                self._make(target, run, record)
-
-    def _make(self, target: RunTarget, run: "Run", record: CheckpointRecord) -> None:
-        try:
-            with _local_copy(target, record) as path:
-                log_model(target.client, run, record, path)
-        except TrackingError:
-            raise
-        except Exception as error:  # whatever the exporter raises, what waits behind must not wait for ever
-            reason = f"{type(error).__name__}: {error}" if not isinstance(error, ShuffleNetError) else str(error)
-            raise RefusedError(f"no logged model of {record.file_name}: {reason}") from error
+            try:
+                if find_logged_model(target.client, run, record) is None:
+                    with _local_copy(target, record) as path:
+                        log_model(target.client, run, record, path)
+            except Exception as error:  # whatever the exporter raises, what waits behind must not wait for ever
+                if isinstance(error, TrackingError) and not error.answered:
+                    raise
+                reason = str(error) if isinstance(error, ShuffleNetError) else f"{type(error).__name__}: {error}"
+                raise RefusedError(f"no logged model of {record.file_name}: {reason}") from error
 
 
 register_kind(LogModels)
@@ -110,7 +109,7 @@ def _models_of(client: "MlflowClient", run: "Run", record: CheckpointRecord) -> 
 
 
 def log_model(client: "MlflowClient", run: "Run", record: CheckpointRecord, path: Path) -> str:
-    """Make a logged model of a checkpoint, with the metrics that belong to it.
+    """Make a logged model of a checkpoint, with the metrics that belong to it; one that is there already is returned.
 
     Args:
         path: the checkpoint's file, verified.
@@ -121,39 +120,46 @@ def log_model(client: "MlflowClient", run: "Run", record: CheckpointRecord, path
     Raises:
         CheckpointError, ConfigError: the checkpoint's network cannot be built.
         ExportError: its program differs from it.
-        TrackingError: MLflow did not answer; what was begun is taken up by nobody, and removed the next time.
+        TrackingError: MLflow did not answer; what was begun is taken up the next time.
     """
-    for begun in _models_of(client, run, record):  # a process was killed while it made that
-        with mlflow_errors(f"remove the unfinished logged model {begun.model_id}"):
-            client.delete_logged_model(begun.model_id)
+    known = _models_of(client, run, record)
+    for model in known:
+        if str(model.status) == "READY":
+            return str(model.model_id)
     network = load_network(read_checkpoint(path), repr(str(path)))
-    run_id = run.info.run_id
-    with mlflow_errors(f"make a logged model of {record.file_name}"):
-        model = client.create_logged_model(
-            run.info.experiment_id,
-            name=_name(network, record),
-            source_run_id=run_id,
-            tags={SHA256_TAG: record.sha256, MODEL_VERSION_TAG: record.to_json()},
-            params={
-                "network": network.architecture.name,
-                "num_classes": str(network.num_classes),
-                "input_size": str(network.preprocess.input_size),
-                "iters": str(record.iters),
-            },
-            model_type="image classifier",
-        )
+    doing = f"make a logged model of {record.file_name}"
+    with mlflow_errors(doing):
+        # An unfinished one was left by a process that was killed, or by a server that went away.
+        model = known[0] if known else _begin_model(client, run, record, network)
+        _link(client, run, model.model_id, record)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
         try:
-            with tempfile.TemporaryDirectory() as scratch:
-                folder = Path(scratch) / "model"
-                write_model(network, folder, run_id=run_id, model=model, metadata=asdict(record))
-                client.log_model_artifacts(model.model_id, str(folder))
-            _link(client, run, model.model_id, record)
-            client.finalize_logged_model(model.model_id, "READY")  # last: an unfinished one is made again
-        except BaseException:
-            with contextlib.suppress(Exception):
-                client.delete_logged_model(model.model_id)
+            write_model(network, folder, run_id=run.info.run_id, model=model, metadata=asdict(record))
+        except Exception:
+            with contextlib.suppress(Exception):  # why it could not be written is what matters
+                client.finalize_logged_model(model.model_id, "FAILED")
             raise
+        with mlflow_errors(doing):
+            client.log_model_artifacts(model.model_id, str(folder))
+            client.finalize_logged_model(model.model_id, "READY")  # last: an unfinished one is made again
     return str(model.model_id)
+
+
+def _begin_model(client: "MlflowClient", run: "Run", record: CheckpointRecord, network: Network) -> "LoggedModel":
+    return client.create_logged_model(
+        run.info.experiment_id,
+        name=_name(network, record),
+        source_run_id=run.info.run_id,
+        tags={SHA256_TAG: record.sha256, MODEL_VERSION_TAG: record.to_json()},
+        params={
+            "network": network.architecture.name,
+            "num_classes": str(network.num_classes),
+            "input_size": str(network.preprocess.input_size),
+            "iters": str(record.iters),
+        },
+        model_type="image classifier",
+    )
 
 
 def _name(network: Network, record: CheckpointRecord) -> str:
@@ -257,7 +263,9 @@ def _link(client: "MlflowClient", run: "Run", model_id: str, record: CheckpointR
     from mlflow.entities import LoggedModelOutput, Metric
 
     run_id = run.info.run_id
-    client.log_outputs(run_id, [LoggedModelOutput(model_id, record.iters)])
+    outputs = run.outputs.model_outputs if run.outputs is not None else []
+    if model_id not in {output.model_id for output in outputs}:
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, record.iters)])
     inputs = run.inputs.dataset_inputs if run.inputs is not None else []
     validation = [entry.dataset for entry in inputs if any(tag.value == "validation" for tag in entry.tags)]
     metrics = []

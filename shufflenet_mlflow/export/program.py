@@ -81,7 +81,10 @@ def check_equal(network: Network, run: Callable[[Tensor], Tensor], what: str) ->
         if found.shape != expected.shape:
             raise ExportError(f"{what} gives {tuple(found.shape)} for {size} images, the checkpoint {expected.shape}")
         scale = max(1e-12, expected.abs().max().item())
-        largest = max(largest, (found - expected).abs().max().item() / scale)
-    if not largest <= TOLERANCE:
-        raise ExportError(f"{what} differs from the checkpoint by {largest:.2e} of the largest logit (> {TOLERANCE:g})")
+        difference = (found - expected).abs().max().item() / scale
+        if not difference <= TOLERANCE:  # what is no number is not equal either
+            raise ExportError(
+                f"{what} differs from the checkpoint by {difference:.2e} of the largest logit (> {TOLERANCE:g})"
+            )
+        largest = max(largest, difference)
     return largest

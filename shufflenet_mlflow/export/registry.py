@@ -1,12 +1,13 @@
 """Promoting: a run's checkpoint becomes a version of a registered model, with aliases."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoint import CheckpointRecord
 from shufflenet_mlflow.client import mlflow_errors
-from shufflenet_mlflow.errors import CheckpointError, TrackingError
+from shufflenet_mlflow.errors import CheckpointError, ConfigError
 from shufflenet_mlflow.resolve.remote import MODEL_VERSION_TAG
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ def promote(
                 raise
         known = [
             version
-            for version in client.search_model_versions(f"name = '{_quoted(name)}'")
-            if version.run_id == run_id and _stands_for(version.tags.get(MODEL_VERSION_TAG, ""), record)
+            for version in client.search_model_versions(f"name = '{name}'")
+            if str(version.source) == f"models:/{model_id}"
+            and _stands_for(version.tags.get(MODEL_VERSION_TAG, ""), record)
         ]
         version = (
             known[0]
@@ -92,10 +94,15 @@ def _stands_for(tag: str, record: CheckpointRecord) -> bool:
         return False
 
 
-def _quoted(name: str) -> str:
-    if "'" in name:
-        raise TrackingError(f"a registered model cannot be called {name!r}: leave the quote out", "BAD_REQUEST")
-    return name
+def check_names(name: str, aliases: Sequence[str]) -> None:
+    """Raise ConfigError for a name or an alias that MLflow refuses, or that no reference could hold."""
+    if not re.fullmatch(r"[^/:@'\s][^/:@']{0,99}", name):
+        raise ConfigError(f"--name (={name}) must be a name without / : @ and quotes, of at most 100 letters")
+    for alias in aliases:
+        if not re.fullmatch(r"(?!v\d+$|latest$)[A-Za-z0-9_-]{1,100}", alias, re.IGNORECASE):
+            raise ConfigError(
+                f"--alias (={alias}) must be letters, digits, _ and -, and neither latest nor a version such as v1"
+            )
 
 
 def _description(record: CheckpointRecord, run_id: str) -> str:

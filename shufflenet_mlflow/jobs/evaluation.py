@@ -16,8 +16,8 @@ from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.jobs.loading import Loaded, load_checkpointed
 from shufflenet_mlflow.jobs.recording import Evaluated, record_in_new, record_in_own, record_in_source
 from shufflenet_mlflow.launcher import ended_with_mlflow_run
-from shufflenet_mlflow.network import Architecture, Network
-from shufflenet_mlflow.planning import BATCH_SIZE, choose_device, list_folder
+from shufflenet_mlflow.network import Architecture, Network, label_outputs
+from shufflenet_mlflow.planning import BATCH_SIZE, choose_device, data_name, list_folder
 from shufflenet_mlflow.report import Observer, Report
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve import parse_reference
@@ -26,9 +26,7 @@ from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking import AdoptedRun, adopted_run_id
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
-
-    from shufflenet_mlflow.client import MlflowClient
+    from shufflenet_mlflow.client import MlflowClient, Run
 
 LOG_TO = ("source", "new", "none")
 """What `--log-to` takes."""
@@ -127,7 +125,8 @@ def _run(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummar
     with made or nullcontext():
         loaded = _load(request, reporter)
         source = _source(client, loaded, request, where) if client is not None and where != "none" else None
-        summary, listing = _evaluate(request, loaded, reporter, stop)
+        val_dir = _val_dir(request, loaded)
+        summary, listing = _evaluate(request, loaded, val_dir, reporter, stop)
         if client is None or where == "none":
             return summary
         evaluated = Evaluated(
@@ -135,12 +134,17 @@ def _run(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummar
             checkpoint=summary.checkpoint.name,
             iters=summary.iters,
             run_id=summary.run_id,
+            name=data_name(val_dir),
             listing=listing,
             metrics=summary.metrics(),
             report=summary.report,
         )
         if where == "new" and made is not None:
-            record_in_own(made, source, evaluated)
+            try:
+                record_in_own(made, source, evaluated)
+            except TrackingError as error:
+                made.status = "FAILED"
+                return replace(summary, problem=error)
             return replace(summary, logged_to=adopted)
         try:
             if where == "new":
@@ -202,15 +206,25 @@ def _load(request: EvalRequest, reporter: Reporter) -> Loaded:
     )
 
 
+def _val_dir(request: EvalRequest, loaded: Loaded) -> str | None:
+    """The images to evaluate on; None for the bundled digits.
+
+    Raises:
+        ConfigError: neither the user nor the checkpoint says.
+    """
+    trained = _usable_config(loaded.payload)
+    val_dir: str | None = request.val_dir if request.val_dir is not None else trained.get("val_dir")
+    if val_dir is None and "val_dir" not in trained:
+        raise ConfigError(f"--val-dir is missing: {loaded.source} does not say on what it was validated")
+    return val_dir
+
+
 def _evaluate(
-    request: EvalRequest, loaded: Loaded, reporter: Reporter, stop: StopFlag
+    request: EvalRequest, loaded: Loaded, val_dir: str | None, reporter: Reporter, stop: StopFlag
 ) -> tuple[EvalSummary, ImageListing]:
     network, source = loaded.network, loaded.source
     trained = _usable_config(loaded.payload)
     skip_bad = request.on_bad_image == "skip"
-    val_dir = request.val_dir if request.val_dir is not None else trained.get("val_dir")
-    if val_dir is None and "val_dir" not in trained:
-        raise ConfigError(f"--val-dir is missing: {source} does not say on what it was validated")
     listing = list_folder(val_dir, "val", option="--val-dir", skip_bad=skip_bad, cache_dir=request.cache_dir)
     _check_classes(network, listing, source, reporter)
     device = choose_device(request.device)
@@ -233,7 +247,7 @@ def _evaluate(
             observe=observer,
         )
     seconds = time.perf_counter() - began
-    labels = [*listing.classes, *network.labels[len(listing.classes) :]]  # they are the network's, where it has names
+    labels = label_outputs(dict(enumerate(listing.classes)), network.num_classes)
     summary = EvalSummary(
         result=result,
         report=Report.of(observer.outcomes(), labels),

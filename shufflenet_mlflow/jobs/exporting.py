@@ -12,6 +12,7 @@ from shufflenet_mlflow.errors import ExportError, UnresolvedError
 from shufflenet_mlflow.export import FORMATS, Promoted, export_file, log_model, promote
 from shufflenet_mlflow.export.logged import checkpoint_in_run, find_logged_model, write_model
 from shufflenet_mlflow.export.program import TOLERANCE
+from shufflenet_mlflow.export.registry import check_names
 from shufflenet_mlflow.jobs.loading import Loaded, load_checkpointed, source_of
 from shufflenet_mlflow.network import Architecture
 from shufflenet_mlflow.reporting import Reporter
@@ -84,6 +85,8 @@ def run_export(request: ExportRequest, *, reporter: Reporter) -> ExportSummary:
     target = request.output or Path(loaded.path.name.removesuffix(".pth.tar") + suffix)
     if not target.parent.is_dir():
         raise ExportError(f"cannot write {str(target)!r}: its folder does not exist; make it, or change --output")
+    if target.is_dir() and request.format != MLFLOW_FORMAT:
+        raise ExportError(f"{str(target)!r} is a folder; --output names a file")
     if request.format != MLFLOW_FORMAT:
         return ExportSummary(target, request.format, loaded, export_file(loaded.network, target, request.format))
     if target.exists():
@@ -112,10 +115,12 @@ def run_promotion(
     Its logged model is made if there is none yet.
 
     Raises:
+        ConfigError: MLflow takes no such name or alias.
         UnresolvedError: there is no such checkpoint, or it belongs to no run.
         TrackingError: MLflow refused, or did not answer.
     """
     prepare_environment()
+    check_names(name, aliases)
     resolved = resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir, reporter=reporter)
     run_id = resolved.run_id or run_of_file(resolved.path)
     if run_id is None:

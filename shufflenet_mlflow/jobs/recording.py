@@ -3,18 +3,18 @@
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.export.logged import find_logged_model
-from shufflenet_mlflow.figures import figures_of
-from shufflenet_mlflow.planning import data_name
+from shufflenet_mlflow.figures import figures_of, write_figure
 from shufflenet_mlflow.report import Report
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking import AdoptedRun, make_run, new_run
+from shufflenet_mlflow.tracking.evaluated import OfModel, log_input_model, log_results
 from shufflenet_mlflow.tracking.messages import (
     DatasetInput,
     Message,
@@ -22,14 +22,17 @@ from shufflenet_mlflow.tracking.messages import (
     RunTarget,
     Tags,
     TextArtifact,
-    now_ms,
 )
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel, Run
+    from shufflenet_mlflow.client import LoggedModel, MlflowClient, Run
+
+CONTEXT = "evaluation"
+"""What an evaluation's images are to its run."""
+
+LONGEST_NAME = 100
 
 ARTIFACTS = "evaluation"
 """Folder of a run's artifacts: a folder for each set of images and checkpoint."""
@@ -53,6 +56,8 @@ class Evaluated:
     iters: int
     run_id: str | None
     """The run that the checkpoint belongs to."""
+    name: str
+    """What the images are called."""
     listing: ImageListing
     metrics: Mapping[str, float]
     """By plain name, such as `top1`."""
@@ -60,8 +65,26 @@ class Evaluated:
 
     @property
     def data(self) -> str:
-        """What to call the images; MLflow takes only some letters."""
-        return re.sub(r"[^\w .:-]", "_", data_name(str(self.listing.root)))
+        """What to call the images; MLflow takes only some letters, and not too many."""
+        name = re.sub(r"[^\w .:-]", "_", self.name)
+        return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{self.listing.digest[:8]}"
+
+    @property
+    def root(self) -> str:
+        """The folder of the images."""
+        return str(self.listing.root.absolute())
+
+    def told_apart(self, run: "Run") -> "Evaluated":
+        """The same under another name, if the run has been evaluated on other images of that name."""
+        inputs = run.inputs.dataset_inputs if run.inputs is not None else []
+        others = {
+            entry.dataset.digest
+            for entry in inputs
+            if entry.dataset.name == self.data and any(tag.value == CONTEXT for tag in entry.tags)
+        }
+        if not others - {self.listing.digest}:
+            return self
+        return replace(self, name=f"{self.data[: LONGEST_NAME - 9]}-{self.listing.digest[:8]}")
 
     @property
     def folder(self) -> str:
@@ -74,7 +97,7 @@ class Evaluated:
         return {
             "data": self.data,
             "digest": self.listing.digest,
-            "root": str(self.listing.root),
+            "root": self.root,
             "images": len(self.report.outcomes.paths),
             "network": self.network,
             "checkpoint": self.checkpoint,
@@ -90,6 +113,7 @@ def record_in_source(client: "MlflowClient", source: "Run", evaluated: Evaluated
     Raises:
         TrackingError: MLflow did not answer.
     """
+    evaluated = evaluated.told_apart(source)
     target = RunTarget(client, source.info.run_id, Path())
     _record(target, evaluated, f"eval/{evaluated.data}", _logged_model(client, source, evaluated))
     return target.run_id
@@ -131,7 +155,7 @@ def record_in_own(run: AdoptedRun, source: "Run | None", evaluated: Evaluated) -
     values = {
         "model": evaluated.network,
         "iters": evaluated.iters,
-        "val_dir": evaluated.listing.root,
+        "val_dir": evaluated.root,
         "val_images": len(evaluated.listing),
     }
     run.send(Params.of(values))
@@ -145,10 +169,7 @@ def record_in_own(run: AdoptedRun, source: "Run | None", evaluated: Evaluated) -
     )
     _record(target, evaluated, OWN_SECTION, model)
     if model is not None:
-        from mlflow.entities import LoggedModelInput
-
-        with mlflow_errors(f"name the model of run {target.run_id}"):
-            target.client.log_inputs(target.run_id, models=[LoggedModelInput(model.model_id)])
+        log_input_model(target, model.model_id)
 
 
 def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "LoggedModel | None") -> None:
@@ -160,43 +181,18 @@ def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "Logge
         TextArtifact(f"{folder}/classes.csv", report.classes_csv()),
         TextArtifact(f"{folder}/confusion.csv", report.confusion_csv()),
         TextArtifact.of_json(f"{folder}/{SUMMARY}", evaluated.summary()),
-        DatasetInput(
-            evaluated.data, listing.digest, str(listing.root), len(listing), len(listing.classes), "evaluation"
-        ),
+        DatasetInput(evaluated.data, listing.digest, evaluated.root, len(listing), len(listing.classes), CONTEXT),
     ]
     for message in messages:
         message.send(target)
     with tempfile.TemporaryDirectory() as scratch:
         for name, draw in figures_of(report, listing.root).items():
-            draw().savefig(Path(scratch) / name)
+            write_figure(draw(), Path(scratch) / name)
         with mlflow_errors(f"upload the figures of run {target.run_id}"):
             target.client.log_artifacts(target.run_id, scratch, f"figures/{evaluated.folder}")
-    _log_metrics(target, evaluated, section, model)
-
-
-def _log_metrics(target: RunTarget, evaluated: Evaluated, section: str, model: "LoggedModel | None") -> None:
-    """Points at the checkpoint's iteration, for the run and for the logged model."""
-    from mlflow.entities import Metric
-
-    known = target.read().data.metrics
-    with mlflow_errors(f"log metrics of run {target.run_id}"):
-        metrics = []
-        for name, value in evaluated.metrics.items():
-            key, timestamp = f"{section}/{name}", now_ms()
-            if known.get(key) == value:  # the same point once more: the run keeps it once
-                history = target.client.get_metric_history(target.run_id, key)
-                same = [point.timestamp for point in history if (point.step, point.value) == (evaluated.iters, value)]
-                timestamp = same[-1] if same else timestamp
-            metrics.append(
-                Metric(
-                    *(key, value, timestamp, evaluated.iters),
-                    model_id=model.model_id if model else None,
-                    run_id=target.run_id,
-                    dataset_name=evaluated.data if model else None,
-                    dataset_digest=evaluated.listing.digest if model else None,
-                )
-            )
-        target.client.log_batch(target.run_id, metrics=metrics)
+    values = {f"{section}/{name}": value for name, value in evaluated.metrics.items()}
+    of_model = None if model is None else OfModel(model.model_id, evaluated.data, listing.digest)
+    log_results(target, values, evaluated.iters, of_model)
 
 
 def _logged_model(client: "MlflowClient", source: "Run", evaluated: Evaluated) -> "LoggedModel | None":

@@ -19,9 +19,7 @@ from shufflenet_mlflow.tracking.note import NOTE_TAG
 from shufflenet_mlflow.tracking.provenance import COMMAND_TAG, COMMIT_TAG, DIRTY_TAG
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
-
-    from shufflenet_mlflow.client import MlflowClient
+    from shufflenet_mlflow.client import MlflowClient, Run
 
 DEFAULT_COLUMNS = ("run_id", "name", "status", "started", "minutes", "model", "val/top1", "best/val_top1")
 
@@ -189,6 +187,7 @@ class RunDetails:
             "name": info.run_name,
             "experiment": self.experiment,
             "status": info.status,
+            "deleted": info.lifecycle_stage != "active",
             "started": _time(info.start_time),
             "ended": _time(info.end_time),
             "command": data.tags.get(COMMAND_TAG),
@@ -249,7 +248,7 @@ def show_run(ref: str, *, tracking_uri: str | None) -> RunDetails:
         record_in(tags, LATEST_TAG),
         record_in(tags, BEST_TAG),
         tuple((str(model.model_id), str(model.name)) for model in models),
-        tuple(command_of(config)) if config else None,
+        tuple(command_of(config)) if "model" in config else None,
     )
 
 

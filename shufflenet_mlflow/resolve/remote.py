@@ -45,6 +45,7 @@ from shufflenet_mlflow.resolve.reference import ModelReference, RunReference, is
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
 
 logger = logging.getLogger(__name__)
 
@@ -392,9 +393,9 @@ def resolve_model(
         if not _missing(error):
             raise
         raise UnresolvedError(_registry_hint(client, reference, asked)) from error
-    if MODEL_VERSION_TAG in version.tags and version.run_id:
-        record = CheckpointRecord.from_json(version.tags[MODEL_VERSION_TAG])
-        run = RemoteCheckpoints(client, version.run_id, cache_dir, reporter)
+    run_id, record = _checkpoint_of(client, version)
+    if record is not None and run_id:
+        run = RemoteCheckpoints(client, run_id, cache_dir, reporter)
         return run.resolved(run.fetch(record.path, record))
     source = str(version.source).removeprefix("runs:/")
     run_id, _, artifact = source.partition("/")
@@ -406,12 +407,35 @@ def resolve_model(
     )
 
 
+def _checkpoint_of(client: "MlflowClient", version: "ModelVersion") -> tuple[str | None, CheckpointRecord | None]:
+    """The run and the record that a version stands for: its own tag says so, or that of its logged model."""
+    with contextlib.suppress(CheckpointError):
+        return version.run_id, CheckpointRecord.from_json(version.tags.get(MODEL_VERSION_TAG, ""))
+    model_id = getattr(version, "model_id", None) or str(version.source).removeprefix("models:/")
+    if not str(model_id).startswith("m-"):
+        return None, None
+    try:
+        with mlflow_errors(f"read the logged model {model_id}"):
+            model = client.get_logged_model(model_id)
+        return model.source_run_id, CheckpointRecord.from_json(model.tags.get(MODEL_VERSION_TAG, ""))
+    except CheckpointError:
+        return None, None
+    except TrackingError as error:
+        if not error.answered:
+            raise
+        return None, None
+
+
 def _registry_hint(client: "MlflowClient", reference: ModelReference, asked: str) -> str:
-    with mlflow_errors("search the model registry"):
-        models = client.search_registered_models(max_results=_NAMED)
-    named = {model.name: model for model in models}
-    if reference.name not in named:
-        listed = ", ".join(named) or "none"
+    try:
+        with mlflow_errors(f"read the registered model {reference.name}"):
+            model = client.get_registered_model(reference.name)
+    except TrackingError as error:
+        if not error.answered:
+            raise
+        with mlflow_errors("search the model registry"):
+            models = client.search_registered_models(max_results=_NAMED)
+        listed = ", ".join(model.name for model in models) or "none"
         return f"there is no {asked} in {redact(client.tracking_uri)}; registered models: {listed}"
-    aliases = ", ".join(f"@{alias}" for alias in named[reference.name].aliases) or "none"
+    aliases = ", ".join(f"@{alias}" for alias in model.aliases) or "none"
     return f"there is no {asked}; {reference.name} has the aliases: {aliases}"

@@ -24,6 +24,7 @@ from shufflenet_mlflow.checkpoint import (
 )
 from shufflenet_mlflow.client import mlflow_errors, redact
 from shufflenet_mlflow.errors import CheckpointError, RefusedError
+from shufflenet_mlflow.jsontext import to_json
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 
 if TYPE_CHECKING:
@@ -210,11 +211,13 @@ class TextArtifact:
     @classmethod
     def of_json(cls, path: str, value: Any) -> "TextArtifact":
         """A plain value as a JSON file."""
-        return cls(path, json.dumps(value, indent=2))
+        return cls(path, to_json(value))
 
     def send(self, target: RunTarget) -> None:
+        # Names of files need not be valid text.
+        text = self.text.encode("utf-8", "backslashreplace").decode()
         with mlflow_errors(f"write {self.path} of run {target.run_id}"):
-            target.client.log_text(target.run_id, self.text, self.path)
+            target.client.log_text(target.run_id, text, self.path)
 
 
 @dataclass(frozen=True)

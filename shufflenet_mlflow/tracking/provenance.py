@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 import shufflenet_mlflow
-from shufflenet_mlflow.client import redact
+from shufflenet_mlflow.client import redact_word
 
 COMMAND_TAG = "command"
 """Tag of a run: the command line, also where `mlflow run` names its project as the source."""
@@ -26,7 +26,7 @@ def command_line() -> str:
     """This process's command, as it can be typed again, without credentials."""
     program = Path(sys.argv[0]).name
     words = ["shufflenet" if program == "__main__.py" else program, *sys.argv[1:]]
-    return redact(shlex.join(words))
+    return shlex.join(map(redact_word, words))
 
 
 def git_tags() -> dict[str, str]:

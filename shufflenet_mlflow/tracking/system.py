@@ -19,6 +19,8 @@ INTERVAL_VARIABLE = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
 INTERVAL = 10.0
 """Seconds between samples, unless the variable says otherwise."""
 
+LONGEST_INTERVAL = 86_400.0
+
 PREFIX = "system/"
 """The UI has a page of its own for metrics with it."""
 
@@ -79,7 +81,7 @@ def _interval() -> float:
         given = float(os.environ.get(INTERVAL_VARIABLE, INTERVAL))
     except ValueError:
         return INTERVAL
-    return given if given > 0 else INTERVAL
+    return given if 0 < given < LONGEST_INTERVAL else INTERVAL
 
 
 def _monitors() -> list[Any]:
@@ -91,8 +93,9 @@ def _monitors() -> list[Any]:
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
     except ImportError:
         return []
-    kinds: list[Any] = [CPUMonitor, DiskMonitor, NetworkMonitor]
-    monitors = [kind() for kind in kinds]
-    with contextlib.suppress(ImportError, RuntimeError):  # no NVIDIA GPU, or no package that reads it
-        monitors.append(GPUMonitor())  # type: ignore[no-untyped-call]
+    monitors: list[Any] = []
+    kinds: list[Any] = [CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor]
+    for kind in kinds:
+        with contextlib.suppress(Exception):  # no NVIDIA GPU, no package that reads it, no network, …
+            monitors.append(kind())
     return monitors

@@ -1,0 +1,56 @@
+"""The numbers of an evaluation: a run's, and at the same time those of the logged model that was evaluated."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shufflenet_mlflow.client import mlflow_errors
+from shufflenet_mlflow.tracking.messages import RunTarget, now_ms
+
+
+@dataclass(frozen=True)
+class OfModel:
+    """The logged model, and the images that it was evaluated on."""
+
+    model_id: str
+    dataset_name: str
+    dataset_digest: str
+
+
+def log_results(target: RunTarget, values: Mapping[str, float], step: int, model: OfModel | None) -> None:
+    """Log one point of each metric; one that the run has already is not repeated.
+
+    Raises:
+        TrackingError: MLflow did not answer.
+    """
+    from mlflow.entities import Metric
+
+    known = target.read().data.metrics
+    of_model = vars(model) if model is not None else {}
+    with mlflow_errors(f"log metrics of run {target.run_id}"):
+        metrics = []
+        for name, value in values.items():
+            timestamp = now_ms()
+            if _is_same(known.get(name), value):  # the very same point once more: the run keeps it once
+                history = target.client.get_metric_history(target.run_id, name)
+                same = [point.timestamp for point in history if point.step == step and _is_same(point.value, value)]
+                timestamp = same[-1] if same else timestamp
+            metrics.append(Metric(name, value, timestamp, step, run_id=target.run_id, **of_model))
+        target.client.log_batch(target.run_id, metrics=metrics)
+
+
+def log_input_model(target: RunTarget, model_id: str) -> None:
+    """Name the logged model as what the run works with.
+
+    Raises:
+        TrackingError: MLflow did not answer.
+    """
+    from mlflow.entities import LoggedModelInput
+
+    with mlflow_errors(f"name the model of run {target.run_id}"):
+        target.client.log_inputs(target.run_id, models=[LoggedModelInput(model_id)])
+
+
+def _is_same(one: float | None, other: float) -> bool:
+    """Also where both are no number."""
+    return one == other or (one is not None and math.isnan(one) and math.isnan(other))
