@@ -1,6 +1,7 @@
 """Image folders, preprocessing, the order of samples."""
 
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def test_listing(images: Path) -> None:
     assert len(listing) == 36
     assert listing.samples[12].path == "green/000.png"
     assert listing.samples[12].label == 1
+
+
+def test_the_content_of_every_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its size stays; of large sets only that."""
+    write_images(tmp_path / "a", per_class=2)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, copy = list_images(tmp_path / "a"), list_images(tmp_path / "b")
+    assert first.content_digest == copy.content_digest != first.digest
+    picture = tmp_path / "b" / "red" / "001.png"
+    content = bytearray(picture.read_bytes())
+    content[-20] ^= 1
+    picture.write_bytes(content)
+    changed = list_images(tmp_path / "b")
+    assert changed.digest == first.digest
+    assert changed.content_digest != first.content_digest
+    monkeypatch.setattr("shufflenet_mlflow.data.folder.CONTENT_UP_TO", 1000)
+    assert list_images(tmp_path / "b").content_digest == first.digest
 
 
 def test_digest_follows_the_content_not_the_place(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_where_it_goes_by_default(client: MlflowClient, images: Path, shufflenet
     assert client.get_experiment(made.info.experiment_id).name == "other"
     assert made.data.tags["evaluated.run"] == summary.run_id
     [dataset] = made.inputs.dataset_inputs
-    assert dataset.dataset.digest == list_images(images / "val").digest
+    assert dataset.dataset.digest == list_images(images / "val").content_digest
 
 
 def test_other_images_of_the_same_name(client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_other_images_of_the_same_name(client: MlflowClient, images: Path, shuff
         evaluate(shufflenet, summary.run_id, "--val-dir", tmp_path / part / "photos")
     folders = [entry.path for entry in client.list_artifacts(summary.run_id, "evaluation")]
     assert len(folders) == 2
-    digest = list_images(tmp_path / "b" / "photos").digest
+    digest = list_images(tmp_path / "b" / "photos").content_digest
     assert f"evaluation/photos-{digest[:8]}" in folders
     assert f"eval/photos-{digest[:8]}/top1" in client.get_run(summary.run_id).data.metrics
 

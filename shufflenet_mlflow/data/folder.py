@@ -18,6 +18,9 @@ IGNORED_NAMES = {"thumbs.db", "desktop.ini"}
 DIGEST_LENGTH = 32
 """MLflow takes data set digests of 36 characters at most."""
 
+CONTENT_UP_TO = 1 << 30
+"""Bytes of a set of images whose content is hashed; of larger ones paths and sizes have to do."""
+
 _NAMED = 3
 """How many offending files a message names before it counts the rest."""
 
@@ -59,6 +62,32 @@ class ImageListing:
         for sample in self.samples:
             lines.update(f"{sample.path}\0{sample.bytes}\n".encode("utf-8", "surrogateescape"))
         return lines.hexdigest()[:DIGEST_LENGTH]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether reading all of it takes seconds at most."""
+        return sum(sample.bytes for sample in self.samples) <= CONTENT_UP_TO
+
+    @cached_property
+    def content_digest(self) -> str:
+        """Hash of every path and of every file's bytes; `digest` where there is more than `CONTENT_UP_TO` to read."""
+        if not self.is_small:
+            return self.digest
+        hashed = hashlib.sha256()
+        for sample in self.samples:
+            hashed.update(f"{sample.path}\0{sample.bytes}\n".encode("utf-8", "surrogateescape"))
+            _add_content(hashed, self.root / sample.path)
+        return hashed.hexdigest()[:DIGEST_LENGTH]
+
+
+def _add_content(hashed: "hashlib._Hash", path: Path) -> None:
+    """Add a file's bytes; of one that cannot be read, that it cannot."""
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                hashed.update(block)
+    except OSError:
+        hashed.update(b"\0unreadable")
 
 
 def _subfolders(root: Path) -> list[os.DirEntry[str]]:

@@ -41,8 +41,8 @@ def describe(config: TrainConfig, data: TrainData) -> tuple[Message, ...]:
         values[key] = values[key] or data_name(None)
     return (
         Params.of(values),
-        _dataset(data.train, name=data_name(config.train_dir), context="training"),
-        _dataset(data.val, name=data_name(config.val_dir), context="validation"),
+        dataset_input(data.train, name=data_name(config.train_dir), context="training"),
+        dataset_input(data.val, name=data_name(config.val_dir), context="validation"),
         TextArtifact.of_json("config.json", config.to_dict()),
         TextArtifact.of_json("classes.json", data.train.class_to_idx),
     )
@@ -69,8 +69,17 @@ def result_in_words(result: TrainResult, best: Mapping[str, Any] | None, total_i
     return ", ".join(parts) + ("; stopped by a signal" if result.stopped_by is not None else "")
 
 
-def _dataset(listing: ImageListing, *, name: str, context: str) -> DatasetInput:
-    return DatasetInput(name, listing.digest, str(listing.root), len(listing), len(listing.classes), context)
+def dataset_input(listing: ImageListing, *, name: str, context: str) -> DatasetInput:
+    """A set of images as an input of a run."""
+    return DatasetInput(
+        name,
+        listing.content_digest,
+        str(listing.root.absolute()),
+        len(listing),
+        len(listing.classes),
+        context,
+        "content" if listing.is_small else "listing",
+    )
 
 
 def cost(planned: Plan) -> dict[str, float]:

@@ -11,12 +11,12 @@ from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.export.logged import find_logged_model
 from shufflenet_mlflow.figures import figures_of, write_figure
+from shufflenet_mlflow.jobs.describing import dataset_input
 from shufflenet_mlflow.report import Report
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking import AdoptedRun, make_run, new_run
 from shufflenet_mlflow.tracking.evaluated import OfModel, log_input_model, log_results
 from shufflenet_mlflow.tracking.messages import (
-    DatasetInput,
     Message,
     Params,
     RunTarget,
@@ -67,7 +67,7 @@ class Evaluated:
     def data(self) -> str:
         """What to call the images; MLflow takes only some letters, and not too many."""
         name = re.sub(r"[^\w .:-]", "_", self.name)
-        return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{self.listing.digest[:8]}"
+        return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{self.listing.content_digest[:8]}"
 
     @property
     def root(self) -> str:
@@ -82,9 +82,9 @@ class Evaluated:
             for entry in inputs
             if entry.dataset.name == self.data and any(tag.value == CONTEXT for tag in entry.tags)
         }
-        if not others - {self.listing.digest}:
+        if not others - {self.listing.content_digest}:
             return self
-        return replace(self, name=f"{self.data[: LONGEST_NAME - 9]}-{self.listing.digest[:8]}")
+        return replace(self, name=f"{self.data[: LONGEST_NAME - 9]}-{self.listing.content_digest[:8]}")
 
     @property
     def folder(self) -> str:
@@ -96,7 +96,7 @@ class Evaluated:
         """What `summary.json` holds."""
         return {
             "data": self.data,
-            "digest": self.listing.digest,
+            "digest": self.listing.content_digest,
             "root": self.root,
             "images": len(self.report.outcomes.paths),
             "network": self.network,
@@ -181,7 +181,7 @@ def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "Logge
         TextArtifact(f"{folder}/classes.csv", report.classes_csv()),
         TextArtifact(f"{folder}/confusion.csv", report.confusion_csv()),
         TextArtifact.of_json(f"{folder}/{SUMMARY}", evaluated.summary()),
-        DatasetInput(evaluated.data, listing.digest, evaluated.root, len(listing), len(listing.classes), CONTEXT),
+        dataset_input(listing, name=evaluated.data, context=CONTEXT),
     ]
     for message in messages:
         message.send(target)
@@ -191,7 +191,7 @@ def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "Logge
         with mlflow_errors(f"upload the figures of run {target.run_id}"):
             target.client.log_artifacts(target.run_id, scratch, f"figures/{evaluated.folder}")
     values = {f"{section}/{name}": value for name, value in evaluated.metrics.items()}
-    of_model = None if model is None else OfModel(model.model_id, evaluated.data, listing.digest)
+    of_model = None if model is None else OfModel(model.model_id, evaluated.data, listing.content_digest)
     log_results(target, values, evaluated.iters, of_model)
 
 

@@ -222,7 +222,7 @@ class TextArtifact:
 
 @dataclass(frozen=True)
 class DatasetInput:
-    """A set of images as an input of the run, identified by the digest of its listing."""
+    """A set of images as an input of the run, identified by the digest of its content, or else of its listing."""
 
     kind: ClassVar[str] = "input"
     name: str
@@ -231,6 +231,8 @@ class DatasetInput:
     images: int
     classes: int
     context: str
+    digest_of: str = "listing"
+    """`content` or `listing`."""
 
     def send(self, target: RunTarget) -> None:
         from mlflow.entities import Dataset, InputTag
@@ -248,7 +250,7 @@ class DatasetInput:
             digest=self.digest,
             source_type="local",
             source=json.dumps({"uri": self.root}),
-            profile=json.dumps({"images": self.images, "classes": self.classes}),
+            profile=json.dumps({"images": self.images, "classes": self.classes, "digest_of": self.digest_of}),
         )
         with mlflow_errors(f"log the data set {self.name} of run {target.run_id}"):
             target.client.log_inputs(target.run_id, [Input(dataset, [InputTag("mlflow.data.context", self.context)])])
