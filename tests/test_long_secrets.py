@@ -1,8 +1,7 @@
 """A server that wants a password, and stores that want keys: none of them is found in anything that is written."""
 
+import importlib.util
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +17,7 @@ USER, SECRET = "admin", "tracking-secret-4713"
 SERVER_KEY = "flask-secret-4714"
 
 needs_flask_wtf = pytest.mark.skipif(
-    subprocess.run([os.sys.executable, "-c", "import flask_wtf"], capture_output=True, check=False).returncode != 0,
-    reason="flask-wtf missing: pip install '.[deployments]'",
+    importlib.util.find_spec("flask_wtf") is None, reason="flask-wtf missing: pip install '.[deployments]'"
 )
 
 
