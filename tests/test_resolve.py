@@ -8,6 +8,7 @@ import mlflow
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from shufflenet_mlflow import get_lastest_model, get_latest_model, save_checkpoint
 from shufflenet_mlflow.checkpoint import read_checkpoint, verify_checkpoint, write_checkpoint
@@ -143,13 +144,13 @@ def test_nothing_is_fetched_twice_and_the_cache_heals(
 ) -> None:
     fill_run(run_id, tmp_path / "models")
     fetched: list[str] = []
-    original = MlflowClient.download_artifacts
+    original = LocalArtifactRepository.download_artifacts
 
-    def counting(self: MlflowClient, run_id: str, path: str, dst_path: str | None = None) -> str:
-        fetched.append(path)
-        return str(original(self, run_id, path, dst_path))
+    def counting(self: LocalArtifactRepository, artifact_path: str, dst_path: str | None = None) -> str:
+        fetched.append(artifact_path)
+        return str(original(self, artifact_path, dst_path))
 
-    monkeypatch.setattr(MlflowClient, "download_artifacts", counting)
+    monkeypatch.setattr(LocalArtifactRepository, "download_artifacts", counting)
     path, _ = get_latest_model(run_id, cache_dir=tmp_path / "cache")
     get_latest_model(run_id, cache_dir=tmp_path / "cache")
     assert fetched == ["checkpoints/checkpoint-000030.pth.tar"]
