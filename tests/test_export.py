@@ -35,7 +35,10 @@ from shufflenet_mlflow.network import Architecture, Network, choose_preprocess
 from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking.messages import RunTarget, record_in
 
-SMALL = ("shufflenet_v1_x0_5_g3", "shufflenet_v2_x0_5", "torchvision/shufflenet_v2_x0_5")
+SMALL = (
+    "torchvision/shufflenet_v2_x0_5",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("shufflenet_v1_x0_5_g3", "shufflenet_v2_x0_5")),
+)
 
 
 def network(name: str = "shufflenet_v2_x0_5", classes: int = 3, size: int = 32, named: bool = True) -> Network:
@@ -128,7 +131,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         export_file(network(), tmp_path / "net.onnx", "onnx")
 
 
-@pytest.mark.parametrize("form", ["pt2", "onnx", "mlflow"])
+@pytest.mark.parametrize("form", ["mlflow", *(pytest.param(form, marks=pytest.mark.long) for form in ("pt2", "onnx"))])
 def test_a_checkpoint_of_the_release(form: str, tmp_path: Path, shufflenet: Invoke) -> None:
     """It names neither network nor classes, and belongs to no run."""
     model = create_model("shufflenet_v2_x0_5", 4)
@@ -300,6 +303,7 @@ def test_what_will_never_be_made_holds_nothing_up(
         LogModels().send(target)
 
 
+@pytest.mark.long
 def test_models_of_a_deleted_run_wait(client: MlflowClient, images: Path) -> None:
     summary = run(images)
     client.delete_run(summary.run_id)
@@ -311,6 +315,7 @@ def test_models_of_a_deleted_run_wait(client: MlflowClient, images: Path) -> Non
     assert models_of(client, summary.run_id)
 
 
+@pytest.mark.long
 def test_models_wait_for_the_server_too(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shufflenet_mlflow.tracking.delivery.GIVE_UP_SECONDS", 0.5)
     uri = "http://127.0.0.1:9"

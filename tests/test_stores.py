@@ -167,6 +167,7 @@ def test_the_command_that_makes_a_run_again_works(
     assert (second["loss"], second["val_top1"]) == (first.result.loss, first.result.val_top1)
 
 
+@pytest.mark.long
 def test_a_request_with_several_images(store: str, images: Path, tmp_path: Path, as_json: Callable[..., Any]) -> None:
     """Any number of images, of any size, JPEG or PNG, in one request of MLflow's own format."""
     summary = run(images)
