@@ -372,7 +372,12 @@ def test_the_server_comes_while_a_run_without_it_goes_on(
     def switch(phase: str, done: int) -> None:
         if phase == "training":
             away.on = done < 6
-            time.sleep(0.05)
+        if (phase, done) == ("training", 11):
+            [folder] = Path("models").iterdir()
+            deadline = time.monotonic() + 60
+            while look(folder).run_id is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
 
     summary = run(images, reporter=Reporter(switch))
     assert summary.pending == 0
