@@ -130,7 +130,7 @@ def test_a_signal_in_any_phase(
     finally:
         proxy.mode = "pass"
     assert status == exit_status(signum), terminal.text[-3000:]
-    assert took < GRACE + 5
+    assert took < 2 * GRACE  # and what it takes to say how the run ended, through a slow proxy
     assert "Traceback" not in terminal.text
     client = MlflowClient(server.uri)
     if phase == "start-up":
