@@ -1,10 +1,7 @@
 """Exported files: `.pt2` for PyTorch, `.onnx` for everything else, each compared with the checkpoint."""
 
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from shufflenet_mlflow.export.program import (
     export_program,
     settings_of,
 )
+from shufflenet_mlflow.export.quiet import quiet
 from shufflenet_mlflow.network import Network
 
 SETTINGS_FILE = "classifier.json"
@@ -68,7 +66,7 @@ def load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 def _write_onnx(network: Network, path: Path) -> None:
     onnx = _needed("onnx")
     _needed("onnxscript")
-    with _quiet():
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"):  # the exporter tells of its own deprecations
         exported = torch.onnx.export(
             export_program(network),
             (example_pixels(network),),
@@ -99,22 +97,6 @@ def _needed(package: str) -> Any:
         raise ExportError(
             f"--format onnx needs the package {package}; pip install 'shufflenet-mlflow[export]'"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter tells of its own deprecations."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
 
 
 FORMATS: dict[str, tuple[Callable[[Network, Path], None], Callable[[Path], Callable[[Tensor], Tensor]]]] = {

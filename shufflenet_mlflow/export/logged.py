@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +25,7 @@ from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.errors import RefusedError, ShuffleNetError, TrackingError
 from shufflenet_mlflow.export.files import load_pt2, write_pt2
 from shufflenet_mlflow.export.program import check_equal, settings_of
+from shufflenet_mlflow.export.quiet import quiet
 from shufflenet_mlflow.network import Network, load_network
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.resolve.remote import MODEL_VERSION_TAG
@@ -41,6 +41,9 @@ SHA256_TAG = "checkpoint.sha256"
 """Tag of a logged model: of the checkpoint that it was made from."""
 
 _REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pandas")
+
+_TALKATIVE = ("mlflow.pyfunc", "mlflow.models", "mlflow.types", "mlflow.utils")
+"""They warn of MLflow's own type hints, and advise on requirements, which are as they should be."""
 
 _LINKED = ("loss", "val/loss", "val/top1", "val/top5")
 """Metrics of a run that are also those of the checkpoint at their step."""
@@ -187,7 +190,7 @@ def write_model(
     """
     import pandas as pd
 
-    with _quiet_mlflow():
+    with quiet(*_TALKATIVE):
         import mlflow.pyfunc
         from mlflow.models import Model, ModelSignature
         from mlflow.types import ColSpec, DataType, Schema
@@ -204,7 +207,7 @@ def write_model(
         write_pt2(network, program)
         difference = check_equal(network, load_pt2(program), "the logged model")
         settings.write_text(json.dumps(settings_of(network), indent=2), "utf-8")
-        with _quiet_mlflow():
+        with quiet(*_TALKATIVE):
             mlflow.pyfunc.save_model(
                 folder,
                 python_model=classifier.__file__,
@@ -240,22 +243,6 @@ def _requirements() -> list[str]:
         except PackageNotFoundError:  # installed in some way that leaves no metadata
             lines.append(package)
     return lines
-
-
-@contextlib.contextmanager
-def _quiet_mlflow() -> Iterator[None]:
-    """MLflow warns of its own type hints, and advises on requirements, which are as they should be."""
-    loggers = [logging.getLogger(name) for name in ("mlflow.pyfunc", "mlflow.models", "mlflow.types", "mlflow.utils")]
-    before = [log.level for log in loggers]
-    try:
-        for log in loggers:
-            log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(loggers, before, strict=True):
-            log.setLevel(level)
 
 
 def _link(client: "MlflowClient", run: "Run", model_id: str, record: CheckpointRecord) -> None:

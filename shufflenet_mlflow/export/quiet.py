@@ -1,0 +1,22 @@
+"""Silence for libraries that tell of themselves what their users cannot change."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """In the block those loggers report errors only, and no warning is shown."""
+    chosen = [logging.getLogger(name) for name in loggers]
+    before = [logger.level for logger in chosen]
+    try:
+        for logger in chosen:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(chosen, before, strict=True):
+            logger.setLevel(level)
