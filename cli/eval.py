@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import (
-    architecture_options,
     bad_image_option,
     cache_dir_option,
     debug_option,
     device_option,
     json_option,
-    mean_image_option,
+    network_options,
     option,
     options,
     tracking_uri_option,
@@ -26,10 +25,7 @@ WORST_CLASSES = 3
 @click.command("eval")
 @click.argument("ref")
 @option("--val-dir", metavar="DIR", help="Images, a folder per class.  [default: the run's own]")
-@option("--model", metavar="NAME", help="Network, for a file that does not name it.")
-@options(*architecture_options)
-@option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: the checkpoint's own, or 224]")
-@mean_image_option
+@options(*network_options)
 @option("--batch-size", type=click.IntRange(min=1), help="Images at a time.  [default: the run's own]")
 @option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: the run's own]")
 @device_option

@@ -6,11 +6,10 @@ from typing import Any
 import click
 
 from .options import (
-    architecture_options,
     cache_dir_option,
     debug_option,
     json_option,
-    mean_image_option,
+    network_options,
     option,
     options,
     tracking_uri_option,
@@ -23,10 +22,7 @@ from .options import (
 @option(
     "--output", type=click.Path(path_type=Path), help="File, or folder for mlflow.  [default: the checkpoint's name]"
 )
-@option("--model", metavar="NAME", help="Network, for a file that does not name it.")
-@options(*architecture_options)
-@option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: the checkpoint's own, or 224]")
-@mean_image_option
+@options(*network_options)
 @tracking_uri_option
 @cache_dir_option
 @json_option

@@ -92,6 +92,15 @@ mean_image_option = option(
 )
 
 
+network_options = (
+    option("--model", metavar="NAME", help="Network, for a file that does not name it."),
+    *architecture_options,
+    option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: the checkpoint's own, or 224]"),
+    mean_image_option,
+)
+"""Of commands that take a checkpoint."""
+
+
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several options as one decorator, in their order."""
 

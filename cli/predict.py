@@ -5,13 +5,12 @@ from typing import Any
 import click
 
 from .options import (
-    architecture_options,
     bad_image_option,
     cache_dir_option,
     debug_option,
     device_option,
     json_option,
-    mean_image_option,
+    network_options,
     option,
     options,
     tracking_uri_option,
@@ -22,10 +21,7 @@ from .options import (
 @click.argument("ref")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @option("--top", type=click.IntRange(min=1), help="Labels per image.  [default: 5]")
-@option("--model", metavar="NAME", help="Network, for a file that does not name it.")
-@options(*architecture_options)
-@option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: the checkpoint's own, or 224]")
-@mean_image_option
+@options(*network_options)
 @option("--batch-size", type=click.IntRange(min=1), help="Images at a time.  [default: 64]")
 @option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: none for a few images]")
 @device_option
@@ -51,7 +47,7 @@ def predict(ref: str, images: tuple[str, ...], as_json: bool, **values: Any) -> 
 
     given = {name: value for name, value in values.items() if value is not None}
     with stop_flag() as stop:
-        found = run_prediction(PredictRequest(ref, images, **given), reporter=ConsoleReporter(), stop=stop)
+        found = run_prediction(PredictRequest(ref, images=images, **given), reporter=ConsoleReporter(), stop=stop)
         if as_json:
             print_json([prediction.to_dict() for prediction in found])
             return

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,10 +193,10 @@ def _decimal(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def to_csv(titles: Sequence[str], rows: "object") -> str:
+def to_csv(titles: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """Rows of plain values as text."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(titles)
-    writer.writerows(rows)  # type: ignore[arg-type]
+    writer.writerows(rows)
     return text.getvalue()

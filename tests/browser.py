@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,7 @@ def lacking() -> str | None:
     """Why there is no browser here; None if there is one."""
     if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         return "Chromium is not installed (Debian: apt-get install chromium chromium-driver)"
-    try:
-        import selenium  # noqa: F401
-    except ImportError:
-        return "selenium missing: pip install '.[deployments]'"
-    return None
+    return None if find_spec("selenium") else "selenium missing: pip install '.[deployments]'"
 
 
 class Browser:

@@ -3,6 +3,7 @@
 The embedded store at once; `mlflow server` with SQLite, and PostgreSQL with S3, where minutes are taken.
 """
 
+import base64
 import io
 import json
 import signal
@@ -22,7 +23,7 @@ from server import Server
 from training import run, run_until
 
 from shufflenet_mlflow import get_latest_model
-from shufflenet_mlflow.export.logged import find_logged_model, request_of
+from shufflenet_mlflow.export.logged import find_logged_model
 from shufflenet_mlflow.tracking.messages import record_in
 
 Invoke = Callable[..., Result]
@@ -178,8 +179,8 @@ def test_a_request_with_several_images(store: str, images: Path, tmp_path: Path,
     jpeg = io.BytesIO()
     Image.open(files[0]).resize((300, 200)).save(jpeg, "JPEG")
     encoded.append(jpeg.getvalue())
-    request = request_of(encoded * 5)
-    assert json.loads(json.dumps(request)) == request
+    rows = [[base64.b64encode(content).decode("ascii")] for content in encoded * 5]
+    request = {"dataframe_split": {"columns": ["image"], "data": rows}}
     model = pyfunc.load_model(str(folder))
     answers = model.predict(
         infer_and_parse_data({"dataframe_split": request["dataframe_split"]}, model.metadata.get_input_schema())

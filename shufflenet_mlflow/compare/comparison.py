@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.client import mlflow_errors
-from shufflenet_mlflow.compare.paired import Evaluation, PairedTest, paired_test, read_outcomes
+from shufflenet_mlflow.compare.paired import Evaluation, Outcome, PairedTest, paired_test, read_outcomes
 from shufflenet_mlflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -219,18 +219,21 @@ def _evaluations(client: "MlflowClient", run: "Run") -> Iterator[Evaluation]:
 
 def _tests(client: "MlflowClient", evaluations: Sequence[Sequence[Evaluation]]) -> Iterator[PairedTest]:
     for first in evaluations[0]:
-        for others in evaluations[1:]:
-            for second in others:
-                if second.digest == first.digest:
-                    try:
-                        pair = [
-                            read_outcomes(_read(client, one.run_id, f"{one.folder}/predictions.csv"))
-                            for one in (first, second)
-                        ]
-                    except (ValueError, KeyError, TypeError):
-                        logger.warning("runs %s and %s: their predictions cannot be read", first.run_id, second.run_id)
-                        continue
-                    yield paired_test(first, second, pair)
+        same = [other for others in evaluations[1:] for other in others if other.digest == first.digest]
+        before = _outcomes(client, first) if same else None
+        for second in same:
+            after = _outcomes(client, second)
+            if before is not None and after is not None:
+                yield paired_test(first, second, (before, after))
+
+
+def _outcomes(client: "MlflowClient", evaluation: Evaluation) -> dict[str, Outcome] | None:
+    """What became of each image, by path; None if that cannot be read."""
+    try:
+        return read_outcomes(_read(client, evaluation.run_id, f"{evaluation.folder}/predictions.csv"))
+    except (ValueError, KeyError, TypeError):
+        logger.warning("run %s: its predictions in %s cannot be read", evaluation.run_id, evaluation.folder)
+        return None
 
 
 def _read(client: "MlflowClient", run_id: str, artifact: str) -> str:

@@ -42,7 +42,7 @@ def write_page(comparison: Comparison, directory: Path) -> list[Path]:
             write_figure(figure, written[-1])
             drawing = io.StringIO()
             write_figure(figure, drawing, "svg")
-            drawings.append((label, Markup(drawing.getvalue().partition("<svg")[2].join(("<svg", "")))))  # noqa: S704
+            drawings.append((label, Markup(_without_prologue(drawing.getvalue()))))  # noqa: S704 - drawn here
         environment = Environment(
             loader=PackageLoader("shufflenet_mlflow.compare", "."),
             autoescape=True,
@@ -63,6 +63,11 @@ def write_page(comparison: Comparison, directory: Path) -> list[Path]:
             f"cannot write to {str(directory)!r}: {error.strerror}; --out names another folder"
         ) from error
     return written
+
+
+def _without_prologue(svg: str) -> str:
+    """The drawing as it stands within a page."""
+    return svg[svg.index("<svg") :]
 
 
 def _shown(test: PairedTest) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Exported files: `.pt2` for PyTorch, `.onnx` for everything else, each compared with the checkpoint."""
 
 import json
+import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shufflenet_mlflow.checkpoint.files import write_atomically
 from shufflenet_mlflow.errors import ExportError
 from shufflenet_mlflow.export.program import (
     INPUT,
@@ -40,8 +41,8 @@ def export_file(network: Network, target: Path, form: str) -> float:
         write(network, part)
         difference = check_equal(network, load(part), f"the {form} program")
         with open(part, "rb") as file:
-            content = file.read()
-        write_atomically(target, lambda out: out.write(content))
+            os.fsync(file.fileno())
+        os.replace(part, target)
     except OSError as error:
         raise ExportError(f"cannot write {str(target)!r}: {error.strerror}; --output names another file") from error
     except RuntimeError as error:  # PyTorch's writer, and its exporter
@@ -92,7 +93,7 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 def _needed(package: str) -> Any:
     try:
-        return __import__(package)
+        return import_module(package)
     except ImportError as error:
         raise ExportError(
             f"--format onnx needs the package {package}; pip install 'shufflenet-mlflow[export]'"

@@ -4,11 +4,9 @@ Its code is `classifier.py`, its weights an exported program, which needs no per
 model belongs to one checkpoint of a run, and is made once: it is found again by the checkpoint's SHA-256.
 """
 
-import base64
 import contextlib
 import io
 import json
-import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,15 +25,12 @@ from shufflenet_mlflow.export.files import load_pt2, write_pt2
 from shufflenet_mlflow.export.program import check_equal, settings_of
 from shufflenet_mlflow.export.quiet import quiet
 from shufflenet_mlflow.network import Network, load_network
-from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.resolve.remote import MODEL_VERSION_TAG
-from shufflenet_mlflow.tracking.messages import MOST_POINTS, RunTarget, record_in, register_kind
+from shufflenet_mlflow.tracking.messages import RunTarget, record_in, register_kind
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
-
-logger = logging.getLogger(__name__)
 
 SHA256_TAG = "checkpoint.sha256"
 """Tag of a logged model: of the checkpoint that it was made from."""
@@ -228,12 +223,6 @@ def _example_image() -> bytes:
     return file.getvalue()
 
 
-def request_of(images: Sequence[bytes]) -> dict[str, Any]:
-    """What to post to a served model for encoded images, as plain values for JSON."""
-    rows = [[base64.b64encode(image).decode("ascii")] for image in images]
-    return {"dataframe_split": {"columns": ["image"], "data": rows}}
-
-
 def _requirements() -> list[str]:
     """What `classifier.py` needs, in the versions that are here; a local build's suffix is not to be had elsewhere."""
     lines = []
@@ -276,19 +265,4 @@ def _link(client: "MlflowClient", run: "Run", model_id: str, record: CheckpointR
             for point in points[-1:]
         ]
     if metrics:
-        client.log_batch(run_id, metrics=metrics[:MOST_POINTS])
-
-
-def checkpoint_in_run(client: "MlflowClient", run_id: str, name: str) -> CheckpointRecord:
-    """The record of the run's artifact `name`.
-
-    Raises:
-        TrackingError: it is not there, or MLflow did not answer.
-    """
-    record = RunArtifacts(client, run_id).record_of(name)
-    if record is None:
-        raise TrackingError(
-            f"run {run_id} has no checkpoint {name} yet; `shufflenet sync FOLDER` brings it there",
-            "RESOURCE_DOES_NOT_EXIST",
-        )
-    return record
+        client.log_batch(run_id, metrics=metrics)

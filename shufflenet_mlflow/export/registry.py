@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoint import CheckpointRecord
 from shufflenet_mlflow.client import mlflow_errors
-from shufflenet_mlflow.errors import CheckpointError, ConfigError
+from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError
+from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.resolve.remote import MODEL_VERSION_TAG
 
 if TYPE_CHECKING:
@@ -108,3 +109,18 @@ def check_names(name: str, aliases: Sequence[str]) -> None:
 def _description(record: CheckpointRecord, run_id: str) -> str:
     accuracy = "" if record.val_top1 is None else f", validation accuracy {record.val_top1:.4f}"
     return f"{record.file_name} of run {run_id}: iteration {record.iters}{accuracy}"
+
+
+def checkpoint_in_run(client: "MlflowClient", run_id: str, name: str) -> CheckpointRecord:
+    """The record of the run's artifact `name`.
+
+    Raises:
+        TrackingError: it is not there, or MLflow did not answer.
+    """
+    record = RunArtifacts(client, run_id).record_of(name)
+    if record is None:
+        raise TrackingError(
+            f"run {run_id} has no checkpoint {name} yet; `shufflenet sync FOLDER` brings it there",
+            "RESOURCE_DOES_NOT_EXIST",
+        )
+    return record

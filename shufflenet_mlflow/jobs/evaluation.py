@@ -13,10 +13,10 @@ from shufflenet_mlflow.data.folder import ImageListing, require_same_classes
 from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
 from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, UnresolvedError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
-from shufflenet_mlflow.jobs.loading import Loaded, load_checkpointed
+from shufflenet_mlflow.jobs.loading import Loaded, NetworkRequest
 from shufflenet_mlflow.jobs.recording import Evaluated, record_in_new, record_in_own, record_in_source
 from shufflenet_mlflow.launcher import ended_with_mlflow_run
-from shufflenet_mlflow.network import Architecture, Network, label_outputs
+from shufflenet_mlflow.network import Network, label_outputs
 from shufflenet_mlflow.planning import BATCH_SIZE, choose_device, data_name, list_folder
 from shufflenet_mlflow.report import Observer, Report
 from shufflenet_mlflow.reporting import Reporter
@@ -28,20 +28,11 @@ from shufflenet_mlflow.tracking import AdoptedRun, adopted_run_id
 if TYPE_CHECKING:
     from shufflenet_mlflow.client import MlflowClient, Run
 
-LOG_TO = ("source", "new", "none")
-"""What `--log-to` takes."""
-
 
 @dataclass(frozen=True)
-class EvalRequest:
+class EvalRequest(NetworkRequest):
     """What to evaluate, and on what; None means as the checkpoint says."""
 
-    ref: str
-    model: str | None = None
-    choices: str | None = None
-    scales: str | None = None
-    input_size: int | None = None
-    mean_image: str | None = None
     val_dir: str | None = None
     batch_size: int | None = None
     workers: int | None = None
@@ -52,8 +43,6 @@ class EvalRequest:
     `mlflow run` made, or else `source` where `ref` names a run or a registered model."""
     experiment: str | None = None
     run_name: str | None = None
-    tracking_uri: str | None = None
-    cache_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +112,7 @@ def _run(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummar
     client = connect(request.tracking_uri) if adopted is not None or where != "none" else None
     made = AdoptedRun(client, adopted, tags={}) if client is not None and adopted is not None else None
     with made or nullcontext():
-        loaded = _load(request, reporter)
+        loaded = request.load(reporter)
         source = _source(client, loaded, request, where) if client is not None and where != "none" else None
         val_dir = _val_dir(request, loaded)
         summary, listing = _evaluate(request, loaded, val_dir, reporter, stop)
@@ -192,18 +181,6 @@ def _usable_config(payload: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     usable = config.get("batch_size", 1) >= 1 and config.get("workers", 0) >= 0
     return config if usable else {}
-
-
-def _load(request: EvalRequest, reporter: Reporter) -> Loaded:
-    return load_checkpointed(
-        request.ref,
-        asked=Architecture.asked(vars(request)),
-        input_size=request.input_size,
-        mean_image=request.mean_image,
-        tracking_uri=request.tracking_uri,
-        cache_dir=request.cache_dir,
-        reporter=reporter,
-    )
 
 
 def _val_dir(request: EvalRequest, loaded: Loaded) -> str | None:

@@ -9,12 +9,11 @@ from typing import Any
 from shufflenet_mlflow.checkpoint import read_record
 from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.errors import ExportError, UnresolvedError
-from shufflenet_mlflow.export import FORMATS, Promoted, export_file, log_model, promote
-from shufflenet_mlflow.export.logged import checkpoint_in_run, find_logged_model, write_model
+from shufflenet_mlflow.export import Promoted, export_file, log_model, promote
+from shufflenet_mlflow.export.logged import find_logged_model, write_model
 from shufflenet_mlflow.export.program import TOLERANCE
-from shufflenet_mlflow.export.registry import check_names
-from shufflenet_mlflow.jobs.loading import Loaded, load_checkpointed, source_of
-from shufflenet_mlflow.network import Architecture
+from shufflenet_mlflow.export.registry import check_names, checkpoint_in_run
+from shufflenet_mlflow.jobs.loading import Loaded, NetworkRequest, source_of
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve import resolve
 from shufflenet_mlflow.start import run_of_file
@@ -24,19 +23,11 @@ MLFLOW_FORMAT = "mlflow"
 
 
 @dataclass(frozen=True)
-class ExportRequest:
+class ExportRequest(NetworkRequest):
     """What to export; None means as the checkpoint says."""
 
-    ref: str
     format: str = "pt2"
     output: Path | None = None
-    model: str | None = None
-    choices: str | None = None
-    scales: str | None = None
-    input_size: int | None = None
-    mean_image: str | None = None
-    tracking_uri: str | None = None
-    cache_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -69,18 +60,10 @@ def run_export(request: ExportRequest, *, reporter: Reporter) -> ExportSummary:
 
     Raises:
         ExportError: it cannot be written, or is not equal.
-        ShuffleNetError: as `load_checkpointed` does.
+        ShuffleNetError: as `NetworkRequest.load` does.
     """
     prepare_environment()
-    loaded = load_checkpointed(
-        request.ref,
-        asked=Architecture.asked(vars(request)),
-        input_size=request.input_size,
-        mean_image=request.mean_image,
-        tracking_uri=request.tracking_uri,
-        cache_dir=request.cache_dir,
-        reporter=reporter,
-    )
+    loaded = request.load(reporter)
     suffix = "-mlflow" if request.format == MLFLOW_FORMAT else f".{request.format}"
     target = request.output or Path(loaded.path.name.removesuffix(".pth.tar") + suffix)
     if not target.parent.is_dir():
@@ -143,7 +126,3 @@ def run_promotion(
         reporter.note(f"making a logged model of {record.file_name}")
     model_id = known.model_id if known is not None else log_model(client, run, record, resolved.path)
     return promote(client, record, run_id=run_id, model_id=model_id, name=name, aliases=aliases)
-
-
-EXPORT_FORMATS = (*FORMATS, MLFLOW_FORMAT)
-"""What `--format` takes."""

@@ -8,7 +8,7 @@ from typing import Any
 from shufflenet_mlflow.checkpoint import is_own, read_checkpoint
 from shufflenet_mlflow.network import Architecture, Network, load_network
 from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.resolve import Resolved, resolve
+from shufflenet_mlflow.resolve import resolve
 from shufflenet_mlflow.start import run_of
 
 
@@ -35,43 +35,40 @@ def source_of(path: Path) -> str:
     return f"the checkpoint {str(path)!r}"
 
 
-def load_checkpointed(
-    ref: str,
-    *,
-    asked: Architecture | None = None,
-    input_size: int | None = None,
-    mean_image: str | None = None,
-    tracking_uri: str | None,
-    cache_dir: Path | None,
-    reporter: Reporter | None = None,
-) -> Loaded:
-    """The network of the checkpoint that `ref` means.
+@dataclass(frozen=True)
+class NetworkRequest:
+    """Which network, and where it is kept; None means as the checkpoint says."""
 
-    Args:
-        asked, input_size, mean_image: as for `load_network`.
+    ref: str
+    model: str | None = None
+    choices: str | None = None
+    scales: str | None = None
+    input_size: int | None = None
+    mean_image: str | None = None
+    tracking_uri: str | None = None
+    cache_dir: Path | None = None
 
-    Raises:
-        ShuffleNetError: as `resolve`, `read_checkpoint` and `load_network` do.
-    """
-    resolved = resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir, reporter=reporter)
-    return load_resolved(resolved, asked=asked, input_size=input_size, mean_image=mean_image)
+    def load(self, reporter: Reporter | None = None) -> Loaded:
+        """The network of the checkpoint that `ref` means.
 
-
-def load_resolved(
-    resolved: Resolved,
-    *,
-    asked: Architecture | None = None,
-    input_size: int | None = None,
-    mean_image: str | None = None,
-) -> Loaded:
-    """The same for a file that was resolved."""
-    payload = read_checkpoint(resolved.path)
-    network = load_network(payload, source_of(resolved.path), asked=asked, input_size=input_size, mean_image=mean_image)
-    own = is_own(payload)
-    return Loaded(
-        network,
-        {key: value for key, value in payload.items() if not key.endswith("state_dict")} if own else {},
-        resolved.path,
-        run_of(resolved.path, payload) or resolved.run_id,
-        payload.get("iters", resolved.iters) if own else resolved.iters,
-    )
+        Raises:
+            ShuffleNetError: as `resolve`, `read_checkpoint` and `load_network` do.
+        """
+        asked = Architecture.asked(vars(self))
+        resolved = resolve(self.ref, tracking_uri=self.tracking_uri, cache_dir=self.cache_dir, reporter=reporter)
+        payload = read_checkpoint(resolved.path)
+        network = load_network(
+            payload,
+            source_of(resolved.path),
+            asked=asked,
+            input_size=self.input_size,
+            mean_image=self.mean_image,
+        )
+        own = is_own(payload)
+        return Loaded(
+            network,
+            {key: value for key, value in payload.items() if not key.endswith("state_dict")} if own else {},
+            resolved.path,
+            run_of(resolved.path, payload) or resolved.run_id,
+            payload.get("iters", resolved.iters) if own else resolved.iters,
+        )

@@ -3,15 +3,13 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from shufflenet_mlflow.client import prepare_environment
 from shufflenet_mlflow.data.folder import image_files
 from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
 from shufflenet_mlflow.errors import DataError
 from shufflenet_mlflow.evaluate import EvalSettings
-from shufflenet_mlflow.jobs.loading import load_checkpointed
-from shufflenet_mlflow.network import Architecture
+from shufflenet_mlflow.jobs.loading import NetworkRequest
 from shufflenet_mlflow.planning import BATCH_SIZE, choose_device, default_workers
 from shufflenet_mlflow.predict import Prediction, predict
 from shufflenet_mlflow.reporting import Reporter
@@ -22,24 +20,16 @@ WORKERS_FROM = 256
 
 
 @dataclass(frozen=True)
-class PredictRequest:
+class PredictRequest(NetworkRequest):
     """What to predict, and with what; None means as the checkpoint says."""
 
-    ref: str
-    images: Sequence[str]
+    images: Sequence[str] = ()
     """Image files, and folders of them."""
     top: int = 5
-    model: str | None = None
-    choices: str | None = None
-    scales: str | None = None
-    input_size: int | None = None
-    mean_image: str | None = None
     batch_size: int | None = None
     workers: int | None = None
     device: str = "auto"
     on_bad_image: str = "fail"
-    tracking_uri: str | None = None
-    cache_dir: Path | None = None
 
 
 def run_prediction(request: PredictRequest, *, reporter: Reporter, stop: StopFlag) -> Iterator[Prediction]:
@@ -50,15 +40,7 @@ def run_prediction(request: PredictRequest, *, reporter: Reporter, stop: StopFla
     """
     prepare_environment()
     paths = [path for given in request.images for path in _files(given)]
-    loaded = load_checkpointed(
-        request.ref,
-        asked=Architecture.asked(vars(request)),
-        input_size=request.input_size,
-        mean_image=request.mean_image,
-        tracking_uri=request.tracking_uri,
-        cache_dir=request.cache_dir,
-        reporter=reporter,
-    )
+    loaded = request.load(reporter)
     workers = default_workers() if len(paths) >= WORKERS_FROM else 0
     settings = EvalSettings(
         batch_size=request.batch_size or BATCH_SIZE,

@@ -133,7 +133,7 @@ def record_in_new(
     tags = {} if source is None else {"mlflow.parentRunId": source.info.run_id}
     create = new_run(experiment=experiment, name=name or f"eval {evaluated.network} {evaluated.data}", tags=tags)
     if source is not None and experiment is None:
-        create = type(create)(create.experiment, source.info.experiment_id, create.name, create.tags, create.start_time)
+        create = replace(create, experiment_id=source.info.experiment_id)
     run_id, _ = make_run(client, create)
     with AdoptedRun(client, run_id, tags={}) as run:
         record_in_own(run, source, evaluated)
