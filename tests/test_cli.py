@@ -391,8 +391,11 @@ def test_credentials_are_never_shown(userinfo: str, debug: list[str], shufflenet
 
 
 @pytest.mark.parametrize("userinfo", ["user:s3cret", "user:pa/s3cret"])
-def test_credentials_are_never_in_a_journal(userinfo: str, images: Path, shufflenet: Invoke) -> None:
+def test_credentials_are_never_in_a_journal(
+    userinfo: str, images: Path, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The server is away, so everything that was meant for it lies on the disk."""
+    monkeypatch.setattr("shufflenet_mlflow.tracking.delivery.GIVE_UP_SECONDS", 0.5)
     uri = f"http://{userinfo}@127.0.0.1:9/?token=s3cret"
     result = shufflenet(
         "train", *small_options(images), "--total-iters", 4, "--save-dir", "models", "--tracking-uri", uri

@@ -1,6 +1,7 @@
 """What reaches MLflow: committed in order, once, also where the server was away from the start."""
 
 import json
+import signal
 import threading
 import time
 from pathlib import Path
@@ -274,10 +275,12 @@ def test_a_signal_ends_the_wait(
         raise ConnectionError("Connection refused")
 
     monkeypatch.setattr(MlflowClient, "log_batch", away)
+    monkeypatch.setattr(delivery, "GIVE_UP_SECONDS", 1e9)  # nothing but the signal ends it
     put(spool, run_id, MetricPoints({"a": 1.0}, 1, 1))
     stop = StopFlag()
+    stop.grace = 0.1
     thread = Delivery(Deliverer(client, spool, new_runs=[run_id]), Reporter())
-    threading.Timer(0.3, lambda: setattr(stop, "signum", 2)).start()
+    threading.Timer(0.3, stop.set, [signal.SIGINT]).start()
     assert not thread.wait(stop)
     thread.close()
     assert spool.pending == 1

@@ -58,8 +58,9 @@ def test_listing(two: tuple[str, str], shufflenet: Invoke) -> None:
     ],
 )
 def test_what_is_not_understood(
-    two: tuple[str, str], shufflenet: Invoke, words: tuple[str, ...], expected: str
+    client: MlflowClient, shufflenet: Invoke, words: tuple[str, ...], expected: str
 ) -> None:
+    client.create_experiment("shufflenet")
     result = shufflenet("runs", *words)
     assert result.exit_code in (1, 2)
     assert result.stdout == ""
@@ -132,9 +133,10 @@ def test_names_cannot_break_the_page(client: MlflowClient, images: Path, shuffle
     assert "&lt;b&gt;$x" in page
 
 
-@pytest.mark.parametrize("words", [(0,), (0, 0)])
-def test_too_few_runs(two: tuple[str, str], shufflenet: Invoke, words: tuple[int, ...]) -> None:
-    result = shufflenet("compare", *(two[place] for place in words))
+@pytest.mark.parametrize("times", [1, 2])
+def test_too_few_runs(client: MlflowClient, shufflenet: Invoke, times: int) -> None:
+    run_id = client.create_run(client.create_experiment("few")).info.run_id
+    result = shufflenet("compare", *[run_id] * times)
     assert (result.exit_code, result.stdout) == (2, "")
 
 
