@@ -149,8 +149,9 @@ def make_checkpoint(folder: Path, request: Any, stop: Any) -> None:
 
 def skip(folder: Path) -> dict[str, float]:
     """Seconds until a loader without a position has gone through so many batches."""
+    from shufflenet_mlflow.data.augment import AUGMENTATIONS
     from shufflenet_mlflow.data.loader import ImageDataset, make_loader
-    from shufflenet_mlflow.data.preprocess import AUGMENTATIONS, Preprocess
+    from shufflenet_mlflow.data.preprocess import Preprocess
     from shufflenet_mlflow.data.sampler import SampleOrder, TrainBatches
 
     transform = AUGMENTATIONS["release"].transform(Preprocess("bgr255", INPUT_SIZE))

@@ -70,6 +70,7 @@ REQUEST_OPTIONS = (
     type=click.Choice(["off", "bf16", "fp16"]),
     help="Mixed precision in training; fp16 with a loss scaler.  [default: off]",
 )
+@flag("--compile", help="Train with torch.compile; worth a try on a GPU, slower on most CPUs.")
 @option("--micro-batch-size", type=int, help="Most images per forward pass.  [default: --batch-size / processes]")
 @flag("--sync-bn", help="BN over the images of all processes; CUDA.")
 @option("--seed", type=int, help="Of everything random.  [default: 0]")

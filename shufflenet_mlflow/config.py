@@ -215,6 +215,10 @@ class TrainConfig:
     amp: str = "off"
     """Mixed precision in training: `off`, `bf16`, or `fp16` with a loss scaler. Evaluation is in full precision."""
 
+    compile: bool = False
+    """Train with what `torch.compile` makes of the network: other rounding, minutes of preparation, then maybe faster
+    steps."""
+
     def __post_init__(self) -> None:
         check_types(self.to_dict())
         for name in (

@@ -8,6 +8,7 @@ from typing import TextIO
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from shufflenet_mlflow.classifier import UnreadableImageError, decode
 from shufflenet_mlflow.report import CALIBRATION_BINS, Report
@@ -97,7 +98,7 @@ def mistakes_figure(report: Report, root: Path) -> Figure:
         axes.axis("off")
     for axes, place in zip(grid, places, strict=False):
         try:
-            image = decode(str(root / report.outcomes.paths[place]))
+            image = Image.fromarray(decode(str(root / report.outcomes.paths[place])))
         except UnreadableImageError:  # it has gone since
             continue
         image.thumbnail((192, 192))

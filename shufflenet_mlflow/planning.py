@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shufflenet_mlflow.config import (
     DEFAULT_MODEL,
     FIELDS,
     TrainConfig,
-    check_device,
     default_cache_dir,
     format_numbers,
 )
+from shufflenet_mlflow.data.augment import AUGMENTATIONS
 from shufflenet_mlflow.data.digits import cached_digits
 from shufflenet_mlflow.data.folder import (
     ImageListing,
@@ -26,7 +24,7 @@ from shufflenet_mlflow.data.folder import (
     require_images_only,
     require_same_classes,
 )
-from shufflenet_mlflow.data.preprocess import AUGMENTATIONS, REFERENCE_SIZE, Preprocess
+from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.data.sampler import Division, SampleOrder
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import ConfigError, ResumeError
@@ -51,25 +49,6 @@ DIGITS_NAME = "digits"
 def default_workers() -> int:
     """Processes that decode images, unless told."""
     return min(MOST_WORKERS, os.cpu_count() or 1)
-
-
-def choose_device(device: str) -> torch.device:
-    """The device that `auto`, `cpu`, `mps`, `cuda` or `cuda:N` means here.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    check_device(device)
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu"
-        )
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("--device mps: there is no Apple GPU here; use auto or cpu")
-    return chosen
 
 
 def data_name(directory: str | None) -> str:

@@ -12,6 +12,7 @@ from shufflenet_mlflow.data.folder import ImageListing, Sample
 from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import ToInput, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches
+from shufflenet_mlflow.devices import place
 from shufflenet_mlflow.evaluate import EvalSettings
 from shufflenet_mlflow.network import Network
 from shufflenet_mlflow.reporting import Reporter
@@ -70,7 +71,7 @@ def predict(
     batches = EvalBatches(len(listing), settings.batch_size)
     loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")
     to_input, labels = ToInput(network.preprocess, settings.device), network.labels
-    model = network.model.to(settings.device).eval()
+    model = place(network.model, settings.device).eval()
     with reporter.phase("predicting", len(batches)) as phase:
         for batch in batches_of(loader):
             stop.check()
@@ -79,6 +80,6 @@ def predict(
             if len(batch.places_N):
                 with torch.inference_mode():
                     ranked = rank(model(to_input(batch.images_NCHW)), labels, top)
-                for place, row in zip(batch.places_N.tolist(), ranked, strict=True):
-                    yield Prediction(paths[place], tuple(row))
+                for number, row in zip(batch.places_N.tolist(), ranked, strict=True):
+                    yield Prediction(paths[number], tuple(row))
             phase.advance()

@@ -79,9 +79,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def make_optimizer(model: nn.Module, *, lr: float, momentum: float, weight_decay: float) -> SGD:
-    """SGD over `parameter_groups`."""
-    return SGD(parameter_groups(model, weight_decay), lr=lr, momentum=momentum)
+def make_optimizer(model: nn.Module, *, lr: float, momentum: float, weight_decay: float, fused: bool = False) -> SGD:
+    """SGD over `parameter_groups`.
+
+    Args:
+        fused: one kernel for each step, on a CPU or with CUDA. Not with a loss scaler: where the first scale is too
+            high, PyTorch's fused SGD leaves the momentum uninitialised.
+    """
+    return SGD(parameter_groups(model, weight_decay), lr=lr, momentum=momentum, fused=fused)
 
 
 def linear_decay(total_iters: int) -> Callable[[int], float]:

@@ -240,7 +240,7 @@ class TrainingState:
                 self.ema.n_averaged.fill_(1)  # above 0 means that the next weights are averaged, not taken
             if self.scaler is not None and "scaler_state_dict" in payload:  # it, too, may begin in a fork
                 self.scaler.load_state_dict(payload["scaler_state_dict"])
-            self.optimizer.load_state_dict(payload["optimizer_state_dict"])
+            self._load_optimizer(payload["optimizer_state_dict"])
             self.scheduler.load_state_dict(payload["lr_scheduler_state_dict"])
             self.meter.load_state_dict(payload["meter_state"])
             self.iters = int(payload["iters"])
@@ -257,3 +257,15 @@ class TrainingState:
         for group, decay in zip(self.optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
             group.update(initial_lr=config.lr, lr=config.lr * factor, momentum=config.momentum, weight_decay=decay)
         self.scheduler.base_lrs = [config.lr for _ in self.optimizer.param_groups]
+
+    def _load_optimizer(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the optimizer's state; how it computes, and how its tensors lie in memory, stays as it is here."""
+        fused = self.optimizer.defaults["fused"]
+        self.optimizer.load_state_dict(dict(state_dict))
+        for group in self.optimizer.param_groups:
+            group.update(fused=fused, foreach=None)
+            for parameter in group["params"]:
+                of_parameter = self.optimizer.state[parameter]
+                for name, value in of_parameter.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        of_parameter[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)

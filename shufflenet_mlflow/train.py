@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from shufflenet_mlflow.batchnorm import RunningStatistics, reestimate_bn
 from shufflenet_mlflow.checkpoint import FINAL_TAG
 from shufflenet_mlflow.config import AMP_DTYPES, TrainConfig
+from shufflenet_mlflow.data.augment import AUGMENTATIONS, draw_lighting
 from shufflenet_mlflow.data.folder import ImageListing
 from shufflenet_mlflow.data.loader import (
     BadImageLog,
@@ -27,7 +28,7 @@ from shufflenet_mlflow.data.loader import (
     make_loader,
     worker_death,
 )
-from shufflenet_mlflow.data.preprocess import AUGMENTATIONS, MODES, Preprocess, ToInput, draw_lighting
+from shufflenet_mlflow.data.preprocess import MODES, Preprocess, ToInput
 from shufflenet_mlflow.data.sampler import (
     REESTIMATION_EPOCH,
     Division,
@@ -36,6 +37,7 @@ from shufflenet_mlflow.data.sampler import (
     TrainBatches,
     derive_seed,
 )
+from shufflenet_mlflow.devices import compile_failure, compiled
 from shufflenet_mlflow.distributed import World, loss_of_process
 from shufflenet_mlflow.errors import DataError, ElsewhereError, NonFiniteLossError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
@@ -177,7 +179,7 @@ class Trainer:
             self._save_once()
             raise
         except RuntimeError as error:
-            problem = worker_death(error) or loss_of_process(error)
+            problem = worker_death(error) or loss_of_process(error) or compile_failure(error)
             if problem is None:
                 raise
             if self.world.size == 1 and not self._mid_step:
@@ -207,6 +209,8 @@ class Trainer:
         state.model.train()
         size = self.data.preprocess.input_size
         network = self.world.wrap(state.model, state.device, torch.zeros(2, 3, size, size, device=state.device))
+        if config.compile:
+            network = compiled(network)
         clock = _Clock(state.iters)
         with self.reporter.phase("training", config.total_iters, state.iters) as phase:
             rounds = config.total_iters - state.iters
@@ -408,7 +412,8 @@ def _validation_metrics(result: EvalResult) -> dict[str, float]:
 
 def _gradients_kept_here(network: nn.Module) -> AbstractContextManager[None]:
     """Within the block gradients add up in this process only, until a backward pass outside of it."""
-    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
+    inner = getattr(network, "_orig_mod", network)
+    return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 
 class _Clock:

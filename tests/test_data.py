@@ -3,6 +3,7 @@
 import os
 import shutil
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import cv2
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_images
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from shufflenet_mlflow.classifier import UnreadableImageError, decode
+from shufflenet_mlflow.data.augment import AUGMENTATIONS, change_colours, draw_lighting, seeded
 from shufflenet_mlflow.data.digits import write_digits
 from shufflenet_mlflow.data.folder import (
     list_images,
@@ -28,15 +31,7 @@ from shufflenet_mlflow.data.loader import (
     make_loader,
     worker_death,
 )
-from shufflenet_mlflow.data.preprocess import (
-    AUGMENTATIONS,
-    MODES,
-    Preprocess,
-    ToInput,
-    draw_lighting,
-    eval_transform,
-    seeded,
-)
+from shufflenet_mlflow.data.preprocess import MODES, Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.data.sampler import (
     EvalBatches,
     ReestimationBatches,
@@ -152,6 +147,67 @@ def test_digits(tmp_path: Path) -> None:
         write_digits(folder)
 
 
+# ---------------------------------------------------------------- decoding
+
+
+def photograph(mode: str = "RGB") -> Image.Image:
+    smooth = cv2.resize(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8), (120, 90))
+    return Image.fromarray(smooth).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "options"),
+    [
+        ("RGB", "JPEG", {"quality": 90}),
+        ("RGB", "JPEG", {"quality": 30, "progressive": True}),
+        ("RGB", "JPEG", {"subsampling": 0}),
+        ("L", "JPEG", {}),
+        ("CMYK", "JPEG", {}),
+        ("RGB", "MPO", {}),
+        ("P", "PNG", {}),
+        ("RGBA", "PNG", {}),
+        ("RGB", "BMP", {}),
+    ],
+)
+def test_pixels_are_those_that_pillow_decodes(mode: str, kind: str, options: dict[str, object]) -> None:
+    content = encoded(photograph(mode), kind, **options)
+    with Image.open(BytesIO(content)) as image:
+        expected = np.asarray(image.convert("RGB"))
+    found = decode(BytesIO(content))
+    assert np.array_equal(found, expected)
+    assert found.std() > 10
+    assert found.flags.writeable
+    assert found.flags.c_contiguous
+
+
+def test_orientation_is_left_as_it_is_stored() -> None:
+    image = photograph()
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn it by 90 degrees
+    assert decode(BytesIO(encoded(image, "JPEG", exif=exif))).shape == (90, 120, 3)
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.5, 0.9, 0.999])
+def test_a_jpeg_that_was_cut_short_is_refused(kept: float) -> None:
+    content = encoded(photograph(), "JPEG", quality=90)
+    with pytest.raises(UnreadableImageError):
+        decode(BytesIO(content[: int(len(content) * kept)]))
+
+
+def test_a_jpeg_that_claims_an_enormous_size_is_refused_before_it_is_decoded() -> None:
+    content = bytearray(encoded(photograph(), "JPEG"))
+    size = content.index(b"\xff\xc0") + 5
+    content[size : size + 4] = b"\xff\xdc\xff\xdc"  # 65,500 x 65,500
+    with pytest.raises(UnreadableImageError, match="decompression bomb"):
+        decode(BytesIO(bytes(content)))
+
+
 # ---------------------------------------------------------------- preprocessing
 
 
@@ -165,13 +221,13 @@ def test_evaluation_pixels_are_those_of_the_release(shape: tuple[int, int]) -> N
         size = (256, int(256 / width * height + 0.5))
     resized = cv2.resize(rgb, size, interpolation=cv2.INTER_LINEAR)
     expected_rgb = np.asarray(v2.CenterCrop(224)(Image.fromarray(resized)))
-    tensor = eval_transform(Preprocess("bgr255", 224))(Image.fromarray(rgb))
+    tensor = eval_transform(Preprocess("bgr255", 224))(rgb)
     assert tensor.dtype == torch.uint8
     assert np.array_equal(tensor.numpy(), expected_rgb[:, :, ::-1].transpose(2, 0, 1))
 
 
 def test_pixels_reach_the_network_as_bgr_0_255() -> None:
-    red = Image.new("RGB", (50, 40), (200, 10, 0))
+    red = np.full((40, 50, 3), (200, 10, 0), np.uint8)
     preprocess = Preprocess("bgr255", 32)
     image = eval_transform(preprocess)(red)
     x = ToInput(preprocess, torch.device("cpu"))(image[None])
@@ -180,7 +236,7 @@ def test_pixels_reach_the_network_as_bgr_0_255() -> None:
 
 
 def test_large_gets_bgr_minus_the_mean() -> None:
-    red = Image.new("RGB", (50, 40), (200, 10, 0))
+    red = np.full((40, 50, 3), (200, 10, 0), np.uint8)
     plain = Preprocess("bgr255_mean", 32)
     x = ToInput(plain, torch.device("cpu"))(eval_transform(plain)(red)[None])
     torch.testing.assert_close(x[0, :, 5, 5], torch.tensor([0 - 103.53, 10 - 116.28, 200 - 123.675]))
@@ -232,22 +288,41 @@ def test_lighting_reaches_the_network_without_rounding(images: Path, workers: in
 
 
 def test_release_augmentation_is_torchvisions_with_the_releases_parameters() -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    """The same crops, flips and factors; the pixels differ by rounding only, once for each of four steps."""
+    pixels_HWC = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     reference = v2.Compose([v2.RandomResizedCrop(32), v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomHorizontalFlip(0.5)])
     transform = AUGMENTATIONS["release"].transform(Preprocess("bgr255", 32))
-    for seed in range(5):
+    for seed in range(40):
         with seeded(seed):
-            expected = np.asarray(reference(image))[:, :, ::-1].transpose(2, 0, 1)
+            expected = np.asarray(reference(Image.fromarray(pixels_HWC)))[:, :, ::-1].transpose(2, 0, 1)
         with seeded(seed):
-            assert np.array_equal(transform(image).numpy(), expected)
+            differences = np.abs(transform(pixels_HWC).numpy().astype(int) - expected)
+        assert differences.max() <= 4, seed
+        assert differences.mean() < 0.5, seed
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.93, 1.0, 1.4])
+@pytest.mark.parametrize("change", ["brightness", "contrast", "saturation"])
+def test_colours_are_changed_as_pillow_does(change: str, factor: float) -> None:
+    pixels_HWC = np.random.default_rng(1).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+    enhance = {
+        "brightness": ImageEnhance.Brightness,
+        "contrast": ImageEnhance.Contrast,
+        "saturation": ImageEnhance.Color,
+    }
+    expected = np.asarray(enhance[change](Image.fromarray(pixels_HWC)).enhance(factor)).astype(int)
+    drawn: dict[str, object] = {f"{name}_factor": factor for name in enhance}
+    found = change_colours(pixels_HWC, {**drawn, "fn_idx": torch.tensor([3, list(enhance).index(change)])})
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert factor == 1.0 or np.abs(found.astype(int) - pixels_HWC).mean() > 1
 
 
 def test_shift_augmentation_only_moves_the_crop() -> None:
     preprocess = Preprocess("bgr255", 32)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 37, 3), dtype=np.uint8))
-    pixels = np.asarray(image)[:, :, ::-1].transpose(2, 0, 1)
+    pixels_HWC = np.random.default_rng(0).integers(0, 256, (37, 37, 3), dtype=np.uint8)
+    pixels = pixels_HWC[:, :, ::-1].transpose(2, 0, 1)
     crops = {pixels[:, y : y + 32, x : x + 32].tobytes() for y in range(6) for x in range(6)}
-    seen = {AUGMENTATIONS["shift"].transform(preprocess)(image).numpy().tobytes() for _ in range(200)}
+    seen = {AUGMENTATIONS["shift"].transform(preprocess)(pixels_HWC).numpy().tobytes() for _ in range(200)}
     assert seen <= crops
     assert len(seen) > 20
 

@@ -14,7 +14,7 @@ from torch import nn
 from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.errors import ModelError
 from shufflenet_mlflow.models import VARIANTS
-from shufflenet_mlflow.models.blocks import ShuffleUnit, split_even_odd
+from shufflenet_mlflow.models.blocks import ShuffleUnit
 from shufflenet_mlflow.models.cost import Cost, model_cost
 
 REFERENCE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "reference_models.json").read_text())
@@ -138,13 +138,6 @@ def test_initial_weights_of_v2_plus_gates_are_small() -> None:
     for key in ("features.12.branch_main.8.SE_opr.1.weight", "LastSE.SE_opr.4.weight"):
         assert state[key].std().item() == pytest.approx(0.01, rel=0.05)
     assert state["conv_last.0.weight"].std().item() == pytest.approx(1 / 416, rel=0.05)
-
-
-def test_even_odd_split() -> None:
-    x = torch.arange(4.0).view(1, 4, 1, 1)
-    even, odd = split_even_odd(x)
-    assert even.flatten().tolist() == [0, 2]
-    assert odd.flatten().tolist() == [1, 3]
 
 
 def test_a_stride_1_unit_passes_the_even_channels_on() -> None:

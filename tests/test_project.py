@@ -85,7 +85,7 @@ def test_mlproject_mirrors_the_command(name: str) -> None:
 
 LAYERS = [
     {"errors", "classifier", "jsontext"},
-    {"config", "stopping", "reporting"},
+    {"config", "stopping", "reporting", "devices"},
     {"models", "data", "checkpoint", "client", "locks", "priority", "distributed", "joining", "launcher"},
     {"spool"},
     {"recipe", "batchnorm", "resolve", "network"},

@@ -15,6 +15,7 @@ from training import Reporter, assert_same_end, history, run, run_until
 from shufflenet_mlflow import create_model
 from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint, read_record, verify_checkpoint
 from shufflenet_mlflow.errors import (
+    ConfigError,
     ResumeError,
     ShuffleNetError,
 )
@@ -132,6 +133,21 @@ def test_mixed_precision_goes_on_where_it_was(amp: str, images: Path) -> None:
     assert ("scaler_state_dict" in whole) == (amp == "fp16")
     assert whole.get("scaler_state_dict") == parts.get("scaler_state_dict")
     assert {tensor.dtype for tensor in whole["state_dict"].values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.long
+def test_a_compiled_network_goes_on_where_it_was(images: Path) -> None:
+    whole, parts = whole_and_parts(images, "--compile")
+    for name in ("state_dict", "optimizer_state_dict"):
+        assert_equal_payloads(parts[name], whole[name])
+    assert not [name for name in whole["state_dict"] if "_orig_mod" in name]
+
+
+def test_a_network_that_cannot_be_compiled(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/such/compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"--compile: .*No working C\+\+ compiler found.*; leave it out"):
+        run(images, "--compile")
 
 
 def test_a_scaler_that_is_not_restored_is_noticed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

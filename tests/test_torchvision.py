@@ -177,8 +177,11 @@ def test_x1_0_computes_what_torchvisions_does_behind_its_first_unit() -> None:
 def test_preprocessing_is_that_of_the_weights(name: str, shape: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
     preprocess = Preprocess(VARIANTS[name].preprocess, 224)
-    x = ToInput(preprocess, torch.device("cpu"))(eval_transform(preprocess)(image)[None])[0]
-    torch.testing.assert_close(x, published_weights(name).transforms()(image), rtol=0, atol=1e-5)
+    x = ToInput(preprocess, torch.device("cpu"))(eval_transform(preprocess)(np.asarray(image).copy())[None])[0]
+    expected = published_weights(name).transforms()(image)
+    one_level = 1 / (255 * 0.224)  # of 255, after the division by the smallest standard deviation
+    torch.testing.assert_close(x, expected, rtol=0, atol=one_level + 1e-5)
+    assert (x - expected).abs().gt(1e-5).float().mean() < 0.05
 
 
 @pytest.mark.parametrize("name", NAMES)

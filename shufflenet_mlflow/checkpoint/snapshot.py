@@ -70,7 +70,8 @@ class StateBuffer:
             if buffer.shape == tensor.shape and buffer.dtype == tensor.dtype:
                 return buffer
             del self._buffers[number:]
-        self._buffers.append(torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False))
+        # Contiguous, whatever the memory format of the network is here.
+        self._buffers.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda))
         return self._buffers[number]
 
     def wait_until_copied(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from shufflenet_mlflow.classifier import UnreadableImageError, decode
 from shufflenet_mlflow.compare.comparison import Comparison
@@ -93,7 +94,7 @@ def _thumbnail(test: PairedTest, change: Change) -> str | None:
     if test.first.root is None:
         return None
     try:
-        image = decode(str(Path(test.first.root) / change.path))
+        image = Image.fromarray(decode(str(Path(test.first.root) / change.path)))
     except UnreadableImageError:
         return None
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))

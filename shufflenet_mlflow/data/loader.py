@@ -8,11 +8,12 @@ from typing import NamedTuple
 import cv2
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from shufflenet_mlflow.classifier import UnreadableImageError, decode
+from shufflenet_mlflow.data.augment import seeded
 from shufflenet_mlflow.data.folder import ImageListing
-from shufflenet_mlflow.data.preprocess import Transform, seeded
+from shufflenet_mlflow.data.preprocess import Transform
 from shufflenet_mlflow.data.sampler import Key, derive_seed
 from shufflenet_mlflow.errors import BadImageError, DataError
 from shufflenet_mlflow.stopping import StopFlag
@@ -32,7 +33,7 @@ class Batch(NamedTuple):
     """One batch, still on the CPU."""
 
     images_NCHW: Tensor
-    """uint8."""
+    """uint8, in channels-last format."""
     labels_N: Tensor
     """int64."""
     places_N: Tensor
@@ -89,26 +90,26 @@ class ImageDataset(Dataset[_Item]):
             sample = self.listing.samples[index]
             path = str(self.listing.root / sample.path)
             try:
-                image = decode(path)
+                pixels_HWC = decode(path)
                 with seeded(derive_seed(self.seed, epoch, first)):
-                    pixels_CHW = self.transform(image)
+                    image_CHW = self.transform(pixels_HWC)
                     shift_C = self.lighting() if self.lighting else None
-                return _Item(pixels_CHW, sample.label, index, shift_C, tuple(bad))
+                return _Item(image_CHW, sample.label, index, shift_C, tuple(bad))
             except UnreadableImageError as error:
                 bad.append(BadImage(path, str(error)))
         return _Item(None, -1, -1, None, tuple(bad))
 
 
 def collate(items: list[_Item]) -> Batch:
-    """Stack the images that could be read."""
+    """Stack the images that could be read, where the training process can see them if this is a worker."""
     bad = tuple(entry for item in items for entry in item.bad)
-    images = [item.image_CHW for item in items if item.image_CHW is not None]
+    images_HWC = [item.image_CHW.permute(1, 2, 0) for item in items if item.image_CHW is not None]
     labels = [item.label for item in items if item.image_CHW is not None]
     places = [item.place for item in items if item.image_CHW is not None]
     shifts = [item.shift_C for item in items if item.shift_C is not None]
-    stacked = torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    images_NHWC = default_collate(images_HWC) if images_HWC else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
     return Batch(
-        stacked,
+        images_NHWC.permute(0, 3, 1, 2),
         torch.tensor(labels, dtype=torch.int64),
         torch.tensor(places, dtype=torch.int64),
         torch.stack(shifts) if shifts else None,

@@ -3,24 +3,20 @@
 Two halves. On the CPU, an image becomes a uint8 tensor of the right size and channel order: that is what
 travels between processes and to the device. On the device, it becomes float and is normalised.
 
-The `bgr255` modes and the `release` augmentation follow the original ShuffleNet release: BGR, 0-255; for evaluation
-the shorter side goes to 256 (at 224 px input) with OpenCV's INTER_LINEAR and the centre is cropped; for training
-RandomResizedCrop, ColorJitter(0.4, 0.4, 0.4) and a horizontal flip. The `rgb` modes are those of torchvision's weights.
+The `bgr255` modes follow the original ShuffleNet release: BGR, 0-255; for evaluation the shorter side goes to 256 (at
+224 px input) with OpenCV's INTER_LINEAR and the centre is cropped. The `rgb` modes are those of torchvision's weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 from shufflenet_mlflow.checkpoint import is_plain_tensor
-from shufflenet_mlflow.classifier import CentreCrop, resize_shorter_side, to_tensor
+from shufflenet_mlflow.classifier import CentreCrop, Pixels
+from shufflenet_mlflow.devices import place_input
 from shufflenet_mlflow.errors import CheckpointError, ConfigError
 
 REFERENCE_SIZE = 224
@@ -133,88 +129,14 @@ class Preprocess:
             raise CheckpointError(f"{source}: its preprocessing {plain!r} is not understood: {error}") from error
 
 
-Transform = Callable[[Image.Image], Tensor]
-"""An RGB image -> uint8 (3, input_size, input_size) in the mode's channel order."""
+Transform = Callable[[Pixels], Tensor]
+"""RGB pixels -> uint8 (3, input_size, input_size) in the mode's channel order."""
 
 
 def eval_transform(preprocess: Preprocess) -> CentreCrop:
     """Resize the shorter side, crop the centre."""
     mode = MODES[preprocess.mode]
     return CentreCrop(preprocess.input_size, preprocess.resize_size, mode.channels, mode.antialias)
-
-
-@dataclass(frozen=True)
-class ShiftTransform:
-    """The evaluation resize, then a crop at a random place: for images whose orientation has meaning."""
-
-    preprocess: Preprocess
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        size, mode = self.preprocess.input_size, MODES[self.preprocess.mode]
-        pixels_HWC = resize_shorter_side(image, self.preprocess.resize_size, antialias=mode.antialias)
-        top = int(torch.randint(pixels_HWC.shape[0] - size + 1, ()))
-        left = int(torch.randint(pixels_HWC.shape[1] - size + 1, ()))
-        return to_tensor(pixels_HWC[top : top + size, left : left + size], mode.channels)
-
-
-class ReleaseTransform:
-    """The release's training augmentation."""
-
-    def __init__(self, preprocess: Preprocess) -> None:
-        self.preprocess = preprocess
-        self._augment = v2.Compose(
-            [
-                v2.RandomResizedCrop(preprocess.input_size),
-                v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
-                v2.RandomHorizontalFlip(0.5),
-            ]
-        )
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return to_tensor(np.asarray(self._augment(image)), MODES[self.preprocess.mode].channels)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How training images are varied."""
-
-    transform: Callable[[Preprocess], Transform]
-    lighting: bool = False
-    """Shift each image's colour by `draw_lighting`."""
-
-
-AUGMENTATIONS: dict[str, Augmentation] = {
-    "release": Augmentation(ReleaseTransform),
-    "lighting": Augmentation(ReleaseTransform, lighting=True),
-    "shift": Augmentation(ShiftTransform),
-    "none": Augmentation(eval_transform),
-}
-
-# Principal components of ImageNet's colours on a 0-1 scale: Krizhevsky et al., 2012, as the release has them.
-LIGHTING_STD = 0.1
-_EIGENVALUES = (0.2175, 0.0188, 0.0045)
-_EIGENVECTORS_RGB = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
-
-
-def draw_lighting(mode: Mode) -> Tensor:
-    """AlexNet's colour noise: what to add to all pixels of one image, (3,) on the 0-255 scale, in `mode`'s order."""
-    weights = torch.randn(3) * LIGHTING_STD * torch.tensor(_EIGENVALUES)
-    shift_RGB = torch.tensor(_EIGENVECTORS_RGB) @ weights * 255
-    return shift_RGB.flip(0) if mode.channels == "BGR" else shift_RGB
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from the CPU generator as if it had just been seeded, and put it back afterwards.
-
-    Only the CPU generator is touched: `torch.manual_seed` would reseed the devices' too.
-    """
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
 
 
 class ToInput:
@@ -232,12 +154,12 @@ class ToInput:
             self._std = torch.tensor(mode.std, device=device).view(3, 1, 1)
 
     def __call__(self, images_NCHW: Tensor, shift_NC: Tensor | None = None) -> Tensor:
-        """uint8 (N, 3, H, W) -> float32 (N, 3, H, W), normalised.
+        """uint8 (N, 3, H, W) -> float32 (N, 3, H, W), normalised, in the memory format that suits the device.
 
         Args:
             shift_NC: added to all pixels of an image before, on the 0-255 scale.
         """
-        x_NCHW = images_NCHW.to(self._device, non_blocking=True).float()
+        x_NCHW = place_input(images_NCHW, self._device).float()
         if shift_NC is not None:
             x_NCHW = x_NCHW + shift_NC.to(self._device, non_blocking=True)[:, :, None, None]
         if self._mean is not None:

@@ -11,13 +11,14 @@ from shufflenet_mlflow.client import connect, prepare_environment, redact
 from shufflenet_mlflow.config import check_types
 from shufflenet_mlflow.data.folder import ImageListing, require_same_classes
 from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
+from shufflenet_mlflow.devices import choose_device, keep_freed_memory, place
 from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, UnresolvedError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.jobs.loading import Loaded, NetworkRequest
 from shufflenet_mlflow.jobs.recording import Evaluated, record_in_new, record_in_own, record_in_source
 from shufflenet_mlflow.launcher import ended_with_mlflow_run
 from shufflenet_mlflow.network import Network, label_outputs
-from shufflenet_mlflow.planning import BATCH_SIZE, choose_device, data_name, list_folder
+from shufflenet_mlflow.planning import BATCH_SIZE, data_name, list_folder
 from shufflenet_mlflow.report import Observer, Report
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve import parse_reference
@@ -205,6 +206,7 @@ def _evaluate(
     listing = list_folder(val_dir, "val", option="--val-dir", skip_bad=skip_bad, cache_dir=request.cache_dir)
     _check_classes(network, listing, source, reporter)
     device = choose_device(request.device)
+    keep_freed_memory(device)
     settings = EvalSettings(
         batch_size=request.batch_size or trained.get("batch_size", BATCH_SIZE),
         workers=trained.get("workers", 0) if request.workers is None else request.workers,
@@ -214,7 +216,7 @@ def _evaluate(
     began = time.perf_counter()
     with worker_deaths_reported():
         result = evaluate(
-            network.model.to(device),
+            place(network.model, device),
             listing,
             network.preprocess,
             settings,

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from shufflenet_mlflow.client import prepare_environment
 from shufflenet_mlflow.data.folder import image_files
 from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
+from shufflenet_mlflow.devices import choose_device, keep_freed_memory
 from shufflenet_mlflow.errors import DataError
 from shufflenet_mlflow.evaluate import EvalSettings
 from shufflenet_mlflow.jobs.loading import NetworkRequest
-from shufflenet_mlflow.planning import BATCH_SIZE, choose_device, default_workers
+from shufflenet_mlflow.planning import BATCH_SIZE, default_workers
 from shufflenet_mlflow.predict import Prediction, predict
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.stopping import StopFlag
@@ -41,11 +42,13 @@ def run_prediction(request: PredictRequest, *, reporter: Reporter, stop: StopFla
     prepare_environment()
     paths = [path for given in request.images for path in _files(given)]
     loaded = request.load(reporter)
+    device = choose_device(request.device)
+    keep_freed_memory(device)
     workers = default_workers() if len(paths) >= WORKERS_FROM else 0
     settings = EvalSettings(
         batch_size=request.batch_size or BATCH_SIZE,
         workers=workers if request.workers is None else request.workers,
-        device=choose_device(request.device),
+        device=device,
     )
     with worker_deaths_reported():
         yield from predict(

@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from shufflenet_mlflow.checkpoint import Retention, load_checkpoint, remove_leftovers
 from shufflenet_mlflow.client import connect, prepare_environment
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_grace, check_job, check_resumable, option
+from shufflenet_mlflow.devices import choose_device, keep_freed_memory, place
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, DataError, NoCheckpointError
 from shufflenet_mlflow.export import LogModels
@@ -34,7 +35,7 @@ from shufflenet_mlflow.jobs.opening import ending_on_error, open_run
 from shufflenet_mlflow.jobs.sharing import receive_beginning, share_beginning
 from shufflenet_mlflow.joining import joined
 from shufflenet_mlflow.launcher import Requeue, ended_with_mlflow_run
-from shufflenet_mlflow.planning import Plan, check_same_data, choose_device, plan
+from shufflenet_mlflow.planning import Plan, check_same_data, plan
 from shufflenet_mlflow.recipe import make_ema, make_optimizer, make_scheduler
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.spool import Spool, is_made
@@ -230,6 +231,7 @@ def _prepare(
             check_resumable(start.config, config, new_run=request.new_run)
             check_same_data(start, data, new_run=request.new_run)
         device = choose_device(world.device(config.device))
+        keep_freed_memory(device)
         if config.sync_bn and device.type != "cuda":
             raise ConfigError(f"--sync-bn needs CUDA, and the device is {device.type}; leave it out")
         if config.amp == "fp16" and device.type == "mps":
@@ -373,10 +375,17 @@ def _fresh_state(planned: Plan, device: torch.device, world: World, *, first_wei
     config = planned.config
     torch.manual_seed(config.seed)
     pretrained = first_weights and config.pretrained
-    model = planned.architecture.build(config.num_classes, pretrained=pretrained).to(device)
+    model = planned.architecture.build(config.num_classes, pretrained=pretrained)
+    model = place(model, device)
     if config.sync_bn and world.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    optimizer = make_optimizer(model, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(
+        model,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=device.type in ("cpu", "cuda") and config.amp != "fp16",
+    )
     return TrainingState(
         model,
         optimizer,

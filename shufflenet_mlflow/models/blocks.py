@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shufflenet_mlflow.errors import ModelError
+from shufflenet_mlflow.models.shuffling import split_even_odd
 
 BN_EPS = 1e-5
 
@@ -110,14 +111,6 @@ def places(in_channels: int, widths: Sequence[int], repeats: Sequence[int]) -> I
         for index in range(count):
             yield Place(stage, index, in_channels, width)
             in_channels = width
-
-
-def split_even_odd(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Channels 0, 2, 4, … and channels 1, 3, 5, …: this split is the family's channel shuffle.
-
-    (N, C, H, W) -> two views of (N, C / 2, H, W).
-    """
-    return x_NCHW[:, 0::2], x_NCHW[:, 1::2]
 
 
 def shuffle_branch(

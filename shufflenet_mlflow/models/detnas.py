@@ -21,8 +21,8 @@ from shufflenet_mlflow.models.blocks import (
     places,
     relu,
     require_splittable,
-    split_even_odd,
 )
+from shufflenet_mlflow.models.shuffling import split_even_odd
 
 DROPOUT = 0.2
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from shufflenet_mlflow.errors import ModelError
 from shufflenet_mlflow.models.blocks import Place, conv_bn, conv_bn_act, initialise, places
+from shufflenet_mlflow.models.shuffling import channel_shuffle
 
 STAGE_UNITS = (4, 8, 4)
 
@@ -26,13 +27,9 @@ VARIANTS: dict[str, tuple[int, tuple[int, int, int, int]]] = {
 }
 
 
-def shuffle(x_NCHW: Tensor, groups: int) -> Tensor:
-    """Channel i goes to place (i % groups) * C / groups + i // groups: (N, C, H, W) -> the same shape.
-
-    This is the inverse of `nn.ChannelShuffle(groups)`.
-    """
-    N, C, H, W = x_NCHW.shape
-    return x_NCHW.view(N, C // groups, groups, H, W).transpose(1, 2).reshape(N, C, H, W)
+def _regroup(x_NCHW: Tensor, groups: int) -> Tensor:
+    """Channel i goes to place (i % groups) * C / groups + i // groups: the inverse of `channel_shuffle` in groups."""
+    return channel_shuffle(x_NCHW, x_NCHW.shape[1] // groups)
 
 
 class GroupedUnit(nn.Module):
@@ -72,7 +69,7 @@ class GroupedUnit(nn.Module):
         self.branch_proj = nn.AvgPool2d(kernel_size=3, stride=2, padding=1) if stride == 2 else None
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        branch = self.branch_main_2(shuffle(self.branch_main_1(x_NCHW), self.groups))
+        branch = self.branch_main_2(_regroup(self.branch_main_1(x_NCHW), self.groups))
         if self.branch_proj is None:
             return functional.relu(x_NCHW + branch)
         return torch.cat((self.branch_proj(x_NCHW), functional.relu(branch)), 1)

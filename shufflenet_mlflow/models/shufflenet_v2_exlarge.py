@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shufflenet_mlflow.models.auxiliary import AuxiliaryHead, DeeplySupervised, gate, stem
-from shufflenet_mlflow.models.blocks import initialise, named, named_conv_bn, split_even_odd
+from shufflenet_mlflow.models.blocks import initialise, named, named_conv_bn
+from shufflenet_mlflow.models.shuffling import split_even_odd
 
 STAGE_UNITS = (8, 16, 36, 10)
 STAGE_WIDTHS = (320, 640, 1280, 2560)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shufflenet_mlflow.models.auxiliary import AuxiliaryHead, DeeplySupervised, gate, stem
-from shufflenet_mlflow.models.blocks import initialise, named, named_conv_bn, split_even_odd
+from shufflenet_mlflow.models.blocks import initialise, named, named_conv_bn
+from shufflenet_mlflow.models.shuffling import split_even_odd
 
 STAGE_UNITS = (10, 10, 23, 10)
 STAGE_WIDTHS = (64, 128, 256, 512)

@@ -1,0 +1,76 @@
+"""The device that a network computes on, and how tensors lie in its memory."""
+
+import ctypes
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from shufflenet_mlflow.config import check_device
+from shufflenet_mlflow.errors import ConfigError
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that `auto`, `cpu`, `mps`, `cuda` or `cuda:N` means here.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    check_device(device)
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu"
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: there is no Apple GPU here; use auto or cpu")
+    return chosen
+
+
+def memory_format_on(device: torch.device) -> torch.memory_format:
+    """Channels last where convolutions are faster with it: on CPUs and on CUDA's tensor cores."""
+    return torch.channels_last if device.type in ("cpu", "cuda") else torch.contiguous_format
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move `model` to `device`, in the memory format that suits it."""
+    return model.to(device=device, memory_format=memory_format_on(device))  # type: ignore[call-overload, no-any-return]
+
+
+def place_input(images_NCHW: Tensor, device: torch.device) -> Tensor:
+    """The same for a batch of images, of any type; a copy from pinned memory is not waited for."""
+    return images_NCHW.to(device, non_blocking=True).contiguous(memory_format=memory_format_on(device))
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """What `torch.compile` makes of `network` once the first batch arrives; kept in PyTorch's own cache."""
+    return torch.compile(network)  # type: ignore[return-value]
+
+
+def compile_failure(error: RuntimeError) -> ConfigError | None:
+    """What to say if `error` is a failure to compile; None for any other error."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return None
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ConfigError(f"--compile: the network cannot be compiled here ({reason}); leave it out")
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Of glibc's `mallopt`, from its `malloc.h`."""
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let this process reuse the memory of tensors on the CPU instead of returning it after each operation.
+
+    By default glibc gives what is larger than 32 MiB back at once, and each new tensor's pages are then made and zeroed
+    one by one, which can take as long as the arithmetic. A process that computes on another device is left as it is,
+    and so is any system without glibc.
+    """
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never

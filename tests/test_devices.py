@@ -1,0 +1,127 @@
+"""Where networks compute and how their tensors lie in memory."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map_only
+
+from shufflenet_mlflow import create_model
+from shufflenet_mlflow.config import TrainConfig
+from shufflenet_mlflow.devices import choose_device, memory_format_on, place, place_input
+from shufflenet_mlflow.recipe import make_optimizer, make_scheduler
+from shufflenet_mlflow.state import TrainingState
+
+CPU = torch.device("cpu")
+
+CONFIG = TrainConfig(
+    model="shufflenet_v2_x0_5",
+    choices=None,
+    scales=None,
+    init_from=None,
+    pretrained=False,
+    mean_image=None,
+    augment="none",
+    on_bad_image="fail",
+    train_dir=None,
+    val_dir=None,
+    num_classes=3,
+    input_size=32,
+    batch_size=4,
+    total_iters=100,
+    lr=0.01,
+    momentum=0.9,
+    weight_decay=0.01,
+    label_smooth=0.0,
+    seed=0,
+    workers=0,
+    device="cpu",
+    display_interval=1,
+    val_interval=1,
+    save_interval=1,
+)
+
+
+def test_networks_and_images_are_placed_alike() -> None:
+    model = place(create_model("shufflenet_v2_x0_5", num_classes=3), CPU)
+    assert model.first_conv[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[index, union-attr]
+    images = place_input(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), CPU)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert memory_format_on(torch.device("mps")) == torch.contiguous_format
+
+
+def test_auto_is_a_device_that_is_there() -> None:
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(fused: bool, between: Callable[[TrainingState], TrainingState] = lambda state: state) -> TrainingState:
+    """Four steps; what lies between the first two and the others may replace the state."""
+    state = fresh_state(fused)
+    generator = torch.Generator().manual_seed(1)
+    for iteration in range(4):
+        images = place_input(torch.randn(4, 3, 32, 32, generator=generator), CPU)
+        state.optimizer.zero_grad()
+        state.backward(state.model(images).logsumexp(1).sum())
+        state.step()
+        if iteration == 1:
+            state = between(state)
+    return state
+
+
+def fresh_state(fused: bool) -> TrainingState:
+    torch.manual_seed(0)
+    model = place(create_model("shufflenet_v2_x0_5", num_classes=3), CPU)
+    optimizer = make_optimizer(model, lr=0.01, momentum=0.9, weight_decay=0.01, fused=fused)
+    return TrainingState(model, optimizer, make_scheduler(optimizer, 100), CPU)
+
+
+def test_a_fused_step_is_the_same_step() -> None:
+    for one, two in zip(train(True).model.parameters(), train(False).model.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_momentum_lies_in_memory_as_its_weights_do_also_after_loading() -> None:
+    """PyTorch's fused SGD goes through both as they lie in memory: with two layouts it would mix up the weights."""
+
+    def through_a_checkpoint(state: TrainingState) -> TrainingState:
+        payload = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone().contiguous(), state.state_dict())
+        other = fresh_state(True)
+        other.load_state_dict({**payload, "iters": state.iters}, CONFIG)
+        return other
+
+    undisturbed, resumed = train(True), train(True, through_a_checkpoint)
+    for state in (undisturbed, resumed):
+        for parameter in state.model.parameters():
+            assert parameter.grad is not None
+            momentum = state.optimizer.state[parameter]["momentum_buffer"]
+            assert parameter.stride() == parameter.grad.stride() == momentum.stride()
+        assert all(group["fused"] for group in state.optimizer.param_groups)
+    for one, two in zip(undisturbed.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+MEASURE = """
+import resource, sys, torch
+from shufflenet_mlflow.devices import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory(torch.device("cpu"))
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(20_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+for _ in range(20):
+    faults()
+print(sum(faults() for _ in range(5)))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_is_used_again() -> None:
+    counts = {}
+    for how in ("kept", "returned"):
+        ran = subprocess.run([sys.executable, "-c", MEASURE, how], capture_output=True, text=True, check=True)
+        counts[how] = int(ran.stdout)
+    assert counts["kept"] < 1000
+    assert counts["returned"] > 50_000  # 80 MB in pages of 4 KiB, five times: the measurement notices it
