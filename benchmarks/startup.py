@@ -48,9 +48,9 @@ def make_images(root: Path) -> None:
 
 def listing(root: Path) -> Any:
     """As `list_images` makes it, but in memory."""
-    from shufflenet_mlflow.data.folder import ImageListing, Sample
+    from shufflenet_mlflow.data.listing import ImageListing, Samples
 
-    samples = tuple(Sample(f"{n % REAL}.jpg", n * CLASSES // FILES, 1000) for n in range(FILES))
+    samples = Samples.of((f"{n % REAL}.jpg", n * CLASSES // FILES, 1000) for n in range(FILES))
     return ImageListing(root, tuple(f"{n:04}" for n in range(CLASSES)), samples)
 
 

@@ -15,6 +15,7 @@ import shufflenet_mlflow
 from shufflenet_mlflow.errors import ElsewhereError, ShuffleNetError
 from shufflenet_mlflow.stopping import EXIT_BASE, StopRequested
 
+from .bench import bench
 from .checkpoints import checkpoints
 from .compare import compare
 from .data import data
@@ -80,5 +81,5 @@ def main() -> None:
     """
 
 
-for command in (train, eval_, predict, runs, compare, checkpoints, export, sync, models, data):
+for command in (train, eval_, predict, runs, compare, checkpoints, export, sync, models, data, bench):
     main.add_command(command)

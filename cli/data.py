@@ -43,7 +43,7 @@ def digits(folder: Path, as_json: bool) -> None:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @option("--output", type=click.Path(path_type=Path), help="Where to write it, .npy or .xml.  [default: mean.npy]")
 @option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: 224]")
-@option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: one per core, at most 4]")
+@option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: one per core, at most 16]")
 @bad_image_option
 @json_option
 @debug_option

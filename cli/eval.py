@@ -27,7 +27,7 @@ WORST_CLASSES = 3
 @option("--val-dir", metavar="DIR", help="Images, a folder per class.  [default: the run's own]")
 @options(*network_options)
 @option("--batch-size", type=click.IntRange(min=1), help="Images at a time.  [default: the run's own]")
-@option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: the run's own]")
+@option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: one per core, at most 16]")
 @device_option
 @bad_image_option
 @option(

@@ -82,7 +82,7 @@ REQUEST_OPTIONS = (
     "[default: the paper's; digits: shift]",
 )
 @bad_image_option
-@option("--workers", type=int, help="Decoding processes.  [default: one per core, at most 4; digits: 0]")
+@option("--workers", type=int, help="Decoding processes.  [default: one per core, at most 16; digits: 0]")
 @device_option
 @option("--display-interval", type=int, help="Iterations between progress lines.  [default: 20]")
 @option("--val-interval", type=int, help="Iterations between validations.  [default: about 10 per run]")

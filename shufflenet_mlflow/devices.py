@@ -1,6 +1,7 @@
 """The device that a network computes on, and how tensors lie in its memory."""
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -42,6 +43,19 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 def place_input(images_NCHW: Tensor, device: torch.device) -> Tensor:
     """The same for a batch of images, of any type; a copy from pinned memory is not waited for."""
     return images_NCHW.to(device, non_blocking=True).contiguous(memory_format=memory_format_on(device))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine has, in a container or under a scheduler."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what the device is doing."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def compiled(network: nn.Module) -> nn.Module:

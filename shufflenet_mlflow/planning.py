@@ -4,6 +4,7 @@ Options that were not given come from the checkpoint that is resumed, then from 
 """
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,12 @@ from shufflenet_mlflow.config import (
 )
 from shufflenet_mlflow.data.augment import AUGMENTATIONS
 from shufflenet_mlflow.data.digits import cached_digits
-from shufflenet_mlflow.data.folder import (
-    ImageListing,
-    list_images,
-    require_images_only,
-    require_same_classes,
-)
+from shufflenet_mlflow.data.folder import list_images, require_images_only, require_same_classes
+from shufflenet_mlflow.data.listing import ImageListing
+from shufflenet_mlflow.data.loader import PREFETCHED
 from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.data.sampler import Division, SampleOrder
+from shufflenet_mlflow.devices import usable_cores
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import ConfigError, ResumeError
 from shufflenet_mlflow.models.torchvision_v2 import published_weights
@@ -36,7 +35,12 @@ from shufflenet_mlflow.start import Init, Start, TrainRequest
 from shufflenet_mlflow.train import TrainData
 
 BATCH_SIZE = 64
-MOST_WORKERS = 4
+MOST_WORKERS = 16
+"""Together they decode some 8,000 photographs a second."""
+WORKERS_FROM = 256
+"""With fewer images, starting processes takes longer than decoding."""
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - asked for its size only
+"""Where Linux keeps what processes share."""
 DISPLAY_INTERVAL = 20
 VALIDATIONS = 10
 """By default a run is validated, and saved, about so often, and at most once per epoch."""
@@ -46,9 +50,17 @@ DIGITS_EPOCHS = 20
 DIGITS_NAME = "digits"
 
 
-def default_workers() -> int:
-    """Processes that decode images, unless told."""
-    return min(MOST_WORKERS, os.cpu_count() or 1)
+def default_workers(images: int, batch_size: int, input_size: int) -> int:
+    """Processes that decode images, unless told: one per core that is there for this process.
+
+    Fewer where the memory through which their batches come does not hold so many: in containers it is often small.
+    """
+    if images < WORKERS_FROM:
+        return 0
+    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    batch = batch_size * 3 * input_size**2
+    in_memory = shutil.disk_usage(SHARED_MEMORY).free // (2 * PREFETCHED * batch) if SHARED_MEMORY.is_dir() else cores
+    return min(MOST_WORKERS, max(1, cores), in_memory)
 
 
 def data_name(directory: str | None) -> str:
@@ -68,9 +80,10 @@ def list_folder(
     Raises:
         DataError: see `list_images`; or it holds other files than images, and `skip_bad` is False.
     """
+    cache_dir = cache_dir or default_cache_dir()
     if directory is None:
-        return list_images(cached_digits(cache_dir or default_cache_dir()) / part)
-    listing = list_images(directory, option=option)
+        return list_images(cached_digits(cache_dir) / part)
+    listing = list_images(directory, option=option, cache_dir=cache_dir)
     if not skip_bad:
         require_images_only(listing, option=option)
     return listing
@@ -164,7 +177,9 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
             "momentum": recipe.momentum,
             "weight_decay": recipe.weight_decay,
             "label_smooth": recipe.label_smooth,
-            "workers": 0 if train_dir is None else default_workers(),
+            "workers": 0
+            if train_dir is None
+            else default_workers(len(train), -(-batch_size // world.size), preprocess.input_size),
             "device": "auto",
             "display_interval": DISPLAY_INTERVAL,
             "val_interval": interval,

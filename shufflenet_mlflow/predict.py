@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shufflenet_mlflow.classifier import rank
-from shufflenet_mlflow.data.folder import ImageListing, Sample
+from shufflenet_mlflow.data.listing import ImageListing, Samples
 from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import ToInput, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches
@@ -66,7 +66,7 @@ def predict(
         StopRequested: a signal arrived.
         BadImageError: a file could not be read and is not to be skipped.
     """
-    listing = ImageListing(Path(), (), tuple(Sample(path, 0, 0) for path in paths))
+    listing = ImageListing(Path(), (), Samples.of((path, 0, 0) for path in paths))
     dataset = ImageDataset(listing, eval_transform(network.preprocess), replace_bad=False)
     batches = EvalBatches(len(listing), settings.batch_size)
     loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")

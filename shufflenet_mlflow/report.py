@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from shufflenet_mlflow.data.folder import ImageListing
+from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import Batch
 
 CALIBRATION_BINS = 15

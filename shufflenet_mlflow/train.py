@@ -19,7 +19,7 @@ from shufflenet_mlflow.batchnorm import RunningStatistics, reestimate_bn
 from shufflenet_mlflow.checkpoint import FINAL_TAG
 from shufflenet_mlflow.config import AMP_DTYPES, TrainConfig
 from shufflenet_mlflow.data.augment import AUGMENTATIONS, draw_lighting
-from shufflenet_mlflow.data.folder import ImageListing
+from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import (
     BadImageLog,
     Batch,
@@ -198,14 +198,8 @@ class Trainer:
         return {path for paths in self.world.gather(list(self.bad_images.seen)) for path in paths}
 
     def _train(self) -> None:
-        config, state, division = self.config, self.state, self.data.division
-        loader = make_loader(
-            self._training_images(),
-            TrainBatches(self.data.order, state.iters, config.total_iters, division),
-            workers=config.workers,
-            pin_memory=state.device.type == "cuda",
-        )
-        fetched = batches_of(loader)
+        config, state = self.config, self.state
+        fetched = self.batches(state.iters, config.total_iters)
         state.model.train()
         size = self.data.preprocess.input_size
         network = self.world.wrap(state.model, state.device, torch.zeros(2, 3, size, size, device=state.device))
@@ -214,9 +208,9 @@ class Trainer:
         clock = _Clock(state.iters)
         with self.reporter.phase("training", config.total_iters, state.iters) as phase:
             rounds = config.total_iters - state.iters
-            for parts in self.world.agreed(self.stop, rounds, lambda: self._fetch(fetched)):
+            for parts in self.world.agreed(self.stop, rounds, lambda: self.fetch(fetched)):
                 lr = state.lr
-                self._step(network, parts)
+                self.step(network, parts)
                 phase.advance()
                 if state.device.type == "cpu" and self.world.size == 1:  # elsewhere looking would mean waiting
                     state.check_finite()
@@ -229,8 +223,22 @@ class Trainer:
                     with clock.paused():
                         self._save_once()
 
-    def _fetch(self, fetched: Iterator[Batch]) -> list[Batch]:
-        """This process's parts of the next batch."""
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """This process's parts of the batches from iteration `start` up to, not including, iteration `stop`."""
+        order, division = self.data.order, self.data.division
+        return self._loaded(TrainBatches(order, start, stop, division))
+
+    def _loaded(self, batches: TrainBatches | ReestimationBatches) -> Iterator[Batch]:
+        loader = make_loader(
+            self._training_images(),
+            batches,
+            workers=self.config.workers,
+            pin_memory=self.state.device.type == "cuda",
+        )
+        return batches_of(loader)
+
+    def fetch(self, fetched: Iterator[Batch]) -> list[Batch]:
+        """This process's parts of the next batch, of what `batches` gives."""
         parts = [next(fetched) for _ in self.data.division.own]
         for part in parts:
             for bad in self.bad_images.new_in(part):
@@ -239,7 +247,7 @@ class Trainer:
                 raise DataError(f"no file in {str(self.data.train.root)!r} is a readable image")
         return parts
 
-    def _step(self, network: nn.Module, parts: Sequence[Batch]) -> None:
+    def step(self, network: nn.Module, parts: Sequence[Batch]) -> None:
         """One iteration: gradients of all parts in all processes, then one step."""
         state, division = self.state, self.data.division
         self._mid_step = True
@@ -248,7 +256,7 @@ class Trainer:
         for number, batch in zip(division.own, parts, strict=True):
             size = len(batch.labels_N)
             labels = batch.labels_N.to(state.device, non_blocking=True)
-            images = self._to_input(batch.images_NCHW, batch.shift_NC)
+            images = self.to_input(batch)
             state.randomness.begin_part(number)
             with _gradients_kept_here(network) if number != division.own[-1] else nullcontext():
                 with self._autocast():
@@ -262,6 +270,10 @@ class Trainer:
         self._statistics.combine()
         state.step()
         self._mid_step = False
+
+    def to_input(self, batch: Batch) -> Tensor:
+        """The images of a batch, float (N, 3, H, W) on the device."""
+        return self._to_input(batch.images_NCHW, batch.shift_NC)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """In the block what `--amp` allows is computed in fewer bits."""
@@ -297,17 +309,11 @@ class Trainer:
 
     def _reestimation_inputs(self, advance: Any) -> Iterator[Tensor]:
         batches, division = self._reestimation_batches(), self.data.division
-        loader = make_loader(
-            self._training_images(),
-            ReestimationBatches(self.data.order, batches, division),
-            workers=self.config.workers,
-            pin_memory=self.state.device.type == "cuda",
-        )
-        fetched = batches_of(loader)
-        for position, parts in enumerate(self.world.agreed(self.stop, batches, lambda: self._fetch(fetched))):
+        fetched = self._loaded(ReestimationBatches(self.data.order, batches, division))
+        for position, parts in enumerate(self.world.agreed(self.stop, batches, lambda: self.fetch(fetched))):
             for number, batch in zip(division.own, parts, strict=True):
                 torch.manual_seed(derive_seed(self.config.seed, REESTIMATION_EPOCH, position, number))
-                yield self._to_input(batch.images_NCHW, batch.shift_NC)
+                yield self.to_input(batch)
             advance()
 
     def _report_training(self, lr: float, clock: "_Clock") -> None:

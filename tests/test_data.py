@@ -65,7 +65,7 @@ def test_the_content_of_every_file_counts(tmp_path: Path, monkeypatch: pytest.Mo
     changed = list_images(tmp_path / "b")
     assert changed.digest == first.digest
     assert changed.content_digest != first.content_digest
-    monkeypatch.setattr("shufflenet_mlflow.data.folder.CONTENT_UP_TO", 1000)
+    monkeypatch.setattr("shufflenet_mlflow.data.listing.CONTENT_UP_TO", 1000)
     assert list_images(tmp_path / "b").content_digest == first.digest
 
 

@@ -15,7 +15,8 @@ from conftest import Invoke, write_images
 from mlflow import MlflowClient
 from training import run
 
-from shufflenet_mlflow.data.folder import ImageListing, Sample, list_images
+from shufflenet_mlflow.data.folder import list_images
+from shufflenet_mlflow.data.listing import ImageListing, Samples
 from shufflenet_mlflow.data.loader import Batch
 from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.figures import figures_of
@@ -70,7 +71,7 @@ def test_calibration_by_hand() -> None:
 
 def test_observing_batches() -> None:
     """Whatever the order and size of batches, and with images left out."""
-    samples = tuple(Sample(f"c/{place}.png", place % 2, 1) for place in range(5))
+    samples = Samples.of((f"c/{place}.png", place % 2, 1) for place in range(5))
     listing = ImageListing(Path("root"), ("a", "b"), samples)
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
     observer = Observer(listing)

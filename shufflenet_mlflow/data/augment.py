@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
-from shufflenet_mlflow.classifier import Pixels, resize_shorter_side, to_tensor
+from shufflenet_mlflow.classifier import Pixels, resize_antialiased, resize_shorter_side, to_tensor
 from shufflenet_mlflow.data.preprocess import MODES, Mode, Preprocess, Transform, eval_transform
 
 
@@ -47,10 +46,11 @@ class ReleaseTransform:
 
     def __call__(self, pixels_HWC: Pixels) -> Tensor:
         size, channels = self.preprocess.input_size, MODES[self.preprocess.mode].channels
-        image_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
-        place = self._crop.make_params([image_CHW])
-        image_CHW = functional.resized_crop(image_CHW, **place, size=[size, size], antialias=True)
-        pixels_HWC = change_colours(image_CHW.permute(1, 2, 0).numpy(), self._jitter.make_params([]))
+        drawn = self._crop.make_params([torch.from_numpy(pixels_HWC).permute(2, 0, 1)])
+        rows = slice(drawn["top"], drawn["top"] + drawn["height"])
+        columns = slice(drawn["left"], drawn["left"] + drawn["width"])
+        pixels_HWC = resize_antialiased(pixels_HWC[rows, columns], [size, size])
+        pixels_HWC = change_colours(pixels_HWC, self._jitter.make_params([]))
         if float(torch.rand(1)) < self.FLIPPED:
             pixels_HWC = cv2.flip(pixels_HWC, 1)  # type: ignore[assignment]
         return to_tensor(pixels_HWC, channels)

@@ -1,124 +1,82 @@
 """An image folder, listed: one subfolder per class, images at any depth below it."""
 
-import hashlib
 import os
 import stat
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from shufflenet_mlflow.data import kept as kept_listings
+from shufflenet_mlflow.data.kept import Stamps, stamp_of
+from shufflenet_mlflow.data.listing import ImageListing, Samples
 from shufflenet_mlflow.errors import DataError
 
 IGNORED_NAMES = {"thumbs.db", "desktop.ini"}
 """Files that file managers leave behind; names that begin with a dot are passed over as well."""
 
-DIGEST_LENGTH = 32
-"""MLflow takes data set digests of 36 characters at most."""
-
-CONTENT_UP_TO = 1 << 30
-"""Bytes of a set of images whose content is hashed; of larger ones paths and sizes have to do."""
-
 _NAMED = 3
 """How many offending files a message names before it counts the rest."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image file."""
+class _File(NamedTuple):
+    """One file, or something that looks like one."""
 
     path: str
-    """Relative to the root, with forward slashes."""
-    label: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class ImageListing:
-    """What lies in an image folder, in an order that does not depend on the file system."""
-
-    root: Path
-    classes: tuple[str, ...]
-    """Folder names in text order; a class's label is its place here."""
-    samples: tuple[Sample, ...]
-    """By class, then by path."""
-    foreign: tuple[str, ...] = ()
-    """Files without an image's suffix, relative to the root; they were left out."""
-
-    def __len__(self) -> int:
-        return len(self.samples)
+    """Relative to the folder that was searched, with forward slashes."""
+    bytes: int | None
+    """0 for a broken link, which decoding will name; None for what is no file, such as a pipe."""
 
     @property
-    def class_to_idx(self) -> dict[str, int]:
-        """Class name -> label."""
-        return {name: label for label, name in enumerate(self.classes)}
-
-    @cached_property
-    def digest(self) -> str:
-        """Hash of every path and size: equal for a copy elsewhere, different once a file comes or goes."""
-        lines = hashlib.sha256()
-        for sample in self.samples:
-            lines.update(f"{sample.path}\0{sample.bytes}\n".encode("utf-8", "surrogateescape"))
-        return lines.hexdigest()[:DIGEST_LENGTH]
-
-    @property
-    def is_small(self) -> bool:
-        """Whether reading all of it takes seconds at most."""
-        return sum(sample.bytes for sample in self.samples) <= CONTENT_UP_TO
-
-    @cached_property
-    def content_digest(self) -> str:
-        """Hash of every path and of every file's bytes; `digest` where there is more than `CONTENT_UP_TO` to read."""
-        if not self.is_small:
-            return self.digest
-        hashed = hashlib.sha256()
-        for sample in self.samples:
-            hashed.update(f"{sample.path}\0{sample.bytes}\n".encode("utf-8", "surrogateescape"))
-            _add_content(hashed, self.root / sample.path)
-        return hashed.hexdigest()[:DIGEST_LENGTH]
+    def is_image(self) -> bool:
+        """By its name."""
+        return self.bytes is not None and self.path.lower().endswith(IMG_EXTENSIONS)
 
 
-def _add_content(hashed: "hashlib._Hash", path: Path) -> None:
-    """Add a file's bytes; of one that cannot be read, that it cannot."""
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                hashed.update(block)
-    except OSError:
-        hashed.update(b"\0unreadable")
+def _files_below(root: str, folder: str, stamps: Stamps) -> list[_File]:
+    """The files below `root`/`folder`, sorted; hidden files and folders are passed over.
 
+    Args:
+        stamps: is told every folder's.
 
-def _subfolders(root: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(root) as entries:
-        return sorted(
-            (entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")),
-            key=lambda entry: entry.name,
-        )
-
-
-def _raise(error: OSError) -> None:
-    raise DataError(f"the folder {error.filename!r} cannot be read: {error.strerror}") from None
-
-
-def _files_below(folder: str) -> list[str]:
-    """Paths of the files below `folder`, sorted; hidden files and folders are passed over."""
-    found: list[str] = []
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    found: list[_File] = []
+    waiting = [folder]
     visited: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in visited:  # a link that leads back up
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(parent, name)
-            for name in files
-            if not name.startswith(".") and name.lower() not in IGNORED_NAMES
-        ]
-    return sorted(found)
+    while waiting:
+        parent = waiting.pop()
+        path = os.path.join(root, parent)
+        try:
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in visited:  # a link that leads back up
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            stamps[parent] = stamp_of(path)
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    below = f"{parent}/{entry.name}" if parent else entry.name
+                    if entry.is_dir():
+                        waiting.append(below)
+                    elif entry.name.lower() not in IGNORED_NAMES:
+                        found.append(_File(below, _size_of(entry)))
+        except OSError as error:
+            raise DataError(f"the folder {path!r} cannot be read: {error.strerror}") from None
+    found.sort()
+    return found
+
+
+def _size_of(entry: "os.DirEntry[str]") -> int | None:
+    try:
+        status = entry.stat()
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def image_files(folder: str) -> list[str]:
@@ -127,31 +85,61 @@ def image_files(folder: str) -> list[str]:
     Raises:
         DataError: a folder cannot be read.
     """
-    return [path for path in _files_below(folder) if path.lower().endswith(IMG_EXTENSIONS) and _size_of(path)]
+    files = _files_below(folder, "", {})
+    return [os.path.join(folder, file.path) for file in files if file.is_image and file.bytes]
 
 
-def _size_of(path: str) -> int | None:
-    """Bytes of a file; 0 for a broken link, which decoding will name; None for what is no file, such as a pipe."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def list_images(root: str | Path, *, option: str = "folder") -> ImageListing:
+def list_images(root: str | Path, *, option: str = "folder", cache_dir: Path | None = None) -> ImageListing:
     """List the image folder `root`.
 
     Args:
         option: what to call the folder in messages, such as `--train-dir`.
+        cache_dir: where listings of large folders are kept; None keeps none.
 
     Raises:
         DataError: the folder is missing, empty, unreadable, holds images but no class folders, or a class
             has no image.
     """
     root = Path(root)
+    began = time.time()
+    if cache_dir is not None:
+        kept = kept_listings.find(root, cache_dir)
+        if kept is not None:
+            return kept
+    stamps: Stamps = {}
+    classes = _class_folders(root, option, stamps)
+    samples: list[tuple[str, int, int]] = []
+    foreign: list[str] = []
+    without_images: list[str] = []
+    for label, name in enumerate(classes):
+        before = len(samples)
+        for file in _files_below(os.fspath(root), name, stamps):
+            if file.is_image and file.bytes is not None:
+                samples.append((file.path, label, file.bytes))
+            else:
+                foreign.append(file.path)
+        if len(samples) == before:
+            without_images.append(name)
+    if without_images:
+        raise DataError(
+            f"{option} {str(root)!r}: no image in class {name_some(without_images)}; add images or remove the folder"
+        )
+    listing = ImageListing(root, classes, Samples.of(samples), tuple(foreign))
+    if cache_dir is not None:
+        kept_listings.keep(listing, stamps, cache_dir, began)
+    return listing
+
+
+def _class_folders(root: Path, option: str, stamps: Stamps) -> tuple[str, ...]:
+    """The names of the folders in `root`, in text order.
+
+    Raises:
+        DataError: there is none, or `root` is no folder that can be read.
+    """
     try:
-        class_entries = _subfolders(root)
+        stamps[""] = stamp_of(os.fspath(root))
+        with os.scandir(root) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     except FileNotFoundError:
         raise DataError(f"{option} {str(root)!r} does not exist") from None
     except NotADirectoryError:
@@ -159,30 +147,11 @@ def list_images(root: str | Path, *, option: str = "folder") -> ImageListing:
     except (OSError, ValueError) as error:  # ValueError: it holds a NUL
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{option} {str(root)[:200]!r} cannot be read: {reason}") from None
-    if not class_entries:
+    if not names:
         raise DataError(
             f"{option} {str(root)!r} has no class folders; it needs one folder per class, such as cat/0001.jpg"
         )
-
-    samples: list[Sample] = []
-    foreign: list[str] = []
-    without_images: list[str] = []
-    for label, entry in enumerate(class_entries):
-        before = len(samples)
-        for path in _files_below(entry.path):
-            relative = Path(path).relative_to(root).as_posix()
-            if path.lower().endswith(IMG_EXTENSIONS) and (size := _size_of(path)) is not None:
-                samples.append(Sample(relative, label, size))
-            else:
-                foreign.append(relative)
-        if len(samples) == before:
-            without_images.append(entry.name)
-    if without_images:
-        raise DataError(
-            f"{option} {str(root)!r}: no image in class {name_some(without_images)}; add images or remove the folder"
-        )
-    classes = tuple(entry.name for entry in class_entries)
-    return ImageListing(root, classes, tuple(samples), tuple(foreign))
+    return tuple(names)
 
 
 def name_some(names: Sequence[str]) -> str:

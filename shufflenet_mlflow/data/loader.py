@@ -12,11 +12,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from shufflenet_mlflow.classifier import UnreadableImageError, decode
 from shufflenet_mlflow.data.augment import seeded
-from shufflenet_mlflow.data.folder import ImageListing
+from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.preprocess import Transform
 from shufflenet_mlflow.data.sampler import Key, derive_seed
 from shufflenet_mlflow.errors import BadImageError, DataError
 from shufflenet_mlflow.stopping import StopFlag
+
+PREFETCHED = 2
+"""Batches that each process loads in advance."""
 
 
 class BadImage(NamedTuple):
@@ -138,6 +141,7 @@ def make_loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
+        prefetch_factor=PREFETCHED if workers else None,
         collate_fn=collate,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shufflenet_mlflow.checkpoint.files import temporary_beside
-from shufflenet_mlflow.data.folder import ImageListing
+from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import Preprocess, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shufflenet_mlflow.config import HARMLESS, TrainConfig, drift
-from shufflenet_mlflow.data.folder import ImageListing
+from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.models.cost import model_cost
 from shufflenet_mlflow.planning import Plan, data_name

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.client import connect, prepare_environment, redact
 from shufflenet_mlflow.config import check_types
-from shufflenet_mlflow.data.folder import ImageListing, require_same_classes
+from shufflenet_mlflow.data.folder import require_same_classes
+from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
 from shufflenet_mlflow.devices import choose_device, keep_freed_memory, place
 from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, UnresolvedError
@@ -18,7 +19,7 @@ from shufflenet_mlflow.jobs.loading import Loaded, NetworkRequest
 from shufflenet_mlflow.jobs.recording import Evaluated, record_in_new, record_in_own, record_in_source
 from shufflenet_mlflow.launcher import ended_with_mlflow_run
 from shufflenet_mlflow.network import Network, label_outputs
-from shufflenet_mlflow.planning import BATCH_SIZE, data_name, list_folder
+from shufflenet_mlflow.planning import BATCH_SIZE, data_name, default_workers, list_folder
 from shufflenet_mlflow.report import Observer, Report
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve import parse_reference
@@ -207,10 +208,12 @@ def _evaluate(
     _check_classes(network, listing, source, reporter)
     device = choose_device(request.device)
     keep_freed_memory(device)
+    batch_size = request.batch_size or trained.get("batch_size", BATCH_SIZE)
+    workers = default_workers(len(listing), batch_size, network.preprocess.input_size)
+    if trained.get("workers") == 0:  # as for the digits, where they would be of no use
+        workers = 0
     settings = EvalSettings(
-        batch_size=request.batch_size or trained.get("batch_size", BATCH_SIZE),
-        workers=trained.get("workers", 0) if request.workers is None else request.workers,
-        device=device,
+        batch_size=batch_size, workers=workers if request.workers is None else request.workers, device=device
     )
     observer = Observer(listing)
     began = time.perf_counter()

@@ -16,9 +16,6 @@ from shufflenet_mlflow.predict import Prediction, predict
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.stopping import StopFlag
 
-WORKERS_FROM = 256
-"""So many images make up for the time that processes take to start."""
-
 
 @dataclass(frozen=True)
 class PredictRequest(NetworkRequest):
@@ -44,9 +41,10 @@ def run_prediction(request: PredictRequest, *, reporter: Reporter, stop: StopFla
     loaded = request.load(reporter)
     device = choose_device(request.device)
     keep_freed_memory(device)
-    workers = default_workers() if len(paths) >= WORKERS_FROM else 0
+    batch_size = request.batch_size or BATCH_SIZE
+    workers = default_workers(len(paths), batch_size, loaded.network.preprocess.input_size)
     settings = EvalSettings(
-        batch_size=request.batch_size or BATCH_SIZE,
+        batch_size=batch_size,
         workers=workers if request.workers is None else request.workers,
         device=device,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.client import mlflow_errors
-from shufflenet_mlflow.data.folder import ImageListing
+from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.export.logged import find_logged_model
 from shufflenet_mlflow.figures import figures_of, write_figure
 from shufflenet_mlflow.jobs.describing import dataset_input

@@ -241,7 +241,7 @@ def _prepare(
         _require_same_as_leader(world, planned)
     with world.together(stop), stop.at_once():
         drifted: dict[str, tuple[Any, Any]] = {}
-        state = _fresh_state(planned, device, world, first_weights=start is None)
+        state = fresh_state(planned, device, world, first_weights=start is None)
         if start is not None:
             state.load_state_dict(start.payload, config)
             drifted = drift_since(start, config, surroundings)
@@ -366,7 +366,7 @@ def _warn_of_failed_saves(store: TrackedStore, error: BaseException, reporter: R
             reporter.warn(str(failure))
 
 
-def _fresh_state(planned: Plan, device: torch.device, world: World, *, first_weights: bool) -> TrainingState:
+def fresh_state(planned: Plan, device: torch.device, world: World, *, first_weights: bool) -> TrainingState:
     """The state before the first iteration.
 
     Args:

@@ -1,0 +1,74 @@
+"""What listing a large image folder costs: the first time, the next time, and with torchvision's ImageFolder.
+
+    python benchmarks/listing.py [--files 1300000] [--classes 1000]
+
+Prints JSON: seconds for each, and the memory that each listing takes. The files are empty: none is read.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HOW = ("first", "kept", "torchvision")
+
+
+def make_files(root: Path, files: int, classes: int) -> None:
+    """Names as long as ImageNet's."""
+    for label in range(classes):
+        folder = root / f"n{label:08}"
+        folder.mkdir(parents=True)
+        for number in range(label, files, classes):
+            os.close(os.open(folder / f"n{label:08}_{number:07}.JPEG", os.O_CREAT | os.O_WRONLY))
+
+
+def measure(how: str, root: Path, cache: Path) -> dict[str, float]:
+    """In a process of its own: seconds, and how much memory the process has grown by, in MB."""
+    from torchvision.datasets import ImageFolder
+
+    from shufflenet_mlflow.data.folder import list_images
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    if how == "torchvision":
+        count = len(ImageFolder(os.fspath(root)))
+    else:
+        listing = list_images(root, cache_dir=cache)
+        count = len(listing)
+        assert listing.digest
+    seconds = time.perf_counter() - began
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"files": count, "seconds": round(seconds, 3), "peak_mb": round(grown / 1024)}
+
+
+def main() -> None:
+    """Run each in turn."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--files", type=int, default=1_300_000)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        how, root, cache = arguments.measure
+        print(json.dumps(measure(how, Path(root), Path(cache))))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        root, cache = Path(scratch) / "images", Path(scratch) / "cache"
+        make_files(root, arguments.files, arguments.classes)
+        time.sleep(3)  # a folder that has just changed is not kept
+        results = {}
+        for how in HOW:
+            command = [sys.executable, __file__, "--measure", how, os.fspath(root), os.fspath(cache)]
+            ran = subprocess.run(command, capture_output=True, text=True, check=True)
+            results[how] = json.loads(ran.stdout)
+        results["kept_file_mb"] = round(sum(path.stat().st_size for path in cache.rglob("*.npz")) / 1e6, 1)
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What every benchmark says of where and when it ran."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe(device: torch.device | None = None) -> dict[str, Any]:
+    """The machine, in words."""
+    described = {
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device is not None and device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first GPU, if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option that all measurements of networks take."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what is under way."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def report(results: dict[str, Any]) -> None:
+    """Print the document."""
+    print(json.dumps(results, indent=2))

@@ -1,0 +1,286 @@
+"""Where an iteration's time goes on this machine: data, step, checkpoint, tracking."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from shufflenet_mlflow.checkpoint import Retention
+from shufflenet_mlflow.client import connect, prepare_environment
+from shufflenet_mlflow.config import TrainConfig
+from shufflenet_mlflow.devices import choose_device, compiled, finish, keep_freed_memory, usable_cores
+from shufflenet_mlflow.distributed import World
+from shufflenet_mlflow.jobs.describing import constants, environment
+from shufflenet_mlflow.jobs.following import NoMetrics, NoStore
+from shufflenet_mlflow.jobs.training import fresh_state
+from shufflenet_mlflow.planning import Plan, plan
+from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.spool import Spool
+from shufflenet_mlflow.start import TrainRequest
+from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.tracking import TrackedMetrics, TrackedStore, TrackingSession, make_run, new_run
+from shufflenet_mlflow.train import Trainer
+
+EXPERIMENT = "shufflenet-bench"
+
+_SECONDS = 30.0
+"""After so long a part has been measured, however few iterations that were."""
+_WARM_UP = 3
+_SAVES = 3
+_POINTS = 20
+
+Sizes = dict[str, float]
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What to measure."""
+
+    options: Mapping[str, Any]
+    """Options of training; the others have training's defaults."""
+    iterations: int = 20
+    tracking_uri: str | None = None
+    """A store to measure with, in which a run is made and deleted again; None: an embedded one, for the occasion."""
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that an iteration does, or a share of what it does now and then."""
+
+    name: str
+    milliseconds: float
+    """Per iteration."""
+    detail: str
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Milliseconds per iteration, and what they are spent on."""
+
+    model: str
+    input_size: int
+    batch_size: int
+    workers: int
+    device: str
+    cores: int
+    memory_gb: float
+    torch: str
+    first_step_seconds: float
+    """Compilation included."""
+    parts: tuple[Part, ...]
+    milliseconds: float
+    """Of whole iterations: data and step as training has them, checkpoint and tracking in proportion."""
+    images_per_second: float
+    bottleneck: str
+    """The name of a part."""
+    advice: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `bench --json`."""
+        return {**asdict(self), "parts": [asdict(part) for part in self.parts]}
+
+
+def run_bench(request: BenchRequest, *, reporter: Reporter, stop: StopFlag) -> BenchResult:
+    """Measure a few iterations of the training that these options mean. Nothing of it is kept.
+
+    Raises:
+        ShuffleNetError: see `shufflenet_mlflow.errors`.
+        StopRequested: a signal arrived.
+    """
+    prepare_environment()
+    options = {**request.options}
+    options.setdefault("val_dir", options.get("train_dir"))
+    planned = plan(TrainRequest(options=options, cache_dir=request.cache_dir), None, None, World())
+    config = planned.config
+    device = choose_device(config.device)
+    keep_freed_memory(device)
+    state = fresh_state(planned, device, World(), first_weights=False)
+    trainer = Trainer(
+        config=config,
+        data=planned.data,
+        state=state,
+        constants=constants(planned, environment(planned, device, World())),
+        store=NoStore(),
+        sink=NoMetrics(),
+        reporter=reporter,
+        stop=stop,
+    )
+    bench = _Bench(trainer, request.iterations, reporter, stop)
+    load = bench.loading()
+    first, convert, step = bench.stepping()
+    whole = bench.training()
+    save, point = _bookkeeping(request, trainer, reporter, stop)
+    return _result(planned, {"load": load, "convert": convert, "step": step, "whole": whole, **save, **point}, first)
+
+
+class _Bench:
+    """Iterations of training, one part at a time."""
+
+    def __init__(self, trainer: Trainer, iterations: int, reporter: Reporter, stop: StopFlag) -> None:
+        self.trainer, self.iterations = trainer, iterations
+        self.device = trainer.state.device
+        self._reporter, self._stop = reporter, stop
+        self.network = compiled(trainer.state.model) if trainer.config.compile else trainer.state.model
+        trainer.state.model.train()
+
+    def _mean(self, name: str, act: Callable[[], object]) -> float:
+        """Mean seconds of `act`, after a few for nothing."""
+        with self._reporter.phase(f"measuring {name}", _WARM_UP + self.iterations) as phase:
+            began, done = time.perf_counter(), 0
+            for number in range(_WARM_UP + self.iterations):
+                if number == _WARM_UP:
+                    finish(self.device)
+                    began = time.perf_counter()
+                self._stop.check()
+                act()
+                phase.advance()
+                done = number - _WARM_UP + 1
+                if done > 0 and time.perf_counter() - began > _SECONDS:
+                    break
+            finish(self.device)
+            return (time.perf_counter() - began) / done
+
+    def _batches(self) -> Iterator[Any]:
+        """As many as any of the loops below takes, and those that the workers load in advance."""
+        return self.trainer.batches(0, 10 * (_WARM_UP + self.iterations))
+
+    def loading(self) -> float:
+        """Seconds to load a batch, with nothing else to do."""
+        batches = self._batches()
+        return self._mean("data", lambda: self.trainer.fetch(batches))
+
+    def stepping(self) -> tuple[float, float, float]:
+        """Seconds of the first step, and then of the conversion to float and of a step, which includes it."""
+        parts = self.trainer.fetch(self._batches())
+        began = time.perf_counter()
+        self.trainer.step(self.network, parts)
+        finish(self.device)
+        first = time.perf_counter() - began
+        step = self._mean("the step", lambda: self.trainer.step(self.network, parts))
+        convert = self._mean("conversion", lambda: [self.trainer.to_input(part) for part in parts])
+        return first, convert, step
+
+    def training(self) -> float:
+        """Seconds of an iteration, as training does them."""
+        batches = self._batches()
+        return self._mean("both", lambda: self.trainer.step(self.network, self.trainer.fetch(batches)))
+
+
+def _bookkeeping(request: BenchRequest, trainer: Trainer, reporter: Reporter, stop: StopFlag) -> tuple[Sizes, Sizes]:
+    """What a checkpoint and a metric point cost the loop, and how long they take behind it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        uri = request.tracking_uri or f"sqlite:///{Path(scratch, 'mlflow.db')}"
+        client = connect(uri)
+        if request.tracking_uri is None and client.get_experiment_by_name(EXPERIMENT) is None:
+            client.create_experiment(EXPERIMENT, artifact_location=Path(scratch, "artifacts").as_uri())
+        run_id, _ = make_run(client, new_run(experiment=EXPERIMENT, name="bench", tags={}))
+        try:
+            with TrackingSession(
+                client, Spool(Path(scratch, "saved")), run_id, is_new=True, reporter=reporter, stop=stop
+            ) as session:
+                save = _saving(trainer, session, reporter, stop)
+                metrics = TrackedMetrics(session.recorder)
+                began = time.perf_counter()
+                for number in range(_POINTS):
+                    metrics.log({"train/loss": 1.0, "train/top1": 0.0, "train/top5": 0.0, "train/lr": 0.1}, number)
+                logged = (time.perf_counter() - began) / _POINTS
+                began = time.perf_counter()
+            delivered = time.perf_counter() - began
+        finally:
+            client.delete_run(run_id)
+    return save, {"log": logged, "deliver": delivered}
+
+
+def _saving(trainer: Trainer, session: TrackingSession, reporter: Reporter, stop: StopFlag) -> Sizes:
+    store = TrackedStore(
+        session.spool.directory, session.recorder, retention=Retention(), continue_on_error=False, reporter=reporter
+    )
+    stalls, whole, size = [], [], 0
+    for number in range(1, _SAVES + 1):
+        stop.check()
+        began = time.perf_counter()
+        state = {**trainer.constants, **trainer.state.state_dict(), "iters": number, "epoch": 0, "sampler_state": {}}
+        store.save(state, number, "", val_top1=None)
+        stalls.append(time.perf_counter() - began)
+        path = store.finish()
+        whole.append(time.perf_counter() - began)
+        size = path.stat().st_size if path is not None else 0
+    return {"stall": sum(stalls) / _SAVES, "save": sum(whole) / _SAVES, "bytes": float(size)}
+
+
+def _result(planned: Plan, seconds: Sizes, first: float) -> BenchResult:
+    config = planned.config
+    batch = config.batch_size
+    workers = f"{config.workers} worker{'s' if config.workers != 1 else ''}" if config.workers else "no workers"
+    parts = (
+        Part("data", 1e3 * seconds["load"], f"{batch / seconds['load']:.0f} images/s with {workers}"),
+        Part(
+            "step",
+            1e3 * seconds["step"],
+            f"{batch / seconds['step']:.0f} images/s; of it {1e3 * seconds['convert']:.2f} ms to device and float",
+        ),
+        Part(
+            "checkpoint",
+            1e3 * seconds["stall"] / config.save_interval,
+            f"{1e3 * seconds['stall']:.1f} ms every {config.save_interval} iterations; {seconds['bytes'] / 1e6:.1f} MB "
+            f"are on the disk after {seconds['save']:.2f} s",
+        ),
+        Part(
+            "tracking",
+            1e3 * seconds["log"] / config.display_interval,
+            f"{1e3 * seconds['log']:.2f} ms every {config.display_interval} iterations; MLflow had everything "
+            f"{seconds['deliver']:.1f} s after the last",
+        ),
+    )
+    milliseconds = 1e3 * seconds["whole"] + parts[2].milliseconds + parts[3].milliseconds
+    bottleneck = max(parts, key=lambda part: part.milliseconds).name
+    device = choose_device(config.device)
+    return BenchResult(
+        model=config.model,
+        input_size=config.input_size,
+        batch_size=batch,
+        workers=config.workers,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        cores=usable_cores(),
+        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        torch=torch.__version__,
+        first_step_seconds=first,
+        parts=parts,
+        milliseconds=milliseconds,
+        images_per_second=1e3 * batch / milliseconds,
+        bottleneck=bottleneck,
+        advice=_advice(bottleneck, config, device),
+    )
+
+
+def _advice(bottleneck: str, config: TrainConfig, device: torch.device) -> str:
+    """What would help."""
+    cores = usable_cores()
+    if bottleneck == "data":
+        if config.workers < cores:
+            return f"raise --workers (now {config.workers}, of {cores} cores), or store smaller images"
+        return f"all {cores} cores decode: store the images no larger than they are needed, or add cores"
+    if bottleneck == "step":
+        if device.type == "cuda":
+            return (
+                "try --amp bf16, --compile and a larger --batch-size, in this order"
+                if config.amp == "off"
+                else ("try --compile and a larger --batch-size")
+            )
+        return "the network is what takes the time: a GPU, a smaller network, or a smaller --input-size"
+    option = "--save-interval" if bottleneck == "checkpoint" else "--display-interval"
+    return f"raise {option}"
+
+
+def described(result: BenchResult) -> list[str]:
+    """What was measured, in words."""
+    return [
+        f"{result.model}, {result.input_size} px, batches of {result.batch_size}",
+        f"{result.device}, {result.cores} cores, {result.memory_gb:g} GB, torch {result.torch}",
+    ]
