@@ -2,12 +2,15 @@
 
     python benchmarks/input.py [--images 400] [--rounds 5]
 
-Both sides decode, crop, change, collate and convert to float in one thread of one process, in turn. Printed is a JSON
-document: medians over the rounds, and how far evaluation pixels are from those of the reference preprocessing.
+Both sides decode, crop, change, collate and convert to float in one thread, each in a process of its own, in turn.
+Printed is a JSON document: medians over the rounds, and how far evaluation pixels are from those of the reference
+preprocessing.
 """
 
 import argparse
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -28,6 +31,7 @@ from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import Batch, ImageDataset, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches, SampleOrder, TrainBatches
+from shufflenet_mlflow.devices import keep_freed_memory
 
 CPU = torch.device("cpu")
 SIZE, BATCH = 224, 50
@@ -80,33 +84,47 @@ def of_the_release(image: Image.Image) -> np.ndarray:
     return np.asarray(transforms.CenterCrop(SIZE)(Image.fromarray(resized)))[:, :, ::-1]
 
 
+SIDES: dict[str, Callable[[Path], Iterable[object]]] = {
+    "train, plain": lambda root: train_loader(root, SIZE, BATCH, 0),
+    "train, bgr255": lambda root: ours(list_images(root), "bgr255", True),
+    "eval, plain": lambda root: eval_loader(root, SIZE, BATCH, 0),
+    "eval, bgr255": lambda root: ours(list_images(root), "bgr255", False),
+    "eval, rgb_256": lambda root: ours(list_images(root), "rgb_256", False),
+}
+
+
+def measure(side: str, root: Path, images: int) -> float:
+    """In a process of its own: images per second, the second time."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    if not side.endswith("plain"):
+        keep_freed_memory(CPU)  # as our commands do
+    rate(SIDES[side](root), images)
+    return rate(SIDES[side](root), images)
+
+
 def main() -> None:
-    """Measure both sides in turn."""
+    """Measure all sides in turn."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
     count = arguments.images // BATCH * BATCH
+    if arguments.measure:
+        side, folder = arguments.measure
+        print(measure(side, Path(folder), count))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         mean_bytes = write_photographs(root, 4, count // 4)
-        listing = list_images(root)
-        sides: dict[str, Callable[[], Iterable[object]]] = {
-            "train, plain": lambda: train_loader(root, SIZE, BATCH, 0),
-            "train, bgr255": lambda: ours(listing, "bgr255", True),
-            "eval, plain": lambda: eval_loader(root, SIZE, BATCH, 0),
-            "eval, bgr255": lambda: ours(listing, "bgr255", False),
-            "eval, rgb_256": lambda: ours(listing, "rgb_256", False),
-        }
-        rates: dict[str, list[float]] = {name: [] for name in sides}
-        for make in sides.values():
-            rate(make(), count)  # once for nothing
+        rates: dict[str, list[float]] = {name: [] for name in SIDES}
         for _ in range(arguments.rounds):
-            for name, make in sides.items():
-                rates[name].append(rate(make(), count))
+            for side, values in rates.items():
+                command = [sys.executable, __file__, "--images", str(count), "--measure", side, scratch]
+                values.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
         medians = {name: round(statistics.median(values), 1) for name, values in rates.items()}
+        listing = list_images(root)
         report(
             {
                 **describe(),

@@ -30,6 +30,7 @@ def eval_loader(root: Path, input_size: int, batch_size: int, workers: int) -> D
         transforms.Resize(input_size * 256 // 224),
         transforms.CenterCrop(input_size),
         transforms.ToTensor(),
+        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ]
     return DataLoader(ImageFolder(str(root), transforms.Compose(steps)), batch_size, num_workers=workers)
 

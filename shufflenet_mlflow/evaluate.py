@@ -12,6 +12,7 @@ from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transfor
 from shufflenet_mlflow.data.sampler import EvalBatches
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import DataError
+from shufflenet_mlflow.folding import folded
 from shufflenet_mlflow.recipe import count_correct, make_loss
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.stopping import StopFlag
@@ -53,8 +54,8 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate `model`, which is on `settings.device`, on every image of `listing`, once.
 
-    The model is put into evaluation mode and left in the mode it was in. Every image counts the same, whatever
-    the size of the last batch.
+    The model stays as it is: a copy does the work, in evaluation mode and with batch normalisation folded into its
+    convolutions. Every image counts the same, whatever the size of the last batch.
 
     Args:
         world: the processes that share the work; each gets the same result.
@@ -75,7 +76,7 @@ def evaluate(
     correct = torch.zeros(2, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), device=device)
     n = skipped = 0
-    was_training = model.training
+    network = folded(model)
 
     def fetch() -> Batch | None:
         batch = next(fetched, None)
@@ -83,24 +84,20 @@ def evaluate(
             reporter.warn(f"left out: {bad}")
         return batch
 
-    model.eval()
-    try:
-        with torch.inference_mode(), reporter.phase("validating", batches.rounds) as phase:
-            for batch in world.agreed(stop, batches.rounds, fetch):
-                if batch is not None:
-                    skipped += len(batch.bad)
-                    size = len(batch.labels_N)
-                    if size:
-                        labels = batch.labels_N.to(device, non_blocking=True)
-                        logits = model(to_input(batch.images_NCHW))
-                        correct += torch.stack(count_correct(logits, labels))
-                        loss_sum += loss_function(logits, labels) * size
-                        n += size
-                        if observe is not None:
-                            observe(batch, logits)
-                phase.advance()
-    finally:
-        model.train(was_training)
+    with torch.inference_mode(), reporter.phase("validating", batches.rounds) as phase:
+        for batch in world.agreed(stop, batches.rounds, fetch):
+            if batch is not None:
+                skipped += len(batch.bad)
+                size = len(batch.labels_N)
+                if size:
+                    labels = batch.labels_N.to(device, non_blocking=True)
+                    logits = network(to_input(batch.images_NCHW))
+                    correct += torch.stack(count_correct(logits, labels))
+                    loss_sum += loss_function(logits, labels) * size
+                    n += size
+                    if observe is not None:
+                        observe(batch, logits)
+            phase.advance()
     counts = torch.tensor([*correct.tolist(), n, skipped])
     top1, top5, n, skipped = world.sum(counts).tolist()
     loss = world.sum(loss_sum.cpu().double()).item()

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from shufflenet_mlflow import create_model
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.devices import choose_device, memory_format_on, place, place_input
+from shufflenet_mlflow.folding import folded
 from shufflenet_mlflow.recipe import make_optimizer, make_scheduler
 from shufflenet_mlflow.state import TrainingState
 
@@ -100,6 +102,27 @@ def test_momentum_lies_in_memory_as_its_weights_do_also_after_loading() -> None:
         assert all(group["fused"] for group in state.optimizer.param_groups)
     for one, two in zip(undisturbed.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["shufflenet_v1_x0_5_g3", "shufflenet_v2_plus_small", "detnas_voc_fpn_300m", "torchvision/shufflenet_v2_x0_5"],
+)
+def test_folded_networks_compute_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5).double()
+    images = torch.randn(8, 3, 64, 64, dtype=torch.float64)
+    for _ in range(3):
+        model(images)  # running statistics that are not those of a fresh network
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    network = folded(model)
+    assert not [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.inference_mode():
+        found = network(images)
+        assert model.training  # untouched
+        torch.testing.assert_close(found, model.eval()(images), rtol=1e-9, atol=1e-12)
+    assert found.std() > 1e-6
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 MEASURE = """

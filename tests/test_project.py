@@ -88,7 +88,7 @@ LAYERS = [
     {"config", "stopping", "reporting", "devices"},
     {"models", "data", "checkpoint", "client", "locks", "priority", "distributed", "joining", "launcher"},
     {"spool"},
-    {"recipe", "batchnorm", "resolve", "network"},
+    {"recipe", "batchnorm", "folding", "resolve", "network"},
     {"evaluate", "state", "start"},
     {"train", "predict", "report"},
     {"figures"},

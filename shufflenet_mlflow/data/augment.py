@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import cv2
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
@@ -74,26 +73,22 @@ def change_colours(pixels_HWC: Pixels, drawn: dict[str, object]) -> Pixels:
     return pixels_HWC
 
 
-_VALUES = np.arange(256, dtype=np.float32)
+_CUT_OFF = -0.499
+"""Pillow cuts off what OpenCV would round."""
 
 
 def _brightness(pixels_HWC: Pixels, factor: float) -> Pixels:
-    return _blend_values(pixels_HWC, 0.0, factor)
+    return _blend_with(pixels_HWC, 0.0, factor)
 
 
 def _contrast(pixels_HWC: Pixels, factor: float) -> Pixels:
     mean = int(cv2.mean(cv2.cvtColor(pixels_HWC, cv2.COLOR_RGB2GRAY))[0] + 0.5)
-    return _blend_values(pixels_HWC, mean, factor)
+    return _blend_with(pixels_HWC, mean, factor)
 
 
-def _blend_values(pixels_HWC: Pixels, value: float, factor: float) -> Pixels:
-    """From `value` at factor 0 to the image at 1, and beyond."""
-    table = np.clip(value + factor * (_VALUES - value), 0, 255).astype(np.uint8)
-    return cv2.LUT(pixels_HWC, table)  # type: ignore[return-value]
-
-
-_CUT_OFF = -0.499
-"""Pillow cuts off what OpenCV would round."""
+def _blend_with(pixels_HWC: Pixels, value: float, factor: float) -> Pixels:
+    """From `value` everywhere at factor 0 to the image at 1, and beyond."""
+    return cv2.addWeighted(pixels_HWC, factor, pixels_HWC, 0, (1 - factor) * value + _CUT_OFF)  # type: ignore[return-value]
 
 
 def _saturation(pixels_HWC: Pixels, factor: float) -> Pixels:

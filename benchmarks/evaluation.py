@@ -1,0 +1,144 @@
+"""One pass over a validation set, against the plain loop with torchvision's preprocessing.
+
+    python benchmarks/evaluation.py [--device auto] [--images 640] [--rounds 3] [--models NAME ...]
+
+The plain side is a torchvision network as torchvision publishes it, in PyTorch's usual memory format, with its usual
+transforms, and asks for the counts after each batch; ours is `shufflenet eval` on a checkpoint with the same weights.
+Both have as many decoding processes. Printed is a JSON document: seconds for the pass, images per second, and both
+results. Networks of the release are measured with their own preprocessing, which has no torchvision counterpart; their
+results are then compared with a pass of the plain loop over our preprocessed images.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import add_device, choose_device, describe, report
+from photographs import write_photographs
+from plain import eval_loader, evaluate
+
+from shufflenet_mlflow import create_model
+from shufflenet_mlflow.data.folder import list_images
+from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset
+from shufflenet_mlflow.data.preprocess import Preprocess, eval_transform
+from shufflenet_mlflow.devices import keep_freed_memory, place
+from shufflenet_mlflow.evaluate import EvalSettings
+from shufflenet_mlflow.evaluate import evaluate as our_evaluate
+from shufflenet_mlflow.models import get_variant
+from shufflenet_mlflow.planning import default_workers
+from shufflenet_mlflow.reporting import LoggingReporter
+from shufflenet_mlflow.stopping import StopFlag
+
+MODELS = ("torchvision/shufflenet_v2_x1_0", "shufflenet_v2_x1_0", "shufflenet_oneshot")
+SIZE, BATCH, CLASSES = 224, 64, 8
+
+
+def network(name: str) -> torch.nn.Module:
+    """The same weights in every process; spread out, so that the labels differ."""
+    torch.manual_seed(0)
+    model = create_model(name, CLASSES)
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            torch.nn.init.kaiming_normal_(parameter)
+    return model
+
+
+class Prepared(torch.utils.data.Dataset):
+    """Our preprocessed images as a plain data set: float, in PyTorch's usual format."""
+
+    def __init__(self, root: Path, mode: str) -> None:
+        self.listing = list_images(root)
+        self._ours = ImageDataset(self.listing, eval_transform(Preprocess(mode, SIZE)), replace_bad=False)
+
+    def __len__(self) -> int:
+        return len(self.listing)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        item = self._ours[(0, index)]
+        assert item.image_CHW is not None
+        return item.image_CHW.float().contiguous(), item.label
+
+
+def measure(side: str, name: str, root: Path, device: torch.device) -> dict[str, Any]:
+    """In a process of its own: the second pass."""
+    listing = list_images(root)
+    mode = get_variant(name).preprocess
+    workers = default_workers(len(listing), BATCH, SIZE)
+    model = network(name)
+    if side == "plain":
+        loader = eval_loader(root, SIZE, BATCH, workers)
+        evaluate(model, loader, device)
+        return evaluate(model, loader, device)
+    if side == "reference":
+        return evaluate(model, torch.utils.data.DataLoader(Prepared(root, mode), BATCH, num_workers=workers), device)
+    keep_freed_memory(device)
+    model = place(model, device)
+    found: dict[str, Any] = {}
+    for _ in range(2):
+        began = time.perf_counter()
+        result = our_evaluate(
+            model,
+            listing,
+            Preprocess(mode, SIZE),
+            EvalSettings(BATCH, workers, device),
+            bad_images=BadImageLog(skip=False),
+            reporter=LoggingReporter(),
+            stop=StopFlag(),
+        )
+        seconds = time.perf_counter() - began
+        found = {"top1": result.top1, "top5": result.top5, "loss": result.loss, "seconds": seconds}
+    return found
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser()
+    add_device(parser)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--images", type=int, default=640)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        side, name, folder, device_name = arguments.measure
+        print(json.dumps(measure(side, name, Path(folder), torch.device(device_name))))
+        return
+    device = choose_device(arguments.device)
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        write_photographs(Path(scratch), CLASSES, arguments.images // CLASSES)
+
+        def run(side: str, name: str) -> dict[str, Any]:
+            command = [sys.executable, __file__, "--measure", side, name, scratch, device.type]
+            ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            return dict(json.loads(ran.stdout.splitlines()[-1]))
+
+        for name in arguments.models:
+            times: dict[str, list[float]] = {"plain": [], "ours": []}
+            results: dict[str, dict[str, float]] = {}
+            for _ in range(arguments.rounds):
+                for side, seconds in times.items():
+                    results[side] = run(side, name)
+                    seconds.append(results[side].pop("seconds"))
+            if get_variant(name).preprocess == "bgr255":
+                results["plain"] = run("reference", name)
+                del results["plain"]["seconds"]
+            medians = {side: statistics.median(seconds) for side, seconds in times.items()}
+            rows[name] = {
+                "seconds": {side: round(value, 2) for side, value in medians.items()},
+                "images_per_second": {side: round(arguments.images / value, 1) for side, value in medians.items()},
+                "ratio": round(medians["plain"] / medians["ours"], 2),
+                "results": results,
+            }
+    report({**describe(device), "images": arguments.images, "batch": BATCH, "networks": rows})
+
+
+if __name__ == "__main__":
+    main()
