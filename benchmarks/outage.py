@@ -8,15 +8,11 @@ much longer the slowest step was than in the undisturbed run, as JSON:
 """
 
 import json
-import os
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,43 +26,13 @@ from shufflenet_mlflow.reporting import LoggingReporter
 from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.stopping import StopFlag
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from server import Server
+
 ITERATIONS = 400
 OUTAGE = (100, 300)
 """Iterations between which the server is away."""
-
-
-class Server:
-    """`mlflow server` on a free port."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-                *("--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"),
-                *("--artifacts-destination", str(self.folder / "artifacts")),
-            ],
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                    return
-            except OSError:
-                time.sleep(0.2)
-
-    def send(self, signum: int) -> None:
-        os.killpg(self.process.pid, signum)
 
 
 class Clock(LoggingReporter):
@@ -158,7 +124,7 @@ def main() -> None:
                 measured[name] = [step for number, step in enumerate(steps) if number > 20]
         finally:
             server.send(signal.SIGCONT)
-            server.send(signal.SIGKILL)
+            server.kill()
     del measured["warming up"]
     document: dict[str, Any] = {name: figures(steps) for name, steps in measured.items()}
     for name in ("killed", "stopped"):

@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 LARGEST_RESIZED = 1 << 26
 """Pixels of a resized image: a file of a few bytes can be 1 pixel high and 60,000 wide."""
@@ -90,6 +89,8 @@ def resize_antialiased(pixels_HWC: Pixels, size: list[int]) -> Pixels:
     Args:
         size: height and width, or the length of the shorter side.
     """
+    from torchvision.transforms.v2 import functional  # a second to import, and not needed for most networks
+
     # PyTorch is fast, and keeps the channels together, where the pixels lie one behind the other.
     image_CHW = torch.from_numpy(np.ascontiguousarray(pixels_HWC)).permute(2, 0, 1)
     return functional.resize(image_CHW, size, antialias=True).permute(1, 2, 0).numpy()

@@ -119,8 +119,9 @@ def write_figure(figure: Figure, target: "Path | TextIO", form: str = "png") -> 
 
 def figures_of(report: Report, root: Path) -> dict[str, Callable[[], Figure]]:
     """File name -> what draws it."""
+    confusion = {"confusion.png": lambda: confusion_figure(report)} if report.has_matrix else {}
     return {
-        "confusion.png": lambda: confusion_figure(report),
+        **confusion,
         "classes.png": lambda: classes_figure(report),
         "calibration.png": lambda: calibration_figure(report),
         "mistakes.png": lambda: mistakes_figure(report, root),

@@ -4,11 +4,11 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from shufflenet_mlflow.data.listing import ImageListing
@@ -16,6 +16,10 @@ from shufflenet_mlflow.data.loader import Batch
 
 CALIBRATION_BINS = 15
 """Of equal width, as Guo et al., 2017 (arXiv 1706.04599)."""
+
+
+MATRIX_UP_TO = 2000
+"""Classes; a matrix of 20,000 squared would take 3 GB."""
 
 
 @dataclass(frozen=True)
@@ -111,18 +115,26 @@ class Report:
     outcomes: Outcomes
     classes: tuple[str, ...]
     """Names by label, also of those that only the network knows."""
-    confusion_CC: NDArray[np.int64]
-    """Images by true class (rows) and predicted class (columns)."""
 
-    @classmethod
-    def of(cls, outcomes: Outcomes, classes: Sequence[str]) -> "Report":
-        """The report of an evaluation of a network that tells `classes` apart."""
-        matrix = confusion_matrix(outcomes.labels_N, outcomes.predicted_N, labels=range(len(classes)))
-        return cls(outcomes, tuple(classes), matrix)
+    @property
+    def has_matrix(self) -> bool:
+        """Whether a table of all pairs of classes is of a size to be looked at, or to be kept."""
+        return len(self.classes) <= MATRIX_UP_TO
+
+    @cached_property
+    def confusion_CC(self) -> NDArray[np.int64]:  # noqa: N802 - shape letters
+        """Images by true class (rows) and predicted class (columns)."""
+        count = len(self.classes)
+        pairs_N = self.outcomes.labels_N * count + self.outcomes.predicted_N
+        return np.bincount(pairs_N, minlength=count * count).reshape(count, count)
 
     def class_rows(self) -> list[ClassRow]:
         """One per class, in the order of the labels."""
-        right_C, true_C, taken_C = np.diag(self.confusion_CC), self.confusion_CC.sum(1), self.confusion_CC.sum(0)
+        labels_N, right_N = self.outcomes.labels_N, self.outcomes.is_correct
+        right_C, true_C, taken_C = (
+            np.bincount(numbers, minlength=len(self.classes))
+            for numbers in (labels_N[right_N], labels_N, self.outcomes.predicted_N)
+        )
         return [
             ClassRow(
                 name,
@@ -184,7 +196,12 @@ class Report:
         return to_csv(("class", "images", "accuracy", "precision"), rows)
 
     def confusion_csv(self) -> str:
-        """A line per true class, a column per predicted class."""
+        """A line per true class, a column per predicted class; of very many classes a line per pair that occurs."""
+        if not self.has_matrix:
+            pairs, counts = np.unique([self.outcomes.labels_N, self.outcomes.predicted_N], axis=1, return_counts=True)
+            found = zip(*pairs.tolist(), counts.tolist(), strict=True)
+            named = [(self.classes[true], self.classes[taken], count) for true, taken, count in found]
+            return to_csv(("true", "predicted", "images"), named)
         rows = [(name, *counts.tolist()) for name, counts in zip(self.classes, self.confusion_CC, strict=True)]
         return to_csv(("true \\ predicted", *self.classes), rows)
 

@@ -13,12 +13,14 @@ import torch
 from conftest import write_images
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from shufflenet_mlflow.classifier import UnreadableImageError, decode
 from shufflenet_mlflow.data.augment import AUGMENTATIONS, change_colours, draw_lighting, seeded
 from shufflenet_mlflow.data.digits import write_digits
 from shufflenet_mlflow.data.folder import (
+    IMAGE_SUFFIXES,
     list_images,
     require_images_only,
     require_same_classes,
@@ -92,6 +94,10 @@ def test_images_lie_at_any_depth_and_hidden_files_are_passed_over(tmp_path: Path
     assert [sample.path for sample in listing.samples if sample.label == 2] == ["red/001.png", "red/deep/er/x.PNG"]
     assert not listing.foreign
     assert len(listing) == 6
+
+
+def test_images_are_what_torchvision_takes_for_images() -> None:
+    assert set(IMAGE_SUFFIXES) == set(IMG_EXTENSIONS)
 
 
 def test_missing_folder(tmp_path: Path) -> None:

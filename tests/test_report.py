@@ -34,7 +34,7 @@ def report_of(labels: list[int], predicted: list[int], probability: list[float],
         np.array(probability),
         np.array(probability),
     )
-    return Report.of(outcomes, [f"class {index}" for index in range(classes)])
+    return Report(outcomes, tuple(f"class {index}" for index in range(classes)))
 
 
 # Four of class 0, two of class 1, none of class 2; four right.
@@ -52,6 +52,20 @@ def test_classes() -> None:
     assert SIX.confusion_CC.tolist() == [[3, 1, 0], [0, 1, 1], [0, 0, 0]]
     assert SIX.classes_csv().splitlines()[3] == "class 2,0,,0.0000"
     assert SIX.confusion_csv().splitlines()[1] == "class 0,3,1,0"
+
+
+def test_of_very_many_classes_only_the_pairs_that_occur_are_kept(tmp_path: Path) -> None:
+    """A matrix of 40,000 classes would take 13 GB."""
+    report = report_of([0, 0, 39_999], [0, 7, 7], [0.9, 0.8, 0.7], classes=40_000)
+    assert report.confusion_csv().splitlines() == [
+        "true,predicted,images",
+        "class 0,class 0,1",
+        "class 0,class 7,1",
+        "class 39999,class 7,1",
+    ]
+    assert len(report.class_rows()) == 40_000
+    assert report.class_rows()[7].precision == 0
+    assert set(figures_of(report, tmp_path)) == {"classes.png", "calibration.png", "mistakes.png"}
 
 
 def test_the_most_confident_mistakes_come_first() -> None:
@@ -92,7 +106,7 @@ def test_figures_are_drawn_for_any_number_of_classes(classes: int, images: Path,
     generator = np.random.default_rng(0)
     listing = list_images(images / "val")
     count = len(listing)
-    report = Report.of(
+    report = Report(
         Outcomes(
             tuple(sample.path for sample in listing.samples),
             generator.integers(0, classes, count),
@@ -100,7 +114,7 @@ def test_figures_are_drawn_for_any_number_of_classes(classes: int, images: Path,
             generator.random(count),
             generator.random(count),
         ),
-        [f"a rather long name of class ${index}$" for index in range(classes)],
+        tuple(f"a rather long name of class ${index}$" for index in range(classes)),
     )
     for name, draw in figures_of(report, listing.root).items():
         draw().savefig(tmp_path / name)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import cv2
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from shufflenet_mlflow.classifier import Pixels, resize_antialiased, resize_shorter_side, to_tensor
 from shufflenet_mlflow.data.preprocess import MODES, Mode, Preprocess, Transform, eval_transform
@@ -39,6 +38,8 @@ class ReleaseTransform:
     """Share of the images that are mirrored."""
 
     def __init__(self, preprocess: Preprocess) -> None:
+        from torchvision.transforms import v2  # a second to import, and not needed for the other augmentations
+
         self.preprocess = preprocess
         self._crop = v2.RandomResizedCrop(preprocess.input_size)
         self._jitter = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from shufflenet_mlflow.data import kept as kept_listings
 from shufflenet_mlflow.data.kept import Stamps, stamp_of
 from shufflenet_mlflow.data.listing import ImageListing, Samples
 from shufflenet_mlflow.errors import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""The same as torchvision's `IMG_EXTENSIONS`; torchvision takes a second to import."""
 
 IGNORED_NAMES = {"thumbs.db", "desktop.ini"}
 """Files that file managers leave behind; names that begin with a dot are passed over as well."""
@@ -32,7 +33,7 @@ class _File(NamedTuple):
     @property
     def is_image(self) -> bool:
         """By its name."""
-        return self.bytes is not None and self.path.lower().endswith(IMG_EXTENSIONS)
+        return self.bytes is not None and self.path.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _files_below(root: str, folder: str, stamps: Stamps) -> list[_File]:

@@ -1,8 +1,15 @@
-"""Whole jobs, put together from the parts: train a network, evaluate a checkpoint, average images."""
+"""Whole jobs, put together from the parts: train a network, evaluate a checkpoint, average images.
 
-from shufflenet_mlflow.jobs.evaluation import EvalRequest, EvalSummary, run_evaluation
-from shufflenet_mlflow.jobs.mean import MeanSummary, run_mean
-from shufflenet_mlflow.jobs.training import TrainSummary, run_training
+Each is imported when it is first used: listing runs need not wait for what training needs.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shufflenet_mlflow.jobs.evaluation import EvalRequest, EvalSummary, run_evaluation
+    from shufflenet_mlflow.jobs.mean import MeanSummary, run_mean
+    from shufflenet_mlflow.jobs.training import TrainSummary, run_training
 
 __all__ = [
     "EvalRequest",
@@ -13,3 +20,21 @@ __all__ = [
     "run_mean",
     "run_training",
 ]
+
+_HOMES = {
+    "EvalRequest": "evaluation",
+    "EvalSummary": "evaluation",
+    "MeanSummary": "mean",
+    "TrainSummary": "training",
+    "run_evaluation": "evaluation",
+    "run_mean": "mean",
+    "run_training": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -232,7 +232,7 @@ def _evaluate(
     labels = label_outputs(dict(enumerate(listing.classes)), network.num_classes)
     summary = EvalSummary(
         result=result,
-        report=Report.of(observer.outcomes(), labels),
+        report=Report(observer.outcomes(), tuple(labels)),
         checkpoint=loaded.path,
         run_id=loaded.run_id,
         iters=loaded.iters,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.export.logged import find_logged_model
-from shufflenet_mlflow.figures import figures_of, write_figure
 from shufflenet_mlflow.jobs.describing import dataset_input
 from shufflenet_mlflow.report import Report
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
@@ -174,6 +173,8 @@ def record_in_own(run: AdoptedRun, source: "Run | None", evaluated: Evaluated) -
 
 def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "LoggedModel | None") -> None:
     """Artifacts first, then the numbers that say that they are there."""
+    from shufflenet_mlflow.figures import figures_of, write_figure  # matplotlib: not before the first image
+
     report, listing = evaluated.report, evaluated.listing
     folder = f"{ARTIFACTS}/{evaluated.folder}"
     messages: list[Message] = [

@@ -9,43 +9,36 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum, get_model, get_model_weights
-from torchvision.models.shufflenetv2 import InvertedResidual
 
 from shufflenet_mlflow.checkpoint import verify_checkpoint
 from shufflenet_mlflow.checkpoint.files import sha256_of
 from shufflenet_mlflow.errors import CheckpointError, ModelError
-from shufflenet_mlflow.models.shuffling import channel_shuffle
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "torchvision/"
 
 
-class Unit(InvertedResidual):
-    """torchvision's unit, but for the shuffle, which keeps the memory format here: same shapes, values and keys."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
-        if self.stride == 1:
-            kept, processed = x.chunk(2, dim=1)
-        else:
-            kept, processed = self.branch1(x), x
-        return channel_shuffle(torch.cat((kept, self.branch2(processed)), 1), 2)
-
-
 def build(name: str, num_classes: int) -> nn.Module:
     """torchvision's network behind `name`, freshly initialised as torchvision does."""
+    from torchvision.models import get_model
+
+    from shufflenet_mlflow.models.torchvision_unit import Unit
+
     model: nn.Module = get_model(
         name.removeprefix(PREFIX), weights=None, num_classes=num_classes, inverted_residual=Unit
     )
     return model
 
 
-def published_weights(name: str) -> WeightsEnum:
+def published_weights(name: str) -> "WeightsEnum":
     """torchvision's default weights of the network behind `name`.
 
     Raises:
@@ -56,6 +49,8 @@ def published_weights(name: str) -> WeightsEnum:
             f"there are no published weights of {name} to fetch; download the release's file and begin from it "
             f"(--init-from FILE), or take a {PREFIX} network"
         )
+    from torchvision.models import get_model_weights
+
     weights: WeightsEnum = get_model_weights(name.removeprefix(PREFIX)).DEFAULT  # type: ignore[attr-defined]
     return weights
 

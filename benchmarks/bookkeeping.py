@@ -1,0 +1,148 @@
+"""What tracking costs a whole run: checkpoints, metrics and models in MLflow, against a loop that keeps nothing.
+
+    python benchmarks/bookkeeping.py [--device auto] [--model NAME] [--iterations 400] [--rounds 3]
+
+The same training, with the default intervals, by `shufflenet train`'s own job into the embedded store and into
+`mlflow server`, and by the same loop with nothing kept. Each is a process of its own, in turn. Printed is a JSON
+document: medians of the seconds that the loop took (with validations and checkpoints), of those before and behind it,
+and of the processor time of the process and its workers. `loop_percent` is what tracking adds to the loop; what it adds
+outside does not grow with the run, so `whole_within_2_percent_from_minutes` says from which length on it is below 2 %.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from machine import add_device, choose_device, describe, report
+from photographs import write_photographs
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+SIDES = ("off", "embedded", "server")
+SIZE, BATCH, CLASSES, PER_CLASS = 128, 32, 4, 80
+
+
+def measure(side: str, uri: str, root: Path, options: dict[str, Any]) -> dict[str, float]:
+    """In a process of its own."""
+    from shufflenet_mlflow.devices import keep_freed_memory
+    from shufflenet_mlflow.distributed import World
+    from shufflenet_mlflow.jobs import run_training
+    from shufflenet_mlflow.jobs.following import NoMetrics, NoStore
+    from shufflenet_mlflow.jobs.training import fresh_state
+    from shufflenet_mlflow.planning import plan
+    from shufflenet_mlflow.reporting import LoggingReporter
+    from shufflenet_mlflow.start import TrainRequest
+    from shufflenet_mlflow.stopping import StopFlag
+    from shufflenet_mlflow.train import Trainer
+
+    loop = {"seconds": 0.0, "from": 0.0, "to": 0.0}
+
+    class Clock(LoggingReporter):
+        @contextmanager
+        def phase(self, name: str, total: int, done: int = 0) -> Any:
+            began = time.perf_counter()
+            with super().phase(name, total, done) as phase:
+                yield phase
+            if name == "training":
+                loop.update({"seconds": time.perf_counter() - began, "from": began, "to": time.perf_counter()})
+
+    began = time.perf_counter()
+    given = {"train_dir": str(root / "images"), "val_dir": str(root / "images"), "lr": 0.01, **options}
+    request = TrainRequest(options=given, tracking_uri=uri, save_dir=Path(tempfile.mkdtemp(dir=root)))
+    if side == "off":
+        planned = plan(request, None, None, World())
+        device = choose_device(planned.config.device)
+        keep_freed_memory(device)
+        Trainer(
+            config=planned.config,
+            data=planned.data,
+            state=fresh_state(planned, device, World(), first_weights=False),
+            constants={},
+            store=NoStore(),
+            sink=NoMetrics(),
+            reporter=Clock(),
+            stop=StopFlag(),
+        ).run()
+    else:
+        run_training(request, reporter=Clock(), stop=StopFlag())
+    ended = time.perf_counter()
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {
+        "loop": loop["seconds"],
+        "before": loop["from"] - began,
+        "behind": ended - loop["to"],
+        "processor": sum(one.ru_utime + one.ru_stime for one in used),
+    }
+
+
+def main() -> None:
+    """Measure all sides in turn."""
+    parser = argparse.ArgumentParser()
+    add_device(parser)
+    parser.add_argument("--model", default="shufflenet_v2_x0_5")
+    parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        side, uri, folder, options = arguments.measure
+        print(json.dumps(measure(side, uri, Path(folder), json.loads(options))))
+        return
+    from server import Server
+
+    device = choose_device(arguments.device)
+    options = {
+        "model": arguments.model,
+        "total_iters": arguments.iterations,
+        "input_size": SIZE,
+        "batch_size": BATCH,
+        "device": device.type,
+    }
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        write_photographs(root / "images", CLASSES, PER_CLASS)
+        (root / "server").mkdir()
+        with Server(root / "server") as server:
+            uris = {"off": "", "embedded": f"sqlite:///{root}/mlflow.db", "server": server.uri}
+            for _ in range(arguments.rounds):
+                for side in SIDES:
+                    words = [side, uris[side], scratch, json.dumps(options)]
+                    command = [sys.executable, os.path.abspath(__file__), "--measure", *words]
+                    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=scratch)
+                    found[side].append(json.loads(ran.stdout.splitlines()[-1]))
+    medians = {
+        side: {name: statistics.median(one[name] for one in runs) for name in runs[0]} for side, runs in found.items()
+    }
+    off = medians["off"]
+    table: dict[str, Any] = {}
+    for side, values in medians.items():
+        table[side] = {name: round(value, 2) for name, value in values.items()}
+        if side != "off":
+            share = values["loop"] / off["loop"] - 1
+            outside = values["before"] + values["behind"] - off["before"] - off["behind"]
+            table[side]["loop_percent"] = round(100 * share, 2)
+            table[side]["outside_seconds"] = round(outside, 2)
+            left = 0.02 - max(0.0, share)
+            table[side]["whole_within_2_percent_from_minutes"] = round(outside / left / 60, 1) if left > 0 else None
+    report(
+        {
+            **describe(device),
+            **options,
+            "spread_of_off_loops": [round(one["loop"], 2) for one in found["off"]],
+            "sides": table,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What each command imports: a second here and there is what a person waits for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGES = ("matplotlib", "mlflow", "onnx", "scipy", "sklearn", "torch", "torchvision")
+
+
+def imported(code: str, folder: Path) -> set[str]:
+    """Which of the packages that take long a process has imported after `code`, run in `folder`."""
+    code = f"import json, sys\n{code}\nprint(json.dumps(sorted({set(PACKAGES)!r} & sys.modules.keys())))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=os.environ)
+    assert ran.returncode == 0, ran.stderr
+    return set(json.loads(ran.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("job", ["runs", "checkpoints", "sync", "evaluation", "training", "prediction", "benchmarking"])
+def test_a_job_begins_with_torch_alone(job: str, tmp_path: Path) -> None:
+    assert imported(f"import shufflenet_mlflow.jobs.{job}", tmp_path) == {"torch"}
+
+
+FIRST_IMAGE = """
+import shufflenet_mlflow.cli as cli
+from shufflenet_mlflow.data.preprocess import ToInput
+
+class Reached(BaseException):
+    pass
+
+def reached(*_arguments, **_named):
+    raise Reached
+
+ToInput.__call__ = reached
+try:
+    cli.main({words!r}, standalone_mode=False)
+except Reached:
+    pass
+else:
+    raise SystemExit("it never came to an image")
+"""
+
+
+def test_what_is_there_before_the_first_image(images: Path, tmp_path: Path) -> None:
+    """torchvision serves the crops of `release`; MLflow brings scipy and scikit-learn where it finds them."""
+    folders = ["--train-dir", str(images / "train"), "--val-dir", str(images / "val"), "--input-size", "32"]
+    options = ["--batch-size", "8", "--save-dir", str(tmp_path / "saved"), "--workers", "0", "--augment", "shift"]
+    words = ["train", *folders, *options, "--no-system-metrics"]
+    assert imported(FIRST_IMAGE.format(words=words), tmp_path) <= {"torch", "mlflow", "scipy", "sklearn"}
+    saved = (
+        "from shufflenet_mlflow import create_model, save_checkpoint\n"
+        "save_checkpoint({'state_dict': create_model('shufflenet_v2_x0_5', 3).state_dict()}, 1, directory='weights')"
+    )
+    imported(saved, tmp_path)
+    named = ["--model", "shufflenet_v2_x0_5", "--input-size", "32", "--log-to", "none"]
+    words = ["eval", "weights", "--val-dir", str(images / "val"), *named]
+    assert imported(FIRST_IMAGE.format(words=words), tmp_path) <= {"torch", "mlflow", "scipy", "sklearn"}
