@@ -112,7 +112,8 @@ def main() -> None:
         root = Path(scratch)
         write_photographs(root / "images", CLASSES, PER_CLASS)
         (root / "server").mkdir()
-        with Server(root / "server") as server:
+        server = Server(root / "server")
+        try:
             uris = {"off": "", "embedded": f"sqlite:///{root}/mlflow.db", "server": server.uri}
             for _ in range(arguments.rounds):
                 for side in SIDES:
@@ -120,6 +121,8 @@ def main() -> None:
                     command = [sys.executable, os.path.abspath(__file__), "--measure", *words]
                     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=scratch)
                     found[side].append(json.loads(ran.stdout.splitlines()[-1]))
+        finally:
+            server.kill()
     medians = {
         side: {name: statistics.median(one[name] for one in runs) for name in runs[0]} for side, runs in found.items()
     }

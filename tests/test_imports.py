@@ -19,7 +19,12 @@ def imported(code: str, folder: Path) -> set[str]:
     return set(json.loads(ran.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("job", ["runs", "checkpoints", "sync", "evaluation", "training", "prediction", "benchmarking"])
+MORE = ("checkpoints", "sync", "prediction", "benchmarking", "comparing", "exporting")
+
+
+@pytest.mark.parametrize(
+    "job", ["runs", "training", "evaluation", *(pytest.param(job, marks=pytest.mark.long) for job in MORE)]
+)
 def test_a_job_begins_with_torch_alone(job: str, tmp_path: Path) -> None:
     assert imported(f"import shufflenet_mlflow.jobs.{job}", tmp_path) == {"torch"}
 

@@ -143,6 +143,7 @@ def test_a_compiled_network_goes_on_where_it_was(images: Path) -> None:
     assert not [name for name in whole["state_dict"] if "_orig_mod" in name]
 
 
+@pytest.mark.long
 def test_a_network_that_cannot_be_compiled(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/such/compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SHA256_TAG = "checkpoint.sha256"
 """Tag of a logged model: of the checkpoint that it was made from."""
 
-_REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pandas")
+_REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "simplejpeg", "pandas")
 
 _TALKATIVE = ("mlflow.pyfunc", "mlflow.models", "mlflow.types", "mlflow.utils")
 """They warn of MLflow's own type hints, and advise on requirements, which are as they should be."""
