@@ -4,8 +4,9 @@ The names below are the public interface. They are imported when they are first 
 next to nothing, importing torch and MLflow does not.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shufflenet_mlflow.lazily import exports
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.checkpoint import LoadReport, load_checkpoint
@@ -33,23 +34,14 @@ _HOMES = {
     "LoadReport": "checkpoint",
     "ShuffleNetError": "errors",
     "create_model": "models",
+    "get_lastest_model": "resolve:get_latest_model",  # so the original release spelled it
     "get_latest_model": "resolve",
     "list_models": "models",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "tracking",
 }
 
-# The original release spelled it so; scripts that import that name go on working.
-_ALIASES = {"get_lastest_model": "get_latest_model"}
-
-
-def __getattr__(name: str) -> Any:
-    target = _ALIASES.get(name, name)
-    if target not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[target]}"), target)
-    globals()[name] = value
-    return value
+__getattr__ = exports(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

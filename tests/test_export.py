@@ -1,11 +1,14 @@
 """Exported programs, logged models, promotion: equal to the checkpoint, and each made once."""
 
+import ast
 import base64
 import io
 import json
+import re
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +172,19 @@ def test_output_that_cannot_be_written(tmp_path: Path, shufflenet: Invoke) -> No
 
 
 # ---------------------------------------------------------------- the model that MLflow runs
+
+
+def test_the_logged_model_asks_for_what_its_code_imports(tmp_path: Path) -> None:
+    write_model(network(), tmp_path / "model")
+    tree = ast.parse((tmp_path / "model" / "classifier.py").read_text())
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    owners = packages_distributions()
+    tops = {module.split(".")[0] for module in modules}
+    needed = {top: {owner.lower() for owner in owners[top]} for top in tops if top in owners}
+    asked = {re.split("[=<>]", line)[0] for line in (tmp_path / "model" / "requirements.txt").read_text().split()}
+    assert all(names & asked for names in needed.values()), needed
+    assert {"simplejpeg", "cv2", "PIL", "torch"} <= needed.keys()
 
 
 def test_the_logged_code_needs_nothing_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

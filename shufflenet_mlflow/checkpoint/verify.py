@@ -14,8 +14,6 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from shufflenet_mlflow.checkpoint.files import sha256_of
 from shufflenet_mlflow.checkpoint.record import CheckpointRecord, read_record
 from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
@@ -126,6 +124,8 @@ def _strange_member(members: list[zipfile.ZipInfo]) -> str | None:
 
 
 def _load(path: Path, file: BinaryIO) -> Any:
+    import torch  # a second: what only looks for checkpoints does not wait for it
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

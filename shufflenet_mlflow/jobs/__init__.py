@@ -3,8 +3,9 @@
 Each is imported when it is first used: listing runs need not wait for what training needs.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shufflenet_mlflow.lazily import exports
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.jobs.evaluation import EvalRequest, EvalSummary, run_evaluation
@@ -31,10 +32,4 @@ _HOMES = {
     "run_training": "training",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = exports(__name__, _HOMES)
