@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -21,7 +21,9 @@ def train_loader(root: Path, input_size: int, batch_size: int, workers: int) -> 
         transforms.ToTensor(),
     ]
     dataset = ImageFolder(str(root), transforms.Compose(steps))
-    return DataLoader(dataset, batch_size, shuffle=True, drop_last=True, num_workers=workers)
+    endless = RandomSampler(dataset, replacement=True, num_samples=10**6)  # no epoch ends while it is measured
+    sampler = endless if workers else RandomSampler(dataset)
+    return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True, num_workers=workers)
 
 
 def eval_loader(root: Path, input_size: int, batch_size: int, workers: int) -> DataLoader:

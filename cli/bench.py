@@ -13,7 +13,6 @@ from .options import (
     json_option,
     option,
     options,
-    tracking_uri_option,
 )
 
 
@@ -29,15 +28,14 @@ from .options import (
 @option("--workers", type=int, help="Decoding processes.  [default: as in training]")
 @device_option
 @option("--iterations", type=click.IntRange(min=1), help="To measure, of each part.  [default: 20]")
-@tracking_uri_option
+@option("--tracking-uri", metavar="URI", help="Store to measure with.  [default: an embedded one, for the occasion]")
 @cache_dir_option
 @json_option
 @debug_option
 def bench(as_json: bool, **values: Any) -> None:
     """Measure where an iteration of training spends its time on this machine, and name the bottleneck.
 
-    Nothing is kept. With --tracking-uri a run is made there, and deleted again; otherwise an embedded store is made
-    for the occasion.
+    Nothing is kept. With --tracking-uri a run is made there and deleted again, with its checkpoints.
 
     \b
     Examples:

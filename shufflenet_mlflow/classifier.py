@@ -8,6 +8,7 @@ import base64
 import binascii
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +24,9 @@ from torch import Tensor
 
 LARGEST_RESIZED = 1 << 26
 """Pixels of a resized image: a file of a few bytes can be 1 pixel high and 60,000 wide."""
+
+LARGEST_JPEG = 1 << 28
+"""Bytes of a file that are read into memory; a larger one is left to Pillow, which reads a file piece by piece."""
 
 PROGRAM = "program"
 SETTINGS = "settings"
@@ -49,17 +53,14 @@ def decode(source: str | BinaryIO) -> Pixels:
         UnreadableImageError: it cannot be opened or decoded.
     """
     try:
-        if isinstance(source, str):
-            with open(source, "rb") as file:
-                encoded = file.read()
-        else:
-            encoded = source.read()
-        if encoded.startswith(_JPEG):
-            pixels_HWC = _decode_jpeg(encoded)
-            if pixels_HWC is not None:
-                return pixels_HWC
-        with Image.open(BytesIO(encoded)) as image:
-            return np.array(image.convert("RGB"))
+        with open(source, "rb") if isinstance(source, str) else nullcontext(source) as file:
+            if file.read(len(_JPEG)) == _JPEG:
+                pixels_HWC = _decode_jpeg(_JPEG + file.read(LARGEST_JPEG))
+                if pixels_HWC is not None:
+                    return pixels_HWC
+            file.seek(0)
+            with Image.open(file) as image:
+                return np.array(image.convert("RGB"))
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers of damaged files raise all kinds

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -46,21 +47,43 @@ def place_input(images_NCHW: Tensor, device: torch.device) -> Tensor:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: fewer than the machine has, in a container or under a scheduler."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use: fewer than the machine has, under a scheduler or in a container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _quota() or cores)
+
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of processor time, and in how many, that a container may use; `max` for as many as it likes."""
+
+
+def _quota() -> int | None:
+    """Whole cores that a container's limit amounts to; None if there is none."""
+    try:
+        allowed, period = _QUOTA.read_text("ascii").split()
+        return max(1, round(int(allowed) / int(period)))
+    except (OSError, ValueError):
+        return None
 
 
 def finish(device: torch.device) -> None:
     """Wait for what the device is doing."""
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """What `torch.compile` makes of `network` once the first batch arrives; kept in PyTorch's own cache."""
-    return torch.compile(network)  # type: ignore[return-value]
+    """What `torch.compile` makes of `network` once the first batch arrives; kept in PyTorch's own cache.
+
+    Each size of a batch gets code of its own, never one for all sizes: which of the two PyTorch takes depends on what
+    it has met before, and a resumed run has not met the same.
+
+    Raises:
+        ConfigError: PyTorch cannot compile here at all.
+    """
+    try:
+        return torch.compile(network, dynamic=False)  # type: ignore[return-value]
+    except RuntimeError as error:
+        raise ConfigError(f"--compile: {str(error).splitlines()[0]}; leave it out") from error
 
 
 def compile_failure(error: RuntimeError) -> ConfigError | None:

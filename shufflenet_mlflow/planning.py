@@ -57,10 +57,14 @@ def default_workers(images: int, batch_size: int, input_size: int) -> int:
     """
     if images < WORKERS_FROM:
         return 0
-    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    processes = max(1, int(local)) if local.isdecimal() else 1
     batch = batch_size * 3 * input_size**2
-    in_memory = shutil.disk_usage(SHARED_MEMORY).free // (2 * PREFETCHED * batch) if SHARED_MEMORY.is_dir() else cores
-    return min(MOST_WORKERS, max(1, cores), in_memory)
+    try:
+        in_memory = shutil.disk_usage(SHARED_MEMORY).free // (2 * PREFETCHED * batch * processes)
+    except OSError:  # not Linux
+        in_memory = MOST_WORKERS
+    return min(MOST_WORKERS, max(1, usable_cores() // processes), in_memory)
 
 
 def data_name(directory: str | None) -> str:

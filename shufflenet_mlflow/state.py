@@ -265,7 +265,7 @@ class TrainingState:
         for group in self.optimizer.param_groups:
             group.update(fused=fused, foreach=None)
             for parameter in group["params"]:
-                of_parameter = self.optimizer.state[parameter]
+                of_parameter = self.optimizer.state.get(parameter, {})
                 for name, value in of_parameter.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
                         of_parameter[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)

@@ -59,6 +59,8 @@ def test_a_mistake_is_named(shufflenet: Invoke) -> None:
         (10_000, 64, "1", 1 << 40, 16),
         (10_000, 8, "4", 1 << 34, 2),  # four processes share the machine
         (10_000, 2, "4", 1 << 34, 1),
+        (10_000, 8, "2", 128 << 20, 1),  # the memory is shared too
+        (10_000, 8, "two", 1 << 34, 8),
         (10_000, 8, "1", 64 << 20, 1),  # a container with Docker's default of 64 MB
         (10_000, 8, "1", 10 << 20, 0),
     ],

@@ -100,6 +100,16 @@ def test_images_are_what_torchvision_takes_for_images() -> None:
     assert set(IMAGE_SUFFIXES) == set(IMG_EXTENSIONS)
 
 
+def test_links_that_lead_nowhere_are_listed_and_named_when_they_are_decoded(tmp_path: Path) -> None:
+    write_images(tmp_path, per_class=1)
+    (tmp_path / "red" / "nowhere.png").symlink_to("gone.png")
+    (tmp_path / "red" / "circle.png").symlink_to("circle.png")
+    (tmp_path / "red" / "through_a_file.png").symlink_to("000.png/x.png")
+    found = {sample.path: sample.bytes for sample in list_images(tmp_path).samples if sample.label == 2}
+    assert found.keys() == {f"red/{name}.png" for name in ("000", "circle", "nowhere", "through_a_file")}
+    assert [found[f"red/{name}.png"] for name in ("circle", "nowhere", "through_a_file")] == [0, 0, 0]
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--train-dir '.*nowhere' does not exist"):
         list_images(tmp_path / "nowhere", option="--train-dir")

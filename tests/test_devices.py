@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from shufflenet_mlflow import create_model
+from shufflenet_mlflow import create_model, devices
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.devices import choose_device, memory_format_on, place, place_input
 from shufflenet_mlflow.folding import folded
@@ -52,6 +53,20 @@ def test_networks_and_images_are_placed_alike() -> None:
     images = place_input(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), CPU)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert memory_format_on(torch.device("mps")) == torch.contiguous_format
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("?", 8)]
+)
+def test_cores_are_those_that_the_process_may_use(
+    limit: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: range(8), raising=False)
+    (tmp_path / "cpu.max").write_text(limit)
+    monkeypatch.setattr(devices, "_QUOTA", tmp_path / "cpu.max")
+    assert devices.usable_cores() == expected
+    monkeypatch.setattr(devices, "_QUOTA", tmp_path / "nowhere")
+    assert devices.usable_cores() == 8
 
 
 def test_auto_is_a_device_that_is_there() -> None:

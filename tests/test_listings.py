@@ -19,6 +19,7 @@ def contents(listing: ImageListing) -> tuple[object, ...]:
 @pytest.fixture(autouse=True)
 def _keep_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "KEPT_FROM", 1)
+    monkeypatch.setattr(kept, "_SETTLED_SECONDS", -60.0)
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def settle(root: Path) -> None:
-    """As if nothing had changed for a minute."""
+    """As if the folders had not been touched for a while, but for the time that nobody can put back."""
     for path in (root, *root.rglob("*")):
         if path.is_dir():
             os.utime(path, (time.time() - 60, time.time() - 60))
@@ -90,13 +91,20 @@ def replace_class(root: Path) -> None:
     os.utime(root, (time.time() - 60, time.time() - 60))
 
 
+def unpack_over(root: Path) -> None:
+    """As `tar` and `rsync -a` do: a file more, and the folder's time put back."""
+    folder_status = (root / "dog").stat()
+    add(root)
+    os.utime(root / "dog", ns=(folder_status.st_atime_ns, folder_status.st_mtime_ns))
+
+
 def overwrite_all(root: Path) -> None:
     """In place: no folder changes."""
     for path in root.rglob("*.jpg"):
         path.write_bytes(b"longer than before: " + path.read_bytes())
 
 
-@pytest.mark.parametrize("change", [add, remove, rename, new_class, replace_class, overwrite_all])
+@pytest.mark.parametrize("change", [add, remove, rename, new_class, replace_class, unpack_over, overwrite_all])
 def test_what_has_changed_is_noticed(change: object, photos: Path, tmp_path: Path) -> None:
     before = list_images(photos, cache_dir=tmp_path / "cache")
     assert callable(change)
@@ -106,8 +114,11 @@ def test_what_has_changed_is_noticed(change: object, photos: Path, tmp_path: Pat
     assert after.digest != before.digest
 
 
-def test_a_folder_that_has_just_changed_is_not_kept(photos: Path, tmp_path: Path, walked: list[str]) -> None:
+def test_a_folder_that_has_just_changed_is_not_kept(
+    photos: Path, tmp_path: Path, walked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It may change again within one tick of the file system's clock."""
+    monkeypatch.setattr(kept, "_SETTLED_SECONDS", 2.0)
     add(photos)
     for _ in range(2):
         list_images(photos, cache_dir=tmp_path / "cache")

@@ -62,7 +62,7 @@ def _files_below(root: str, folder: str, stamps: Stamps) -> list[_File]:
                     if entry.name.startswith("."):
                         continue
                     below = f"{parent}/{entry.name}" if parent else entry.name
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         waiting.append(below)
                     elif entry.name.lower() not in IGNORED_NAMES:
                         found.append(_File(below, _size_of(entry)))
@@ -70,6 +70,14 @@ def _files_below(root: str, folder: str, stamps: Stamps) -> list[_File]:
             raise DataError(f"the folder {path!r} cannot be read: {error.strerror}") from None
     found.sort()
     return found
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    """False for a link that leads nowhere or in a circle: decoding will name it."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _size_of(entry: "os.DirEntry[str]") -> int | None:
@@ -140,7 +148,7 @@ def _class_folders(root: Path, option: str, stamps: Stamps) -> tuple[str, ...]:
     try:
         stamps[""] = stamp_of(os.fspath(root))
         with os.scandir(root) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            names = sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith("."))
     except FileNotFoundError:
         raise DataError(f"{option} {str(root)!r} does not exist") from None
     except NotADirectoryError:

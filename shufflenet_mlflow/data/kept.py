@@ -23,14 +23,19 @@ _SETTLED_SECONDS = 2.0
 _SPOT_CHECKS = 200
 """Files whose size is looked at again: what is written over in place leaves its folder's time stamp as it was."""
 
-Stamps = dict[str, tuple[int, int]]
-"""Folder, relative to the root -> the time of its last change in nanoseconds, and its inode."""
+Stamp = tuple[int, int, int]
+"""When a folder was last changed, and when anything about it was, in nanoseconds; and its inode.
+
+The first can be put back, as `tar` and `rsync -a` do; the second cannot."""
+
+Stamps = dict[str, Stamp]
+"""By folder, relative to the root."""
 
 
-def stamp_of(folder: str) -> tuple[int, int]:
+def stamp_of(folder: str) -> Stamp:
     """What tells whether an entry of `folder` came, went or was renamed."""
     status = os.stat(folder)
-    return status.st_mtime_ns, status.st_ino
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def keep(listing: ImageListing, stamps: Stamps, cache_dir: Path, began: float) -> None:
@@ -40,7 +45,7 @@ def keep(listing: ImageListing, stamps: Stamps, cache_dir: Path, began: float) -
         stamps: of the root and of every folder below it.
         began: when listing began, in seconds since the epoch.
     """
-    newest = max(changed for changed, _ in stamps.values()) / 1e9
+    newest = max(changed for _, changed, _ in stamps.values()) / 1e9
     if len(listing) < KEPT_FROM or newest > began - _SETTLED_SECONDS:
         return
     path = _path_for(listing.root, cache_dir)

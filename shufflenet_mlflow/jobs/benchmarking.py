@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,25 @@ import psutil
 import torch
 
 from shufflenet_mlflow.checkpoint import Retention
-from shufflenet_mlflow.client import connect, prepare_environment
+from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.config import TrainConfig
-from shufflenet_mlflow.devices import choose_device, compiled, finish, keep_freed_memory, usable_cores
+from shufflenet_mlflow.data.loader import PREFETCHED, worker_death
+from shufflenet_mlflow.devices import (
+    choose_device,
+    compile_failure,
+    compiled,
+    finish,
+    keep_freed_memory,
+    usable_cores,
+)
 from shufflenet_mlflow.distributed import World
+from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.jobs.describing import constants, environment
 from shufflenet_mlflow.jobs.following import NoMetrics, NoStore
 from shufflenet_mlflow.jobs.training import fresh_state
 from shufflenet_mlflow.planning import Plan, plan
 from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.spool import Spool
 from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.stopping import StopFlag
@@ -112,9 +123,15 @@ def run_bench(request: BenchRequest, *, reporter: Reporter, stop: StopFlag) -> B
         stop=stop,
     )
     bench = _Bench(trainer, request.iterations, reporter, stop)
-    load = bench.loading()
-    first, convert, step = bench.stepping()
-    whole = bench.training()
+    try:
+        load = bench.loading()
+        first, convert, step = bench.stepping()
+        whole = bench.training()
+    except RuntimeError as error:
+        problem = worker_death(error) or compile_failure(error)
+        if problem is None:
+            raise
+        raise problem from error
     save, point = _bookkeeping(request, trainer, reporter, stop)
     return _result(planned, {"load": load, "convert": convert, "step": step, "whole": whole, **save, **point}, first)
 
@@ -124,6 +141,8 @@ class _Bench:
 
     def __init__(self, trainer: Trainer, iterations: int, reporter: Reporter, stop: StopFlag) -> None:
         self.trainer, self.iterations = trainer, iterations
+        # What the workers have loaded in advance is not loaded while it is measured.
+        self._warm_up = _WARM_UP + PREFETCHED * trainer.config.workers
         self.device = trainer.state.device
         self._reporter, self._stop = reporter, stop
         self.network = compiled(trainer.state.model) if trainer.config.compile else trainer.state.model
@@ -131,16 +150,17 @@ class _Bench:
 
     def _mean(self, name: str, act: Callable[[], object]) -> float:
         """Mean seconds of `act`, after a few for nothing."""
-        with self._reporter.phase(f"measuring {name}", _WARM_UP + self.iterations) as phase:
+        iterations = max(self.iterations, 2 * self.trainer.config.workers)  # they deliver in turn
+        with self._reporter.phase(f"measuring {name}", self._warm_up + iterations) as phase:
             began, done = time.perf_counter(), 0
-            for number in range(_WARM_UP + self.iterations):
-                if number == _WARM_UP:
+            for number in range(self._warm_up + iterations):
+                if number == self._warm_up:
                     finish(self.device)
                     began = time.perf_counter()
                 self._stop.check()
                 act()
                 phase.advance()
-                done = number - _WARM_UP + 1
+                done = number - self._warm_up + 1
                 if done > 0 and time.perf_counter() - began > _SECONDS:
                     break
             finish(self.device)
@@ -148,7 +168,7 @@ class _Bench:
 
     def _batches(self) -> Iterator[Any]:
         """As many as any of the loops below takes, and those that the workers load in advance."""
-        return self.trainer.batches(0, 10 * (_WARM_UP + self.iterations))
+        return self.trainer.batches(0, 10 * (self._warm_up + self.iterations))
 
     def loading(self) -> float:
         """Seconds to load a batch, with nothing else to do."""
@@ -193,7 +213,11 @@ def _bookkeeping(request: BenchRequest, trainer: Trainer, reporter: Reporter, st
                 began = time.perf_counter()
             delivered = time.perf_counter() - began
         finally:
-            client.delete_run(run_id)
+            with suppress(TrackingError), mlflow_errors(f"delete run {run_id}"):
+                artifacts = RunArtifacts(client, run_id)
+                for record in artifacts.records():
+                    artifacts.delete(record.file_name)
+                client.delete_run(run_id)
     return save, {"log": logged, "deliver": delivered}
 
 

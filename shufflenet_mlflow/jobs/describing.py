@@ -20,7 +20,10 @@ from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
 from shufflenet_mlflow.train import TrainData, TrainResult
 
-NEEDED_FOR_EQUALITY = ("torch", "device", "threads", "processes")
+OF_PIXELS = ("torchvision", "opencv-python-headless", "simplejpeg")
+"""Packages that decode and change images."""
+
+NEEDED_FOR_EQUALITY = ("shufflenet-mlflow", "torch", *OF_PIXELS, "device", "instructions", "threads", "processes")
 """Where one of these differs, rounding does."""
 
 PARTS = "parts"
@@ -92,7 +95,7 @@ def cost(planned: Plan) -> dict[str, float]:
 def environment(planned: Plan, device: torch.device, world: World) -> dict[str, Any]:
     """What the bits of a result depend on besides the configuration."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision"):
+    for package in ("shufflenet-mlflow", "torch", *OF_PIXELS):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:  # installed in some way that leaves no metadata
@@ -100,6 +103,7 @@ def environment(planned: Plan, device: torch.device, world: World) -> dict[str, 
     return {
         **versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "processes": world.size,
         PARTS: planned.data.division.parts,

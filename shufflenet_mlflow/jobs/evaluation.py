@@ -210,7 +210,7 @@ def _evaluate(
     keep_freed_memory(device)
     batch_size = request.batch_size or trained.get("batch_size", BATCH_SIZE)
     workers = default_workers(len(listing), batch_size, network.preprocess.input_size)
-    if trained.get("workers") == 0:  # as for the digits, where they would be of no use
+    if val_dir is None:  # the digits, where they would be of no use
         workers = 0
     settings = EvalSettings(
         batch_size=batch_size, workers=workers if request.workers is None else request.workers, device=device
