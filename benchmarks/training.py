@@ -62,7 +62,7 @@ def batch_of(model: str, device: torch.device) -> int:
     """Images per step: few for the giants."""
     giant = model in ("shufflenet_v2_large", "shufflenet_v2_exlarge")
     if device.type == "cpu":
-        return 2 if giant else 64
+        return 4 if giant else 64
     return 32 if giant else 256
 
 
@@ -130,7 +130,7 @@ def measure_step(side: str, model: str, root: Path, device: torch.device, batch:
     step()
     finish(device)
     first = time.perf_counter() - began
-    return {"seconds": seconds_each(step, device, slow=batch <= 2), "first": first}
+    return {"seconds": seconds_each(step, device, slow=batch <= 4), "first": first}
 
 
 def measure_loop(side: str, model: str, root: Path, device: torch.device, batch: int) -> dict[str, float]:
