@@ -53,6 +53,7 @@ else:
 """
 
 
+@pytest.mark.long
 def test_what_is_there_before_the_first_image(images: Path, tmp_path: Path) -> None:
     """torchvision serves the crops of `release`; MLflow brings scipy and scikit-learn where it finds them."""
     folders = ["--train-dir", str(images / "train"), "--val-dir", str(images / "val"), "--input-size", "32"]

@@ -147,6 +147,7 @@ def test_a_compiled_network_goes_on_where_it_was(images: Path) -> None:
 def test_a_network_that_cannot_be_compiled(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/such/compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()  # what this process has compiled before
     with pytest.raises(ConfigError, match=r"--compile: .*No working C\+\+ compiler found.*; leave it out"):
         run(images, "--compile")
 
