@@ -11,10 +11,8 @@ outside does not grow with the run, so `whole_within_2_percent_from_minutes` say
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from machine import add_device, choose_device, describe, report
+from machine import add_device, apart, choose_device, describe, report
 from photographs import write_photographs
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -33,16 +31,13 @@ SIZE, BATCH, CLASSES, PER_CLASS = 128, 32, 4, 80
 
 def measure(side: str, uri: str, root: Path, options: dict[str, Any]) -> dict[str, float]:
     """In a process of its own."""
-    from shufflenet_mlflow.devices import keep_freed_memory
     from shufflenet_mlflow.distributed import World
     from shufflenet_mlflow.jobs import run_training
-    from shufflenet_mlflow.jobs.following import NoMetrics, NoStore
-    from shufflenet_mlflow.jobs.training import fresh_state
+    from shufflenet_mlflow.jobs.training import bare_trainer
     from shufflenet_mlflow.planning import plan
     from shufflenet_mlflow.reporting import LoggingReporter
     from shufflenet_mlflow.start import TrainRequest
     from shufflenet_mlflow.stopping import StopFlag
-    from shufflenet_mlflow.train import Trainer
 
     loop = {"seconds": 0.0, "from": 0.0, "to": 0.0}
 
@@ -60,18 +55,7 @@ def measure(side: str, uri: str, root: Path, options: dict[str, Any]) -> dict[st
     request = TrainRequest(options=given, tracking_uri=uri, save_dir=Path(tempfile.mkdtemp(dir=root)))
     if side == "off":
         planned = plan(request, None, None, World())
-        device = choose_device(planned.config.device)
-        keep_freed_memory(device)
-        Trainer(
-            config=planned.config,
-            data=planned.data,
-            state=fresh_state(planned, device, World(), first_weights=False),
-            constants={},
-            store=NoStore(),
-            sink=NoMetrics(),
-            reporter=Clock(),
-            stop=StopFlag(),
-        ).run()
+        bare_trainer(planned, reporter=Clock(), stop=StopFlag()).run()
     else:
         run_training(request, reporter=Clock(), stop=StopFlag())
     ended = time.perf_counter()
@@ -118,9 +102,7 @@ def main() -> None:
             for _ in range(arguments.rounds):
                 for side in SIDES:
                     words = [side, uris[side], scratch, json.dumps(options)]
-                    command = [sys.executable, os.path.abspath(__file__), "--measure", *words]
-                    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=scratch)
-                    found[side].append(json.loads(ran.stdout.splitlines()[-1]))
+                    found[side].append(apart(__file__, *words, cwd=scratch))
         finally:
             server.kill()
     medians = {
@@ -141,7 +123,7 @@ def main() -> None:
         {
             **describe(device),
             **options,
-            "spread_of_off_loops": [round(one["loop"], 2) for one in found["off"]],
+            "loops": {side: [round(one["loop"], 2) for one in runs] for side, runs in found.items()},
             "sides": table,
         }
     )

@@ -12,15 +12,13 @@ results are then compared with a pass of the plain loop over our preprocessed im
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import add_device, choose_device, describe, report
+from machine import add_device, apart, choose_device, describe, report
 from photographs import write_photographs
 from plain import eval_loader, evaluate
 
@@ -114,21 +112,15 @@ def main() -> None:
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         write_photographs(Path(scratch), CLASSES, arguments.images // CLASSES)
-
-        def run(side: str, name: str) -> dict[str, Any]:
-            command = [sys.executable, __file__, "--measure", side, name, scratch, device.type]
-            ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            return dict(json.loads(ran.stdout.splitlines()[-1]))
-
         for name in arguments.models:
             times: dict[str, list[float]] = {"plain": [], "ours": []}
             results: dict[str, dict[str, float]] = {}
             for _ in range(arguments.rounds):
                 for side, seconds in times.items():
-                    results[side] = run(side, name)
+                    results[side] = apart(__file__, side, name, scratch, device.type)
                     seconds.append(results[side].pop("seconds"))
             if get_variant(name).preprocess == "bgr255":
-                results["plain"] = run("reference", name)
+                results["plain"] = apart(__file__, "reference", name, scratch, device.type)
                 del results["plain"]["seconds"]
             medians = {side: statistics.median(seconds) for side, seconds in times.items()}
             rows[name] = {

@@ -9,8 +9,6 @@ preprocessing.
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from machine import describe, report
+from machine import apart, describe, report
 from photographs import write_photographs
 from PIL import Image
 from plain import eval_loader, train_loader
@@ -108,12 +106,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     count = arguments.images // BATCH * BATCH
     if arguments.measure:
-        side, folder = arguments.measure
-        print(measure(side, Path(folder), count))
+        side, folder, images = arguments.measure
+        print(measure(side, Path(folder), int(images)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -121,8 +119,7 @@ def main() -> None:
         rates: dict[str, list[float]] = {name: [] for name in SIDES}
         for _ in range(arguments.rounds):
             for side, values in rates.items():
-                command = [sys.executable, __file__, "--images", str(count), "--measure", side, scratch]
-                values.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+                values.append(apart(__file__, side, scratch, count))
         medians = {name: round(statistics.median(values), 1) for name, values in rates.items()}
         listing = list_images(root)
         report(

@@ -9,11 +9,12 @@ import argparse
 import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from machine import apart, describe, report
 
 HOW = ("first", "kept", "torchvision")
 
@@ -61,13 +62,11 @@ def main() -> None:
         root, cache = Path(scratch) / "images", Path(scratch) / "cache"
         make_files(root, arguments.files, arguments.classes)
         time.sleep(3)  # a folder that has just changed is not kept
-        results = {}
+        results: dict[str, Any] = {}
         for how in HOW:
-            command = [sys.executable, __file__, "--measure", how, os.fspath(root), os.fspath(cache)]
-            ran = subprocess.run(command, capture_output=True, text=True, check=True)
-            results[how] = json.loads(ran.stdout)
+            results[how] = apart(__file__, how, root, cache)
         results["kept_file_mb"] = round(sum(path.stat().st_size for path in cache.rglob("*.npz")) / 1e6, 1)
-    print(json.dumps(results, indent=2))
+    report({**describe(), **results})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import datetime
 import json
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,13 @@ def finish(device: torch.device) -> None:
     """Wait for what is under way."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def apart(script: str, *words: object, cwd: str | None = None) -> Any:
+    """What `script --measure WORDS` prints: a measurement in a process of its own."""
+    command = [sys.executable, os.path.abspath(script), "--measure", *map(str, words)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=cwd)
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def report(results: dict[str, Any]) -> None:

@@ -13,8 +13,6 @@ own is written and read) could take, at the rates of a large matrix product and 
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import add_device, choose_device, describe, finish, report
+from machine import add_device, apart, choose_device, describe, finish, report
 from photographs import write_photographs
 from plain import Training, train_loader
 from torch import Tensor, nn
@@ -30,10 +28,9 @@ from torchvision.models import get_model
 
 from shufflenet_mlflow import create_model
 from shufflenet_mlflow.data.loader import Batch
-from shufflenet_mlflow.devices import compiled, keep_freed_memory
+from shufflenet_mlflow.devices import compiled
 from shufflenet_mlflow.distributed import World
-from shufflenet_mlflow.jobs.following import NoMetrics, NoStore
-from shufflenet_mlflow.jobs.training import fresh_state
+from shufflenet_mlflow.jobs.training import bare_trainer
 from shufflenet_mlflow.models.cost import model_cost
 from shufflenet_mlflow.planning import plan
 from shufflenet_mlflow.reporting import LoggingReporter
@@ -84,17 +81,7 @@ def make_trainer(root: Path, model: str, device: torch.device, batch: int, optio
     """What `shufflenet train` would train with."""
     given = {"model": model, "train_dir": str(root), "val_dir": str(root), "batch_size": batch, "device": device.type}
     planned = plan(TrainRequest(options={**given, "lr": 0.01, **options}), None, None, World())
-    keep_freed_memory(device)
-    return Trainer(
-        config=planned.config,
-        data=planned.data,
-        state=fresh_state(planned, device, World(), first_weights=False),
-        constants={},
-        store=NoStore(),
-        sink=NoMetrics(),
-        reporter=LoggingReporter(),
-        stop=StopFlag(),
-    )
+    return bare_trainer(planned, reporter=LoggingReporter(), stop=StopFlag())
 
 
 def plain_model(model: str) -> nn.Module:
@@ -194,14 +181,6 @@ def rates(device: torch.device) -> dict[str, float]:
     return {"macs_per_second": n**3 / product, "bytes_per_second": 2 * x.numel() * 4 / copy}
 
 
-def in_a_process(what: str, side: str, model: str, root: Path, device: torch.device, batch: int) -> dict[str, float]:
-    """Measure it there."""
-    words = [what, side, model, str(root), device.type, str(batch)]
-    command = [sys.executable, __file__, "--measure", *words]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return dict(json.loads(ran.stdout.splitlines()[-1]))
-
-
 def compare(
     what: str, sides: list[str], model: str, root: Path, device: torch.device, rounds: int
 ) -> dict[str, dict[str, float]]:
@@ -210,7 +189,7 @@ def compare(
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
-            found[side].append(in_a_process(what, side, model, root, device, batch))
+            found[side].append(apart(__file__, what, side, model, root, device.type, batch))
     return {
         side: {name: statistics.median(one[name] for one in several) for name in several[0]}
         for side, several in found.items()

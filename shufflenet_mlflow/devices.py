@@ -43,7 +43,7 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 
 def place_input(images_NCHW: Tensor, device: torch.device) -> Tensor:
     """The same for a batch of images, of any type; a copy from pinned memory is not waited for."""
-    return images_NCHW.to(device, non_blocking=True).contiguous(memory_format=memory_format_on(device))
+    return images_NCHW.contiguous(memory_format=memory_format_on(device)).to(device, non_blocking=True)
 
 
 def usable_cores() -> int:

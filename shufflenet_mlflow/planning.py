@@ -36,7 +36,7 @@ from shufflenet_mlflow.train import TrainData
 
 BATCH_SIZE = 64
 MOST_WORKERS = 16
-"""Together they decode some 8,000 photographs a second."""
+"""More have not been tried."""
 WORKERS_FROM = 256
 """With fewer images, starting processes takes longer than decoding."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - asked for its size only

@@ -49,7 +49,7 @@ CONFIG = TrainConfig(
 
 def test_networks_and_images_are_placed_alike() -> None:
     model = place(create_model("shufflenet_v2_x0_5", num_classes=3), CPU)
-    assert model.first_conv[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[index, union-attr]
+    assert model.first_conv[0].weight.is_contiguous(memory_format=torch.channels_last)
     images = place_input(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), CPU)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert memory_format_on(torch.device("mps")) == torch.contiguous_format

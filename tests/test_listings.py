@@ -1,6 +1,7 @@
 """Listings of large folders, kept between starts."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -123,6 +124,20 @@ def test_a_folder_that_has_just_changed_is_not_kept(
     for _ in range(2):
         list_images(photos, cache_dir=tmp_path / "cache")
     assert walked == ["cat", "dog"] * 2
+
+
+def test_old_listings_go(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, walked: list[str]) -> None:
+    monkeypatch.setattr(kept, "MOST_KEPT", 2)
+    copies = [Path(shutil.copytree(photos, tmp_path / name)) for name in "abc"]
+    for age, copy in enumerate(copies):
+        list_images(copy, cache_dir=tmp_path / "cache")
+        newest = max((tmp_path / "cache" / "listings").iterdir(), key=os.path.getmtime)
+        os.utime(newest, (age, age))
+    list_images(copies[2], cache_dir=tmp_path / "cache")
+    assert walked == ["cat", "dog"] * 3
+    list_images(copies[0], cache_dir=tmp_path / "cache")
+    assert walked == ["cat", "dog"] * 4
+    assert len(list((tmp_path / "cache" / "listings").iterdir())) == 2
 
 
 def test_small_folders_are_not_kept(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,9 @@ LAYERS = [
 ]
 """From the bottom up; a module may import its own layer and those below."""
 
+LAZY = ("checkpoint", "jobs", "tracking")
+"""Packages that import what is used of them."""
+
 HEAVY = {
     "mlflow": {"client", "resolve", "tracking", "export", "classifier"},
     "click": set(),
@@ -157,6 +161,16 @@ def test_every_package_is_listed() -> None:
     listed = set(pyproject()["tool"]["setuptools"]["packages"])
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in LIBRARY.rglob("__init__.py")}
     assert listed == found | {"shufflenet_mlflow.cli"}
+
+
+@pytest.mark.parametrize("package", ["shufflenet_mlflow", *(f"shufflenet_mlflow.{name}" for name in LAZY)])
+def test_every_exported_name_is_there(package: str) -> None:
+    module = import_module(package)
+    assert set(module.__all__) - {"__version__"} == set(module._HOMES)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        module.nothing  # noqa: B018
 
 
 def test_tracked_files_name_no_machine() -> None:

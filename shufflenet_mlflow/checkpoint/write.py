@@ -8,6 +8,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import torch
+
 from shufflenet_mlflow.checkpoint.files import sha256_of, sync_folder, write_atomically
 from shufflenet_mlflow.checkpoint.names import checkpoint_name
 from shufflenet_mlflow.checkpoint.record import (
@@ -166,8 +168,6 @@ def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> Writt
     def write(file: BinaryIO) -> None:
         writer = _HashingWriter(file)
         writers.append(writer)
-        import torch  # a second: what only looks for checkpoints does not wait for it
-
         torch.save(payload, writer)  # type: ignore[arg-type]  # needs only `write` and `flush`
         file.flush()
         with open(file.name, "rb") as copy:

@@ -2,7 +2,7 @@
 
 `release` follows the original ShuffleNet release: RandomResizedCrop, ColorJitter(0.4, 0.4, 0.4) and a horizontal flip.
 torchvision draws the parameters; the pixels are changed on arrays of bytes, as Pillow would change them but for
-rounding, in a third of the time.
+rounding, in less than half of the time.
 """
 
 from collections.abc import Callable, Iterator

@@ -56,7 +56,7 @@ def _files_below(root: str, folder: str, stamps: Stamps) -> list[_File]:
             if (status.st_dev, status.st_ino) in visited:  # a link that leads back up
                 continue
             visited.add((status.st_dev, status.st_ino))
-            stamps[parent] = stamp_of(path)
+            stamps[parent] = stamp_of(status)
             with os.scandir(path) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
@@ -146,7 +146,7 @@ def _class_folders(root: Path, option: str, stamps: Stamps) -> tuple[str, ...]:
         DataError: there is none, or `root` is no folder that can be read.
     """
     try:
-        stamps[""] = stamp_of(os.fspath(root))
+        stamps[""] = stamp_of(os.stat(root))
         with os.scandir(root) as entries:
             names = sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith("."))
     except FileNotFoundError:

@@ -8,14 +8,18 @@ import random
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from shufflenet_mlflow.checkpoint.files import temporary_beside
+from shufflenet_mlflow.checkpoint.files import write_atomically
 from shufflenet_mlflow.data.listing import ImageListing, Samples
 
 KEPT_FROM = 20_000
 """Fewer files are listed faster than anybody notices."""
+
+MOST_KEPT = 16
+"""Older listings are removed: jobs that copy their images to a folder of their own would leave one each."""
 
 _FORMAT = 1
 _SETTLED_SECONDS = 2.0
@@ -32,9 +36,8 @@ Stamps = dict[str, Stamp]
 """By folder, relative to the root."""
 
 
-def stamp_of(folder: str) -> Stamp:
-    """What tells whether an entry of `folder` came, went or was renamed."""
-    status = os.stat(folder)
+def stamp_of(status: os.stat_result) -> Stamp:
+    """What tells whether an entry of a folder came, went or was renamed."""
     return status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
@@ -58,22 +61,18 @@ def keep(listing: ImageListing, stamps: Stamps, cache_dir: Path, began: float) -
         "digest": listing.digest,
     }
     samples = listing.samples
+    arrays: dict[str, Any] = {
+        "described": np.frombuffer(json.dumps(described).encode("ascii"), np.uint8),
+        "text": samples.text,
+        "ends": samples.ends,
+        "labels": samples.labels,
+        "sizes": samples.sizes,
+    }
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = temporary_beside(path)
-        try:
-            with open(aside, "wb") as file:
-                np.savez(
-                    file,
-                    described=np.frombuffer(json.dumps(described).encode("ascii"), np.uint8),
-                    text=samples.text,
-                    ends=samples.ends,
-                    labels=samples.labels,
-                    sizes=samples.sizes,
-                )
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_atomically(path, lambda file: np.savez(file, **arrays))
+        for old in sorted(path.parent.glob("*.npz"), key=os.path.getmtime)[:-MOST_KEPT]:
+            old.unlink(missing_ok=True)
 
 
 def find(root: Path, cache_dir: Path) -> ImageListing | None:
@@ -101,7 +100,7 @@ def _path_for(root: Path, cache_dir: Path) -> Path:
 
 
 def _is_unchanged(root: Path, stamps: Mapping[str, list[int]]) -> bool:
-    return all(list(stamp_of(os.path.join(root, folder))) == stamp for folder, stamp in stamps.items())
+    return all(list(stamp_of(os.stat(os.path.join(root, folder)))) == stamp for folder, stamp in stamps.items())
 
 
 def _sizes_hold(listing: ImageListing) -> bool:

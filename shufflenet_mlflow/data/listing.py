@@ -1,6 +1,7 @@
 """What lies in an image folder, and what is hashed of it."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,7 +118,7 @@ class ImageListing:
         """Hash of every path and size: equal for a copy elsewhere, different once a file comes or goes."""
         hashed = hashlib.sha256()
         for path, size in self.samples.encoded():
-            hashed.update(b"%b\0%d\n" % (path, size))
+            hashed.update(_entry(path, size))
         return hashed.hexdigest()[:DIGEST_LENGTH]
 
     @property
@@ -131,10 +132,14 @@ class ImageListing:
         if not self.is_small:
             return self.digest
         hashed = hashlib.sha256()
-        for sample in self.samples:
-            hashed.update(f"{sample.path}\0{sample.bytes}\n".encode("utf-8", "surrogateescape"))
-            _add_content(hashed, self.root / sample.path)
+        for path, size in self.samples.encoded():
+            hashed.update(_entry(path, size))
+            _add_content(hashed, self.root / os.fsdecode(path))
         return hashed.hexdigest()[:DIGEST_LENGTH]
+
+
+def _entry(path: bytes, size: int) -> bytes:
+    return b"%b\0%d\n" % (path, size)
 
 
 def _add_content(hashed: "hashlib._Hash", path: Path) -> None:

@@ -20,14 +20,11 @@ from shufflenet_mlflow.devices import (
     compile_failure,
     compiled,
     finish,
-    keep_freed_memory,
     usable_cores,
 )
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import TrackingError
-from shufflenet_mlflow.jobs.describing import constants, environment
-from shufflenet_mlflow.jobs.following import NoMetrics, NoStore
-from shufflenet_mlflow.jobs.training import fresh_state
+from shufflenet_mlflow.jobs.training import bare_trainer
 from shufflenet_mlflow.planning import Plan, plan
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
@@ -108,20 +105,7 @@ def run_bench(request: BenchRequest, *, reporter: Reporter, stop: StopFlag) -> B
     options = {**request.options}
     options.setdefault("val_dir", options.get("train_dir"))
     planned = plan(TrainRequest(options=options, cache_dir=request.cache_dir), None, None, World())
-    config = planned.config
-    device = choose_device(config.device)
-    keep_freed_memory(device)
-    state = fresh_state(planned, device, World(), first_weights=False)
-    trainer = Trainer(
-        config=config,
-        data=planned.data,
-        state=state,
-        constants=constants(planned, environment(planned, device, World())),
-        store=NoStore(),
-        sink=NoMetrics(),
-        reporter=reporter,
-        stop=stop,
-    )
+    trainer = bare_trainer(planned, reporter=reporter, stop=stop)
     bench = _Bench(trainer, request.iterations, reporter, stop)
     try:
         load = bench.loading()

@@ -366,6 +366,24 @@ def _warn_of_failed_saves(store: TrackedStore, error: BaseException, reporter: R
             reporter.warn(str(failure))
 
 
+def bare_trainer(planned: Plan, *, reporter: Reporter, stop: StopFlag) -> Trainer:
+    """The loop of that run in this process alone, from its beginning, with nothing kept: to measure it."""
+    world = World()
+    device = choose_device(planned.config.device)
+    keep_freed_memory(device)
+    return Trainer(
+        config=planned.config,
+        data=planned.data,
+        state=fresh_state(planned, device, world, first_weights=False),
+        constants=constants(planned, environment(planned, device, world)),
+        store=NoStore(),
+        sink=NoMetrics(),
+        reporter=reporter,
+        stop=stop,
+        world=world,
+    )
+
+
 def fresh_state(planned: Plan, device: torch.device, world: World, *, first_weights: bool) -> TrainingState:
     """The state before the first iteration.
 
