@@ -4,10 +4,13 @@ from typing import Any
 
 import click
 
+from .commands import Command
+from .completing import NETWORK, Folder
 from .options import (
     architecture_options,
     cache_dir_option,
-    debug_option,
+    common_options,
+    config_option,
     device_option,
     flag,
     json_option,
@@ -16,24 +19,38 @@ from .options import (
 )
 
 
-@click.command()
-@option("--model", metavar="NAME", help="Network.  [default: shufflenet_v2_x0_5]")
-@options(*architecture_options)
-@option("--train-dir", metavar="DIR", help="Images, one folder per class.  [default: the bundled digits]")
-@option("--num-classes", type=int, help="Width of the classifier.  [default: classes in --train-dir]")
-@option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: 224; digits: 64]")
-@option("--batch-size", type=int, help="Images per iteration.  [default: 64]")
-@option("--amp", type=click.Choice(["off", "bf16", "fp16"]), help="Mixed precision.  [default: off]")
-@flag("--compile", help="With torch.compile.")
-@option("--workers", type=int, help="Decoding processes.  [default: as in training]")
-@device_option
-@option("--iterations", type=click.IntRange(min=1), help="To measure, of each part.  [default: 20]")
-@option("--tracking-uri", metavar="URI", help="Store to measure with.  [default: an embedded one, for the occasion]")
+@click.command(cls=Command)
+@options(
+    option("--model", metavar="NAME", type=NETWORK, help="See `shufflenet models`.  [default: shufflenet_v2_x0_5]"),
+    architecture_options,
+    option("--num-classes", type=int, metavar="N", help="Width of the classifier.  [default: classes in --train-dir]"),
+    option("--input-size", type=int, metavar="PIXELS", help="A multiple of 32.  [default: 224; digits: 64]"),
+    section="Network",
+)
+@option("--train-dir", metavar="DIR", type=Folder(), section="Data", help="A folder per class.  [default: digits]")
+@option("--batch-size", type=int, metavar="N", section="Training", help="Images per iteration.  [default: 64]")
+@options(
+    device_option,
+    option("--workers", type=int, metavar="N", help="Decoding processes.  [default: as in training]"),
+    option("--amp", type=click.Choice(["off", "bf16", "fp16"]), help="Mixed precision.  [default: off]"),
+    flag("--compile", help="With torch.compile."),
+    section="Machine",
+)
+@option("--iterations", type=click.IntRange(min=1), metavar="N", help="To measure, of each part.  [default: 20]")
+@option(
+    "--tracking-uri",
+    metavar="URI",
+    section="MLflow",
+    help="Store to measure with.  [default: an embedded one, for the occasion]",
+)
 @cache_dir_option
+@config_option
 @json_option
-@debug_option
+@common_options
 def bench(as_json: bool, **values: Any) -> None:
-    """Measure where an iteration of training spends its time on this machine, and name the bottleneck.
+    """Measure where training spends its time on this machine.
+
+    Names the bottleneck of an iteration: data, step, checkpoint or tracking.
 
     Nothing is kept. With --tracking-uri a run is made there and deleted again, with its checkpoints.
 
@@ -51,7 +68,8 @@ def bench(as_json: bool, **values: Any) -> None:
     with stop_flag("leaving after this iteration; once more leaves at once") as stop:
         from shufflenet_mlflow.jobs.benchmarking import BenchRequest, described, run_bench
 
-        from .console import ConsoleReporter, print_json, print_table
+        from .console import ConsoleReporter, next_steps
+        from .tables import print_json, print_table
 
         request = BenchRequest(given, iterations or BenchRequest.iterations, tracking_uri, cache_dir)
         result = run_bench(request, reporter=ConsoleReporter(), stop=stop)
@@ -66,3 +84,4 @@ def bench(as_json: bool, **values: Any) -> None:
     print_table(["", "ms", ""], [*rows, whole])
     click.echo(f"\nThe first step took {result.first_step_seconds:.1f} s.")
     click.echo(f"Bottleneck: {result.bottleneck}. What would help: {result.advice}.")
+    next_steps("shufflenet train with the same options, once they suit you")

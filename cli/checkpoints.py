@@ -1,36 +1,61 @@
 """`shufflenet checkpoints`."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import click
 
-from .options import cache_dir_option, debug_option, json_option, keep_options, option, options, tracking_uri_option
+from .commands import Group
+from .completing import Folder
+from .options import (
+    cache_dir_option,
+    common_options,
+    config_option,
+    json_option,
+    keep_options,
+    option,
+    ref_argument,
+    tracking_uri_option,
+)
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.jobs.checkpoints import CheckpointRow
 
 
-@click.group()
+@click.group(cls=Group)
 def checkpoints() -> None:
-    """List, verify, fetch, prune and promote checkpoints."""
+    """List, verify, fetch, prune and promote checkpoints.
+
+    \b
+    Examples:
+      shufflenet checkpoints ls pets/models
+      shufflenet checkpoints prune 01234567 --keep-last 3 --keep-best 1 --dry-run
+      shufflenet checkpoints promote runs:/01234567@best --name pets --alias champion
+    """
 
 
 @checkpoints.command("ls")
-@click.argument("ref", metavar="REF")
+@ref_argument
 @tracking_uri_option
+@config_option
 @json_option
-@debug_option
+@common_options
 def ls(ref: str, tracking_uri: str | None, as_json: bool) -> None:
     """List the checkpoints of REF, a folder or a run ID, newest first.
 
     For a folder, those in the run that it belongs to are listed too.
+
+    \b
+    Examples:
+      shufflenet checkpoints ls pets/models
+      shufflenet checkpoints ls 01234567 --json
     """
     from shufflenet_mlflow.jobs.checkpoints import list_rows
 
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, next_steps
+    from .tables import print_json, print_table
 
     rows = list_rows(ref, tracking_uri=tracking_uri, reporter=ConsoleReporter())
     if as_json:
@@ -39,29 +64,25 @@ def ls(ref: str, tracking_uri: str | None, as_json: bool) -> None:
     if not rows:
         click.echo(f"{ref}: no checkpoints")
         return
-    titles = ("iterations", "epoch", "loss", "val_top1", "size", "sha256", "where", "marks")
-    click.echo(_columns(titles) + "file")
-    for row in rows:
-        click.echo(_line(row))
+    titles = ("iters", "epoch", "loss", "val_top1", "size", "sha256", "where", "marks", "file")
+    print_table(titles, [_cells(row) for row in rows], spare=("sha256", "epoch", "size"))
+    waits = any(row.pending for row in rows)
+    next_steps(
+        *([f"shufflenet sync {quote(ref)}    brings to MLflow what is pending"] if waits else []),
+        f"shufflenet eval {quote(ref)}",
+        f"shufflenet checkpoints verify {quote(ref)}",
+    )
 
 
-def _line(row: "CheckpointRow") -> str:
+def _cells(row: "CheckpointRow") -> list[str]:
+    from .tables import cell, printable
+
     where = [word for word, holds in (("local", row.local), ("remote", row.remote), ("pending", row.pending)) if holds]
     marks = [word for word in ("latest", "best", "promoted") if getattr(row, word)]
-    values = (
-        *(str(row.iters), _or_dash(row.epoch), _decimal(row.loss), _decimal(row.val_top1), _megabytes(row.bytes)),
-        *((row.sha256 or "-")[:12], "+".join(where), " ".join(marks)),
-    )
-    return _columns(values) + row.file
-
-
-def _columns(values: Sequence[str]) -> str:
-    numbers = "".join(f"{text:>{width}}" for text, width in zip(values[:5], (10, 7, 9, 10, 11), strict=True))
-    return numbers + "  " + "".join(f"{text:<{width}}" for text, width in zip(values[5:], (14, 16, 15), strict=True))
-
-
-def _or_dash(value: int | None) -> str:
-    return "-" if value is None else str(value)
+    return [
+        *(str(row.iters), cell(row.epoch), _decimal(row.loss), _decimal(row.val_top1), _megabytes(row.bytes)),
+        *((row.sha256 or "-")[:12], "+".join(where), " ".join(marks), printable(row.file)),
+    ]
 
 
 def _decimal(value: float | None) -> str:
@@ -73,19 +94,26 @@ def _megabytes(size: int | None) -> str:
 
 
 @checkpoints.command()
-@click.argument("ref", metavar="REF")
+@ref_argument
 @tracking_uri_option
 @cache_dir_option
+@config_option
 @json_option
-@debug_option
+@common_options
 def verify(ref: str, tracking_uri: str | None, cache_dir: Path | None, as_json: bool) -> None:
     """Verify REF: one checkpoint, or all in a folder or a run. The exit status is 1 if one is not sound.
 
     Checked are every CRC in the file, and size and SHA-256 where there is a record. Those of a run are fetched.
+
+    \b
+    Examples:
+      shufflenet checkpoints verify pets/models
+      shufflenet checkpoints verify runs:/01234567@best
     """
     from shufflenet_mlflow.jobs.checkpoints import verify_all
 
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, next_steps
+    from .tables import print_json
 
     verdicts = verify_all(ref, tracking_uri=tracking_uri, cache_dir=cache_dir, reporter=ConsoleReporter())
     if as_json:
@@ -93,43 +121,54 @@ def verify(ref: str, tracking_uri: str | None, cache_dir: Path | None, as_json: 
     else:
         for verdict in verdicts:
             click.echo(f"{'ok     ' if verdict.ok else 'INVALID'}  {verdict.reason or verdict.file}")
-    if not all(verdict.ok for verdict in verdicts):
+    unsound = sum(not verdict.ok for verdict in verdicts)
+    if unsound:
+        if not as_json:
+            next_steps("resuming and eval pass over what is invalid and take the newest valid one")
         sys.exit(1)
+    if not as_json:
+        next_steps(f"shufflenet eval {quote(ref)}")
 
 
 @checkpoints.command()
-@click.argument("ref", metavar="REF")
-@option("--output", type=click.Path(path_type=Path), help="Folder to put it into.  [default: the cache folder]")
+@ref_argument
+@option(
+    "--output", type=Folder(path_type=Path), metavar="DIR", help="Folder to put it into.  [default: the cache folder]"
+)
 @tracking_uri_option
 @cache_dir_option
+@config_option
 @json_option
-@debug_option
+@common_options
 def pull(ref: str, output: Path | None, tracking_uri: str | None, cache_dir: Path | None, as_json: bool) -> None:
     """Fetch the checkpoint REF and print where it is. It takes its name only once it is verified.
 
     \b
     Examples:
-      shufflenet checkpoints pull runs:/0123456789abcdef0123456789abcdef@best --output .
+      shufflenet checkpoints pull runs:/01234567@best --output .
       shufflenet checkpoints pull models:/pets@champion
     """
     from shufflenet_mlflow.jobs import checkpoints as job
 
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, next_steps
+    from .tables import print_json
 
     found = job.pull(ref, output=output, tracking_uri=tracking_uri, cache_dir=cache_dir, reporter=ConsoleReporter())
     if as_json:
         print_json({"path": str(found.path), "iters": found.iters, "run_id": found.run_id})
         return
     click.echo(str(found.path))
+    next_steps(f"shufflenet eval {quote(str(found.path))} --val-dir DIR")
 
 
 @checkpoints.command()
-@click.argument("ref", metavar="REF")
-@options(*keep_options)
+@ref_argument
+@keep_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
 @tracking_uri_option
+@config_option
 @json_option
-@debug_option
+@common_options
 def prune(
     ref: str,
     keep_last: int | None,
@@ -143,11 +182,17 @@ def prune(
 
     Never deleted: the newest that verifies, the best, those that a registered model stands for, those that wait for
     their upload, and files that this project did not write.
+
+    \b
+    Examples:
+      shufflenet checkpoints prune pets/models --keep-last 3 --keep-best 1 --dry-run
+      shufflenet checkpoints prune 01234567 --keep-every 10000
     """
     from shufflenet_mlflow.checkpoint import Retention
     from shufflenet_mlflow.jobs import checkpoints as job
 
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, next_steps
+    from .tables import print_json
 
     ConsoleReporter()
     rules = Retention(keep_last, keep_best, keep_every)
@@ -162,18 +207,20 @@ def prune(
     click.echo(
         f"{verb} {len(dropped)} checkpoints, {_megabytes(sum(item.record.bytes for item in dropped))} each place"
     )
+    next_steps("the same without --dry-run deletes them" if dry_run else f"shufflenet checkpoints ls {quote(ref)}")
 
 
 @checkpoints.command()
-@click.argument("ref", metavar="REF")
+@ref_argument
 @click.option("--name", required=True, help="Registered model; it is made if there is none.")
 @click.option(
     "--alias", "aliases", multiple=True, metavar="ALIAS", help="Such as champion; may be given several times."
 )
 @tracking_uri_option
 @cache_dir_option
+@config_option
 @json_option
-@debug_option
+@common_options
 def promote(
     ref: str,
     name: str,
@@ -189,13 +236,14 @@ def promote(
 
     \b
     Examples:
-      shufflenet checkpoints promote runs:/0123456789abcdef0123456789abcdef@best --name pets --alias champion
+      shufflenet checkpoints promote runs:/01234567@best --name pets --alias champion
       shufflenet predict models:/pets@champion cat.jpg
       mlflow models serve -m models:/pets@champion --env-manager local
     """
     from shufflenet_mlflow.jobs.exporting import run_promotion
 
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, next_steps
+    from .tables import print_json
 
     promoted = run_promotion(
         ref,
@@ -209,5 +257,4 @@ def promote(
         print_json(promoted.to_dict())
         return
     click.echo(f"{promoted.uri} is version {promoted.version} of {promoted.name}: {promoted.checkpoint}")
-    click.echo(f"serve it    mlflow models serve -m {promoted.uri} --env-manager local")
-    click.echo(f"predict     shufflenet predict {promoted.uri} IMAGE")
+    next_steps(f"shufflenet predict {promoted.uri} IMAGE", f"mlflow models serve -m {promoted.uri} --env-manager local")

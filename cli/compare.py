@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import debug_option, json_option, option, tracking_uri_option
+from .commands import Command
+from .completing import RUN, Folder
+from .options import common_options, config_option, json_option, option, tracking_uri_option
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.compare import Comparison, PairedTest
@@ -13,26 +15,35 @@ if TYPE_CHECKING:
 SHOWN_CHANGES = 5
 
 
-@click.command()
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@option("--out", type=click.Path(path_type=Path), help="Folder for compare.html and the curves as PNG.")
+@click.command(cls=Command)
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=RUN)
+@option(
+    "--out",
+    type=Folder(path_type=Path),
+    metavar="DIR",
+    help="Folder for compare.html and the curves as PNG.  [default: none]",
+)
 @tracking_uri_option
+@config_option
 @json_option
-@debug_option
+@common_options
 def compare(runs: tuple[str, ...], out: Path | None, tracking_uri: str | None, as_json: bool) -> None:
-    """Compare two RUNs or more: options that differ, results with the best marked, curves.
+    """Compare RUNs: options, results, curves, significance.
+
+    Shows which options differ, and results with the best marked; with --out the curves too.
 
     Where the first run and another have been evaluated on the same images, it says which images changed sides and
     whether the difference is more than chance (McNemar's exact test).
 
     \b
     Examples:
-      shufflenet compare 0123456789abcdef0123456789abcdef 89abcdef0123456789abcdef01234567
-      shufflenet compare $A $B $C --out comparison
+      shufflenet compare 01234567 89abcdef
+      shufflenet compare 01234567 89abcdef fedcba98 --out comparison
     """
     from shufflenet_mlflow.jobs.comparing import run_comparison
 
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, next_steps
+    from .tables import print_json
 
     ConsoleReporter()
     summary = run_comparison(runs, out=out, tracking_uri=tracking_uri)
@@ -42,10 +53,11 @@ def compare(runs: tuple[str, ...], out: Path | None, tracking_uri: str | None, a
     _show(summary.comparison)
     for path in summary.written:
         click.echo(f"written  {path}")
+    next_steps(*_next_steps(summary.comparison))
 
 
 def _show(comparison: "Comparison") -> None:
-    from .console import cell, print_table
+    from .tables import cell, print_table
 
     print_table(("run", "name", "status"), [(run.short_id, cell(run.name), run.status) for run in comparison.runs])
     ids = [run.short_id for run in comparison.runs]
@@ -66,6 +78,18 @@ def _show(comparison: "Comparison") -> None:
     for test in comparison.tests:
         click.echo()
         _show_test(test)
+
+
+def _next_steps(comparison: "Comparison") -> list[str]:
+    steps = []
+    if not comparison.tests:
+        listed = " and ".join(run.short_id for run in comparison.runs)
+        steps.append(f"shufflenet eval RUN, for {listed}: then this says whether the difference is more than chance")
+    accuracies = [row for row in comparison.results if row.metric == "best/val_top1" and row.best]
+    if accuracies:
+        best = comparison.runs[accuracies[0].best[0]]
+        steps.append(f"shufflenet checkpoints promote runs:/{best.short_id}@best --name NAME --alias champion")
+    return steps
 
 
 def _show_test(test: "PairedTest") -> None:

@@ -1,13 +1,12 @@
 """What a person sees while a job runs: a live display on a terminal, plain lines elsewhere. All of it on stderr."""
 
 import logging
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
-import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -18,8 +17,21 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
-from shufflenet_mlflow.jsontext import to_json
+from .options import verbosity
+
+WIDEST_BAR = 24
+BESIDE_BAR = 46
+"""Columns that stand beside the bar."""
+
+LEVELS = {"verbose": logging.DEBUG, "quiet": logging.WARNING, None: logging.INFO}
+"""What of the library's log is shown."""
+
+
+def make_console() -> Console:
+    """Of stderr: colours on a terminal unless `NO_COLOR` is set, lines as long as they are."""
+    return Console(stderr=True, soft_wrap=True)
 
 
 class _Handler(logging.Handler):
@@ -28,9 +40,22 @@ class _Handler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        style = "yellow" if record.levelno >= logging.WARNING else "dim"
-        prefix = "Warning: " if record.levelno >= logging.WARNING else ""
+        if record.levelno >= logging.WARNING:
+            style, prefix = "yellow", "Warning: "
+        else:
+            style, prefix = "dim", f"{time.strftime('%H:%M:%S')} " if record.levelno < logging.INFO else ""
         self._console.print(f"[{style}]{prefix}{escape(record.getMessage())}[/]", highlight=False)
+
+
+class _Bars(Progress):
+    """One bar for each phase that is under way, and a line of figures below them."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.figures:
+            yield Text(self.figures, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class _LivePhase:
@@ -50,51 +75,54 @@ class ConsoleReporter:
     """Implements `shufflenet_mlflow.reporting.Reporter`."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, soft_wrap=True)
-        self._progress: Progress | None = None
+        self.console = make_console()
+        self._quiet = verbosity() == "quiet"
+        # Not what FORCE_COLOR says: a log file may have colours, but nothing in it can be drawn over.
+        self._live = sys.stderr.isatty() and not self.console.is_dumb_terminal and not self._quiet
+        self._bars: _Bars | None = None
         self._total = self._first = 0
         self._began = time.monotonic()
         self._waiting = 0
+        self._val_top1: float | None = None
         logger = logging.getLogger("shufflenet_mlflow")
         logger.handlers = [_Handler(self.console)]
         logger.propagate = False
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.INFO)
+        logger.setLevel(LEVELS[verbosity()])
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[_LivePhase | _PlainPhase]:
         """A bar on a terminal; phases may lie within one another."""
         if name == "training":
             self._total, self._first, self._began = total, done, time.monotonic()
-        if not self.console.is_terminal:
+        if not self._live:
             yield _PlainPhase()
             return
-        outermost = self._progress is None
-        if self._progress is None:
-            self._progress = Progress(
+        outermost = self._bars is None
+        if self._bars is None:
+            self._bars = _Bars(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=max(4, min(WIDEST_BAR, self.console.width - BESIDE_BAR))),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[detail]}"),
                 console=self.console,
                 transient=True,
             )
-            self._progress.start()
-        progress = self._progress
-        task = progress.add_task(name, total=total, completed=done, detail="")
+            self._bars.start()
+        bars = self._bars
+        task = bars.add_task(name, total=total, completed=done)
         try:
-            yield _LivePhase(progress, task)
+            yield _LivePhase(bars, task)
         finally:
-            progress.remove_task(task)
+            bars.remove_task(task)
             if outermost:
-                progress.stop()
-                self._progress = None
+                bars.stop()
+                self._bars = None
 
     def metrics(self, iters: int, values: Mapping[str, float]) -> None:
-        """Training metrics beside the bar, or as a line; validations always as a line."""
+        """Training metrics below the bar, or as a line; validations always as a line."""
         if "val/top1" in values:
+            self._val_top1 = values["val/top1"]
             self._line(
                 f"[bold]validation[/] at iteration {iters}: top1 {values['val/top1']:.4f}  "
                 f"top5 {values['val/top5']:.4f}  loss {values['val/loss']:.4f}"
@@ -106,8 +134,8 @@ class ConsoleReporter:
         )
         if self._waiting:
             text += f"  {self._waiting} waiting for MLflow"
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], detail=text)
+        if self._bars is not None:
+            self._bars.figures = text + ("" if self._val_top1 is None else f"  val top1 {self._val_top1:.4f}")
         else:
             width = len(str(self._total))
             self._line(f"iteration {iters:>{width}}/{self._total}  {text}  ETA {self._eta(iters)}")
@@ -121,48 +149,21 @@ class ConsoleReporter:
         self._line(escape(text))
 
     def warn(self, text: str) -> None:
-        self._line(f"[yellow]Warning:[/] {escape(text)}")
+        self.console.print(f"[yellow]Warning:[/] {escape(text)}", highlight=False)
 
     def waiting(self, count: int) -> None:
         """Shown in the next line of progress."""
         self._waiting = count
 
     def _line(self, markup: str) -> None:
-        self.console.print(markup, highlight=False)
+        if not self._quiet:
+            self.console.print(markup, highlight=False)
 
 
-def cell(value: Any) -> str:
-    """A value as it stands in a table; a dash for none."""
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
-
-
-def printable(text: str) -> str:
-    """Text on one line, without what a terminal would take for more than text."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-
-
-def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns on stdout, as wide as what is in them; numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    numeric = [all(_is_number(text) for text in column) for column in zip(*rows, strict=True)] or [False] * len(widths)
-    for row in (titles, *rows):
-        aligned = [
-            f"{text:>{width}}" if right else f"{text:<{width}}"
-            for text, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        click.echo("  ".join(aligned).rstrip())
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return text == "-"
-    return True
-
-
-def print_json(document: Any) -> None:
-    """One JSON document on stdout; what is not finite becomes null."""
-    click.echo(to_json(document))
+def next_steps(*commands: str) -> None:
+    """What to do next, on stderr; nothing with --quiet."""
+    if verbosity() == "quiet":
+        return
+    console = make_console()
+    for number, command in enumerate(commands):
+        console.print(f"[dim]{'     ' if number else 'next:'}[/] {escape(command)}", highlight=False)

@@ -1,21 +1,30 @@
 """`shufflenet data`."""
 
 from pathlib import Path
+from shlex import quote
 
 import click
 
-from .options import bad_image_option, debug_option, json_option, option
+from .commands import Group
+from .completing import Folder
+from .options import bad_image_option, common_options, config_option, json_option, option
 
 
-@click.group()
+@click.group(cls=Group)
 def data() -> None:
-    """Make data sets."""
+    """Make data sets, and what networks need of them.
+
+    \b
+    Examples:
+      shufflenet data digits digits
+      shufflenet data mean pets/train --output pets-mean.npy
+    """
 
 
 @data.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=Folder(path_type=Path))
 @json_option
-@debug_option
+@common_options
 def digits(folder: Path, as_json: bool) -> None:
     """Write the bundled handwritten digits to DIR, as DIR/train and DIR/val.
 
@@ -28,25 +37,33 @@ def digits(folder: Path, as_json: bool) -> None:
     from shufflenet_mlflow.data.digits import write_digits
     from shufflenet_mlflow.data.folder import list_images
 
+    from .console import next_steps
+    from .tables import print_json
+
     write_digits(folder)
     counts = {part: len(list_images(folder / part)) for part in ("train", "val")}
     if as_json:
-        from .console import print_json
-
         print_json({"directory": str(folder), **counts})
         return
     click.echo(f"{folder}: {counts['train']} images in train, {counts['val']} in val")
-    click.echo(f"train on them: shufflenet train --train-dir {folder}/train --val-dir {folder}/val")
+    train, val = (quote(f"{folder}/{part}") for part in ("train", "val"))
+    next_steps(f"shufflenet train --train-dir {train} --val-dir {val} --input-size 64")
 
 
 @data.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=Folder(path_type=Path))
 @option("--output", type=click.Path(path_type=Path), help="Where to write it, .npy or .xml.  [default: mean.npy]")
-@option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: 224]")
-@option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: one per core, at most 16]")
+@option("--input-size", type=int, metavar="PIXELS", help="A multiple of 32.  [default: 224]")
+@option(
+    "--workers",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Decoding processes.  [default: one per core, at most 16]",
+)
 @bad_image_option
+@config_option
 @json_option
-@debug_option
+@common_options
 def mean(
     folder: Path,
     output: Path | None,
@@ -64,8 +81,9 @@ def mean(
     """
     from shufflenet_mlflow.jobs import run_mean
 
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, next_steps
     from .stopping import stop_flag
+    from .tables import print_json
 
     output = output or Path("mean.npy")
     with stop_flag() as stop:
@@ -84,3 +102,7 @@ def mean(
     blue, green, red = summary.mean_BGR
     click.echo(f"{output}: mean of {summary.n} images, {summary.input_size}x{summary.input_size} pixels")
     click.echo(f"per channel: blue {blue:.2f}, green {green:.2f}, red {red:.2f}")
+    next_steps(
+        f"shufflenet train --model shufflenet_v2_large --mean-image {quote(str(output))} "
+        f"--train-dir {quote(str(folder))} --val-dir DIR"
+    )

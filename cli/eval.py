@@ -1,18 +1,23 @@
 """`shufflenet eval`."""
 
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .commands import Command
+from .completing import Folder
 from .options import (
     bad_image_option,
     cache_dir_option,
-    debug_option,
+    common_options,
+    config_option,
     device_option,
     json_option,
     network_options,
     option,
     options,
+    ref_argument,
     tracking_uri_option,
 )
 
@@ -22,44 +27,63 @@ if TYPE_CHECKING:
 WORST_CLASSES = 3
 
 
-@click.command("eval")
-@click.argument("ref")
-@option("--val-dir", metavar="DIR", help="Images, a folder per class.  [default: the run's own]")
-@options(*network_options)
-@option("--batch-size", type=click.IntRange(min=1), help="Images at a time.  [default: the run's own]")
-@option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: one per core, at most 16]")
-@device_option
-@bad_image_option
+@click.command("eval", cls=Command)
+@ref_argument
 @option(
-    "--log-to",
-    type=click.Choice(["source", "new", "none"]),
-    help="Run for the result: the checkpoint's, one of its own, none.  [default: source if REF names a run or model]",
+    "--val-dir",
+    metavar="DIR",
+    type=Folder(),
+    section="Data",
+    help="Images, a folder per class.  [default: the run's own]",
 )
-@option("--experiment", metavar="NAME", help="For --log-to new.  [default: that of the checkpoint's run]")
-@option("--run-name", metavar="NAME", help="For --log-to new.  [default: network and data]")
-@tracking_uri_option
-@cache_dir_option
+@bad_image_option
+@network_options
+@options(
+    device_option,
+    option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images at a time.  [default: the run's own]"),
+    option(
+        "--workers",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Decoding processes.  [default: one per core, at most 16]",
+    ),
+    section="Machine",
+)
+@options(
+    option(
+        "--log-to",
+        type=click.Choice(["source", "new", "none"]),
+        help="Run for the result: the checkpoint's, one of its own, none.  [default: source if REF is a run or model]",
+    ),
+    option("--experiment", metavar="NAME", help="For --log-to new.  [default: that of the checkpoint's run]"),
+    option("--run-name", metavar="NAME", help="For --log-to new.  [default: network and data]"),
+    tracking_uri_option,
+    cache_dir_option,
+    section="MLflow",
+)
+@config_option
 @json_option
-@debug_option
+@common_options
 def eval_(ref: str, as_json: bool, **values: Any) -> None:
-    """Evaluate the checkpoint REF on an image folder.
+    """Evaluate a checkpoint on an image folder.
 
-    REF is a file, a folder of checkpoints, a run ID, runs:/ID, runs:/ID@best, runs:/ID@latest, runs:/ID@ITERS,
-    models:/NAME@ALIAS or models:/NAME/VERSION.
+    REF is a file, a folder of checkpoints, a run ID or its first characters, runs:/ID, runs:/ID@best, runs:/ID@latest,
+    runs:/ID@ITERS, models:/NAME@ALIAS or models:/NAME/VERSION.
 
     What is logged: accuracies, loss, accuracy by class, calibration, confusion matrix, the most confident mistakes,
     throughput, and what became of each image.
 
     \b
     Examples:
-      shufflenet eval 0123456789abcdef0123456789abcdef
-      shufflenet eval runs:/0123456789abcdef0123456789abcdef@best --val-dir pets/test --json
+      shufflenet eval 01234567
+      shufflenet eval runs:/01234567@best --val-dir pets/test --json
       shufflenet eval ShuffleNetV2.1.0x.pth.tar --model shufflenet_v2_x1_0 --val-dir imagenet/val
     """
     from shufflenet_mlflow.jobs import EvalRequest, run_evaluation
 
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, next_steps
     from .stopping import stop_flag
+    from .tables import print_json
 
     given = {name: value for name, value in values.items() if value is not None}
     with stop_flag() as stop:
@@ -68,6 +92,7 @@ def eval_(ref: str, as_json: bool, **values: Any) -> None:
         print_json(summary.to_dict())
     else:
         click.echo(_result_lines(summary))
+        next_steps(*_next_steps(summary))
     if summary.problem is not None:
         raise summary.problem
 
@@ -91,3 +116,13 @@ def _result_lines(summary: "EvalSummary") -> str:
     if summary.logged_to:
         lines.append(f"logged to   run {summary.logged_to}")
     return "\n".join(lines)
+
+
+def _next_steps(summary: "EvalSummary") -> list[str]:
+    if summary.logged_to is None:
+        return [f"shufflenet predict {quote(str(summary.checkpoint))} IMAGE"]
+    steps = [f"shufflenet compare {summary.logged_to} RUN    with a run that was evaluated on the same images"]
+    if summary.run_id is not None:
+        promoted = f"runs:/{summary.run_id}@{summary.iters}"
+        steps.append(f"shufflenet checkpoints promote {promoted} --name NAME --alias champion")
+    return steps

@@ -5,30 +5,42 @@ from typing import Any
 
 import click
 
+from .commands import Command
 from .options import (
     cache_dir_option,
-    debug_option,
+    common_options,
+    config_option,
     json_option,
     network_options,
     option,
-    options,
+    ref_argument,
     tracking_uri_option,
 )
 
+USES = {
+    "pt2": "in Python: torch.export.load('{path}').module()",
+    "onnx": "in Python: onnxruntime.InferenceSession('{path}')",
+    "mlflow": "mlflow models serve -m {path} --env-manager local",
+}
+"""Format -> what takes the file."""
 
-@click.command()
-@click.argument("ref")
-@option("--format", type=click.Choice(["pt2", "onnx", "mlflow"]), help="[default: pt2]")
+
+@click.command(cls=Command)
+@ref_argument
+@option("--format", type=click.Choice(["pt2", "onnx", "mlflow"]), help="What to write.  [default: pt2]")
 @option(
     "--output", type=click.Path(path_type=Path), help="File, or folder for mlflow.  [default: the checkpoint's name]"
 )
-@options(*network_options)
+@network_options
 @tracking_uri_option
 @cache_dir_option
+@config_option
 @json_option
-@debug_option
+@common_options
 def export(ref: str, as_json: bool, **values: Any) -> None:
-    """Write the network of the checkpoint REF in a format that needs none of this package.
+    """Write a checkpoint as pt2, ONNX or an MLflow model.
+
+    The network of REF, in a format that needs none of this package.
 
     pt2 is read by torch.export.load, onnx by ONNX Runtime and others; mlflow is a folder for `mlflow models serve -m`.
     The first two take uint8 images (N, 3, S, S), resized and cropped, for any N, and give logits; classes and the way
@@ -42,7 +54,8 @@ def export(ref: str, as_json: bool, **values: Any) -> None:
     """
     from shufflenet_mlflow.jobs.exporting import ExportRequest, run_export
 
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, next_steps
+    from .tables import print_json
 
     given = {name: value for name, value in values.items() if value is not None}
     summary = run_export(ExportRequest(ref, **given), reporter=ConsoleReporter())
@@ -51,3 +64,4 @@ def export(ref: str, as_json: bool, **values: Any) -> None:
         return
     click.echo(f"{summary.path}  ({summary.loaded.network.architecture.name}, iteration {summary.loaded.iters})")
     click.echo(f"largest difference from the checkpoint's logits: {summary.difference:.1e} of the largest")
+    next_steps(USES[summary.format].format(path=summary.path))

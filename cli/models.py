@@ -2,19 +2,29 @@
 
 import click
 
-from .options import debug_option, json_option
+from .commands import Command
+from .options import common_options, json_option
 
 
-@click.command()
+@click.command(cls=Command)
 @json_option
-@debug_option
+@common_options
 def models(as_json: bool) -> None:
-    """List the networks: size, work at 224 pixels, published ImageNet errors, input."""
+    """List the networks, with size and published errors.
+
+    Work is at 224 pixels, errors are on ImageNet; input is what the published weights expect.
+
+    \b
+    Examples:
+      shufflenet models
+      shufflenet models --json
+    """
     from shufflenet_mlflow.models import VARIANTS
 
-    if as_json:
-        from .console import print_json
+    from .console import next_steps
+    from .tables import print_json, print_table
 
+    if as_json:
         print_json(
             [
                 {
@@ -30,9 +40,18 @@ def models(as_json: bool) -> None:
             ]
         )
         return
-    click.echo(f"{'name':<32}{'family':<13}{'parameters':>10}{'MACs':>10}{'top-1 error':>13}{'top-5 error':>13}  input")
-    for variant in VARIANTS.values():
-        click.echo(
-            f"{variant.name:<32}{variant.family:<13}{variant.parameters / 1e6:>8.2f} M{variant.macs / 1e6:>8,.0f} M"
-            f"{variant.top1_error:>11.2f} %{variant.top5_error:>11.2f} %  {variant.preprocess}"
+    rows = [
+        (
+            variant.name,
+            variant.family,
+            f"{variant.parameters / 1e6:.2f}",
+            f"{variant.macs / 1e6:,.0f}",
+            f"{variant.top1_error:.2f}",
+            f"{variant.top5_error:.2f}",
+            variant.preprocess,
         )
+        for variant in VARIANTS.values()
+    ]
+    titles = ("name", "family", "params (M)", "MACs (M)", "top-1 error %", "top-5 error %", "input")
+    print_table(titles, rows, spare=("input", "top-5 error %", "family"))
+    next_steps("shufflenet train --model NAME --train-dir DIR --val-dir DIR")

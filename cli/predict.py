@@ -4,32 +4,44 @@ from typing import Any
 
 import click
 
+from .commands import Command
 from .options import (
     bad_image_option,
     cache_dir_option,
-    debug_option,
+    common_options,
+    config_option,
     device_option,
     json_option,
     network_options,
     option,
     options,
+    ref_argument,
     tracking_uri_option,
 )
 
 
-@click.command()
-@click.argument("ref")
+@click.command(cls=Command)
+@ref_argument
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
-@option("--top", type=click.IntRange(min=1), help="Labels per image.  [default: 5]")
-@options(*network_options)
-@option("--batch-size", type=click.IntRange(min=1), help="Images at a time.  [default: 64]")
-@option("--workers", type=click.IntRange(min=0), help="Decoding processes.  [default: none for a few images]")
-@device_option
+@option("--top", type=click.IntRange(min=1), metavar="N", help="Labels per image.  [default: 5]")
+@network_options
 @bad_image_option
+@options(
+    device_option,
+    option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images at a time.  [default: 64]"),
+    option(
+        "--workers",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Decoding processes.  [default: none for a few images]",
+    ),
+    section="Machine",
+)
 @tracking_uri_option
 @cache_dir_option
+@config_option
 @json_option
-@debug_option
+@common_options
 def predict(ref: str, images: tuple[str, ...], as_json: bool, **values: Any) -> None:
     """Say what the checkpoint REF takes each IMAGE for: files, or folders of them.
 
@@ -37,13 +49,14 @@ def predict(ref: str, images: tuple[str, ...], as_json: bool, **values: Any) -> 
 
     \b
     Examples:
-      shufflenet predict 0123456789abcdef0123456789abcdef cat.jpg dog.png
+      shufflenet predict 01234567 cat.jpg dog.png
       shufflenet predict models:/pets@champion photos --top 1 --json
     """
     from shufflenet_mlflow.jobs.prediction import PredictRequest, run_prediction
 
-    from .console import ConsoleReporter, print_json, printable
+    from .console import ConsoleReporter
     from .stopping import stop_flag
+    from .tables import print_json, printable
 
     given = {name: value for name, value in values.items() if value is not None}
     with stop_flag() as stop:

@@ -4,24 +4,31 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import debug_option, json_option, option, tracking_uri_option
+from .commands import Group
+from .options import common_options, config_option, json_option, option, options, run_argument, tracking_uri_option
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.jobs.runs import RunDetails
 
 LIMIT = 50
+SPARE = ("started", "minutes", "status", "val/top1")
+"""Columns that a narrow terminal does without, the first of them first."""
 
 
-@click.group(invoke_without_command=True)
-@option("--experiment", metavar="NAME", help="MLflow experiment.  [default: shufflenet]")
-@option("--filter", "filter_string", metavar="EXPR", help="As MLflow's search takes it.")
-@option("--sort", metavar="COLUMN", help="Highest first.  [default: started]")
-@click.option("--ascending", is_flag=True, help="Lowest first.")
-@option("--columns", metavar="LIST", help="Such as name,lr,best/val_top1,tags.job.  [default: what matters most]")
-@option("--limit", type=click.IntRange(1, 50_000), help=f"Most rows.  [default: {LIMIT}]")
+@click.group(cls=Group, invoke_without_command=True)
+@options(
+    option("--filter", "filter_string", metavar="EXPR", help="As MLflow's search takes it.  [default: all runs]"),
+    option("--sort", metavar="COLUMN", help="Highest first.  [default: started]"),
+    click.option("--ascending", is_flag=True, help="Lowest first."),
+    option("--columns", metavar="LIST", help="Such as name,lr,best/val_top1,tags.job.  [default: what matters most]"),
+    option("--limit", type=click.IntRange(1, 50_000), metavar="N", help=f"Most rows.  [default: {LIMIT}]"),
+    section="Rows and columns",
+)
+@option("--experiment", metavar="NAME", section="MLflow", help="MLflow experiment.  [default: shufflenet]")
 @tracking_uri_option
+@config_option
 @json_option
-@debug_option
+@common_options
 @click.pass_context
 def runs(ctx: click.Context, /, as_json: bool, ascending: bool, **values: Any) -> None:
     """List runs, or show one of them.
@@ -33,13 +40,14 @@ def runs(ctx: click.Context, /, as_json: bool, ascending: bool, **values: Any) -
       shufflenet runs --sort best/val_top1
       shufflenet runs --filter "metrics.`val/top1` > 0.9 and params.model = 'shufflenet_oneshot'"
       shufflenet runs --columns run_id,lr,batch_size,best/val_top1,best/iters --json
-      shufflenet runs show 0123456789abcdef0123456789abcdef
+      shufflenet runs show 01234567
     """
     if ctx.invoked_subcommand is not None:
         return
     from shufflenet_mlflow.jobs.runs import DEFAULT_COLUMNS, list_runs
 
-    from .console import ConsoleReporter, cell, print_json, print_table
+    from .console import ConsoleReporter, next_steps
+    from .tables import cell, print_json, print_table
 
     ConsoleReporter()
     columns, filter_string = values["columns"], values["filter_string"] or ""
@@ -57,22 +65,33 @@ def runs(ctx: click.Context, /, as_json: bool, ascending: bool, **values: Any) -
         return
     if not table.runs:
         click.echo(f"experiment {table.experiment}: no runs" + (" that fit" if filter_string else ""))
+        next_steps("shufflenet train    makes one", "shufflenet runs --experiment NAME    looks elsewhere")
         return
-    print_table([column.title for column in table.columns], [[cell(value) for value in row] for row in table.rows()])
+    titles = [column.title for column in table.columns]
+    print_table(titles, [[cell(value) for value in row] for row in table.rows()], spare=SPARE)
     if table.has_more:
         click.echo(f"the first {len(table.runs)}; --limit shows more", err=True)
+    next_steps("shufflenet runs show RUN    one in full", "shufflenet compare RUN RUN    what makes the difference")
 
 
 @runs.command()
-@click.argument("run", metavar="RUN")
+@run_argument
 @tracking_uri_option
+@config_option
 @json_option
-@debug_option
+@common_options
 def show(run: str, tracking_uri: str | None, as_json: bool) -> None:
-    """Show the run RUN in full: data, code, versions, hardware, results, and the command that makes it again."""
+    """Show the run RUN in full: data, code, versions, hardware, results, and the command that makes it again.
+
+    \b
+    Examples:
+      shufflenet runs show 01234567
+      shufflenet runs show 0123456789abcdef0123456789abcdef --json
+    """
     from shufflenet_mlflow.jobs.runs import show_run
 
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, next_steps
+    from .tables import print_json
 
     ConsoleReporter()
     details = show_run(run, tracking_uri=tracking_uri)
@@ -80,6 +99,7 @@ def show(run: str, tracking_uri: str | None, as_json: bool) -> None:
         print_json(details.to_dict())
         return
     click.echo("\n".join(_lines(details)))
+    next_steps(f"shufflenet checkpoints ls {details.to_dict()['run_id']}")
 
 
 def _lines(details: "RunDetails") -> list[str]:

@@ -1,28 +1,40 @@
 """`shufflenet sync`."""
 
 from pathlib import Path
+from shlex import quote
 
 import click
 
-from .options import debug_option, json_option, tracking_uri_option
+from .commands import Command
+from .completing import Folder
+from .options import common_options, config_option, json_option, tracking_uri_option
 
 
-@click.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.command(cls=Command)
+@click.argument("directory", metavar="DIR", type=Folder(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Only say what waits.")
 @tracking_uri_option
+@config_option
 @json_option
-@debug_option
+@common_options
 def sync(directory: Path, dry_run: bool, tracking_uri: str | None, as_json: bool) -> None:
-    """Bring to MLflow what training could not deliver, from DIR, the folder of its checkpoints.
+    """Bring to MLflow what training could not deliver.
+
+    From DIR, the folder of its checkpoints.
 
     Nothing arrives twice, however often this is interrupted. The store is the one that training used, unless
     --tracking-uri names another address of it.
+
+    \b
+    Examples:
+      shufflenet sync models/0123456789abcdef0123456789abcdef --dry-run
+      shufflenet sync pets/models
     """
     from shufflenet_mlflow.jobs.sync import describe_entries, run_sync
 
-    from .console import ConsoleReporter, print_json
+    from .console import ConsoleReporter, next_steps
     from .stopping import stop_flag
+    from .tables import print_json
 
     with stop_flag("what is not sent yet stays where it is") as stop:
         summary = run_sync(directory, dry_run=dry_run, tracking_uri=tracking_uri, reporter=ConsoleReporter(), stop=stop)
@@ -34,9 +46,15 @@ def sync(directory: Path, dry_run: bool, tracking_uri: str | None, as_json: bool
         click.echo(f"sent {summary.sent} entries to {run}")
     if not summary.pending:
         click.echo(f"nothing waits in {directory}")
+        if summary.run_id:
+            next_steps(f"shufflenet runs show {summary.run_id}")
         return
     click.echo(
         f"{len(summary.pending)} entries wait for {run} in {summary.tracking_uri}: {describe_entries(summary.pending)}"
     )
     for record in summary.uploads():
         click.echo(f"  {record['path'].rpartition('/')[2]}  {record['bytes'] / 1e6:.1f} MB")
+    next_steps(
+        f"shufflenet sync {quote(str(directory))}    "
+        + ("brings it to MLflow" if dry_run else "again, once it answers")
+    )

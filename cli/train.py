@@ -3,17 +3,21 @@
 import shutil
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from shufflenet_mlflow.stopping import StopRequested, exit_status
 
+from .commands import Command
+from .completing import NETWORK, REFERENCE, Folder, Reference
 from .options import (
     architecture_options,
     bad_image_option,
     cache_dir_option,
-    debug_option,
+    common_options,
+    config_option,
     device_option,
     flag,
     json_option,
@@ -23,6 +27,7 @@ from .options import (
     options,
     tracking_uri_option,
 )
+from .settings import weaker_of
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.jobs import TrainSummary
@@ -43,79 +48,130 @@ REQUEST_OPTIONS = (
 )
 """Options that say where a run is kept; the others say what it does."""
 
+EXCLUDING = (("epochs", "total_iters"), ("init_from", "pretrained"))
+"""Pairs of which one may be given; one in the command goes before the other in a file."""
 
-@click.command()
-@option(
-    "--model",
-    metavar="NAME",
-    help="Network; see `shufflenet models`.  [default: shufflenet_v2_x0_5]",
+
+@click.command(cls=Command)
+@options(
+    option("--model", metavar="NAME", type=NETWORK, help="See `shufflenet models`.  [default: shufflenet_v2_x0_5]"),
+    architecture_options,
+    option("--num-classes", type=int, metavar="N", help="Width of the classifier.  [default: as many as folders]"),
+    option("--input-size", type=int, metavar="PIXELS", help="A multiple of 32.  [default: 224; digits: 64]"),
+    option(
+        "--init-from",
+        metavar="REF",
+        type=REFERENCE,
+        help="Begin with a checkpoint's weights.  [default: fresh ones]",
+    ),
+    flag("--pretrained", help="Begin with torchvision's published weights; torchvision/ networks."),
+    section="Network",
 )
-@options(*architecture_options)
-@option("--init-from", metavar="REF", help="Begin with a checkpoint's weights.  [default: fresh ones]")
-@flag("--pretrained", help="Begin with torchvision's published weights; torchvision/ networks.")
-@option("--train-dir", metavar="DIR", help="Training images, a folder per class.  [default: digits]")
-@option("--val-dir", metavar="DIR", help="Validation images, same classes.  [default: digits]")
-@option("--num-classes", type=int, help="Width of the classifier.  [default: as many as folders]")
-@option("--input-size", type=int, help="Pixels, a multiple of 32.  [default: 224; digits: 64]")
-@option("--batch-size", type=int, help="Images per iteration.  [default: 64]")
-@option("--epochs", type=int, help="Passes over the images.  [default: the paper's; digits: 20]")
-@option("--total-iters", type=int, help="Length in iterations, instead of --epochs.")
-@option("--lr", type=float, help="First learning rate.  [default: the paper's, scaled to the batch]")
-@option("--momentum", type=float, help="Of SGD.  [default: the paper's, 0.9]")
-@option("--weight-decay", type=float, help="Not on biases and BN.  [default: the paper's, 4e-5]")
-@option("--label-smooth", type=float, help="Label smoothing.  [default: the paper's, 0.1]")
-@option("--ema-decay", type=float, metavar="DECAY", help="Evaluate a moving average of the weights.  [default: none]")
-@option(
-    "--amp",
-    type=click.Choice(["off", "bf16", "fp16"]),
-    help="Mixed precision in training; fp16 with a loss scaler.  [default: off]",
+@options(
+    option("--train-dir", metavar="DIR", type=Folder(), help="Training images, a folder per class.  [default: digits]"),
+    option("--val-dir", metavar="DIR", type=Folder(), help="Validation images, same classes.  [default: digits]"),
+    option(
+        "--augment",
+        type=click.Choice(["release", "lighting", "shift", "none"]),
+        help="release: random crop, colour, flip; lighting: and colour noise; shift: random place.  "
+        "[default: the paper's; digits: shift]",
+    ),
+    mean_image_option,
+    bad_image_option,
+    section="Data",
 )
-@flag("--compile", help="Train with torch.compile; worth a try on a GPU, slower on most CPUs.")
-@option("--micro-batch-size", type=int, help="Most images per forward pass.  [default: --batch-size / processes]")
-@flag("--sync-bn", help="BN over the images of all processes; CUDA.")
-@option("--seed", type=int, help="Of everything random.  [default: 0]")
-@mean_image_option
-@option(
-    "--augment",
-    type=click.Choice(["release", "lighting", "shift", "none"]),
-    help="release: random crop, colour, flip; lighting: and colour noise; shift: random place.  "
-    "[default: the paper's; digits: shift]",
+@options(
+    option("--batch-size", type=int, metavar="N", help="Images per iteration.  [default: 64]"),
+    option("--epochs", type=int, metavar="N", help="Passes over the images.  [default: the paper's; digits: 20]"),
+    option(
+        "--total-iters",
+        type=int,
+        metavar="N",
+        help="Length in iterations, instead of --epochs.  [default: of --epochs]",
+    ),
+    option("--lr", type=float, metavar="X", help="First learning rate.  [default: the paper's, scaled to the batch]"),
+    option("--momentum", type=float, metavar="X", help="Of SGD.  [default: the paper's, 0.9]"),
+    option("--weight-decay", type=float, metavar="X", help="Not on biases and BN.  [default: the paper's, 4e-5]"),
+    option("--label-smooth", type=float, metavar="X", help="Label smoothing.  [default: the paper's, 0.1]"),
+    option(
+        "--ema-decay", type=float, metavar="DECAY", help="Evaluate a moving average of the weights.  [default: none]"
+    ),
+    option("--seed", type=int, metavar="N", help="Of everything random.  [default: 0]"),
+    option("--display-interval", type=int, metavar="N", help="Iterations between progress lines.  [default: 20]"),
+    option(
+        "--val-interval", type=int, metavar="N", help="Iterations between validations.  [default: about 10 per run]"
+    ),
+    section="Training",
 )
-@bad_image_option
-@option("--workers", type=int, help="Decoding processes.  [default: one per core, at most 16; digits: 0]")
-@device_option
-@option("--display-interval", type=int, help="Iterations between progress lines.  [default: 20]")
-@option("--val-interval", type=int, help="Iterations between validations.  [default: about 10 per run]")
-@option("--save-interval", type=int, help="Iterations between checkpoints.  [default: about 10 per run]")
-@options(*keep_options)
-@option(
-    "--on-save-error",
-    type=click.Choice(["fail", "continue"]),
-    help="What a checkpoint that cannot be written means.  [default: fail]",
+@options(
+    device_option,
+    option(
+        "--workers", type=int, metavar="N", help="Decoding processes.  [default: one per core, at most 16; digits: 0]"
+    ),
+    option(
+        "--amp",
+        type=click.Choice(["off", "bf16", "fp16"]),
+        help="Mixed precision in training; fp16 with a loss scaler.  [default: off]",
+    ),
+    flag("--compile", help="Train with torch.compile; worth a try on a GPU, slower on most CPUs."),
+    option(
+        "--micro-batch-size",
+        type=int,
+        metavar="N",
+        help="Most images per forward pass.  [default: --batch-size / processes]",
+    ),
+    flag("--sync-bn", help="BN over the images of all processes; CUDA."),
+    section="Machine",
 )
-@option(
-    "--save-dir",
-    type=click.Path(path_type=Path),
-    help="Folder for checkpoints.  [default: models/RUN_ID]",
+@options(
+    option(
+        "--save-dir",
+        type=Folder(path_type=Path),
+        metavar="DIR",
+        help="Folder for checkpoints.  [default: models/RUN_ID]",
+    ),
+    option(
+        "--save-interval", type=int, metavar="N", help="Iterations between checkpoints.  [default: about 10 per run]"
+    ),
+    keep_options,
+    option(
+        "--on-save-error",
+        type=click.Choice(["fail", "continue"]),
+        help="What a checkpoint that cannot be written means.  [default: fail]",
+    ),
+    section="Checkpoints",
 )
-@option(
-    "--resume",
-    metavar="auto|none|REF",
-    help="auto: continue what lies in --save-dir; or a file, folder, run ID, runs:/ID@ITERS.  [default: auto]",
+@options(
+    option(
+        "--resume",
+        metavar="auto|none|REF",
+        type=Reference("auto", "none"),
+        help="auto: continue what lies in --save-dir; or a file, folder, run ID, runs:/ID@ITERS.  [default: auto]",
+    ),
+    flag("--new-run", help="Resume as a run of its own."),
+    option(
+        "--job", metavar="NAME", help="Name by which auto finds the run in MLflow, on any machine.  [default: none]"
+    ),
+    option(
+        "--grace", type=float, metavar="SECONDS", help="To bring to MLflow what is left after a signal.  [default: 20]"
+    ),
+    flag("--requeue", help="After SIGUSR1, Slurm's warning, ask it to start the job again."),
+    section="Stop and resume",
 )
-@flag("--new-run", help="Resume as a run of its own.")
-@option("--job", metavar="NAME", help="Name by which auto finds the run in MLflow, on any machine.")
-@option("--grace", type=float, metavar="SECONDS", help="To bring to MLflow what is left after a signal.  [default: 20]")
-@flag("--requeue", help="After SIGUSR1, Slurm's warning, ask it to start the job again.")
-@flag("--no-log-models", help="Make no MLflow models of the best and the final checkpoint.")
-@flag("--no-system-metrics", help="Do not log how busy the machine is.")
-@tracking_uri_option
-@option("--experiment", metavar="NAME", help="MLflow experiment.  [default: shufflenet]")
-@option("--run-name", metavar="NAME", help="Name of the run.  [default: network, data, size]")
-@cache_dir_option
+@options(
+    tracking_uri_option,
+    option("--experiment", metavar="NAME", help="MLflow experiment.  [default: shufflenet]"),
+    option("--run-name", metavar="NAME", help="Name of the run.  [default: network, data, size]"),
+    flag("--no-log-models", help="Make no MLflow models of the best and the final checkpoint."),
+    flag("--no-system-metrics", help="Do not log how busy the machine is."),
+    cache_dir_option,
+    section="MLflow",
+)
+@config_option
 @json_option
-@debug_option
-def train(as_json: bool, **values: Any) -> None:
+@common_options
+@click.pass_context
+def train(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
     """Train a network, or continue training one.
 
     Without options it trains on the bundled handwritten digits. Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint before
@@ -124,10 +180,14 @@ def train(as_json: bool, **values: Any) -> None:
     \b
     Examples:
       shufflenet train
-      shufflenet train --train-dir pets/train --val-dir pets/val --epochs 30 --save-dir pets/models
-      shufflenet train --train-dir pets/train --val-dir pets/val --model shufflenet_v2_x1_0 --init-from weights.pth.tar
-      shufflenet train --resume 0123456789abcdef0123456789abcdef
+      shufflenet train --train-dir pets/train --val-dir pets/val --epochs 30
+      shufflenet train --config pets.toml --init-from ShuffleNetV2.1.0x.pth.tar
+      shufflenet train --config pets.toml --seed 1
+      shufflenet train --resume 0123456789ab
     """
+    for pair in EXCLUDING:
+        if weaker := weaker_of(ctx, *pair):
+            values[weaker] = None
     request_options = {name: values.pop(name) for name in REQUEST_OPTIONS}
     given = {name: value for name, value in values.items() if value is not None}
     _check_numbers(given)
@@ -140,7 +200,8 @@ def train(as_json: bool, **values: Any) -> None:
                 from shufflenet_mlflow.jobs import run_training
                 from shufflenet_mlflow.start import TrainRequest
 
-                from .console import ConsoleReporter, print_json
+                from .console import ConsoleReporter, next_steps
+                from .tables import print_json
 
                 reporter = ConsoleReporter()
         except StopRequested:
@@ -159,7 +220,8 @@ def train(as_json: bool, **values: Any) -> None:
     elif as_json:
         print_json(summary.to_dict())
     else:
-        click.echo(_closing_lines(summary))
+        click.echo("\n".join(_result_lines(summary)))
+        next_steps(*_next_steps(summary))
     if stop.signum is not None:  # it may have come after training, while the last uploads were waited for
         sys.exit(exit_status(stop.signum))
 
@@ -171,7 +233,7 @@ def _check_numbers(given: dict[str, Any]) -> None:
             raise click.BadParameter(f"{given[name]} is not at least 1", param_hint=f"--{name.replace('_', '-')}")
 
 
-def _closing_lines(summary: "TrainSummary") -> str:
+def _result_lines(summary: "TrainSummary") -> list[str]:
     result = summary.result
     lines = [
         f"run ID               {summary.run_id or 'none yet: MLflow was away'}  ({summary.run_name})",
@@ -181,16 +243,23 @@ def _closing_lines(summary: "TrainSummary") -> str:
     if result.val_top1 is not None:
         lines.append(f"validation accuracy  {result.val_top1:.4f}")
     if summary.pending:
-        lines.append(f"not in MLflow yet    {summary.pending} entries; shufflenet sync {summary.save_dir}")
-    lines.append("")
-    ref = summary.save_dir if summary.pending or summary.run_id is None else summary.run_id
+        lines.append(f"not in MLflow yet    {summary.pending} entries, kept in {summary.save_dir}")
+    return lines
+
+
+def _next_steps(summary: "TrainSummary") -> list[str]:
+    result, steps = summary.result, []
+    folder = quote(str(summary.save_dir))
+    ref = folder if summary.pending or summary.run_id is None else summary.run_id
+    if summary.pending:
+        steps.append(f"shufflenet sync {folder}    brings to MLflow what waits")
     if result.stopped_by is not None and result.checkpoint is not None:
-        lines.append(f"continue with        shufflenet train --resume {ref}")
+        steps.append(f"shufflenet train --resume {ref}    goes on")
     elif result.checkpoint is not None:
-        lines.append(f"evaluate it          shufflenet eval {ref}")
+        steps.append(f"shufflenet eval {ref}    accuracy by class, mistakes, calibration")
     if summary.run_id is not None:
-        lines.append(f"see it in the UI     {_ui_hint(summary)}")
-    return "\n".join(lines)
+        steps.append(_ui_hint(summary))
+    return steps
 
 
 def _ui_hint(summary: "TrainSummary") -> str:
@@ -201,4 +270,4 @@ def _ui_hint(summary: "TrainSummary") -> str:
     if uri.startswith("http"):
         return uri.rstrip("/") + page
     mlflow = "mlflow" if shutil.which("mlflow") else f"{sys.executable} -m mlflow"
-    return f"{mlflow} ui --backend-store-uri {uri}   then http://127.0.0.1:5000{page}"
+    return f"{mlflow} ui --backend-store-uri {uri}    then http://127.0.0.1:5000{page}"

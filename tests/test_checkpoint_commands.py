@@ -53,7 +53,7 @@ def test_ls_of_a_folder_and_of_its_run(run_id: str, as_json: Callable[..., Any],
     in_run = as_json("checkpoints", "ls", run_id)
     assert [{**row, "local": True} for row in in_run] == rows
     text = shufflenet("checkpoints", "ls", "models").stdout.splitlines()
-    assert text[0].split() == ["iterations", "epoch", "loss", "val_top1", "size", "sha256", "where", "marks", "file"]
+    assert text[0].split() == ["iters", "epoch", "loss", "val_top1", "size", "sha256", "where", "marks", "file"]
     assert text[3].split()[:4] == ["20", "2", "0.0500", "0.9000"]
     assert "local+remote" in text[3]
     assert " best " in text[3]

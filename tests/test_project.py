@@ -57,6 +57,8 @@ NOT_IN_MLPROJECT = {
     "experiment",  # `mlflow run --experiment-name`
     "cache_dir",
     "as_json",
+    "verbose",
+    "quiet",
     "debug",
     "help",
 }

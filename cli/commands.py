@@ -1,0 +1,148 @@
+"""How every command looks and ends: help in sections, suggestions, one line for an error, exit statuses."""
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+import click
+
+from shufflenet_mlflow.errors import ElsewhereError, ShuffleNetError
+from shufflenet_mlflow.stopping import EXIT_BASE, StopRequested
+
+from .options import DEBUG, Option
+from .settings import name_source, note_sources, warn_of_unknown_variables
+
+SIGINT = 2
+LONGEST_LINE = 2000
+"""Characters of an error: a file can hold names of any length."""
+
+
+def _write_sections(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    """The options under the titles of their sections, in the order in which they were declared."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(ctx):
+        record = parameter.get_help_record(ctx)
+        if record is not None and isinstance(parameter, click.Option):
+            section = parameter.section if isinstance(parameter, Option) else None
+            sections.setdefault(section or "Options", []).append(record)
+    sections["Options"] = sections.pop("Options", [])  # last
+    for title, records in sections.items():
+        if records:
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class Command(click.Command):
+    """A command whose options stand in sections."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_sections(self, ctx, formatter)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        note_sources(ctx)
+        return super().invoke(ctx)
+
+
+class Group(click.Group):
+    """Commands below one name; a mistyped one is answered with what it may have been."""
+
+    command_class = Command
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_sections(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        note_sources(ctx)
+        return super().invoke(ctx)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not ctx.resilient_parsing and not name.startswith("-"):
+            near = get_close_matches(name, self.commands, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(self.list_commands(ctx))}"
+            ctx.fail(f"there is no command {name!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+
+class Main(Group):
+    """The whole command line: ends with the exit status that is documented for what happened."""
+
+    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **named: Any) -> Any:  # type: ignore[override]
+        if not standalone_mode:
+            return super().main(args, standalone_mode=False, **named)
+        try:
+            status = super().main(args, standalone_mode=False, **named)
+        except click.ClickException as error:
+            _show_usage_error(error)
+            sys.exit(error.exit_code)
+        except click.Abort:
+            click.echo("Stopped by SIGINT.", err=True)
+            sys.exit(EXIT_BASE + SIGINT)
+        except OSError as error:
+            if error.errno != errno.EPIPE:
+                raise
+            # Whoever read the output has gone, as `head` does; what is left in the buffer has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
+        sys.exit(status if isinstance(status, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warn_of_unknown_variables(self)
+        try:
+            return super().invoke(ctx)
+        except ElsewhereError as error:  # the first process of the job says what it was
+            sys.exit(error.exit_status)
+        except ShuffleNetError as error:
+            _end(ctx, error)
+        except StopRequested as stop:
+            if os.environ.get("RANK", "0") == "0":
+                click.echo(f"Stopped by {stop}.", err=True)
+            sys.exit(stop.exit_status)
+        except KeyboardInterrupt:
+            click.echo("Stopped by SIGINT.", err=True)
+            sys.exit(EXIT_BASE + SIGINT)
+
+
+def _end(ctx: click.Context, error: ShuffleNetError) -> NoReturn:
+    from shufflenet_mlflow.client import redact
+
+    if ctx.meta.get(DEBUG):
+        click.echo(redact(traceback.format_exc()), err=True, nl=False)
+    else:
+        click.echo(f"Error: {_one_line(redact(_with_sources(ctx, str(error))))}", err=True)
+    sys.exit(error.exit_status)
+
+
+def _with_sources(ctx: click.Context, text: str) -> str:
+    """The message, with the origin of the options in it that stood somewhere else than in the command."""
+    sources = {}
+    for option in re.findall(r"--[a-z][a-z-]+", text):
+        source = name_source(ctx.meta, option)
+        if source is not None:
+            sources[option] = source
+    return text + "".join(f" ({option} is from {source})" for option, source in sources.items())
+
+
+def _show_usage_error(error: click.ClickException) -> None:
+    """What is wrong, and where to read more; click takes four lines for that."""
+    if type(error).__name__ == "NoArgsIsHelpError" or not isinstance(error, click.UsageError):
+        error.show()
+        return
+    click.echo(f"Error: {_one_line(error.format_message())}", err=True)
+    if error.ctx is not None:
+        click.echo(f"Try '{error.ctx.command_path} --help'.", err=True)
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} … {line[-half:]}"
