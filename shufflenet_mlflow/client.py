@@ -151,11 +151,21 @@ def uri_of_journal(stored: str | None, asked: str | None) -> str | None:
     return stored
 
 
+def uri_in_force(tracking_uri: str | None) -> str:
+    """The store's address: the one that was given, or else what MLflow itself would use."""
+    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+def store_file(uri: str) -> Path | None:
+    """The file of an embedded store; None for any other store."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
 def _check_database_file(uri: str) -> None:
     """MLflow would try for minutes to open a database file that cannot exist."""
-    if not uri.startswith("sqlite:///"):
+    path = store_file(uri)
+    if path is None:
         return
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
     if path.is_dir():
         raise TrackingError(f"the tracking store {uri} is a folder; name a file in it, such as {uri}/mlflow.db")
     if not path.parent.is_dir():
@@ -172,7 +182,7 @@ def connect(tracking_uri: str | None = None) -> "MlflowClient":
     Raises:
         TrackingError: MLflow does not take that URI.
     """
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    uri = uri_in_force(tracking_uri)
     _check_database_file(uri)
     # The embedded store's first use reports every step of its schema.
     for name in ("mlflow.store.db.utils", "mlflow.tracking.fluent", "alembic"):

@@ -23,6 +23,7 @@ from shufflenet_mlflow.network import Architecture, Described, describe, identif
 from shufflenet_mlflow.resolve import (
     Resolved,
     RunReference,
+    complete,
     latest_of_run,
     newest_valid,
     parse_reference,
@@ -59,6 +60,22 @@ class TrainRequest:
     """Do not watch how busy the machine is."""
     inherited: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of the run that is begun again, because it has no checkpoint yet: holds for what is not given."""
+
+
+def with_whole_ids(request: TrainRequest) -> TrainRequest:
+    """The request, with whole run IDs where the first characters of one were given.
+
+    Raises:
+        UnresolvedError: no run begins so, or several do.
+        TrackingError: MLflow did not answer.
+    """
+    options = dict(request.options)
+    if options.get("init_from") is not None:
+        options["init_from"] = str(complete(options["init_from"], request.tracking_uri))
+    resume = request.resume
+    if resume not in ("auto", "none"):
+        resume = str(complete(resume, request.tracking_uri))
+    return replace(request, options=options, resume=resume)
 
 
 @dataclass(frozen=True)

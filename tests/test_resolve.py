@@ -42,7 +42,10 @@ def flip(path: Path) -> None:
         ("models:/net@champion", ModelReference("net", "champion")),
         ("models:/net/3", ModelReference("net", None, "3")),
         ("some/folder", Path("some/folder")),
-        (ID[:-1], Path(ID[:-1])),
+        (ID[:-1], RunReference(ID[:-1])),
+        (f"runs:/{ID[:6]}@best", RunReference(ID[:6], "best")),
+        (ID[:5], Path(ID[:5])),
+        (f"{ID[:8]}/x", Path(ID[:8], "x")),
     ],
 )
 def test_forms(text: str, expected: object) -> None:

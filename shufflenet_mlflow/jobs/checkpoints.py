@@ -27,7 +27,7 @@ from shufflenet_mlflow.client import connect, prepare_environment, uri_of_journa
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError, UnresolvedError
 from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.resolve import Resolved, RunReference, parse_reference, resolve
+from shufflenet_mlflow.resolve import Resolved, RunReference, complete, parse_reference, resolve
 from shufflenet_mlflow.resolve.remote import RemoteCheckpoints, promoted_names
 from shufflenet_mlflow.spool import SPOOL_NAME, Spool, look
 from shufflenet_mlflow.tracking.messages import RunTarget, record_in
@@ -60,7 +60,7 @@ def find_place(ref: str, tracking_uri: str | None) -> Place:
         UnresolvedError: it names something else, or nothing.
     """
     prepare_environment()
-    reference = parse_reference(ref)
+    reference = parse_reference(complete(ref, tracking_uri))
     if isinstance(reference, RunReference):
         return Place(ref, None, reference.run_id, tracking_uri)
     if not isinstance(reference, Path) or not reference.is_dir():

@@ -11,6 +11,7 @@ from shufflenet_mlflow.checkpoint import BEST_TAG, LATEST_TAG, CheckpointRecord
 from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment, redact
 from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
+from shufflenet_mlflow.resolve.ids import complete
 from shufflenet_mlflow.resolve.reference import is_run_id
 from shufflenet_mlflow.resolve.remote import read_run
 from shufflenet_mlflow.tracking import CONFIG_TAG, wanted_experiment
@@ -253,16 +254,16 @@ def show_run(ref: str, *, tracking_uri: str | None) -> RunDetails:
 
 
 def find_run(client: "MlflowClient", ref: str) -> "Run":
-    """The run that `ref` names: its ID, or `runs:/ID`.
+    """The run that `ref` names: its ID or the first characters of it, or `runs:/ID`.
 
     Raises:
         UnresolvedError: it names none, or there is none such.
         TrackingError: MLflow did not answer.
     """
-    run_id = ref.removeprefix("runs:/").rstrip("/")
-    if not is_run_id(run_id):
+    named = ref.removeprefix("runs:/").rstrip("/")
+    if not is_run_id(named, whole=False):
         raise UnresolvedError(f"{ref!r} is not a run ID; `shufflenet runs` lists them")
-    return read_run(client, run_id)
+    return read_run(client, str(complete(f"runs:/{named}", client.tracking_uri)).removeprefix("runs:/"))
 
 
 def _with_prefix(tags: Mapping[str, str], prefix: str) -> dict[str, str]:

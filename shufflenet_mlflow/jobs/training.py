@@ -39,7 +39,7 @@ from shufflenet_mlflow.planning import Plan, check_same_data, plan
 from shufflenet_mlflow.recipe import make_ema, make_optimizer, make_scheduler
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.spool import Spool, is_made
-from shufflenet_mlflow.start import Init, Start, TrainRequest, find_init, find_start
+from shufflenet_mlflow.start import Init, Start, TrainRequest, find_init, find_start, with_whole_ids
 from shufflenet_mlflow.state import TrainingState
 from shufflenet_mlflow.stopping import StopFlag, StopRequested
 from shufflenet_mlflow.tracking import SystemMetrics, TrackedMetrics, TrackedStore, TrackingSession
@@ -119,6 +119,7 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
 def _lead(world: World, request: TrainRequest, reporter: Reporter, stop: StopFlag) -> TrainSummary:
     client = connect(request.tracking_uri)
     with world.together(stop), stop.at_once():
+        request = with_whole_ids(request)
         request, begun = find_attempt(client, request, reporter)
         try:
             start = find_start(request)

@@ -7,6 +7,7 @@ from shufflenet_mlflow.checkpoint import CheckpointRecord
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import UnresolvedError
 from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.resolve.ids import beginning_of, complete, find_run_ids
 from shufflenet_mlflow.resolve.local import Resolved, newest_valid, resolve_file
 from shufflenet_mlflow.resolve.reference import FORMS, ModelReference, RunReference, parse_reference
 
@@ -14,6 +15,7 @@ __all__ = [
     "ModelReference",
     "Resolved",
     "RunReference",
+    "complete",
     "get_latest_model",
     "latest_of_run",
     "newest_valid",
@@ -32,8 +34,8 @@ def resolve(
     """The verified file that `ref` means.
 
     Args:
-        ref: a file, a folder, a run ID, `runs:/<id>`, `runs:/<id>@latest|@best|@<iters>`, or
-            `models:/<name>@<alias>` or `models:/<name>/<version>`.
+        ref: a file, a folder, a run ID or the first six characters of it and more, `runs:/<id>`,
+            `runs:/<id>@latest|@best|@<iters>`, or `models:/<name>@<alias>` or `models:/<name>/<version>`.
         tracking_uri: where runs are looked up; by default as MLflow does.
         cache_dir: where remote files land; by default in the user's cache folder.
         reporter: shows how a download comes along.
@@ -43,6 +45,7 @@ def resolve(
         CheckpointError: a file that was named exactly does not verify.
         TrackingError: MLflow did not answer.
     """
+    ref = complete(ref, tracking_uri)
     reference = parse_reference(ref)
     if isinstance(reference, Path):
         if os.path.isdir(reference):  # unlike Path.is_dir, never raises
@@ -89,6 +92,8 @@ def get_latest_model(
     Raises: as `resolve` does.
     """
     reference = parse_reference(ref)
+    if beginning_of(ref) == str(ref) and not find_run_ids(str(ref), tracking_uri):  # the name of a missing folder
+        return None, 0
     if isinstance(reference, Path) and not os.path.isfile(reference):
         found = newest_valid(reference)
         return (found.path, found.iters) if found else (None, 0)

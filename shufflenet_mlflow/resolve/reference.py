@@ -8,13 +8,14 @@ from typing import Literal
 
 from shufflenet_mlflow.errors import UnresolvedError
 
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
-_RUN = re.compile(r"(?:runs:/)?(?P<id>[0-9a-f]{32})(?:@(?P<which>[^/]*)|/(?P<path>.+))?/?")
+ID_LENGTH = 32
+_RUN_ID = re.compile(r"[0-9a-f]{6,32}")
+_RUN = re.compile(r"(?P<scheme>runs:/)?(?P<id>[0-9a-f]{6,32})(?:@(?P<which>[^/]*)|/(?P<path>.+))?/?")
 _MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 FORMS = (
-    "a checkpoint file, a folder of checkpoints, a run ID, runs:/ID, runs:/ID@latest, runs:/ID@best, "
-    "runs:/ID@ITERS, models:/NAME@ALIAS or models:/NAME/VERSION"
+    "a checkpoint file, a folder of checkpoints, a run ID (6 characters of it or more), runs:/ID, runs:/ID@latest, "
+    "runs:/ID@best, runs:/ID@ITERS, models:/NAME@ALIAS or models:/NAME/VERSION"
 )
 
 
@@ -23,6 +24,7 @@ class RunReference:
     """A checkpoint of an MLflow run."""
 
     run_id: str
+    """Or its first characters, of which `complete` makes the whole ID."""
     which: Literal["latest", "best"] | int = "latest"
     """An integer means the checkpoint after so many iterations."""
     artifact: str | None = None
@@ -47,9 +49,9 @@ class ModelReference:
 Reference = Path | RunReference | ModelReference
 
 
-def is_run_id(text: str) -> bool:
-    """Whether `text` looks like an MLflow run ID."""
-    return _RUN_ID.fullmatch(text) is not None
+def is_run_id(text: str, *, whole: bool = True) -> bool:
+    """Whether `text` looks like an MLflow run ID or, unless it has to be `whole`, like the beginning of one."""
+    return _RUN_ID.fullmatch(text) is not None and (len(text) == ID_LENGTH or not whole)
 
 
 def parse_reference(ref: str | Path) -> Reference:
@@ -62,7 +64,8 @@ def parse_reference(ref: str | Path) -> Reference:
         raise UnresolvedError(f"the checkpoint is empty text; a checkpoint is {FORMS}")
     if isinstance(ref, Path) or os.path.exists(ref):
         return Path(ref)
-    if match := _RUN.fullmatch(ref):
+    match = _RUN.fullmatch(ref)
+    if match and (is_run_id(match["id"]) or match["scheme"] or not match["path"]):
         which = match["which"] or "latest"
         if which in ("latest", "best"):
             return RunReference(match["id"], which, match["path"])  # type: ignore[arg-type]

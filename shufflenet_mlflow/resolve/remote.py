@@ -39,6 +39,7 @@ from shufflenet_mlflow.errors import (
 from shufflenet_mlflow.locks import FileLock
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts, being_deleted
+from shufflenet_mlflow.resolve.ids import may_have_been
 from shufflenet_mlflow.resolve.local import Resolved
 from shufflenet_mlflow.resolve.reference import ModelReference, RunReference, is_run_id
 
@@ -81,8 +82,9 @@ def read_run(client: "MlflowClient", run_id: str) -> "Run":
     except TrackingError as error:
         if not _missing(error):
             raise
+        like = may_have_been(run_id, client.tracking_uri)
         raise UnresolvedError(
-            f"there is no {with_uri}; --tracking-uri or MLFLOW_TRACKING_URI names another store"
+            f"there is no {with_uri}{like}; --tracking-uri or MLFLOW_TRACKING_URI names another store"
         ) from error
 
 
