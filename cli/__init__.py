@@ -32,9 +32,9 @@ def main() -> None:
 
     \b
     Begin with:
-      shufflenet train                     the bundled handwritten digits, about a minute
+      shufflenet train              the bundled handwritten digits, about a minute
       shufflenet train --train-dir images/train --val-dir images/val
-      shufflenet eval RUN_ID               the ID that training printed; its first characters do
+      shufflenet eval RUN_ID        the ID that was printed; its beginning will do
 
     Options can also stand in a file (--config pets.toml) or in the environment (SHUFFLENET_BATCH_SIZE=128); what was
     typed comes first, then the environment, then the file.

@@ -57,7 +57,7 @@ def bench(as_json: bool, **values: Any) -> None:
     \b
     Examples:
       shufflenet bench
-      shufflenet bench --model shufflenet_v2_x1_0 --train-dir pets/train --workers 8
+      shufflenet bench --model shufflenet_v2_x1_0 --train-dir pets/train
       shufflenet bench --train-dir pets/train --device cuda --amp bf16 --json
     """
     iterations, tracking_uri, cache_dir = (values.pop(name) for name in ("iterations", "tracking_uri", "cache_dir"))

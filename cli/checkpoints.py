@@ -31,8 +31,8 @@ def checkpoints() -> None:
     \b
     Examples:
       shufflenet checkpoints ls pets/models
-      shufflenet checkpoints prune 01234567 --keep-last 3 --keep-best 1 --dry-run
-      shufflenet checkpoints promote runs:/01234567@best --name pets --alias champion
+      shufflenet checkpoints prune 01234567 --keep-last 3 --dry-run
+      shufflenet checkpoints promote 01234567@best --name pets --alias champion
     """
 
 
@@ -185,7 +185,7 @@ def prune(
 
     \b
     Examples:
-      shufflenet checkpoints prune pets/models --keep-last 3 --keep-best 1 --dry-run
+      shufflenet checkpoints prune pets/models --keep-last 3 --dry-run
       shufflenet checkpoints prune 01234567 --keep-every 10000
     """
     from shufflenet_mlflow.checkpoint import Retention
@@ -236,7 +236,7 @@ def promote(
 
     \b
     Examples:
-      shufflenet checkpoints promote runs:/01234567@best --name pets --alias champion
+      shufflenet checkpoints promote 01234567@best --name pets --alias champion
       shufflenet predict models:/pets@champion cat.jpg
       mlflow models serve -m models:/pets@champion --env-manager local
     """

@@ -15,7 +15,7 @@ from shufflenet_mlflow.errors import ElsewhereError, ShuffleNetError
 from shufflenet_mlflow.stopping import EXIT_BASE, StopRequested
 
 from .options import DEBUG, Option
-from .settings import name_source, note_sources, warn_of_unknown_variables
+from .settings import note_sources, sources, warn_of_unknown_variables
 
 SIGINT = 2
 LONGEST_LINE = 2000
@@ -117,18 +117,14 @@ def _end(ctx: click.Context, error: ShuffleNetError) -> NoReturn:
     if ctx.meta.get(DEBUG):
         click.echo(redact(traceback.format_exc()), err=True, nl=False)
     else:
-        click.echo(f"Error: {_one_line(redact(_with_sources(ctx, str(error))))}", err=True)
+        click.echo(f"Error: {_one_line(redact(_with_sources(str(error))))}", err=True)
     sys.exit(error.exit_status)
 
 
-def _with_sources(ctx: click.Context, text: str) -> str:
+def _with_sources(text: str) -> str:
     """The message, with the origin of the options in it that stood somewhere else than in the command."""
-    sources = {}
-    for option in re.findall(r"--[a-z][a-z-]+", text):
-        source = name_source(ctx.meta, option)
-        if source is not None:
-            sources[option] = source
-    return text + "".join(f" ({option} is from {source})" for option, source in sources.items())
+    named = set(re.findall(r"--[a-z][a-z-]+", text))
+    return text + "".join(f" ({option} is from {source})" for option, source in sources().items() if option in named)
 
 
 def _show_usage_error(error: click.ClickException) -> None:

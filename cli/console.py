@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from .options import verbosity
+from .settings import sources
 
 WIDEST_BAR = 24
 BESIDE_BAR = 46
@@ -88,6 +89,8 @@ class ConsoleReporter:
         logger.handlers = [_Handler(self.console)]
         logger.propagate = False
         logger.setLevel(LEVELS[verbosity()])
+        for option, source in sources().items():
+            logger.debug("%s is from %s", option, source)
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[_LivePhase | _PlainPhase]:

@@ -77,7 +77,7 @@ def mean(
     \b
     Example:
       shufflenet data mean pets/train --output pets-mean.npy
-      shufflenet train --model shufflenet_v2_large --mean-image pets-mean.npy --train-dir pets/train --val-dir pets/val
+      shufflenet train --config pets.toml --mean-image pets-mean.npy
     """
     from shufflenet_mlflow.jobs import run_mean
 

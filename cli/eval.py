@@ -77,7 +77,7 @@ def eval_(ref: str, as_json: bool, **values: Any) -> None:
     Examples:
       shufflenet eval 01234567
       shufflenet eval runs:/01234567@best --val-dir pets/test --json
-      shufflenet eval ShuffleNetV2.1.0x.pth.tar --model shufflenet_v2_x1_0 --val-dir imagenet/val
+      shufflenet eval weights.pth.tar --model shufflenet_v2_x1_0 --val-dir val
     """
     from shufflenet_mlflow.jobs import EvalRequest, run_evaluation
 

@@ -49,8 +49,8 @@ def export(ref: str, as_json: bool, **values: Any) -> None:
 
     \b
     Examples:
-      shufflenet export runs:/0123456789abcdef0123456789abcdef@best --format onnx --output pets.onnx
-      shufflenet export ShuffleNetV2.1.0x.pth.tar --model shufflenet_v2_x1_0 --format mlflow --output served
+      shufflenet export 01234567@best --format onnx --output pets.onnx
+      shufflenet export weights.pth.tar --model shufflenet_v2_x1_0 --format mlflow
     """
     from shufflenet_mlflow.jobs.exporting import ExportRequest, run_export
 

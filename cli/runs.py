@@ -38,8 +38,8 @@ def runs(ctx: click.Context, /, as_json: bool, ascending: bool, **values: Any) -
     \b
     Examples:
       shufflenet runs --sort best/val_top1
-      shufflenet runs --filter "metrics.`val/top1` > 0.9 and params.model = 'shufflenet_oneshot'"
-      shufflenet runs --columns run_id,lr,batch_size,best/val_top1,best/iters --json
+      shufflenet runs --filter "metrics.`val/top1` > 0.9 and params.seed = '1'"
+      shufflenet runs --columns run_id,lr,batch_size,best/val_top1 --json
       shufflenet runs show 01234567
     """
     if ctx.invoked_subcommand is not None:

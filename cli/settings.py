@@ -118,10 +118,10 @@ def source_of(ctx: click.Context, parameter: click.Parameter) -> str | None:
     return None
 
 
-def name_source(meta: MutableMapping[str, Any], option: str) -> str | None:
-    """The same, for an option such as `--batch-size`, once `note_sources` was called."""
-    found: str | None = meta.get(SOURCES, {}).get(option)
-    return found
+def sources() -> dict[str, str]:
+    """The same for all options of the command that runs: as `--batch-size` -> variable or file."""
+    ctx = click.get_current_context(silent=True)
+    return {} if ctx is None else dict(ctx.meta.get(SOURCES, {}))
 
 
 def weaker_of(ctx: click.Context, first: str, second: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -27,6 +28,8 @@ from shufflenet_mlflow.checkpoint.state import (
     to_plain,
 )
 from shufflenet_mlflow.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 class WrittenCheckpoint(NamedTuple):
@@ -198,4 +201,6 @@ def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> Writt
             f"cannot write the checkpoint {str(path)!r}: {failure.strerror}; "
             "earlier checkpoints are intact, --save-dir takes another place"
         ) from error
-    return WrittenCheckpoint(path, record())
+    written = record()
+    logger.debug("wrote %s, %.1f MB, SHA-256 %s…", path, written.bytes / 1e6, written.sha256[:12])
+    return WrittenCheckpoint(path, written)

@@ -1,5 +1,6 @@
 """An image folder, listed: one subfolder per class, images at any depth below it."""
 
+import logging
 import os
 import stat
 import time
@@ -11,6 +12,8 @@ from shufflenet_mlflow.data import kept as kept_listings
 from shufflenet_mlflow.data.kept import Stamps, stamp_of
 from shufflenet_mlflow.data.listing import ImageListing, Samples
 from shufflenet_mlflow.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """The same as torchvision's `IMG_EXTENSIONS`; torchvision takes a second to import."""
@@ -114,6 +117,7 @@ def list_images(root: str | Path, *, option: str = "folder", cache_dir: Path | N
     if cache_dir is not None:
         kept = kept_listings.find(root, cache_dir)
         if kept is not None:
+            logger.debug("%s: %d images, as listed before, %.2f s", root, len(kept), time.time() - began)
             return kept
     stamps: Stamps = {}
     classes = _class_folders(root, option, stamps)
@@ -134,6 +138,7 @@ def list_images(root: str | Path, *, option: str = "folder", cache_dir: Path | N
             f"{option} {str(root)!r}: no image in class {name_some(without_images)}; add images or remove the folder"
         )
     listing = ImageListing(root, classes, Samples.of(samples), tuple(foreign))
+    logger.debug("%s: %d images of %d classes, %.2f s", root, len(listing), len(classes), time.time() - began)
     if cache_dir is not None:
         kept_listings.keep(listing, stamps, cache_dir, began)
     return listing

@@ -48,6 +48,7 @@ def newest_valid(directory: Path) -> Resolved | None:
             logger.warning("passed over: %s", error)
             failures.append(error)
             continue
+        logger.debug("the newest checkpoint in %s that verifies: %s", directory, path.name)
         return resolved
     if failures:
         raise UnresolvedError(

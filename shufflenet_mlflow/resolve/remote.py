@@ -176,6 +176,7 @@ class RemoteCheckpoints:
             except CheckpointError as error:
                 logger.warning("fetching again: %s", error)
             else:
+                logger.debug("%s of run %s is in the cache, and verified: %s", name, self.run_id, target)
                 return target
         logger.info("fetching %s of run %s", name, self.run_id)
         for attempt in range(1, _ATTEMPTS + 1):

@@ -91,8 +91,10 @@ class Deliverer:
                 self.spool.delivered(entries[len(points) - 1].seq)
                 return len(points)
         entry = entries[0]
+        began = time.monotonic()
         try:
             self._send(entry, from_body(entry.kind, entry.body))
+            logger.debug("sent to MLflow: %s, %.2f s", entry.kind, time.monotonic() - began)
         except RefusedError as error:
             self._set_aside(entry, str(error))
         self.spool.delivered(entry.seq)

@@ -1,0 +1,130 @@
+"""What a shell is offered at TAB: by real shells, in a store with runs and registered models."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Invoke
+from mlflow import MlflowClient
+from shufflenet_mlflow.cli.completing import aliases, recent_runs
+
+from shufflenet_mlflow import list_models
+
+
+@pytest.fixture
+def run_id(client: MlflowClient) -> str:
+    """A run, with a registered model that has an alias."""
+    run_id: str = client.create_run(client.create_experiment("x"), run_name="a run").info.run_id
+    client.create_registered_model("pets")
+    version = client.create_model_version("pets", "models", run_id)
+    client.set_registered_model_alias("pets", "champion", version.version)
+    return run_id
+
+
+@pytest.fixture
+def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shufflenet: Invoke) -> None:
+    """`shufflenet` is a command, and this package; what bash needs lies in the working directory."""
+    Path("completion.bash").write_text(shufflenet("completion", "bash").stdout)
+    program = tmp_path / "shufflenet"
+    program.write_text(f"#!{sys.executable}\nfrom shufflenet_mlflow.cli import main\nmain(prog_name='shufflenet')\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+def complete(line: str) -> list[str]:
+    """What bash would put in the place of the last word of `line`, as far as bash breaks words."""
+    script = f"""
+        source completion.bash
+        compopt() {{ COMPREPLY+=("<$2>"); }}
+        COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)}
+        _shufflenet_completion shufflenet
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    return ran.stdout.splitlines()
+
+
+@pytest.mark.usefixtures("on_path")
+def test_bash(run_id: str) -> None:
+    for line, offered in {
+        "shufflenet ev": ["eval"],
+        "shufflenet checkpoints pr": ["promote", "prune"],
+        "shufflenet train --model shufflenet_v2_x": [
+            name for name in list_models() if name.startswith("shufflenet_v2_x")
+        ],
+        "shufflenet train --mod": ["--model"],
+        f"shufflenet eval {run_id[:4]}": [run_id],
+        f"shufflenet compare {run_id} {run_id[:4]}": [run_id],
+        "shufflenet train --resume au": ["auto"],
+        # Bash puts these behind the last colon or @ that was typed.
+        f"shufflenet eval runs:/{run_id[:4]}": [f"/{run_id}"],
+        "shufflenet predict models:/pe": ["/pets@champion"],
+        "shufflenet predict models:/pets@ch": ["champion"],
+        "shufflenet eval x": ["<default>"],
+        "shufflenet sync ": ["<dirnames>"],
+        "shufflenet train --amp ": ["off", "bf16", "fp16"],
+    }.items():
+        assert sorted(complete(line)) == sorted(offered), line
+
+
+@pytest.mark.usefixtures("on_path")
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_other_shells(shell: str, run_id: str, shufflenet: Invoke) -> None:
+    script = shufflenet("completion", shell)
+    assert (script.exit_code, "_SHUFFLENET_COMPLETE" in script.stdout) == (0, True)
+    words = {"COMP_WORDS": f"shufflenet eval {run_id[:4]}", "COMP_CWORD": run_id[:4] if shell == "fish" else "2"}
+    environment = {**os.environ, **words, "_SHUFFLENET_COMPLETE": f"{shell}_complete"}
+    ran = subprocess.run(["shufflenet"], capture_output=True, text=True, env=environment, check=False)
+    assert run_id in ran.stdout
+    assert "a run" in ran.stdout  # these shells show what a word stands for
+    if path := shutil.which(shell):
+        checked = subprocess.run([path, "-n"], input=script.stdout, capture_output=True, text=True, check=False)
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_completing_imports_nothing_heavy(run_id: str) -> None:
+    code = (
+        "import os, sys; import shufflenet_mlflow.cli as cli\n"
+        "try:\n    cli.main(prog_name='shufflenet')\n"
+        "except SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'mlflow', 'rich', 'numpy'} & sys.modules.keys()))"
+    )
+    environment = {
+        **os.environ,
+        "COMP_WORDS": "shufflenet eval ",
+        "COMP_CWORD": "2",
+        "_SHUFFLENET_COMPLETE": "zsh_complete",
+    }
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert run_id in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
+def test_stores_that_do_not_answer_offer_nothing(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("no database")
+    for uri in (
+        f"sqlite:///{tmp_path}/none.db",
+        f"sqlite:///{tmp_path}/text.db",
+        "http://127.0.0.1:9",
+        "postgresql://x/y",
+    ):
+        assert recent_runs(uri) == []
+        assert aliases(uri) == []
+    assert not (tmp_path / "none.db").exists()
+
+
+@pytest.mark.long
+def test_a_server_is_asked(server: "object", client: MlflowClient) -> None:
+    uri = server.uri  # type: ignore[attr-defined]
+    there = MlflowClient(uri)
+    run_id = there.create_run(there.create_experiment("completion"), run_name="a run").info.run_id
+    there.create_registered_model("pets")
+    version = there.create_model_version("pets", "s3://bucket/models", run_id)
+    there.set_registered_model_alias("pets", "champion", version.version)
+    assert (run_id, "a run") in recent_runs(uri)
+    assert aliases(uri) == [("pets@champion", "version 1")]
