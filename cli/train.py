@@ -236,7 +236,8 @@ def _check_numbers(given: dict[str, Any]) -> None:
 def _result_lines(summary: "TrainSummary") -> list[str]:
     result = summary.result
     lines = [
-        f"run ID               {summary.run_id or 'none yet: MLflow was away'}  ({summary.run_name})",
+        f"run ID               {summary.run_id or 'none yet: MLflow was away'}",
+        f"run name             {summary.run_name}",
         f"iterations           {result.iters}  (epoch {result.epoch})",
         f"checkpoint           {result.checkpoint or 'none yet'}",
     ]
@@ -252,11 +253,11 @@ def _next_steps(summary: "TrainSummary") -> list[str]:
     folder = quote(str(summary.save_dir))
     ref = folder if summary.pending or summary.run_id is None else summary.run_id
     if summary.pending:
-        steps.append(f"shufflenet sync {folder}    brings to MLflow what waits")
+        steps.append(f"shufflenet sync {folder}    brings it there")
     if result.stopped_by is not None and result.checkpoint is not None:
-        steps.append(f"shufflenet train --resume {ref}    goes on")
+        steps.append(f"shufflenet train --resume {ref}")
     elif result.checkpoint is not None:
-        steps.append(f"shufflenet eval {ref}    accuracy by class, mistakes, calibration")
+        steps.append(f"shufflenet eval {ref}")
     if summary.run_id is not None:
         steps.append(_ui_hint(summary))
     return steps
@@ -264,10 +265,11 @@ def _next_steps(summary: "TrainSummary") -> list[str]:
 
 def _ui_hint(summary: "TrainSummary") -> str:
     page = f"/#/experiments/{summary.experiment_id}/runs/{summary.run_id}?workflowType=machine_learning"
-    from shufflenet_mlflow.client import redact
+    from shufflenet_mlflow.client import redact, store_file
 
     uri = redact(summary.tracking_uri)
     if uri.startswith("http"):
         return uri.rstrip("/") + page
+    store = "" if store_file(uri) == Path.cwd() / "mlflow.db" else f" --backend-store-uri {quote(uri)}"
     mlflow = "mlflow" if shutil.which("mlflow") else f"{sys.executable} -m mlflow"
-    return f"{mlflow} ui --backend-store-uri {uri}    then http://127.0.0.1:5000{page}"
+    return f"{mlflow} ui{store}    then http://127.0.0.1:5000{page}"
