@@ -4,8 +4,8 @@ It sees where checkpoints and metrics go only as the two small protocols below.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -307,7 +307,7 @@ class Trainer:
         most = -(-REESTIMATION_IMAGES // self.config.batch_size)
         return min(most, self.data.order.iters_per_epoch)
 
-    def _reestimation_inputs(self, advance: Any) -> Iterator[Tensor]:
+    def _reestimation_inputs(self, advance: Callable[[], None]) -> Iterator[Tensor]:
         batches, division = self._reestimation_batches(), self.data.division
         fetched = self._loaded(ReestimationBatches(self.data.order, batches, division))
         for position, parts in enumerate(self.world.agreed(self.stop, batches, lambda: self.fetch(fetched))):
@@ -389,10 +389,6 @@ class Trainer:
         )
         self._saved_iters = state.iters
 
-    def _on_disk(self) -> Path | None:
-        """The newest checkpoint, once it is on the disk."""
-        return self.store.finish() or self._resumed_from
-
     def _result(self, stopped_by: int | None = None) -> TrainResult:
         state = self.state
         state.meter.collect()
@@ -402,7 +398,7 @@ class Trainer:
             loss=state.current_loss(),
             val_top1=state.validation.get("val/top1"),
             val_top5=state.validation.get("val/top5"),
-            checkpoint=self._on_disk(),
+            checkpoint=self.store.finish() or self._resumed_from,
             stopped_by=stopped_by,
         )
 
@@ -434,19 +430,8 @@ class _Clock:
         self._start, self._iters = now, iters
         return rate
 
-    def paused(self) -> "_Pause":
-        return _Pause(self)
-
-    def shift(self, seconds: float) -> None:
-        self._start += seconds
-
-
-class _Pause:
-    def __init__(self, clock: _Clock) -> None:
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_exception: object) -> None:
-        self._clock.shift(time.perf_counter() - self._began)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - began
