@@ -174,6 +174,7 @@ def test_a_division_too_fine_for_batch_normalisation(images: Path) -> None:
         run(images, "--micro-batch-size", 1)
 
 
+@pytest.mark.long
 def test_parts_of_a_batch_train_as_they_would_in_several_processes(
     images: Path, client: MlflowClient, tmp_path: Path
 ) -> None:
