@@ -36,6 +36,9 @@ SPOOL_VERSION = 1
 _HEADER, _DELIVERED, _BOUND = "spool", "delivered", "bound"
 _COMPACT_BYTES = 256 * 1024
 
+_CLOSED = -1
+"""In the place of a descriptor, whose number may be another file's by then."""
+
 _UNMADE = "new-"
 
 
@@ -160,9 +163,7 @@ class Spool:
                 self._lock.release()
                 raise
         except OSError as error:
-            raise SpoolError(
-                f"cannot keep a journal in {str(directory)!r}: {error.strerror}; --save-dir takes another place"
-            ) from error
+            raise self._unusable(error) from error
 
     def _open(self) -> None:
         if not self.path.exists():
@@ -194,11 +195,23 @@ class Spool:
         self._rewrite()
 
     def set_owner(self, run: str, uri: str) -> None:
-        """Note whose journal this is: the run's ID or provisional name, and its store's address."""
+        """Note whose journal this is: the run's ID or provisional name, and its store's address.
+
+        Raises:
+            SpoolError: it cannot be written.
+        """
         with self._mutex:
             if (self.run, self.uri) != (run, uri):
                 self.run, self.uri = run, uri
-                self._rewrite()
+                try:
+                    self._rewrite()
+                except OSError as error:
+                    raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> SpoolError:
+        return SpoolError(
+            f"cannot keep a journal in {str(self.directory)!r}: {error.strerror}; --save-dir takes another place"
+        )
 
     def _header(self) -> bytes:
         body = {"version": SPOOL_VERSION, "uri": self.uri}
@@ -298,8 +311,14 @@ class Spool:
             return [*found, *list(self._unwritten)[:room]]
 
     def delivered(self, seq: int) -> None:
-        """Entries up to number `seq` have arrived."""
+        """Entries up to number `seq` have arrived.
+
+        Once the journal is closed this does nothing: a request that hung has come back too late, and is repeated by the
+        next process.
+        """
         with self._mutex:
+            if self._descriptor == _CLOSED:
+                return
             before, self._delivered = self._delivered, seq
             self._pending -= seq - before
             while self._unwritten and self._unwritten[0].seq <= seq:
@@ -338,6 +357,8 @@ class Spool:
         """The run that was called `run` has been made, as `run_id`."""
         with self._mutex:
             self.bound[run] = run_id
+            if self._descriptor == _CLOSED:  # as in `delivered`
+                return
             self._write_line(_encode(0, run, _BOUND, {"run_id": run_id}))
             self.sync()
 
@@ -357,6 +378,7 @@ class Spool:
             self._lock.release()
             with contextlib.suppress(OSError):
                 sync_folder(self.directory)
+            self._descriptor = _CLOSED
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,8 @@ def test_not_finite_values_are_null_in_the_record(tmp_path: Path) -> None:
         ({"state_dict": {}, "x": {"y": [1, {2}]}}, r"state\['x'\]\['y'\]\[1\] holds a builtins.set"),
         ({"state_dict": {}, "x": {(1, 2): 3}}, r"state\['x'\] has the key \(1, 2\)"),
         ({"state_dict": {"w": 1, "module.w": 2}}, "differ only in their prefix"),
+        ({"state_dict": {}, "loss": torch.tensor(0.5)}, r"loss is a Tensor; give a number, such as loss.item\(\)"),
+        ({"state_dict": {}, "epoch": "3"}, "epoch is a str; give a number"),
     ],
 )
 def test_what_is_not_plain_is_refused(state: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -260,11 +262,11 @@ def test_flipped_bits_and_truncations_are_detected_or_change_nothing(with_record
 
 
 def test_no_single_bit_of_the_directory_changes_a_tensor(tmp_path: Path) -> None:
-    """Every bit behind the data, without a record: one there can make PyTorch read a tensor as nothing."""
+    """Every bit from the tensor's entry on, without a record: one there can make PyTorch read it as nothing."""
     path, _ = write_checkpoint({"state_dict": {"w": torch.arange(4.0)}}, 1, directory=tmp_path)
     record_path(path).unlink()
     original, payload = path.read_bytes(), read_checkpoint(path)
-    directory = original.index(b"PK\x01\x02")
+    directory = original.rindex(b"PK\x01\x02", 0, original.rindex(b"/data/0"))
     for bit in range(8 * directory, 8 * len(original)):
         damaged = bytearray(original)
         damaged[bit // 8] ^= 1 << bit % 8

@@ -109,6 +109,15 @@ def test_verify(run_id: str, as_json: Callable[..., Any], shufflenet: Invoke) ->
     assert all(verdict["ok"] for verdict in as_json("checkpoints", "verify", run_id))  # the run's own is sound
 
 
+def test_verify_of_a_run_needs_a_cache(run_id: str, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("file").touch()
+    monkeypatch.setenv("SHUFFLENET_CACHE_DIR", "file")
+    result = shufflenet("checkpoints", "verify", run_id)
+    assert result.exit_code == 1
+    assert "in the cache folder 'file/runs/" in result.stderr
+    assert "Not a directory; --cache-dir or SHUFFLENET_CACHE_DIR names another" in result.stderr
+
+
 def test_verify_of_a_run_finds_what_is_damaged_or_missing_there(
     run_id: str, client: MlflowClient, as_json: Callable[..., Any], workplace: Path
 ) -> None:

@@ -208,6 +208,29 @@ def test_training_goes_on_if_told_to(recorder: Recorder, full_disk: Callable[[bo
         store.finish()
 
 
+@pytest.mark.parametrize("continue_on_error", [False, True])
+def test_a_best_that_cannot_be_marked(continue_on_error: bool, recorder: Recorder) -> None:
+    reporter = Reporter()
+    store = make_store(recorder, continue_on_error=continue_on_error, reporter=reporter)
+    path = save(store, 1)
+    recorder.drain()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        assert store.mark_best(path, 0.75)
+        recorder.drain()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    verify_checkpoint(path)
+    assert bool(reporter.warnings) == continue_on_error
+    if continue_on_error:
+        later = save(store, 2)
+        assert store.finish() == later
+    else:
+        with pytest.raises(CheckpointError, match="cannot write the record .*File too large; earlier checkpoints are"):
+            save(store, 2)
+
+
 def test_an_unforeseen_error_is_not_swallowed(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_arguments: Any) -> Any:
         raise ZeroDivisionError("a bug")

@@ -94,19 +94,25 @@ def prepare_checkpoint(
         as_plain: makes it plain; by default the tensors stay those of `state`, where that is possible.
 
     Raises:
-        CheckpointError: the state is not plain data.
+        CheckpointError: the state is not plain data, or `epoch`, `loss` or `val_top1` is no number.
+        ConfigError: see `checkpoint_name`.
     """
     if not isinstance(state.get(STATE_DICT), Mapping):
         raise CheckpointError(f"a checkpoint needs a {STATE_DICT!r}; this state has {sorted(state)}")
-    checkpoint_name(iters, tag)
+    checkpoint_name(iters, tag)  # raises
+    epoch = state.get("epoch") if epoch is None else epoch
+    loss = state.get("loss") if loss is None else loss
+    for name, value in (("epoch", epoch), ("loss", loss), ("val_top1", val_top1)):
+        if not isinstance(value, (int, float, type(None))):
+            raise CheckpointError(f"{name} is a {type(value).__name__}; give a number, such as {name}.item()")
     payload = as_plain(
         {
             **state,
             **{key: bare_state_dict(state[key]) for key in (STATE_DICT, EMA_STATE_DICT) if key in state},
             "format_version": FORMAT_VERSION,
             "iters": iters,
-            "epoch": state.get("epoch") if epoch is None else epoch,
-            "loss": state.get("loss") if loss is None else loss,
+            "epoch": epoch,
+            "loss": loss,
             "run_id": run_id if run_id is not None else state.get("run_id"),
             "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }

@@ -158,7 +158,7 @@ class RemoteCheckpoints:
         A download that breaks off, or does not verify, begins anew; what is in the cache was whole.
 
         Raises:
-            UnresolvedError: the artifact is not called like a checkpoint.
+            UnresolvedError: the artifact is not called like a checkpoint, or the cache folder cannot be used.
             CorruptCheckpointError: what arrived is not what was recorded.
             TrackingError: it could not be downloaded.
         """
@@ -181,10 +181,7 @@ class RemoteCheckpoints:
                 self._fetch_once(artifact, record, target)
                 return target
             except OSError as error:
-                raise UnresolvedError(
-                    f"cannot keep {name} in the cache folder {str(self.folder)!r}: {error.strerror}; --cache-dir or "
-                    "SHUFFLENET_CACHE_DIR names another"
-                ) from error
+                raise self._unusable_cache(name, error) from error
             except (TrackingError, CorruptCheckpointError) as error:
                 if attempt == _ATTEMPTS or (isinstance(error, TrackingError) and _missing(error)):
                     raise
@@ -210,11 +207,21 @@ class RemoteCheckpoints:
         Raises:
             CorruptCheckpointError: it is not what was recorded.
             TrackingError: it could not be downloaded.
+            UnresolvedError: the cache folder cannot be used.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(self.folder) as scratch:
-            record = self.record_of(name)
-            verify_checkpoint(self.artifacts.download(f"{ARTIFACT_FOLDER}/{name}", scratch), record)
+        record = self.record_of(name)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with scratch_folder(self.folder) as scratch:
+                verify_checkpoint(self.artifacts.download(f"{ARTIFACT_FOLDER}/{name}", scratch), record)
+        except OSError as error:
+            raise self._unusable_cache(name, error) from error
+
+    def _unusable_cache(self, name: str, error: OSError) -> UnresolvedError:
+        return UnresolvedError(
+            f"cannot keep {name} in the cache folder {str(self.folder)!r}: {error.strerror}; --cache-dir or "
+            "SHUFFLENET_CACHE_DIR names another"
+        )
 
     def newest_valid(self) -> Resolved:
         """What `checkpoint.latest` names, or, where that fails, the newest checkpoint that verifies.
