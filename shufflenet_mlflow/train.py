@@ -37,7 +37,7 @@ from shufflenet_mlflow.data.sampler import (
     TrainBatches,
     derive_seed,
 )
-from shufflenet_mlflow.devices import compile_failure, compiled
+from shufflenet_mlflow.devices import compile_failure, compiled, lack_of_memory
 from shufflenet_mlflow.distributed import World, loss_of_process
 from shufflenet_mlflow.errors import DataError, ElsewhereError, NonFiniteLossError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
@@ -160,6 +160,8 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: training diverged; the last good checkpoint is kept.
+            ConfigError: the network cannot be compiled, or memory ran out.
+            LostProcessError: another process of this job is gone.
             DataError: an image cannot be read, or a process that reads them died; a checkpoint of the last
                 complete iteration is kept.
         """
@@ -179,7 +181,7 @@ class Trainer:
             self._save_once()
             raise
         except RuntimeError as error:
-            problem = worker_death(error) or loss_of_process(error) or compile_failure(error)
+            problem = worker_death(error) or loss_of_process(error) or compile_failure(error) or lack_of_memory(error)
             if problem is None:
                 raise
             if self.world.size == 1 and not self._mid_step:

@@ -94,6 +94,13 @@ def test_tags_that_do_not_belong_into_a_file_name(tag: str, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("iters", [-1, 3.0, "3"])
+def test_what_is_no_number_of_iterations(iters: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"iters \(={iters}\) must be a whole number, and not negative"):
+        write_checkpoint(small_state(), iters, directory=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- writing and reading
 
 

@@ -149,8 +149,9 @@ def test_a_signal_ends_the_wait_for_the_others() -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"RANK": "one"}, "RANK, WORLD_SIZE or LOCAL_RANK is no number"),
-        ({"RANK": "2"}, r"RANK \(=2\) must be at least 0 and below its WORLD_SIZE \(=2\)"),
+        ({"RANK": "one"}, "RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT is no number .*'one'.*; torchrun sets all"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is no number .*'http'.*; torchrun sets all of these"),
+        ({"RANK": "2"}, r"RANK \(=2\) must be at least 0 and below its WORLD_SIZE \(=2\); torchrun sets all"),
     ],
 )
 def test_an_environment_that_no_launcher_makes(

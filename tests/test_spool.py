@@ -201,6 +201,17 @@ def test_a_full_disk_when_a_run_takes_the_folder(spool: Spool, tmp_path: Path) -
     assert look(tmp_path).run_id == RUN
 
 
+def test_a_journal_of_a_later_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("shufflenet_mlflow.spool.SPOOL_VERSION", 2)
+        Spool(tmp_path).close()
+    before = (tmp_path / SPOOL_NAME).read_bytes()
+    for read in (Spool, look, Spool):
+        with pytest.raises(SpoolError, match="has format 2, and 1 is the only one known here; upgrade this package"):
+            read(tmp_path)
+    assert (tmp_path / SPOOL_NAME).read_bytes() == before
+
+
 def test_it_does_not_grow_for_ever(spool: Spool, tmp_path: Path) -> None:
     for number in range(6000):
         fill(spool, number)

@@ -27,10 +27,10 @@ def checkpoint_name(iters: int, tag: str = "") -> str:
     """The file name of the checkpoint after `iters` iterations.
 
     Raises:
-        ConfigError: `iters` is negative, or `tag` holds what does not belong into a file name.
+        ConfigError: `iters` is negative, or no whole number, or `tag` holds what does not belong into a file name.
     """
-    if iters < 0:
-        raise ConfigError(f"iters (={iters}) must not be negative")
+    if not isinstance(iters, int) or iters < 0:
+        raise ConfigError(f"iters (={iters}) must be a whole number, and not negative")
     if not _TAG.fullmatch(tag) or tag.startswith("."):
         raise ConfigError(f"the tag {tag!r} may hold letters, digits and '_', '-', '+', '.', and not begin with '.'")
     return f"{tag}checkpoint-{iters:06}{SUFFIX}"
