@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import assert_equal_payloads
 from mlflow import MlflowClient
-from training import Reporter, run
+from training import Reporter, run, run_until
 
 from shufflenet_mlflow.checkpoint import (
     Retention,
@@ -290,5 +290,15 @@ def test_retention_while_training(images: Path, client: MlflowClient) -> None:
 
 
 def test_rules_are_inherited_and_can_be_changed_on_resuming(images: Path, client: MlflowClient) -> None:
-    run(images, "--save-dir", "models", "--total-iters", 12, "--keep-last", 1)
-    assert read_checkpoint(list_checkpoints(Path("models"))[0])["config"]["keep_last"] == 1
+    def newest() -> tuple[int, int]:
+        payload = read_checkpoint(list_checkpoints(Path("models"))[0])
+        return payload["iters"], payload["config"]["keep_last"]
+
+    options = ["--save-dir", "models", "--save-interval", 1, "--val-interval", 12]
+    stopped = run_until(images, "training", 3, *options, "--keep-last", 1)
+    assert (newest(), len(list_checkpoints(Path("models")))) == ((3, 1), 1)
+    run_until(images, "training", 5, *options)
+    assert (newest(), len(list_checkpoints(Path("models")))) == ((5, 1), 1)
+    run(images, *options, "--keep-last", 4)
+    assert (newest(), len(list_checkpoints(Path("models")))) == ((12, 4), 4)
+    assert "keep_last" in client.get_run(str(stopped.run_id)).data.tags["drift.5"]
