@@ -412,7 +412,7 @@ def look(directory: Path) -> Pending:
         SpoolError: the journal cannot be read.
     """
     path = directory / SPOOL_NAME
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, never raises
         return Pending(None, None, ())
     try:
         content = _scan(path, keep_entries=True)

@@ -20,6 +20,7 @@ from shufflenet_mlflow import load_checkpoint
 from shufflenet_mlflow.checkpoint import (
     checkpoint_name,
     files,
+    list_checkpoints,
     newest_first,
     parse_name,
     read_checkpoint,
@@ -219,6 +220,21 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "models").write_text("")
     with pytest.raises(CheckpointError, match="--save-dir takes another place"):
         write_checkpoint(small_state(), 1, directory=tmp_path / "models")
+
+
+def test_a_folder_whose_name_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="File name too long; earlier checkpoints are intact"):
+        write_checkpoint(small_state(), 1, directory=tmp_path / ("x" * 300))
+    assert list_checkpoints(tmp_path / ("x" * 300)) == []
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_folder: Path) -> None:  # root may read everything
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(CheckpointError, match="cannot look into the folder '.*': Permission denied"):
+        list_checkpoints(tmp_path)
 
 
 def test_nobody_sees_half_a_file(tmp_path: Path) -> None:

@@ -206,6 +206,21 @@ def test_sync(run_id: str, client: MlflowClient, as_json: Callable[..., Any], sh
     assert "sent 0 entries" in shufflenet("sync", "models").stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sync"], "is not a folder; name the one that --save-dir named"),
+        (["checkpoints", "ls"], "is neither a folder of checkpoints nor a run ID"),
+        (["checkpoints", "verify"], "does not exist; a checkpoint is"),
+        (["train", "--total-iters", 1, "--save-dir"], "File name too long; --save-dir takes another place"),
+    ],
+)
+def test_a_folder_whose_name_is_too_long(words: list[object], message: str, shufflenet: Invoke) -> None:
+    result = shufflenet(*words, "x" * 300)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
 def test_sync_finds_the_store_by_itself(
     run_id: str, client: MlflowClient, as_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -182,7 +183,7 @@ def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> Writt
         if not replaces:  # a process that is killed now leaves a record without a file, never the reverse
             write_record(path, record())
 
-    replaces = path.exists()
+    replaces = os.path.exists(path)  # unlike Path.exists, never raises
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if replaces and record_path(path).exists():
@@ -193,7 +194,7 @@ def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> Writt
         if replaces:
             write_record(path, record())
     except BaseException as error:
-        if not replaces and not path.exists():
+        if not replaces and not os.path.exists(path):
             with contextlib.suppress(OSError):
                 record_path(path).unlink(missing_ok=True)
         failure = writers[0].failure if writers else None
