@@ -479,6 +479,20 @@ def test_the_newest_checkpoint_may_lie_on_this_disk_only(
 # ---------------------------------------------------------------- the library call and the journal
 
 
+def test_save_checkpoint_where_the_journal_cannot_be_read(
+    client: MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("shufflenet_mlflow.spool.SPOOL_VERSION", 2)
+        Spool(Path("models")).close()
+    with pytest.raises(
+        TrackingError, match="has format 2, .*; the checkpoint checkpoint-000001.pth.tar is on the disk"
+    ):
+        save_checkpoint({"state_dict": {"w": torch.ones(3)}}, 1, run_id=run_id)
+    assert list_records(Path("models"))[0].iters == 1
+    assert tagged(client, run_id, LATEST_TAG) is None
+
+
 def test_save_checkpoint_notes_what_it_could_not_bring(
     client: MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,11 +140,13 @@ def write_checkpoint(
         state: the training state; holds at least `state_dict`.
         epoch: completed epochs; by default `state["epoch"]`.
         loss: the training loss; by default `state["loss"]`.
+        val_top1: top-1 accuracy of this state on the validation set, 0..1; stands in the record only.
         run_id: the MLflow run it belongs to.
 
     Raises:
-        CheckpointError: the state is not plain data, or the file cannot be written; checkpoints that were there
+        CheckpointError: see `prepare_checkpoint`; or the file cannot be written, and checkpoints that were there
             before are intact.
+        ConfigError: see `checkpoint_name`.
     """
     prepared = prepare_checkpoint(state, iters, tag, epoch=epoch, loss=loss, val_top1=val_top1, run_id=run_id)
     return write_prepared(prepared, directory)
