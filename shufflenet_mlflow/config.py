@@ -27,7 +27,6 @@ AMP_DTYPES = {"off": None, "bf16": "bfloat16", "fp16": "float16"}
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 
-
 # A field's annotation -> what may stand in it. Whole numbers are welcome where a fraction may stand.
 _TYPES: dict[str, tuple[type, ...]] = {
     "<class 'str'>": (str,),
@@ -214,7 +213,6 @@ class TrainConfig:
     """Batch normalisation sees the images of all processes together; needs CUDA."""
     amp: str = "off"
     """Mixed precision in training: `off`, `bf16`, or `fp16` with a loss scaler. Evaluation is in full precision."""
-
     compile: bool = False
     """Train with what `torch.compile` makes of the network: other rounding, minutes of preparation, then maybe faster
     steps."""

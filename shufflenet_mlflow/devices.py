@@ -94,6 +94,17 @@ def compile_failure(error: RuntimeError) -> ConfigError | None:
     return ConfigError(f"--compile: the network cannot be compiled here ({reason}); leave it out")
 
 
+def lack_of_memory(error: RuntimeError) -> ConfigError | None:
+    """What to say if `error` is PyTorch's report that memory ran out in training; None for any other error."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:  # a GPU's, a CPU's
+        return None
+    return ConfigError(
+        f"memory ran out ({text.splitlines()[0][:200]}); lower --batch-size, --input-size, or --micro-batch-size, "
+        "which computes a batch in parts"
+    )
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Of glibc's `mallopt`, from its `malloc.h`."""
 

@@ -22,6 +22,8 @@ TIMEOUT = timedelta(minutes=30)
 
 _POLL_SECONDS = 0.02
 
+_WAY_OUT = "torchrun sets all of these, and without RANK this process trains alone"
+
 
 @contextmanager
 def joined(stop: StopFlag) -> Iterator[World]:
@@ -63,10 +65,14 @@ def _announced() -> World:
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        int(os.environ["MASTER_PORT"])  # PyTorch reads it
     except ValueError as error:
-        raise ConfigError(f"the environment's RANK, WORLD_SIZE or LOCAL_RANK is no number ({error})") from error
+        names = "RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT"
+        raise ConfigError(f"the environment's {names} is no number ({error}); {_WAY_OUT}") from error
     if not 0 <= rank < size:
-        raise ConfigError(f"the environment's RANK (={rank}) must be at least 0 and below its WORLD_SIZE (={size})")
+        raise ConfigError(
+            f"the environment's RANK (={rank}) must be at least 0 and below its WORLD_SIZE (={size}); {_WAY_OUT}"
+        )
     return World(rank, size, local_rank)
 
 
@@ -119,5 +125,8 @@ def name_attempt(store: Store, rank: int, size: int, stop: StopFlag) -> str:
                 store.set(taken.format(rank), name)
                 return name
         if time.monotonic() > deadline:
-            raise LostProcessError(f"process {rank}: the others of this job have not come within {TIMEOUT}")
+            raise LostProcessError(
+                f"process {rank}: the others of this job have not come within {TIMEOUT}; see what became of them, then "
+                "start the job again"
+            )
         time.sleep(_POLL_SECONDS)

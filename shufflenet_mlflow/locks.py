@@ -1,5 +1,6 @@
 """Locks that end with their process, so that a killed one leaves nothing behind that has to be broken."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ class FileLock:
 
     Raises:
         BusyError: another process holds it.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or not be locked.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -34,6 +35,8 @@ class FileLock:
             except OSError as error:
                 holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
                 os.close(self._descriptor)
+                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks, most likely
+                    raise
                 raise BusyError(f"{what} is in use by process {holder or '?'}; wait for it, or stop it") from error
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)

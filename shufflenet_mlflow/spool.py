@@ -34,7 +34,12 @@ LOCK_NAME = "spool.lock"
 SPOOL_VERSION = 1
 
 _HEADER, _DELIVERED, _BOUND = "spool", "delivered", "bound"
+_ABOUT_ITSELF = (_HEADER, _DELIVERED, _BOUND)
+"""Kinds of lines that are no entries: nothing of them is sent."""
 _COMPACT_BYTES = 256 * 1024
+
+_CLOSED = -1
+"""In the place of a descriptor, whose number may be another file's by then."""
 
 _UNMADE = "new-"
 
@@ -98,6 +103,11 @@ class _Content:
 
 
 def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
+    """Read a whole journal.
+
+    Raises:
+        SpoolError: another version of this project wrote it.
+    """
     content = _Content()
     numbers: deque[int] = deque()
     gaps: list[tuple[int, int]] = []
@@ -111,6 +121,11 @@ def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
             if entry is None:
                 content.damaged.append(line)
             elif entry.kind == _HEADER:
+                if entry.body.get("version") != SPOOL_VERSION:
+                    raise SpoolError(
+                        f"the journal {str(path)!r} has format {entry.body.get('version')!r}, and {SPOOL_VERSION} is "
+                        "the only one known here; upgrade this package"
+                    )
                 content.uri, content.run = entry.body.get("uri"), entry.run or None
                 content.last_seq = content.delivered = max(content.last_seq, entry.seq)
             elif entry.kind == _DELIVERED:
@@ -160,9 +175,7 @@ class Spool:
                 self._lock.release()
                 raise
         except OSError as error:
-            raise SpoolError(
-                f"cannot keep a journal in {str(directory)!r}: {error.strerror}; --save-dir takes another place"
-            ) from error
+            raise self._unusable(error) from error
 
     def _open(self) -> None:
         if not self.path.exists():
@@ -174,11 +187,14 @@ class Spool:
         self._pending = len(content.waiting)
         self._end = content.end
         self._cursor = content.waiting[0][0] if content.waiting else content.end
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | getattr(os, "O_CLOEXEC", 0))
+        self._descriptor = self._open_to_append()
         os.ftruncate(self._descriptor, self._end)
         self.was_damaged = bool(content.damaged or content.missing)
         if self.was_damaged:
             self._set_damage_aside(content)
+
+    def _open_to_append(self) -> int:
+        return os.open(self.path, os.O_RDWR | os.O_APPEND | getattr(os, "O_CLOEXEC", 0))
 
     def _set_damage_aside(self, content: _Content) -> None:
         with open(self.directory / DAMAGED_NAME, "ab") as file:
@@ -194,11 +210,23 @@ class Spool:
         self._rewrite()
 
     def set_owner(self, run: str, uri: str) -> None:
-        """Note whose journal this is: the run's ID or provisional name, and its store's address."""
+        """Note whose journal this is: the run's ID or provisional name, and its store's address.
+
+        Raises:
+            SpoolError: it cannot be written.
+        """
         with self._mutex:
             if (self.run, self.uri) != (run, uri):
                 self.run, self.uri = run, uri
-                self._rewrite()
+                try:
+                    self._rewrite()
+                except OSError as error:
+                    raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> SpoolError:
+        return SpoolError(
+            f"cannot keep a journal in {str(self.directory)!r}: {error.strerror}; --save-dir takes another place"
+        )
 
     def _header(self) -> bytes:
         body = {"version": SPOOL_VERSION, "uri": self.uri}
@@ -218,7 +246,7 @@ class Spool:
         header = self._header()
         write_atomically(self.path, lambda file: file.writelines([header, *lines]))
         os.close(self._descriptor)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | getattr(os, "O_CLOEXEC", 0))
+        self._descriptor = self._open_to_append()
         self._last_seq = self._delivered + len(waiting) + len(self._unwritten)
         self._pending = len(waiting) + len(self._unwritten)
         self._cursor, self._end = len(header), len(header) + sum(map(len, lines))
@@ -229,7 +257,7 @@ class Spool:
             file.seek(offset)
             while file.tell() < self._end:
                 entry = _decode(file.readline())
-                if entry is not None and entry.kind not in (_HEADER, _DELIVERED, _BOUND):
+                if entry is not None and entry.kind not in _ABOUT_ITSELF:
                     yield entry
 
     # ---------------------------------------------------------------- appending
@@ -260,7 +288,7 @@ class Spool:
             if written < len(line):
                 os.write(self._descriptor, line[written:])
         except OSError as error:
-            self.failure = f"cannot write the journal {str(self.path)!r}: {error.strerror}"
+            self._note_failure(error)
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, self._end)
             return False
@@ -275,7 +303,10 @@ class Spool:
             try:
                 os.fsync(self._descriptor)
             except OSError as error:
-                self.failure = f"cannot write the journal {str(self.path)!r}: {error.strerror}"
+                self._note_failure(error)
+
+    def _note_failure(self, error: OSError) -> None:
+        self.failure = f"cannot write the journal {str(self.path)!r}: {error.strerror}"
 
     # ---------------------------------------------------------------- delivery
 
@@ -298,8 +329,14 @@ class Spool:
             return [*found, *list(self._unwritten)[:room]]
 
     def delivered(self, seq: int) -> None:
-        """Entries up to number `seq` have arrived."""
+        """Entries up to number `seq` have arrived.
+
+        Once the journal is closed this does nothing: a request that hung has come back too late, and is repeated by the
+        next process.
+        """
         with self._mutex:
+            if self._descriptor == _CLOSED:
+                return
             before, self._delivered = self._delivered, seq
             self._pending -= seq - before
             while self._unwritten and self._unwritten[0].seq <= seq:
@@ -326,11 +363,7 @@ class Spool:
             while self._cursor < self._end:
                 line = file.readline()
                 entry = _decode(line)
-                if (
-                    entry is not None
-                    and entry.kind not in (_HEADER, _DELIVERED, _BOUND)
-                    and entry.seq > self._delivered
-                ):
+                if entry is not None and entry.kind not in _ABOUT_ITSELF and entry.seq > self._delivered:
                     return
                 self._cursor += len(line)
 
@@ -338,6 +371,8 @@ class Spool:
         """The run that was called `run` has been made, as `run_id`."""
         with self._mutex:
             self.bound[run] = run_id
+            if self._descriptor == _CLOSED:  # as in `delivered`
+                return
             self._write_line(_encode(0, run, _BOUND, {"run_id": run_id}))
             self.sync()
 
@@ -357,6 +392,7 @@ class Spool:
             self._lock.release()
             with contextlib.suppress(OSError):
                 sync_folder(self.directory)
+            self._descriptor = _CLOSED
 
 
 @dataclass(frozen=True)
@@ -370,9 +406,13 @@ class Pending:
 
 
 def look(directory: Path) -> Pending:
-    """What is pending in a folder, also while another process works there; nothing where there is no journal."""
+    """What is pending in a folder, also while another process works there; nothing where there is no journal.
+
+    Raises:
+        SpoolError: the journal cannot be read.
+    """
     path = directory / SPOOL_NAME
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, never raises
         return Pending(None, None, ())
     try:
         content = _scan(path, keep_entries=True)

@@ -186,10 +186,11 @@ def find_start(request: TrainRequest) -> Start | None:
     resolved = _resolve(request)
     start = _load_start(resolved.path, resolved.run_id)
     if found is not None:
-        there = run_of(found.path, read_checkpoint(found.path))
+        there = run_of_file(found.path)
         same_folder = found.path.parent.resolve() == start.path.parent.resolve()
         if request.new_run or (there != start.run_id and not same_folder):
-            raise ResumeError(f"--save-dir {str(directory)!r} holds checkpoints of run {there}; name another folder")
+            whose = f"run {there}" if there else "another run"
+            raise ResumeError(f"--save-dir {str(directory)!r} holds checkpoints of {whose}; name another folder")
     return start
 
 
@@ -226,7 +227,7 @@ def _newest_of_run(directory: Path, run_id: str) -> Resolved | None:
         found = newest_valid(directory)
     except UnresolvedError:
         return None
-    return found if found is not None and run_of(found.path, read_checkpoint(found.path)) == run_id else None
+    return found if found is not None and run_of_file(found.path) == run_id else None
 
 
 def run_of(path: Path, payload: Mapping[str, Any]) -> str | None:

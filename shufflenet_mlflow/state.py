@@ -114,6 +114,7 @@ class TrainingState:
         ema: the moving average of the network's weights, if there is to be one.
         scaler: of the loss, if gradients are computed in a precision in which they would vanish.
         seed: of what the network itself draws.
+        world: the processes that train together; by default this one alone.
     """
 
     def __init__(

@@ -13,7 +13,6 @@ EXIT_BASE = 128
 GRACE_SECONDS = 20.0
 """Between the warning and the end most schedulers leave 30 seconds: this, and time to write a checkpoint."""
 
-
 WARNING_SIGNAL: int | None = getattr(signal, "SIGUSR1", None)  # Windows has none
 """By which Slurm announces the end: see `--signal` of `sbatch`."""
 

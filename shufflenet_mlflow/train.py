@@ -4,8 +4,8 @@ It sees where checkpoints and metrics go only as the two small protocols below.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from shufflenet_mlflow.data.sampler import (
     TrainBatches,
     derive_seed,
 )
-from shufflenet_mlflow.devices import compile_failure, compiled
+from shufflenet_mlflow.devices import compile_failure, compiled, lack_of_memory
 from shufflenet_mlflow.distributed import World, loss_of_process
 from shufflenet_mlflow.errors import DataError, ElsewhereError, NonFiniteLossError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
@@ -160,6 +160,8 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: training diverged; the last good checkpoint is kept.
+            ConfigError: the network cannot be compiled, or memory ran out.
+            LostProcessError: another process of this job is gone.
             DataError: an image cannot be read, or a process that reads them died; a checkpoint of the last
                 complete iteration is kept.
         """
@@ -179,7 +181,7 @@ class Trainer:
             self._save_once()
             raise
         except RuntimeError as error:
-            problem = worker_death(error) or loss_of_process(error) or compile_failure(error)
+            problem = worker_death(error) or loss_of_process(error) or compile_failure(error) or lack_of_memory(error)
             if problem is None:
                 raise
             if self.world.size == 1 and not self._mid_step:
@@ -307,7 +309,7 @@ class Trainer:
         most = -(-REESTIMATION_IMAGES // self.config.batch_size)
         return min(most, self.data.order.iters_per_epoch)
 
-    def _reestimation_inputs(self, advance: Any) -> Iterator[Tensor]:
+    def _reestimation_inputs(self, advance: Callable[[], None]) -> Iterator[Tensor]:
         batches, division = self._reestimation_batches(), self.data.division
         fetched = self._loaded(ReestimationBatches(self.data.order, batches, division))
         for position, parts in enumerate(self.world.agreed(self.stop, batches, lambda: self.fetch(fetched))):
@@ -389,10 +391,6 @@ class Trainer:
         )
         self._saved_iters = state.iters
 
-    def _on_disk(self) -> Path | None:
-        """The newest checkpoint, once it is on the disk."""
-        return self.store.finish() or self._resumed_from
-
     def _result(self, stopped_by: int | None = None) -> TrainResult:
         state = self.state
         state.meter.collect()
@@ -402,7 +400,7 @@ class Trainer:
             loss=state.current_loss(),
             val_top1=state.validation.get("val/top1"),
             val_top5=state.validation.get("val/top5"),
-            checkpoint=self._on_disk(),
+            checkpoint=self.store.finish() or self._resumed_from,
             stopped_by=stopped_by,
         )
 
@@ -434,19 +432,8 @@ class _Clock:
         self._start, self._iters = now, iters
         return rate
 
-    def paused(self) -> "_Pause":
-        return _Pause(self)
-
-    def shift(self, seconds: float) -> None:
-        self._start += seconds
-
-
-class _Pause:
-    def __init__(self, clock: _Clock) -> None:
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_exception: object) -> None:
-        self._clock.shift(time.perf_counter() - self._began)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - began

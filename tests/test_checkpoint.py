@@ -20,6 +20,7 @@ from shufflenet_mlflow import load_checkpoint
 from shufflenet_mlflow.checkpoint import (
     checkpoint_name,
     files,
+    list_checkpoints,
     newest_first,
     parse_name,
     read_checkpoint,
@@ -94,6 +95,13 @@ def test_tags_that_do_not_belong_into_a_file_name(tag: str, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("iters", [-1, 3.0, "3"])
+def test_what_is_no_number_of_iterations(iters: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"iters \(={iters}\) must be a whole number, and not negative"):
+        write_checkpoint(small_state(), iters, directory=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- writing and reading
 
 
@@ -156,6 +164,8 @@ def test_not_finite_values_are_null_in_the_record(tmp_path: Path) -> None:
         ({"state_dict": {}, "x": {"y": [1, {2}]}}, r"state\['x'\]\['y'\]\[1\] holds a builtins.set"),
         ({"state_dict": {}, "x": {(1, 2): 3}}, r"state\['x'\] has the key \(1, 2\)"),
         ({"state_dict": {"w": 1, "module.w": 2}}, "differ only in their prefix"),
+        ({"state_dict": {}, "loss": torch.tensor(0.5)}, r"loss is a Tensor; give a number, such as loss.item\(\)"),
+        ({"state_dict": {}, "epoch": "3"}, "epoch is a str; give a number"),
     ],
 )
 def test_what_is_not_plain_is_refused(state: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -212,6 +222,21 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
         write_checkpoint(small_state(), 1, directory=tmp_path / "models")
 
 
+def test_a_folder_whose_name_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="File name too long; earlier checkpoints are intact"):
+        write_checkpoint(small_state(), 1, directory=tmp_path / ("x" * 300))
+    assert list_checkpoints(tmp_path / ("x" * 300)) == []
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_folder: Path) -> None:  # root may read everything
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(CheckpointError, match="cannot look into the folder '.*': Permission denied"):
+        list_checkpoints(tmp_path)
+
+
 def test_nobody_sees_half_a_file(tmp_path: Path) -> None:
     target = tmp_path / "checkpoint-000001.pth.tar"
 
@@ -260,11 +285,11 @@ def test_flipped_bits_and_truncations_are_detected_or_change_nothing(with_record
 
 
 def test_no_single_bit_of_the_directory_changes_a_tensor(tmp_path: Path) -> None:
-    """Every bit behind the data, without a record: one there can make PyTorch read a tensor as nothing."""
+    """Every bit from the tensor's entry on, without a record: one there can make PyTorch read it as nothing."""
     path, _ = write_checkpoint({"state_dict": {"w": torch.arange(4.0)}}, 1, directory=tmp_path)
     record_path(path).unlink()
     original, payload = path.read_bytes(), read_checkpoint(path)
-    directory = original.index(b"PK\x01\x02")
+    directory = original.rindex(b"PK\x01\x02", 0, original.rindex(b"/data/0"))
     for bit in range(8 * directory, 8 * len(original)):
         damaged = bytearray(original)
         damaged[bit // 8] ^= 1 << bit % 8

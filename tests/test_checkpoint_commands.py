@@ -109,6 +109,15 @@ def test_verify(run_id: str, as_json: Callable[..., Any], shufflenet: Invoke) ->
     assert all(verdict["ok"] for verdict in as_json("checkpoints", "verify", run_id))  # the run's own is sound
 
 
+def test_verify_of_a_run_needs_a_cache(run_id: str, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("file").touch()
+    monkeypatch.setenv("SHUFFLENET_CACHE_DIR", "file")
+    result = shufflenet("checkpoints", "verify", run_id)
+    assert result.exit_code == 1
+    assert "in the cache folder 'file/runs/" in result.stderr
+    assert "Not a directory; --cache-dir or SHUFFLENET_CACHE_DIR names another" in result.stderr
+
+
 def test_verify_of_a_run_finds_what_is_damaged_or_missing_there(
     run_id: str, client: MlflowClient, as_json: Callable[..., Any], workplace: Path
 ) -> None:
@@ -195,6 +204,21 @@ def test_sync(run_id: str, client: MlflowClient, as_json: Callable[..., Any], sh
     assert (sent["pending"], sent["sent"], sent["run_id"]) == (0, 1, run_id)
     assert client.get_run(run_id).data.metrics["val/top1"] == 0.5
     assert "sent 0 entries" in shufflenet("sync", "models").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sync"], "is not a folder; name the one that --save-dir named"),
+        (["checkpoints", "ls"], "is neither a folder of checkpoints nor a run ID"),
+        (["checkpoints", "verify"], "does not exist; a checkpoint is"),
+        (["train", "--total-iters", 1, "--save-dir"], "File name too long; --save-dir takes another place"),
+    ],
+)
+def test_a_folder_whose_name_is_too_long(words: list[object], message: str, shufflenet: Invoke) -> None:
+    result = shufflenet(*words, "x" * 300)
+    assert result.exit_code == 1
+    assert message in result.stderr
 
 
 def test_sync_finds_the_store_by_itself(

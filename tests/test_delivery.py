@@ -151,6 +151,18 @@ def test_pointers_never_move_backwards(client: MlflowClient, run_id: str, tmp_pa
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
+@pytest.mark.parametrize("value", ['"0.5"', "NaN", "[]", "true"])
+def test_a_pointer_that_someone_edited_is_mended(value: str, client: MlflowClient, run_id: str, tmp_path: Path) -> None:
+    target = RunTarget(client, run_id, tmp_path, is_new=True)
+    checkpoint(tmp_path, 1, 0.5).send(target)
+    for tag in (BEST_TAG, LATEST_TAG):
+        text = client.get_run(run_id).data.tags[tag]
+        assert '"val_top1": 0.5' in text
+        client.set_tag(run_id, tag, text.replace('"val_top1": 0.5', f'"val_top1": {value}'))
+    checkpoint(tmp_path, 2, 0.25).send(target)
+    assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (2, 2)
+
+
 def test_a_file_that_was_damaged_while_it_waited_is_refused(client: MlflowClient, run_id: str, spool: Spool) -> None:
     first, second = checkpoint(spool.directory, 1), checkpoint(spool.directory, 2)
     path = spool.directory / "checkpoint-000001.pth.tar"
@@ -197,6 +209,14 @@ def test_metrics_are_batched_and_each_point_is_kept_once(
     put(spool, run_id, MetricPoints({"a": 1.0}, 5, 1))
     Deliverer(client, spool).send_some()  # another process: it reads what the run has
     assert len(steps(client, run_id, "a")) == 310
+
+
+def test_a_long_stretch_that_was_repeated_is_kept_once(client: MlflowClient, run_id: str, spool: Spool) -> None:
+    """A run died and went on while the server was away: both attempts' points arrive in one request."""
+    put(spool, run_id, *(MetricPoints({"a": step}, step, 1) for step in range(200)))
+    put(spool, run_id, *(MetricPoints({"a": step}, step, 2) for step in range(50, 250)))
+    deliver_now(client, spool)
+    assert sorted(steps(client, run_id, "a")) == list(range(250))
 
 
 def test_what_mlflow_will_never_take_does_not_block_the_rest(
@@ -457,6 +477,20 @@ def test_the_newest_checkpoint_may_lie_on_this_disk_only(
 
 
 # ---------------------------------------------------------------- the library call and the journal
+
+
+def test_save_checkpoint_where_the_journal_cannot_be_read(
+    client: MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("shufflenet_mlflow.spool.SPOOL_VERSION", 2)
+        Spool(Path("models")).close()
+    with pytest.raises(
+        TrackingError, match="has format 2, .*; the checkpoint checkpoint-000001.pth.tar is on the disk"
+    ):
+        save_checkpoint({"state_dict": {"w": torch.ones(3)}}, 1, run_id=run_id)
+    assert list_records(Path("models"))[0].iters == 1
+    assert tagged(client, run_id, LATEST_TAG) is None
 
 
 def test_save_checkpoint_notes_what_it_could_not_bring(

@@ -149,8 +149,9 @@ def test_a_signal_ends_the_wait_for_the_others() -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"RANK": "one"}, "RANK, WORLD_SIZE or LOCAL_RANK is no number"),
-        ({"RANK": "2"}, r"RANK \(=2\) must be at least 0 and below its WORLD_SIZE \(=2\)"),
+        ({"RANK": "one"}, "RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT is no number .*'one'.*; torchrun sets all"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is no number .*'http'.*; torchrun sets all of these"),
+        ({"RANK": "2"}, r"RANK \(=2\) must be at least 0 and below its WORLD_SIZE \(=2\); torchrun sets all"),
     ],
 )
 def test_an_environment_that_no_launcher_makes(
@@ -174,6 +175,7 @@ def test_a_division_too_fine_for_batch_normalisation(images: Path) -> None:
         run(images, "--micro-batch-size", 1)
 
 
+@pytest.mark.long
 def test_parts_of_a_batch_train_as_they_would_in_several_processes(
     images: Path, client: MlflowClient, tmp_path: Path
 ) -> None:

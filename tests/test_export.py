@@ -30,7 +30,7 @@ from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.checkpoint import read_checkpoint
 from shufflenet_mlflow.classifier import Classifier, UnreadableImageError, decode, image_bytes, rank
 from shufflenet_mlflow.errors import ExportError, RefusedError, TrackingError
-from shufflenet_mlflow.export import LogModels, export_file, log_model
+from shufflenet_mlflow.export import LogModels, export_file, files, log_model
 from shufflenet_mlflow.export.logged import SHA256_TAG, find_logged_model, write_model
 from shufflenet_mlflow.export.program import check_equal, example_pixels
 from shufflenet_mlflow.jobs.sync import run_sync
@@ -121,8 +121,6 @@ def test_a_program_that_differs_is_no_export(tmp_path: Path, monkeypatch: pytest
         check_equal(ours, lambda pixels: ours.model(pixels.float()) * float("nan"), "the test's program")
     other = network()
     nn.init.ones_(next(other.model.parameters()))
-    from shufflenet_mlflow.export import files
-
     monkeypatch.setitem(files.FORMATS, "pt2", (lambda _, path: files.write_pt2(other, path), files.load_pt2))
     with pytest.raises(ExportError, match="differs"):
         export_file(ours, tmp_path / "net.pt2", "pt2")
@@ -133,6 +131,13 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ExportError, match=r"needs the package onnx; pip install 'shufflenet-mlflow\[export\]'"):
         export_file(network(), tmp_path / "net.onnx", "onnx")
+
+
+def test_a_name_that_is_too_long_for_the_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(files.FORMATS, "pt2", (lambda _, path: path.write_bytes(b""), files.load_pt2))
+    with pytest.raises(ExportError, match="File name too long; --output names another file"):
+        export_file(network(), tmp_path / ("x" * 250), "pt2")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("form", ["mlflow", *(pytest.param(form, marks=pytest.mark.long) for form in ("pt2", "onnx"))])

@@ -249,7 +249,7 @@ def test_attempts_without_a_server_are_one_run(
     """The server is away in all of them; one dies before its first checkpoint, one after it."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     away = ["--tracking-uri", "http://127.0.0.1:9", "--grace", 0]
-    monkeypatch.setattr("shufflenet_mlflow.tracking.delivery.GIVE_UP_SECONDS", 1.0)
+    monkeypatch.setattr("shufflenet_mlflow.tracking.delivery.GIVE_UP_SECONDS", 0.1)
     for number, iteration in enumerate((3, 7)):
         restarted(monkeypatch, number)
         with pytest.raises(Death):

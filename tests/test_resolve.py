@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -12,8 +13,9 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from shufflenet_mlflow import get_lastest_model, get_latest_model, save_checkpoint
 from shufflenet_mlflow.checkpoint import read_checkpoint, verify_checkpoint, write_checkpoint
-from shufflenet_mlflow.errors import CorruptCheckpointError, TrackingError, UnresolvedError
-from shufflenet_mlflow.resolve import resolve
+from shufflenet_mlflow.errors import BusyError, CorruptCheckpointError, TrackingError, UnresolvedError
+from shufflenet_mlflow.locks import FileLock
+from shufflenet_mlflow.resolve import fetching, resolve
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.resolve.reference import ModelReference, RunReference, parse_reference
 
@@ -162,6 +164,41 @@ def test_nothing_is_fetched_twice_and_the_cache_heals(
     assert get_latest_model(run_id, cache_dir=tmp_path / "cache") == (path, 30)
     verify_checkpoint(path)
     assert len(fetched) == 2
+
+
+@pytest.mark.parametrize("moment", ["before it is locked", "when it is locked", "while"])
+def test_a_folder_that_another_process_takes_for_stale(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between making and locking a folder for a download, a second process removes what looks left behind."""
+    removed: list[Path] = []
+
+    def late(path: Path, what: str) -> FileLock:
+        if removed:
+            return FileLock(path, what)
+        removed.append(path.parent)
+        if moment == "while":
+            raise BusyError(what)
+        lock = FileLock(path, what) if moment == "when it is locked" else None
+        shutil.rmtree(path.parent)
+        return lock or FileLock(path, what)
+
+    monkeypatch.setattr(fetching, "FileLock", late)
+    with fetching.scratch_folder(tmp_path) as scratch:
+        assert scratch.is_dir()
+        assert scratch != removed[0]
+        with pytest.raises(BusyError):
+            FileLock(scratch / "lock", "it")
+    assert not scratch.exists()
+
+
+def test_what_killed_processes_left_in_the_cache_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".fetch-x").mkdir()
+    (tmp_path / ".fetch-x" / "lock").touch()
+    (tmp_path / ".fetch-x" / "half").write_bytes(b"half")
+    with fetching.scratch_folder(tmp_path) as first, fetching.scratch_folder(tmp_path) as second:
+        assert sorted(tmp_path.iterdir()) == sorted([first, second])
+    assert not list(tmp_path.iterdir())
 
 
 def test_resolving_reads_one_tag_and_lists_nothing(

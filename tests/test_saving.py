@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import assert_equal_payloads
 from mlflow import MlflowClient
-from training import Reporter, run
+from training import Reporter, run, run_until
 
 from shufflenet_mlflow.checkpoint import (
     Retention,
@@ -208,6 +208,29 @@ def test_training_goes_on_if_told_to(recorder: Recorder, full_disk: Callable[[bo
         store.finish()
 
 
+@pytest.mark.parametrize("continue_on_error", [False, True])
+def test_a_best_that_cannot_be_marked(continue_on_error: bool, recorder: Recorder) -> None:
+    reporter = Reporter()
+    store = make_store(recorder, continue_on_error=continue_on_error, reporter=reporter)
+    path = save(store, 1)
+    recorder.drain()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        assert store.mark_best(path, 0.75)
+        recorder.drain()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    verify_checkpoint(path)
+    assert bool(reporter.warnings) == continue_on_error
+    if continue_on_error:
+        later = save(store, 2)
+        assert store.finish() == later
+    else:
+        with pytest.raises(CheckpointError, match="cannot write the record .*File too large; earlier checkpoints are"):
+            save(store, 2)
+
+
 def test_an_unforeseen_error_is_not_swallowed(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_arguments: Any) -> Any:
         raise ZeroDivisionError("a bug")
@@ -267,5 +290,15 @@ def test_retention_while_training(images: Path, client: MlflowClient) -> None:
 
 
 def test_rules_are_inherited_and_can_be_changed_on_resuming(images: Path, client: MlflowClient) -> None:
-    run(images, "--save-dir", "models", "--total-iters", 12, "--keep-last", 1)
-    assert read_checkpoint(list_checkpoints(Path("models"))[0])["config"]["keep_last"] == 1
+    def newest() -> tuple[int, int]:
+        payload = read_checkpoint(list_checkpoints(Path("models"))[0])
+        return payload["iters"], payload["config"]["keep_last"]
+
+    options = ["--save-dir", "models", "--save-interval", 1, "--val-interval", 12]
+    stopped = run_until(images, "training", 3, *options, "--keep-last", 1)
+    assert (newest(), len(list_checkpoints(Path("models")))) == ((3, 1), 1)
+    run_until(images, "training", 5, *options)
+    assert (newest(), len(list_checkpoints(Path("models")))) == ((5, 1), 1)
+    run(images, *options, "--keep-last", 4)
+    assert (newest(), len(list_checkpoints(Path("models")))) == ((12, 4), 4)
+    assert "keep_last" in client.get_run(str(stopped.run_id)).data.tags["drift.5"]

@@ -1,5 +1,8 @@
 """The journal: what was appended is read back in order, once, whatever happened to the process or the file."""
 
+import contextlib
+import errno
+import fcntl
 import logging
 import os
 import random
@@ -135,6 +138,31 @@ def test_one_process_at_a_time(spool: Spool, tmp_path: Path) -> None:
     assert f"is in use by process {os.getpid()}; wait for it, or stop it" in other.stderr
 
 
+def test_a_file_system_without_locks_is_not_called_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises(SpoolError, match="No locks available; --save-dir takes another place"):
+        Spool(tmp_path)
+
+
+def test_what_arrives_after_the_end_is_written_nowhere(tmp_path: Path) -> None:
+    """A request that hung comes back when the descriptor's number is another file's."""
+    spool = Spool(tmp_path)
+    fill(spool, 1)
+    spool.bind(name_new_run(), RUN)
+    before = spool.oldest()[0]
+    spool.close()
+    journal = (tmp_path / SPOOL_NAME).read_bytes()
+    with contextlib.ExitStack() as files:
+        others = [files.enter_context(open(tmp_path / f"{number}", "wb", buffering=0)) for number in range(9)]
+        spool.delivered(before.seq)
+        spool.bind(name_new_run(), RUN)
+        assert [Path(file.name).stat().st_size for file in others] == [0] * 9
+    assert (tmp_path / SPOOL_NAME).read_bytes() == journal
+
+
 def test_looking_does_not_disturb(spool: Spool, tmp_path: Path) -> None:
     fill(spool, 1)
     assert [entry.body["n"] for entry in look(tmp_path).entries] == [1]
@@ -160,6 +188,28 @@ def test_a_full_disk_loses_nothing_while_the_process_lives(spool: Spool, tmp_pat
     fill(spool, 4)
     assert (numbers(spool), spool.failure) == ([3, 4], None)
     assert [entry.body["n"] for entry in look(tmp_path).entries] == [3, 4]
+
+
+def test_a_full_disk_when_a_run_takes_the_folder(spool: Spool, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(SpoolError, match="cannot keep a journal in .*File too large; --save-dir"):
+            spool.set_owner("s" * 32, "http://127.0.0.1:5000")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert look(tmp_path).run_id == RUN
+
+
+def test_a_journal_of_a_later_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("shufflenet_mlflow.spool.SPOOL_VERSION", 2)
+        Spool(tmp_path).close()
+    before = (tmp_path / SPOOL_NAME).read_bytes()
+    for read in (Spool, look, Spool):
+        with pytest.raises(SpoolError, match="has format 2, and 1 is the only one known here; upgrade this package"):
+            read(tmp_path)
+    assert (tmp_path / SPOOL_NAME).read_bytes() == before
 
 
 def test_it_does_not_grow_for_ever(spool: Spool, tmp_path: Path) -> None:

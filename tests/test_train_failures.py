@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from training import Reporter, assert_same_end, run
 
 from shufflenet_mlflow.checkpoint import list_checkpoints, list_records, read_checkpoint
+from shufflenet_mlflow.devices import lack_of_memory
 from shufflenet_mlflow.errors import (
     BadImageError,
     ConfigError,
@@ -29,6 +30,7 @@ from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.state import Meter, TrainingState
 from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking import delivery
+from shufflenet_mlflow.train import Trainer
 
 # ---------------------------------------------------------------- what goes wrong
 
@@ -48,6 +50,30 @@ def test_a_diverging_run_names_iteration_and_rate(images: Path, client: MlflowCl
         state_dict = read_checkpoint(path)["state_dict"]
         assert np.isfinite(read_checkpoint(path)["loss"])
         assert "classifier.0.weight" in state_dict
+
+
+def test_memory_that_runs_out_is_one_line(images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's allocator is asked for more than any machine has, in the seventh iteration."""
+    original = Trainer.to_input
+
+    def too_large(trainer: Trainer, batch: Any) -> torch.Tensor:
+        if trainer.state.iters == 6:
+            torch.empty(1 << 55)
+        return original(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "to_input", too_large)
+    with pytest.raises(
+        ConfigError, match="memory ran out .*allocate.*; lower --batch-size, --input-size, or --micro-b"
+    ):
+        run(images, "--save-dir", "models")
+    assert statuses(client) == ["FAILED"]
+    assert list_checkpoints(Path("models"))[0].name == "checkpoint-000005.pth.tar"
+
+
+def test_what_a_gpu_says_of_its_memory() -> None:
+    said = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB")
+    assert "memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB" in str(lack_of_memory(said))
+    assert lack_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 def test_the_meter_remembers_the_first_bad_iteration() -> None:

@@ -15,6 +15,7 @@ from shufflenet_mlflow.jobs import TrainSummary, run_training
 from shufflenet_mlflow.reporting import LoggingReporter, Phase
 from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.tracking.system import PREFIX
 
 
 class Reporter(LoggingReporter):
@@ -87,11 +88,11 @@ def run_until(
 
 
 def history(client: MlflowClient, run_id: str) -> dict[str, list[tuple[int, float]]]:
-    """Every metric's points in logged order, but for the one that measures time."""
+    """Every metric's points in logged order, but for those that measure time, or the machine on a slow day."""
     return {
         name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
         for name in client.get_run(run_id).data.metrics
-        if name != "train/images_per_second"
+        if name != "train/images_per_second" and not name.startswith(PREFIX)
     }
 
 

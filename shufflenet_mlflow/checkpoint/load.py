@@ -106,6 +106,45 @@ def _class_layers(model: nn.Module) -> set[str]:
     return auxiliary | ({head} if head is not None else set())
 
 
+def _layer_of(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _compare(own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, untouched: set[str]) -> LoadReport:
+    """What is to become of every tensor of a network and of a checkpoint.
+
+    Args:
+        untouched: layers that stay as they are.
+    """
+    shared = [key for key in own if key in given]
+    fitting = [key for key in shared if own[key].shape == given[key].shape]
+    return LoadReport(
+        loaded=tuple(key for key in fitting if _layer_of(key) not in untouched),
+        missing=tuple(key for key in own if key not in given),
+        unexpected=tuple(key for key in given if key not in own),
+        reshaped=tuple(key for key in shared if own[key].shape != given[key].shape),
+        reset=tuple(key for key in fitting if _layer_of(key) in untouched),
+    )
+
+
+def _faults(report: LoadReport, head: str | None) -> LoadReport:
+    """What of it may not be left out.
+
+    Args:
+        head: the layer that may be of another width, if any may.
+    """
+
+    def is_fault(key: str) -> bool:
+        return not key.startswith(AUXILIARY_PREFIX)
+
+    return LoadReport(
+        loaded=report.loaded,
+        missing=tuple(filter(is_fault, report.missing)),
+        unexpected=tuple(filter(is_fault, report.unexpected)),
+        reshaped=tuple(key for key in report.reshaped if is_fault(key) and _layer_of(key) != head),
+    )
+
+
 def load_checkpoint(
     model: nn.Module,
     checkpoint: str | Path | Mapping[str, Any],
@@ -141,29 +180,12 @@ def load_checkpoint(
     source = source or _source_of(checkpoint)
     given = weights_of(checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint), source, ema=ema)
     own = {bare_key(name): (name, tensor) for name, tensor in model.state_dict().items()}
-    classes = _class_layers(model) if reset_head == "always" else set()
-    reset = {key for key in own if key.rpartition(".")[0] in classes}
-    fitting = {key for key in own.keys() & given.keys() if own[key][1].shape == given[key].shape} - reset
-    report = LoadReport(
-        loaded=tuple(key for key in own if key in fitting),
-        missing=tuple(key for key in own if key not in given),
-        unexpected=tuple(key for key in given if key not in own),
-        reshaped=tuple(key for key in own if key in given and own[key][1].shape != given[key].shape),
-        reset=tuple(key for key in own if key in reset & given.keys() and own[key][1].shape == given[key].shape),
+    report = _compare(
+        {key: tensor for key, (_, tensor) in own.items()},
+        given,
+        untouched=_class_layers(model) if reset_head == "always" else set(),
     )
-    head = head_of(model) if reset_head else None
-
-    def is_fault(name: str, *, in_head: bool = False) -> bool:
-        if strict:
-            return True
-        return not name.startswith(AUXILIARY_PREFIX) and not (in_head and name.rpartition(".")[0] == head)
-
-    faults = LoadReport(
-        loaded=report.loaded,
-        missing=tuple(filter(is_fault, report.missing)),
-        unexpected=tuple(filter(is_fault, report.unexpected)),
-        reshaped=tuple(name for name in report.reshaped if is_fault(name, in_head=True)),
-    )
+    faults = report if strict else _faults(report, head_of(model) if reset_head else None)
     if not faults.is_complete:
         shapes = "".join(
             f"; {name} is {tuple(given[name].shape)} in the checkpoint, {tuple(own[name][1].shape)} here"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from shufflenet_mlflow.errors import ConfigError
+from shufflenet_mlflow.errors import CheckpointError, ConfigError
 
 FINAL_TAG = "bnps-"
 """Marks the state after BN re-estimation, the last one of a run."""
@@ -27,10 +27,10 @@ def checkpoint_name(iters: int, tag: str = "") -> str:
     """The file name of the checkpoint after `iters` iterations.
 
     Raises:
-        ConfigError: `iters` is negative, or `tag` holds what does not belong into a file name.
+        ConfigError: `iters` is negative, or no whole number, or `tag` holds what does not belong into a file name.
     """
-    if iters < 0:
-        raise ConfigError(f"iters (={iters}) must not be negative")
+    if not isinstance(iters, int) or iters < 0:
+        raise ConfigError(f"iters (={iters}) must be a whole number, and not negative")
     if not _TAG.fullmatch(tag) or tag.startswith("."):
         raise ConfigError(f"the tag {tag!r} may hold letters, digits and '_', '-', '+', '.', and not begin with '.'")
     return f"{tag}checkpoint-{iters:06}{SUFFIX}"
@@ -59,7 +59,15 @@ def newest_first(names: Iterable[str]) -> list[str]:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoint files in `directory`, newest first; [] where there is no such folder."""
-    if not os.path.isdir(directory):
+    """The checkpoint files in `directory`, newest first; [] where there is no such folder.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    if not os.path.isdir(directory):  # unlike Path.is_dir, never raises
         return []
-    return [directory / name for name in newest_first(entry.name for entry in directory.iterdir() if entry.is_file())]
+    try:
+        names = [entry.name for entry in directory.iterdir() if entry.is_file()]
+    except OSError as error:
+        raise CheckpointError(f"cannot look into the folder {str(directory)!r}: {error.strerror}") from error
+    return [directory / name for name in newest_first(names)]

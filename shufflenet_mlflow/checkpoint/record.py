@@ -74,11 +74,16 @@ class CheckpointRecord:
             and isinstance(record.sha256, str)
             and type(record.iters) is int
             and type(record.bytes) is int
+            and all(map(_is_number_or_none, (record.epoch, record.loss, record.val_top1)))
         ):
             raise CheckpointError(f"not a checkpoint record: {text[:80]!r}")
         if values.get("crc32", record._crc32()) != record._crc32():
             raise CheckpointError(f"a damaged checkpoint record: {text[:80]!r}")
         return record
+
+
+def _is_number_or_none(value: object) -> bool:
+    return value is None or type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def record_path(checkpoint: Path) -> Path:
@@ -96,12 +101,21 @@ def update_record(checkpoint: Path, *, val_top1: float) -> CheckpointRecord | No
 
     Returns:
         The new record; None if there was none.
+
+    Raises:
+        CheckpointError: it cannot be written; the former one is intact.
     """
     record = read_record(checkpoint)
     if record is None:
         return None
     record = replace(record, val_top1=finite(val_top1))
-    write_record(checkpoint, record)
+    try:
+        write_record(checkpoint, record)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the record {str(record_path(checkpoint))!r}: {error.strerror}; "
+            "earlier checkpoints are intact, --save-dir takes another place"
+        ) from error
     return record
 
 

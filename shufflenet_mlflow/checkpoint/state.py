@@ -16,7 +16,6 @@ EMA_STATE_DICT = "ema_state_dict"
 
 _WRAPPERS = ("module.", "_orig_mod.")
 
-
 _DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),

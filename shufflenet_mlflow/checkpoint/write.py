@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -97,19 +98,25 @@ def prepare_checkpoint(
         as_plain: makes it plain; by default the tensors stay those of `state`, where that is possible.
 
     Raises:
-        CheckpointError: the state is not plain data.
+        CheckpointError: the state is not plain data, or `epoch`, `loss` or `val_top1` is no number.
+        ConfigError: see `checkpoint_name`.
     """
     if not isinstance(state.get(STATE_DICT), Mapping):
         raise CheckpointError(f"a checkpoint needs a {STATE_DICT!r}; this state has {sorted(state)}")
-    checkpoint_name(iters, tag)
+    checkpoint_name(iters, tag)  # raises
+    epoch = state.get("epoch") if epoch is None else epoch
+    loss = state.get("loss") if loss is None else loss
+    for name, value in (("epoch", epoch), ("loss", loss), ("val_top1", val_top1)):
+        if not isinstance(value, (int, float, type(None))):
+            raise CheckpointError(f"{name} is a {type(value).__name__}; give a number, such as {name}.item()")
     payload = as_plain(
         {
             **state,
             **{key: bare_state_dict(state[key]) for key in (STATE_DICT, EMA_STATE_DICT) if key in state},
             "format_version": FORMAT_VERSION,
             "iters": iters,
-            "epoch": state.get("epoch") if epoch is None else epoch,
-            "loss": state.get("loss") if loss is None else loss,
+            "epoch": epoch,
+            "loss": loss,
             "run_id": run_id if run_id is not None else state.get("run_id"),
             "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
@@ -136,11 +143,13 @@ def write_checkpoint(
         state: the training state; holds at least `state_dict`.
         epoch: completed epochs; by default `state["epoch"]`.
         loss: the training loss; by default `state["loss"]`.
+        val_top1: top-1 accuracy of this state on the validation set, 0..1; stands in the record only.
         run_id: the MLflow run it belongs to.
 
     Raises:
-        CheckpointError: the state is not plain data, or the file cannot be written; checkpoints that were there
+        CheckpointError: see `prepare_checkpoint`; or the file cannot be written, and checkpoints that were there
             before are intact.
+        ConfigError: see `checkpoint_name`.
     """
     prepared = prepare_checkpoint(state, iters, tag, epoch=epoch, loss=loss, val_top1=val_top1, run_id=run_id)
     return write_prepared(prepared, directory)
@@ -179,7 +188,7 @@ def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> Writt
         if not replaces:  # a process that is killed now leaves a record without a file, never the reverse
             write_record(path, record())
 
-    replaces = path.exists()
+    replaces = os.path.exists(path)  # unlike Path.exists, never raises
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if replaces and record_path(path).exists():
@@ -190,7 +199,7 @@ def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> Writt
         if replaces:
             write_record(path, record())
     except BaseException as error:
-        if not replaces and not path.exists():
+        if not replaces and not os.path.exists(path):
             with contextlib.suppress(OSError):
                 record_path(path).unlink(missing_ok=True)
         failure = writers[0].failure if writers else None

@@ -1,5 +1,6 @@
 """Exported files: `.pt2` for PyTorch, `.onnx` for everything else, each compared with the checkpoint."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -49,7 +50,8 @@ def export_file(network: Network, target: Path, form: str) -> float:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(f"cannot write {str(target)!r}: {reason}; --output names another file") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what matters
+            part.unlink(missing_ok=True)
     return difference
 
 

@@ -1,6 +1,7 @@
 """Finding what an earlier attempt at the same job has begun: by its folder, by its name, or by the run it was given."""
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -73,12 +74,12 @@ def _named(request: TrainRequest, reporter: Reporter) -> TrainRequest:
 
 
 def _holds_checkpoints(directory: Path | None) -> bool:
-    return directory is not None and directory.is_dir() and bool(list_checkpoints(directory))
+    return directory is not None and bool(list_checkpoints(directory))
 
 
 def _was_used(directory: Path | None) -> bool:
     """Whether an earlier attempt has worked there."""
-    return _holds_checkpoints(directory) or (directory is not None and (directory / SPOOL_NAME).exists())
+    return _holds_checkpoints(directory) or (directory is not None and os.path.exists(directory / SPOOL_NAME))
 
 
 def _look_up(client: "MlflowClient", request: TrainRequest, *, by_name: bool) -> KnownRun | None:

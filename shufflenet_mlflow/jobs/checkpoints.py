@@ -1,6 +1,7 @@
 """What checkpoints there are, in a folder and in its run; verifying, fetching and pruning them."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -63,7 +64,7 @@ def find_place(ref: str, tracking_uri: str | None) -> Place:
     reference = parse_reference(complete(ref, tracking_uri))
     if isinstance(reference, RunReference):
         return Place(ref, None, reference.run_id, tracking_uri)
-    if not isinstance(reference, Path) or not reference.is_dir():
+    if not isinstance(reference, Path) or not os.path.isdir(reference):
         raise UnresolvedError(f"{ref!r} is neither a folder of checkpoints nor a run ID")
     held = look(reference)
     return Place(ref, reference, held.run_id, uri_of_journal(held.uri, tracking_uri))
@@ -197,7 +198,7 @@ def verify_all(ref: str, *, tracking_uri: str | None, cache_dir: Path | None, re
     """
     reference = parse_reference(ref)
     whole_run = isinstance(reference, RunReference) and reference.artifact is None and "@" not in ref
-    if not whole_run and not (isinstance(reference, Path) and reference.is_dir()):
+    if not whole_run and not (isinstance(reference, Path) and os.path.isdir(reference)):
         return [_verify_one(ref, tracking_uri, cache_dir)]
     place = find_place(ref, tracking_uri)
     checks = _checks_in_run(place, cache_dir) if place.directory is None else _checks_in_folder(place.directory)

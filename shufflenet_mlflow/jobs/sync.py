@@ -1,5 +1,6 @@
 """Bringing to MLflow what a folder's journal still holds."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def run_sync(
         StopRequested: a signal came; what was not sent still waits.
     """
     prepare_environment()
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # unlike Path.is_dir, never raises
         raise SpoolError(f"{str(directory)!r} is not a folder; name the one that --save-dir named, or models/RUN_ID")
     held = look(directory)
     uri = uri_of_journal(held.uri, tracking_uri)

@@ -1,6 +1,7 @@
 """What a network costs: parameters, and multiply-accumulates of one image."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,16 +21,21 @@ class Cost:
 
 
 def model_cost(name: str, num_classes: int = 1000, input_size: int = 224, **options: Any) -> Cost:
-    """Count on the meta device: shapes are followed, nothing is allocated or computed.
+    """Count on the meta device, once per process: shapes are followed, nothing is allocated or computed.
 
     Args:
-        options: further arguments of `create_model`.
+        options: further arguments of `create_model`; each is a list of numbers, or None.
 
     Raises:
         ModelError: see `create_model`.
     """
+    return _count(name, num_classes, input_size, tuple((key, value and tuple(value)) for key, value in options.items()))
+
+
+@cache
+def _count(name: str, num_classes: int, input_size: int, options: tuple[tuple[str, Any], ...]) -> Cost:
     with torch.device("meta"):
-        model = create_model(name, num_classes, **options).eval()
+        model = create_model(name, num_classes, **dict(options)).eval()
         image_NCHW = torch.empty(1, 3, input_size, input_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image_NCHW)

@@ -7,9 +7,6 @@ gets its name in the cache only after it was verified against its record, and is
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,16 +26,15 @@ from shufflenet_mlflow.checkpoint import (
 from shufflenet_mlflow.client import connect, mlflow_errors, redact
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import (
-    BusyError,
     CheckpointError,
     CorruptCheckpointError,
     NoCheckpointError,
     TrackingError,
     UnresolvedError,
 )
-from shufflenet_mlflow.locks import FileLock
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts, being_deleted
+from shufflenet_mlflow.resolve.fetching import scratch_folder, shown
 from shufflenet_mlflow.resolve.ids import may_have_been
 from shufflenet_mlflow.resolve.local import Resolved
 from shufflenet_mlflow.resolve.reference import ModelReference, RunReference, is_run_id
@@ -54,13 +50,9 @@ MODEL_VERSION_TAG = "checkpoint"
 """Tag of a registered model's version: the record of the checkpoint it stands for."""
 
 _NAMED = 8
-_MIB = 1 << 20
 
 _ATTEMPTS = 3
 """Downloads, before one that breaks off is given up."""
-
-_SCRATCH_PREFIX = ".fetch-"
-_SCRATCH_LOCK = "lock"
 
 
 def _missing(error: TrackingError) -> bool:
@@ -160,7 +152,7 @@ class RemoteCheckpoints:
         A download that breaks off, or does not verify, begins anew; what is in the cache was whole.
 
         Raises:
-            UnresolvedError: the artifact is not called like a checkpoint.
+            UnresolvedError: the artifact is not called like a checkpoint, or the cache folder cannot be used.
             CorruptCheckpointError: what arrived is not what was recorded.
             TrackingError: it could not be downloaded.
         """
@@ -184,10 +176,7 @@ class RemoteCheckpoints:
                 self._fetch_once(artifact, record, target)
                 return target
             except OSError as error:
-                raise UnresolvedError(
-                    f"cannot keep {name} in the cache folder {str(self.folder)!r}: {error.strerror}; --cache-dir or "
-                    "SHUFFLENET_CACHE_DIR names another"
-                ) from error
+                raise self._unusable_cache(name, error) from error
             except (TrackingError, CorruptCheckpointError) as error:
                 if attempt == _ATTEMPTS or (isinstance(error, TrackingError) and _missing(error)):
                     raise
@@ -197,7 +186,7 @@ class RemoteCheckpoints:
     def _fetch_once(self, artifact: str, record: CheckpointRecord | None, target: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(self.folder) as scratch:
-            with _shown(self._reporter, scratch, artifact, record):
+            with shown(self._reporter, scratch, artifact, record):
                 arrived = self.artifacts.download(artifact, scratch)
             verify_checkpoint(arrived, record)
             with open(arrived, "rb") as file:
@@ -213,11 +202,21 @@ class RemoteCheckpoints:
         Raises:
             CorruptCheckpointError: it is not what was recorded.
             TrackingError: it could not be downloaded.
+            UnresolvedError: the cache folder cannot be used.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(self.folder) as scratch:
-            record = self.record_of(name)
-            verify_checkpoint(self.artifacts.download(f"{ARTIFACT_FOLDER}/{name}", scratch), record)
+        record = self.record_of(name)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with scratch_folder(self.folder) as scratch:
+                verify_checkpoint(self.artifacts.download(f"{ARTIFACT_FOLDER}/{name}", scratch), record)
+        except OSError as error:
+            raise self._unusable_cache(name, error) from error
+
+    def _unusable_cache(self, name: str, error: OSError) -> UnresolvedError:
+        return UnresolvedError(
+            f"cannot keep {name} in the cache folder {str(self.folder)!r}: {error.strerror}; --cache-dir or "
+            "SHUFFLENET_CACHE_DIR names another"
+        )
 
     def newest_valid(self) -> Resolved:
         """What `checkpoint.latest` names, or, where that fails, the newest checkpoint that verifies.
@@ -296,50 +295,6 @@ class RemoteCheckpoints:
             return record.path, record
         name = self.at(reference.which)
         return f"{ARTIFACT_FOLDER}/{name}", self.record_of(name)
-
-
-@contextlib.contextmanager
-def _shown(reporter: Reporter | None, scratch: Path, artifact: str, record: CheckpointRecord | None) -> Iterator[None]:
-    """Show how far a download has come: MLflow does not say, but the file grows."""
-    if reporter is None or record is None:
-        yield
-        return
-    name = artifact.rpartition("/")[2]
-    ended = threading.Event()
-    with reporter.phase(f"fetching {name}, MiB", -(-record.bytes // _MIB)) as phase:
-
-        def watch() -> None:
-            shown = 0
-            while not ended.wait(0.1):
-                with contextlib.suppress(OSError):
-                    arrived = sum(path.stat().st_size for path in scratch.rglob(name)) // _MIB
-                    for _ in range(arrived - shown):
-                        phase.advance()
-                    shown = max(shown, arrived)
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watcher.join()
-
-
-@contextlib.contextmanager
-def scratch_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder for a download, removed afterwards; those of killed processes are removed first."""
-    for stale in folder.glob(f"{_SCRATCH_PREFIX}*/{_SCRATCH_LOCK}"):
-        with contextlib.suppress(BusyError, OSError):
-            FileLock(stale, "a download").release()
-            shutil.rmtree(stale.parent)
-    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=folder))
-    lock = FileLock(scratch / _SCRATCH_LOCK, "a download")
-    try:
-        yield scratch
-    finally:
-        lock.release()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def promoted_names(client: "MlflowClient", run_id: str) -> set[str]:

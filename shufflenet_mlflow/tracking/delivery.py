@@ -148,7 +148,7 @@ class Delivery:
         self._deliverer, self._reporter = deliverer, reporter
         self.spool = deliverer.spool
         self._changed = threading.Condition()
-        self._woken = self._closing = self._busy = False
+        self._woken = self._closing = False
         self._failing_since: float | None = None
         self.reason = ""
         """Why sending fails at the moment; empty while it works."""

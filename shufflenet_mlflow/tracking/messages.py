@@ -142,12 +142,12 @@ def send_points(target: RunTarget, several: Sequence[MetricPoints], tags: Mappin
     from mlflow.entities import Metric, RunTag
 
     seen = target.seen_steps()
-    metrics: list[Metric] = []
+    new: dict[tuple[str, int], Metric] = {}
     for points in several:
         for name, value in points.values.items():
-            steps = seen.setdefault(name, set())
-            if points.step not in steps and not any(m.key == name and m.step == points.step for m in metrics[-64:]):
-                metrics.append(Metric(name, float(value), points.timestamp, points.step))
+            if points.step not in seen.setdefault(name, set()):
+                new.setdefault((name, points.step), Metric(name, float(value), points.timestamp, points.step))
+    metrics = list(new.values())
     waiting = [RunTag(key, value) for key, value in (tags or {}).items()]
     for first in range(0, max(len(metrics), len(waiting)), MOST_POINTS):
         batch = metrics[first : first + MOST_POINTS]

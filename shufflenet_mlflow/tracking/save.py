@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -83,39 +84,40 @@ def save_checkpoint(
 def _bring(record: CheckpointRecord, run_id: str, directory: Path, tracking_uri: str | None) -> None:
     client = connect(tracking_uri)
     message = Checkpoint.of(record)
-    if not look(directory).entries:
-        try:
-            target = RunTarget(client, run_id, directory)
-            latest = record_in(target.read().data.tags, LATEST_TAG)
-            # The history of all points need not be read: only this iteration's matter.
-            target.seen = {} if latest is None or latest.iters != record.iters else _points_of(record.iters)
-            message.send(target)
-        except TrackingError as error:
-            failure = error
-        else:
-            return
-    else:
-        failure = None  # what waits there comes first
+    failure: TrackingError | None = None
     try:
-        spool = Spool(directory)
+        if not look(directory).entries:  # what waits there comes first
+            failure = _try_at_once(message, record, RunTarget(client, run_id, directory))
+            if failure is None:
+                return
+        with closing(Spool(directory)) as spool:
+            spool.set_owner(run_id, stored_uri(client.tracking_uri))
+            spool.append(run_id, message.kind, to_body(message))
+            spool.sync()
+            if failure is None:
+                deliver_now(client, spool)
     except (BusyError, SpoolError) as error:
         raise TrackingError(f"{failure or error}; the checkpoint {record.file_name} is on the disk") from error
-    try:
-        spool.set_owner(run_id, stored_uri(client.tracking_uri))
-        spool.append(run_id, message.kind, to_body(message))
-        spool.sync()
-        if failure is None:
-            deliver_now(client, spool)
     except TrackingError as error:
         failure = error
-    finally:
-        spool.close()
     if failure is not None:
         raise TrackingError(
             f"{failure}; the checkpoint {record.file_name} is on the disk, and `shufflenet sync {directory}` brings "
             "it to the run",
             failure.code,
         ) from failure
+
+
+def _try_at_once(message: Checkpoint, record: CheckpointRecord, target: RunTarget) -> TrackingError | None:
+    """Send it past the journal; why it did not arrive, if it did not."""
+    try:
+        latest = record_in(target.read().data.tags, LATEST_TAG)
+        # The history of all points need not be read: only this iteration's matter.
+        target.seen = {} if latest is None or latest.iters != record.iters else _points_of(record.iters)
+        message.send(target)
+    except TrackingError as error:
+        return error
+    return None
 
 
 def _points_of(iters: int) -> dict[str, set[int]]:

@@ -92,9 +92,7 @@ class TrackedStore:
             self._recorder.spool.sync()  # the points before a checkpoint are as safe as it is
             path, record = write_prepared(prepared, self.directory)
         except CheckpointError as error:
-            self._failure = error
-            if self._continue_on_error:
-                self._reporter.warn(f"{error}; training goes on")
+            self._fails(error)
             return
         finally:
             self._buffer.release()
@@ -105,13 +103,22 @@ class TrackedStore:
             rules = self._retention
             self._recorder.append(Prune(rules.keep_last, rules.keep_best, rules.keep_every))
 
+    def _fails(self, error: CheckpointError) -> None:
+        self._failure = error
+        if self._continue_on_error:
+            self._reporter.warn(f"{error}; training goes on")
+
     def mark_best(self, checkpoint: Path, val_top1: float) -> bool:
         """See `shufflenet_mlflow.train.CheckpointStore`."""
         if checkpoint not in self._submitted and read_record(checkpoint) is None:
             return False
 
         def mark() -> None:
-            record = update_record(checkpoint, val_top1=val_top1)
+            try:
+                record = update_record(checkpoint, val_top1=val_top1)
+            except CheckpointError as error:
+                self._fails(error)
+                return
             if record is not None:
                 self._recorder.append(Checkpoint.of(record, again=True), durable=True)
 
