@@ -84,11 +84,11 @@ def _next_steps(comparison: "Comparison") -> list[str]:
     steps = []
     if not comparison.tests:
         listed = " and ".join(run.short_id for run in comparison.runs)
-        steps.append(f"shufflenet eval RUN, for {listed}: then this says whether the difference is more than chance")
+        steps.append(f"shufflenet eval RUN    for {listed}: is the difference more than chance?")
     accuracies = [row for row in comparison.results if row.metric == "best/val_top1" and row.best]
     if accuracies:
         best = comparison.runs[accuracies[0].best[0]]
-        steps.append(f"shufflenet checkpoints promote runs:/{best.short_id}@best --name NAME --alias champion")
+        steps.append(f"shufflenet checkpoints promote {best.short_id}@best --name NAME")
     return steps
 
 

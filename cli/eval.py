@@ -100,7 +100,10 @@ def eval_(ref: str, as_json: bool, **values: Any) -> None:
 def _result_lines(summary: "EvalSummary") -> str:
     result = summary.result
     skipped = f", {result.skipped} unreadable left out" if result.skipped else ""
-    lines = [f"checkpoint  {summary.checkpoint}  ({summary.model}, iteration {summary.iters})"]
+    lines = [
+        f"checkpoint  {summary.checkpoint}",
+        f"network     {summary.model}, iteration {summary.iters}",
+    ]
     if summary.run_id:
         lines.append(f"run ID      {summary.run_id}")
     lines += [
@@ -119,10 +122,12 @@ def _result_lines(summary: "EvalSummary") -> str:
 
 
 def _next_steps(summary: "EvalSummary") -> list[str]:
+    from .tables import SHORT_ID
+
     if summary.logged_to is None:
         return [f"shufflenet predict {quote(str(summary.checkpoint))} IMAGE"]
-    steps = [f"shufflenet compare {summary.logged_to} RUN    with a run that was evaluated on the same images"]
+    steps = [f"shufflenet compare {summary.logged_to[:SHORT_ID]} RUN    evaluated on the same images"]
     if summary.run_id is not None:
-        promoted = f"runs:/{summary.run_id}@{summary.iters}"
-        steps.append(f"shufflenet checkpoints promote {promoted} --name NAME --alias champion")
+        promoted = f"{summary.run_id[:SHORT_ID]}@{summary.iters}"
+        steps.append(f"shufflenet checkpoints promote {promoted} --name NAME")
     return steps

@@ -110,7 +110,7 @@ def _pad(text: str, width: int, right: bool) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        float(text.replace(",", ""))
     except ValueError:
         return text == "-"
     return True

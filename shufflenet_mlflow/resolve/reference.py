@@ -9,6 +9,8 @@ from typing import Literal
 from shufflenet_mlflow.errors import UnresolvedError
 
 ID_LENGTH = 32
+LONGEST_NUMBER = 18
+"""Digits of an iteration."""
 _RUN_ID = re.compile(r"[0-9a-f]{6,32}")
 _RUN = re.compile(r"(?P<scheme>runs:/)?(?P<id>[0-9a-f]{6,32})(?:@(?P<which>[^/]*)|/(?P<path>.+))?/?")
 _MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
@@ -69,7 +71,7 @@ def parse_reference(ref: str | Path) -> Reference:
         which = match["which"] or "latest"
         if which in ("latest", "best"):
             return RunReference(match["id"], which, match["path"])  # type: ignore[arg-type]
-        if which.isdecimal():
+        if which.isdecimal() and len(which) <= LONGEST_NUMBER:
             return RunReference(match["id"], int(which))
         raise UnresolvedError(f"{ref!r}: behind @ stands latest, best or a number of iterations")
     if match := _MODEL.fullmatch(ref):
