@@ -27,7 +27,7 @@ USES = {
 
 @click.command(cls=Command)
 @ref_argument
-@option("--format", type=click.Choice(["pt2", "onnx", "mlflow"]), help="What to write.  [default: pt2]")
+@click.option("--format", type=click.Choice(["pt2", "onnx", "mlflow"]), help="What to write.  [default: pt2]")
 @option(
     "--output", type=click.Path(path_type=Path), help="File, or folder for mlflow.  [default: the checkpoint's name]"
 )

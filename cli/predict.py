@@ -1,6 +1,9 @@
 """`shufflenet predict`."""
 
-from typing import Any
+import sys
+from contextlib import closing
+from io import BytesIO
+from typing import Any, BinaryIO
 
 import click
 
@@ -22,8 +25,7 @@ from .options import (
 
 @click.command(cls=Command)
 @ref_argument
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
-@option("--top", type=click.IntRange(min=1), metavar="N", help="Labels per image.  [default: 5]")
+@click.argument("images", metavar="IMAGE...", nargs=-1, type=click.Path())
 @network_options
 @bad_image_option
 @options(
@@ -39,31 +41,53 @@ from .options import (
 )
 @tracking_uri_option
 @cache_dir_option
+@option("--top", type=click.IntRange(min=1), metavar="N", help="Labels per image.  [default: 5]")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["table", "csv", "json"]),
+    help="What to print; table and csv as the images are done.  [default: table]",
+)
 @config_option
 @json_option
 @common_options
-def predict(ref: str, images: tuple[str, ...], as_json: bool, **values: Any) -> None:
-    """Say what the checkpoint REF takes each IMAGE for: files, or folders of them.
+def predict(ref: str, images: tuple[str, ...], format_: str | None, as_json: bool, **values: Any) -> None:
+    """Say what a checkpoint takes images for.
 
-    REF is what `shufflenet eval` takes.
+    REF is what `shufflenet eval` takes. IMAGE is a file, a folder (all images below it), a pattern in quotes, in which
+    ** stands for folders of any depth, or - for standard input: one image, or paths, one a line or separated by NUL.
 
     \b
     Examples:
       shufflenet predict 01234567 cat.jpg dog.png
-      shufflenet predict models:/pets@champion photos --top 1 --json
+      shufflenet predict models:/pets@champion photos --format csv > labels.csv
+      shufflenet predict models:/pets@champion 'photos/**/*.jpg' --json
+      find photos -name '*.jpg' -print0 | shufflenet predict 01234567 -
+      curl -s https://example.org/cat.jpg | shufflenet predict 01234567 -
     """
+    if not images:
+        raise click.UsageError("Missing argument 'IMAGE...': a file, a folder, a pattern, or - for standard input.")
+    if as_json and format_ not in (None, "json"):
+        raise click.UsageError(f"--json and --format {format_} exclude each other.")
+    from shufflenet_mlflow.data.pictures import find_pictures
+
+    pictures = find_pictures(images, _stdin)  # before torch is imported: a wrong path is named at once
+
+    from .predictions import WRITERS, Output
+
+    out = Output()
     from shufflenet_mlflow.jobs.prediction import PredictRequest, run_prediction
 
     from .console import ConsoleReporter
     from .stopping import stop_flag
-    from .tables import print_json, printable
 
     given = {name: value for name, value in values.items() if value is not None}
     with stop_flag() as stop:
-        found = run_prediction(PredictRequest(ref, images=images, **given), reporter=ConsoleReporter(), stop=stop)
-        if as_json:
-            print_json([prediction.to_dict() for prediction in found])
-            return
-        for prediction in found:
-            ranked = "  ".join(f"{label} {probability:.4f}" for label, probability in prediction.top)
-            click.echo(f"{printable(prediction.path)}  {ranked}")
+        found = run_prediction(PredictRequest(ref, **given), pictures, reporter=ConsoleReporter(), stop=stop)
+        with closing(found.batches):  # the processes that read images, too, if nobody takes what is printed
+            WRITERS["json" if as_json else format_ or "table"](found, pictures, out)
+
+
+def _stdin() -> BinaryIO:
+    """Nothing, where the process was started with a closed one."""
+    return BytesIO() if sys.stdin is None else sys.stdin.buffer

@@ -1,17 +1,17 @@
 """Labels for images that nobody has sorted into classes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
-from shufflenet_mlflow.classifier import rank
-from shufflenet_mlflow.data.listing import ImageListing, Samples
-from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
-from shufflenet_mlflow.data.preprocess import ToInput, eval_transform
-from shufflenet_mlflow.data.sampler import EvalBatches
+from shufflenet_mlflow.classifier import UnreadableImageError, decode, rank
+from shufflenet_mlflow.data.loader import BadImage, BadImageLog, Item, batches_of, make_loader
+from shufflenet_mlflow.data.pictures import Pictures
+from shufflenet_mlflow.data.preprocess import ToInput, Transform, eval_transform
+from shufflenet_mlflow.data.sampler import EvalBatches, Key
 from shufflenet_mlflow.devices import place
 from shufflenet_mlflow.evaluate import EvalSettings
 from shufflenet_mlflow.network import Network
@@ -47,28 +47,44 @@ class Prediction:
         }
 
 
+class PictureDataset(Dataset[Item]):
+    """Pictures through a transform that draws nothing."""
+
+    def __init__(self, pictures: Pictures, transform: Transform) -> None:
+        self.pictures, self.transform = pictures, transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, key: Key) -> Item:
+        _epoch, place = key
+        try:
+            return Item(self.transform(decode(self.pictures.source(place))), 0, place, None, ())
+        except UnreadableImageError as error:
+            return Item(None, -1, -1, None, (BadImage(self.pictures.path(place), str(error)),))
+
+
 def predict(
     network: Network,
-    paths: Sequence[str],
+    pictures: Pictures,
     settings: EvalSettings,
     *,
     top: int,
     bad_images: BadImageLog,
     reporter: Reporter,
     stop: StopFlag,
-) -> Iterator[Prediction]:
-    """What `network` takes the image files for, in their order, a batch at a time.
+) -> Iterator[list[Prediction]]:
+    """What `network` takes the pictures for, in their order, a batch at a time.
 
     Args:
         top: how many labels each one gets.
 
     Raises:
         StopRequested: a signal arrived.
-        BadImageError: a file could not be read and is not to be skipped.
+        BadImageError: one could not be read and is not to be skipped.
     """
-    listing = ImageListing(Path(), (), Samples.of((path, 0, 0) for path in paths))
-    dataset = ImageDataset(listing, eval_transform(network.preprocess), replace_bad=False)
-    batches = EvalBatches(len(listing), settings.batch_size)
+    dataset = PictureDataset(pictures, eval_transform(network.preprocess))
+    batches = EvalBatches(len(pictures), settings.batch_size)
     loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")
     to_input, labels = ToInput(network.preprocess, settings.device), network.labels
     model = place(network.model, settings.device).eval()
@@ -80,6 +96,8 @@ def predict(
             if len(batch.places_N):
                 with torch.inference_mode():
                     ranked = rank(model(to_input(batch.images_NCHW)), labels, top)
-                for number, row in zip(batch.places_N.tolist(), ranked, strict=True):
-                    yield Prediction(paths[number], tuple(row))
+                places = batch.places_N.tolist()
+                yield [
+                    Prediction(pictures.path(number), tuple(row)) for number, row in zip(places, ranked, strict=True)
+                ]
             phase.advance()

@@ -1,8 +1,6 @@
 """An evaluation in detail: every image's outcome, and what follows from them for classes and probabilities."""
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shufflenet_mlflow.csvtext import to_csv
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import Batch
 
@@ -51,7 +50,7 @@ class Outcomes:
             (f"{value:.6f}" for value in self.label_probability_N),
             strict=True,
         )
-        return to_csv(("path", "label", "predicted", "probability", "label_probability"), columns)
+        return to_csv([("path", "label", "predicted", "probability", "label_probability"), *columns])
 
 
 class Observer:
@@ -193,7 +192,7 @@ class Report:
     def classes_csv(self) -> str:
         """A line per class: class, images, accuracy, precision."""
         rows = [(row.name, row.images, _decimal(row.accuracy), _decimal(row.precision)) for row in self.class_rows()]
-        return to_csv(("class", "images", "accuracy", "precision"), rows)
+        return to_csv([("class", "images", "accuracy", "precision"), *rows])
 
     def confusion_csv(self) -> str:
         """A line per true class, a column per predicted class; of very many classes a line per pair that occurs."""
@@ -201,19 +200,10 @@ class Report:
             pairs, counts = np.unique([self.outcomes.labels_N, self.outcomes.predicted_N], axis=1, return_counts=True)
             found = zip(*pairs.tolist(), counts.tolist(), strict=True)
             named = [(self.classes[true], self.classes[taken], count) for true, taken, count in found]
-            return to_csv(("true", "predicted", "images"), named)
+            return to_csv([("true", "predicted", "images"), *named])
         rows = [(name, *counts.tolist()) for name, counts in zip(self.classes, self.confusion_CC, strict=True)]
-        return to_csv(("true \\ predicted", *self.classes), rows)
+        return to_csv([("true \\ predicted", *self.classes), *rows])
 
 
 def _decimal(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def to_csv(titles: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """Rows of plain values as text."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(titles)
-    writer.writerows(rows)
-    return text.getvalue()

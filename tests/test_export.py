@@ -7,7 +7,6 @@ import json
 import re
 import sys
 import zipfile
-from collections.abc import Callable
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -414,37 +413,3 @@ def test_versions_that_mlflow_made_itself(client: MlflowClient, images: Path, sh
         client.create_registered_model(f"a{number}")
     result = shufflenet("predict", "models:/ui@nope", path)
     assert "ui has the aliases: none" in result.output
-
-
-# ---------------------------------------------------------------- predict
-
-
-def test_predictions_are_those_of_the_network(images: Path, shufflenet: Invoke) -> None:
-    summary = run(images)
-    files = sorted((images / "val").rglob("*.png"))
-    predict: Callable[..., Any] = lambda *words: json.loads(shufflenet("predict", *words, "--json").stdout)  # noqa: E731
-    found = predict(summary.run_id, images / "val", "--workers", 1)
-    assert [row["path"] for row in found] == [str(path) for path in files]
-    right = sum(row["label"] == Path(row["path"]).parent.name for row in found)
-    assert right / len(files) == summary.result.val_top1
-    assert all(row["top"][0] == {"label": row["label"], "probability": row["probability"]} for row in found)
-    assert found[0]["top"][0]["probability"] >= found[0]["top"][1]["probability"]
-    assert sum(entry["probability"] for entry in found[0]["top"]) == pytest.approx(1)
-    assert [len(row["top"]) for row in predict(summary.run_id, files[0], files[1], "--top", 1)] == [1, 1]
-
-
-def test_predicting_what_is_no_image(images: Path, shufflenet: Invoke) -> None:
-    summary = run(images)
-    Path("bad.png").write_bytes(b"nothing")
-    Path("empty").mkdir()
-    good = images / "val" / "red" / "000.png"
-    for words, expected in (
-        (("nowhere.png",), "'nowhere.png' does not exist"),
-        (("empty",), "'empty' holds no images"),
-        ((good, "bad.png"), "'bad.png' is not a readable image"),
-    ):
-        result = shufflenet("predict", summary.run_id, *words)
-        assert result.exit_code == 1
-        assert expected in result.output
-    result = shufflenet("predict", summary.run_id, good, "bad.png", "--on-bad-image", "skip", "--json")
-    assert [row["path"] for row in json.loads(result.stdout)] == [str(good)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("matplotlib", "mlflow", "onnx", "scipy", "sklearn", "torch", "torchvision")
+PACKAGES = ("matplotlib", "mlflow", "onnx", "scipy", "sklearn", "torch", "torch._dynamo", "torchvision")
 
 
 def imported(code: str, folder: Path) -> set[str]:
@@ -31,6 +31,15 @@ FAST = ("runs", "training", "evaluation")
 @pytest.mark.parametrize("job", [job if job in FAST else pytest.param(job, marks=pytest.mark.long) for job in IMPORTED])
 def test_a_job_begins_with_no_more_than_it_needs(job: str, tmp_path: Path) -> None:
     assert imported(f"import shufflenet_mlflow.jobs.{job}", tmp_path) == IMPORTED[job]
+
+
+def test_a_wrong_path_is_named_at_once(tmp_path: Path) -> None:
+    """Before torch is there."""
+    words = ["predict", "weights", "nowhere.png"]
+    code = (
+        f"import shufflenet_mlflow.cli as cli\ntry:\n    cli.main({words!r})\nexcept SystemExit as end:\n    print(end)"
+    )
+    assert imported(code, tmp_path) == set()
 
 
 FIRST_IMAGE = """
@@ -59,7 +68,8 @@ def test_what_is_there_before_the_first_image(images: Path, tmp_path: Path) -> N
     folders = ["--train-dir", str(images / "train"), "--val-dir", str(images / "val"), "--input-size", "32"]
     options = ["--batch-size", "8", "--save-dir", str(tmp_path / "saved"), "--workers", "0", "--augment", "shift"]
     words = ["train", *folders, *options, "--no-system-metrics"]
-    assert imported(FIRST_IMAGE.format(words=words), tmp_path) <= {"torch", "mlflow", "scipy", "sklearn"}
+    brought = {"torch", "mlflow", "scipy", "sklearn"}
+    assert imported(FIRST_IMAGE.format(words=words), tmp_path) <= {*brought, "torch._dynamo"}  # by PyTorch's optimisers
     saved = (
         "from shufflenet_mlflow import create_model, save_checkpoint\n"
         "save_checkpoint({'state_dict': create_model('shufflenet_v2_x0_5', 3).state_dict()}, 1, directory='weights')"
@@ -67,4 +77,6 @@ def test_what_is_there_before_the_first_image(images: Path, tmp_path: Path) -> N
     imported(saved, tmp_path)
     named = ["--model", "shufflenet_v2_x0_5", "--input-size", "32", "--log-to", "none"]
     words = ["eval", "weights", "--val-dir", str(images / "val"), *named]
-    assert imported(FIRST_IMAGE.format(words=words), tmp_path) <= {"torch", "mlflow", "scipy", "sklearn"}
+    assert imported(FIRST_IMAGE.format(words=words), tmp_path) <= brought
+    words = ["predict", "weights", str(images / "val"), *named[:4]]
+    assert imported(FIRST_IMAGE.format(words=words), tmp_path) == {"torch"}

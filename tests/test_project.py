@@ -87,7 +87,7 @@ def test_mlproject_mirrors_the_command(name: str) -> None:
 # ---------------------------------------------------------------- layers
 
 LAYERS = [
-    {"errors", "classifier", "jsontext", "lazily"},
+    {"errors", "classifier", "csvtext", "jsontext", "lazily"},
     {"config", "stopping", "reporting", "devices"},
     {"models", "data", "checkpoint", "client", "locks", "priority", "distributed", "joining", "launcher"},
     {"spool"},

@@ -15,6 +15,7 @@ from conftest import Invoke, write_images
 from mlflow import MlflowClient
 from training import run
 
+from shufflenet_mlflow.csvtext import to_csv
 from shufflenet_mlflow.data.folder import list_images
 from shufflenet_mlflow.data.listing import ImageListing, Samples
 from shufflenet_mlflow.data.loader import Batch
@@ -99,6 +100,13 @@ def test_observing_batches() -> None:
     assert outcomes.probability_N[0] == pytest.approx(torch.softmax(logits[3], 0)[1].item())
     rows = list(csv.DictReader(io.StringIO(outcomes.to_csv(("a", "b,c")))))
     assert [row["label"] for row in rows] == ["b,c", "b,c", "a"]
+
+
+def test_csv_of_names_with_line_ends() -> None:
+    """All of them quoted: readers differ in what they take for a line's end."""
+    names = ["a\rb", "a\nb", "a\r\nb", 'a"b', "a,b", "a"]
+    assert to_csv([names, [1, 0.5]]) == '"a\rb","a\nb","a\r\nb","a""b","a,b",a\n1,0.5\n'
+    assert next(csv.reader(io.StringIO(to_csv([names]), newline=""))) == names
 
 
 @pytest.mark.parametrize("classes", [2, 30, 120])

@@ -25,6 +25,11 @@ _NAMED = 3
 """How many offending files a message names before it counts the rest."""
 
 
+def is_image_name(path: str) -> bool:
+    """Whether a file with this name is taken for an image where nobody has named it."""
+    return path.lower().endswith(IMAGE_SUFFIXES)
+
+
 class _File(NamedTuple):
     """One file, or something that looks like one."""
 
@@ -36,7 +41,7 @@ class _File(NamedTuple):
     @property
     def is_image(self) -> bool:
         """By its name."""
-        return self.bytes is not None and self.path.lower().endswith(IMAGE_SUFFIXES)
+        return self.bytes is not None and is_image_name(self.path)
 
 
 def _files_below(root: str, folder: str, stamps: Stamps) -> list[_File]:
@@ -97,8 +102,16 @@ def image_files(folder: str) -> list[str]:
     Raises:
         DataError: a folder cannot be read.
     """
-    files = _files_below(folder, "", {})
-    return [os.path.join(folder, file.path) for file in files if file.is_image and file.bytes]
+    return [os.path.join(folder, file) for file in files_below(folder) if is_image_name(file)]
+
+
+def files_below(folder: str) -> list[str]:
+    """Paths of the files below `folder`, relative to it, with forward slashes, sorted; hidden ones are passed over.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    return [file.path for file in _files_below(folder, "", {}) if file.bytes is not None]
 
 
 def list_images(root: str | Path, *, option: str = "folder", cache_dir: Path | None = None) -> ImageListing:

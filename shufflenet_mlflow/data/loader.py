@@ -47,7 +47,9 @@ class Batch(NamedTuple):
     """The files of this batch that could not be decoded."""
 
 
-class _Item(NamedTuple):
+class Item(NamedTuple):
+    """One image, or that it could not be decoded."""
+
     image_CHW: Tensor | None
     label: int
     place: int
@@ -55,7 +57,7 @@ class _Item(NamedTuple):
     bad: tuple[BadImage, ...]
 
 
-class ImageDataset(Dataset[_Item]):
+class ImageDataset(Dataset[Item]):
     """The images of a listing, through a transform.
 
     Every random draw of the transform is a function of (seed, epoch, index of the sample), so an image looks
@@ -85,7 +87,7 @@ class ImageDataset(Dataset[_Item]):
     def __len__(self) -> int:
         return len(self.listing)
 
-    def __getitem__(self, key: Key) -> _Item:
+    def __getitem__(self, key: Key) -> Item:
         epoch, first = key
         bad: list[BadImage] = []
         for offset in range(len(self) if self.replace_bad else 1):
@@ -97,13 +99,13 @@ class ImageDataset(Dataset[_Item]):
                 with seeded(derive_seed(self.seed, epoch, first)):
                     image_CHW = self.transform(pixels_HWC)
                     shift_C = self.lighting() if self.lighting else None
-                return _Item(image_CHW, sample.label, index, shift_C, tuple(bad))
+                return Item(image_CHW, sample.label, index, shift_C, tuple(bad))
             except UnreadableImageError as error:
                 bad.append(BadImage(path, str(error)))
-        return _Item(None, -1, -1, None, tuple(bad))
+        return Item(None, -1, -1, None, tuple(bad))
 
 
-def collate(items: list[_Item]) -> Batch:
+def collate(items: list[Item]) -> Batch:
     """Stack the images that could be read, where the training process can see them if this is a worker."""
     bad = tuple(entry for item in items for entry in item.bad)
     images_HWC = [item.image_CHW.permute(1, 2, 0) for item in items if item.image_CHW is not None]
@@ -131,8 +133,8 @@ def _start_worker(_worker_id: int) -> None:
 
 
 def make_loader(
-    dataset: ImageDataset, batches: Sampler[list[Key]], *, workers: int, pin_memory: bool
-) -> DataLoader[_Item]:
+    dataset: Dataset[Item], batches: Sampler[list[Key]], *, workers: int, pin_memory: bool
+) -> DataLoader[Item]:
     """A loader that yields a `Batch` for each list of keys in `batches`, in order.
 
     It never draws from the global random generator, which belongs to the training state.
@@ -173,7 +175,7 @@ class BadImageLog:
         return new
 
 
-def batches_of(loader: DataLoader[_Item]) -> Iterator[Batch]:
+def batches_of(loader: DataLoader[Item]) -> Iterator[Batch]:
     """The loader's batches, with their type.
 
     Raises:

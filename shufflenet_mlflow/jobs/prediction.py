@@ -1,17 +1,17 @@
-"""The prediction job: a checkpoint reference and image files in, labels out."""
+"""The prediction job: a checkpoint reference and images in, labels out."""
 
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 
 from shufflenet_mlflow.client import prepare_environment
-from shufflenet_mlflow.data.folder import image_files
 from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
+from shufflenet_mlflow.data.pictures import Pictures
 from shufflenet_mlflow.devices import choose_device, keep_freed_memory
-from shufflenet_mlflow.errors import DataError
 from shufflenet_mlflow.evaluate import EvalSettings
+from shufflenet_mlflow.folding import folded
 from shufflenet_mlflow.jobs.loading import NetworkRequest
-from shufflenet_mlflow.planning import BATCH_SIZE, default_workers
+from shufflenet_mlflow.network import Network
+from shufflenet_mlflow.planning import BATCH_SIZE, WORKERS_FROM, default_workers
 from shufflenet_mlflow.predict import Prediction, predict
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.stopping import StopFlag
@@ -19,10 +19,8 @@ from shufflenet_mlflow.stopping import StopFlag
 
 @dataclass(frozen=True)
 class PredictRequest(NetworkRequest):
-    """What to predict, and with what; None means as the checkpoint says."""
+    """With what to predict; None means as the checkpoint says."""
 
-    images: Sequence[str] = ()
-    """Image files, and folders of them."""
     top: int = 5
     batch_size: int | None = None
     workers: int | None = None
@@ -30,19 +28,46 @@ class PredictRequest(NetworkRequest):
     on_bad_image: str = "fail"
 
 
-def run_prediction(request: PredictRequest, *, reporter: Reporter, stop: StopFlag) -> Iterator[Prediction]:
-    """What the checkpoint takes each image for, in the order of `request.images`, as they come.
+@dataclass(frozen=True)
+class Predictions:
+    """What a network takes images for, as far as it has been asked."""
+
+    labels: tuple[str, ...]
+    """All that the network can answer."""
+    top: int
+    """How many of them each image gets."""
+    batches: Generator[list[Prediction], None, None]
+    """In the order of the images; made as they are taken.
 
     Raises:
-        ShuffleNetError: see `shufflenet_mlflow.errors`; before the first prediction but for unreadable images.
+        StopRequested: a signal arrived.
+        DataError: an image could not be read and is not to be skipped, or a process that reads them died.
+    """
+
+
+def run_prediction(request: PredictRequest, pictures: Pictures, *, reporter: Reporter, stop: StopFlag) -> Predictions:
+    """Load the checkpoint, and begin to say what it takes the pictures for.
+
+    Raises:
+        ShuffleNetError: see `shufflenet_mlflow.errors`.
     """
     prepare_environment()
-    paths = [path for given in request.images for path in _files(given)]
-    loaded = request.load(reporter)
+    network = request.load(reporter).network
+    top = min(request.top, network.num_classes)
+    return Predictions(tuple(network.labels), top, _predict(request, network, pictures, top, reporter, stop))
+
+
+def _predict(
+    request: PredictRequest, network: Network, pictures: Pictures, top: int, reporter: Reporter, stop: StopFlag
+) -> Generator[list[Prediction], None, None]:
     device = choose_device(request.device)
     keep_freed_memory(device)
+    if len(pictures) >= WORKERS_FROM:
+        # As in an evaluation, with the same bits. For fewer images folding takes longer than it saves; and one alone
+        # is then answered with the bits of a served model.
+        network = replace(network, model=folded(network.model))
     batch_size = request.batch_size or BATCH_SIZE
-    workers = default_workers(len(paths), batch_size, loaded.network.preprocess.input_size)
+    workers = default_workers(len(pictures), batch_size, network.preprocess.input_size)
     settings = EvalSettings(
         batch_size=batch_size,
         workers=workers if request.workers is None else request.workers,
@@ -50,27 +75,11 @@ def run_prediction(request: PredictRequest, *, reporter: Reporter, stop: StopFla
     )
     with worker_deaths_reported():
         yield from predict(
-            loaded.network,
-            paths,
+            network,
+            pictures,
             settings,
-            top=min(request.top, loaded.network.num_classes),
+            top=top,
             bad_images=BadImageLog(skip=request.on_bad_image == "skip"),
             reporter=reporter,
             stop=stop,
         )
-
-
-def _files(given: str) -> list[str]:
-    """The file, or the images below the folder.
-
-    Raises:
-        DataError: it does not exist, or there is no image in it.
-    """
-    if os.path.isdir(given):
-        found = image_files(given)
-        if not found:
-            raise DataError(f"the folder {given!r} holds no images")
-        return found
-    if not os.path.exists(given):
-        raise DataError(f"the image {given!r} does not exist")
-    return [given]

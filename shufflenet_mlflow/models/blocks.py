@@ -239,6 +239,8 @@ def initialise(model: nn.Module, *, small: tuple[str, ...] = ("first",)) -> None
     Args:
         small: convolutions whose path contains one of these words are N(0, 0.01) instead.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return  # there is nothing to draw, and for finding that out PyTorch imports its compiler, which takes 2 s
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             std = 0.01 if any(word in name for word in small) else 1.0 / module.weight.shape[1]

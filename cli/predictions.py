@@ -1,0 +1,133 @@
+"""What `shufflenet predict` prints: a table, CSV or JSON, as the images are done."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+from rich.cells import cell_len, set_cell_size
+
+from shufflenet_mlflow.csvtext import to_csv
+from shufflenet_mlflow.jsontext import to_json
+
+from .tables import printable
+
+if TYPE_CHECKING:
+    from shufflenet_mlflow.data.pictures import Pictures
+    from shufflenet_mlflow.jobs.prediction import Predictions
+    from shufflenet_mlflow.predict import Prediction
+
+SHORTEST_PATH = 16
+RUNNERS_UP = 20
+"""Columns of a terminal that are left for the second label and its probability."""
+
+
+class Output:
+    """Standard output: a terminal, on which a bar may stand below the rows, or a file, which gets UTF-8.
+
+    Names of files that are no UTF-8 are written as the bytes that they are.
+    """
+
+    def __init__(self) -> None:
+        # While its bar stands, rich puts another `sys.stdout` in place, which leads to stderr.
+        self._file = sys.stdout
+        self.is_terminal = sys.stdout is not None and sys.stdout.isatty()
+
+    def write(self, text: str) -> None:
+        try:
+            encoded = text.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # a label from a checkpoint may hold what no file name can
+            encoded = text.encode("utf-8", "replace")
+        if self.is_terminal:
+            sys.stdout.write(encoded.decode("utf-8", "replace"))  # click would go round rich
+            sys.stdout.flush()
+        else:
+            click.echo(encoded, file=self._file, nl=False)
+
+
+def _print_json(found: "Predictions", _pictures: "Pictures", out: Output) -> None:
+    """One document, once all is well."""
+    out.write(to_json([prediction.to_dict() for batch in found.batches for prediction in batch]) + "\n")
+
+
+def _print_csv(found: "Predictions", _pictures: "Pictures", out: Output) -> None:
+    """A line per image: path, label, probability, and so on down to the last of the labels asked for."""
+    titles = ["path", "label", "probability"]
+    for place in range(2, found.top + 1):
+        titles += [f"label_{place}", f"probability_{place}"]
+    _stream(to_csv([titles]), csv_rows, found, out)
+
+
+def _stream(titles: str, rows: "Callable[[list[Prediction]], str]", found: "Predictions", out: Output) -> None:
+    """Rows as they come; nothing at all if the first batch fails."""
+    for batch in found.batches:
+        out.write(titles + rows(batch))
+        titles = ""
+    if titles:
+        out.write(titles)
+
+
+def csv_rows(batch: "list[Prediction]") -> str:
+    """A line per image, without titles."""
+    return to_csv([row.path, *(cell for entry in row.top for cell in entry)] for row in batch)
+
+
+def _print_table(found: "Predictions", pictures: "Pictures", out: Output) -> None:
+    """A row per image, as wide as the longest path and label: both are known before the first row.
+
+    On a terminal a row is one line: long paths lose their beginning, and labels that find no room are left out.
+    """
+    width = shutil.get_terminal_size().columns if out.is_terminal else None
+    columns = _Columns.fitting(map(printable, pictures.paths()), map(printable, found.labels), width, found.top)
+    titles = columns.line("path", "label", "probability", ["others"] if found.top > 1 else [])
+    _stream(titles, lambda batch: "".join(map(columns.row, batch)), found, out)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """A table's columns, in cells of a terminal: some letters take two."""
+
+    path: int
+    label: int
+    width: int | None
+    """Of a whole line; None for as much as it takes."""
+
+    @classmethod
+    def fitting(cls, paths: Iterator[str], labels: Iterator[str], width: int | None, top: int) -> "_Columns":
+        path, label = max(map(cell_len, paths)), max(map(cell_len, labels))
+        if width is not None:
+            label = min(label, width // 4)
+            others = len("  probability") + (RUNNERS_UP if top > 1 else 0)
+            path = min(path, max(SHORTEST_PATH, width - 2 - label - others))
+        return cls(max(path, len("path")), max(label, len("label")), width)
+
+    def row(self, prediction: "Prediction") -> str:
+        """Of one image."""
+        others = [f"{printable(label)} {probability:.4f}" for label, probability in prediction.top[1:]]
+        return self.line(
+            printable(prediction.path), printable(prediction.label), f"{prediction.probability:.4f}", others
+        )
+
+    def line(self, path: str, label: str, probability: str, others: Sequence[str]) -> str:
+        """As many of `others` as there is room for."""
+        if cell_len(path) > self.path:
+            while cell_len(path) >= self.path:
+                path = path[1:]
+            path = f"…{path}"
+        if cell_len(label) > self.label:
+            label = f"{set_cell_size(label, self.label - 1)}…"
+        shown = f"{set_cell_size(path, self.path)}  {set_cell_size(label, self.label)}  {probability:>11}"
+        for other in others:
+            if self.width is not None and cell_len(shown) + 2 + cell_len(other) > self.width:
+                break
+            shown += f"  {other}"
+        return shown.rstrip() + "\n"
+
+
+WRITERS: dict[str, Callable[["Predictions", "Pictures", Output], None]] = {
+    "table": _print_table,
+    "csv": _print_csv,
+    "json": _print_json,
+}
