@@ -24,7 +24,7 @@ from shufflenet_mlflow.devices import (
 )
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import TrackingError
-from shufflenet_mlflow.jobs.training import bare_trainer
+from shufflenet_mlflow.jobs.preparing import bare_trainer
 from shufflenet_mlflow.planning import Plan, plan
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
