@@ -33,7 +33,7 @@ def measure(side: str, uri: str, root: Path, options: dict[str, Any]) -> dict[st
     """In a process of its own."""
     from shufflenet_mlflow.distributed import World
     from shufflenet_mlflow.jobs import run_training
-    from shufflenet_mlflow.jobs.training import bare_trainer
+    from shufflenet_mlflow.jobs.preparing import bare_trainer
     from shufflenet_mlflow.planning import plan
     from shufflenet_mlflow.reporting import LoggingReporter
     from shufflenet_mlflow.start import TrainRequest

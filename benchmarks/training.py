@@ -30,7 +30,7 @@ from shufflenet_mlflow import create_model
 from shufflenet_mlflow.data.loader import Batch
 from shufflenet_mlflow.devices import compiled
 from shufflenet_mlflow.distributed import World
-from shufflenet_mlflow.jobs.training import bare_trainer
+from shufflenet_mlflow.jobs.preparing import bare_trainer
 from shufflenet_mlflow.models.cost import model_cost
 from shufflenet_mlflow.planning import plan
 from shufflenet_mlflow.reporting import LoggingReporter

@@ -45,7 +45,7 @@ Pixels = NDArray[np.uint8]
 
 
 def decode(source: str | BinaryIO) -> Pixels:
-    """Read an image of any kind that Pillow knows as RGB.
+    """Read an image of any kind that Pillow knows as RGB; of 16 bits per pixel the upper eight count.
 
     JPEG files without flaws are left to simplejpeg, which gives the same pixels in less time.
 
@@ -60,13 +60,23 @@ def decode(source: str | BinaryIO) -> Pixels:
                     return pixels_HWC
             file.seek(0)
             with Image.open(file) as image:
-                return np.array(image.convert("RGB"))
+                return np.array(_eight_bits(image).convert("RGB"))
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers of damaged files raise all kinds
         # Pillow repeats the path, or the object, in "cannot identify image file '...'".
-        reason = str(error).split(" '")[0].split(" <")[0] or type(error).__name__
-        raise UnreadableImageError(reason) from error
+        text = getattr(error, "strerror", None) or str(error).split(" '")[0].split(" <")[0]
+        raise UnreadableImageError(text or type(error).__name__) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits per pixel in eight, as Pillow opens coloured ones; any other as it is.
+
+    Pillow's own conversion cuts off what is above 255, which is nearly everything.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
 
 
 _JPEG = b"\xff\xd8"

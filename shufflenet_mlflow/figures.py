@@ -129,6 +129,6 @@ def figures_of(report: Report, root: Path) -> dict[str, Callable[[], Figure]]:
 
 
 def _short(name: str, most: int = 24) -> str:
-    """A name that fits; `$` would begin a formula."""
+    """A name that fits, on one line; `$` would begin a formula, and what is no text cannot be drawn."""
     cut = name if len(name) <= most else f"{name[: most - 1]}…"
-    return cut.replace("$", r"\$")
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in cut).replace("$", r"\$")

@@ -124,23 +124,20 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
     if "epochs" in given and "total_iters" in given:
         raise ConfigError("--epochs and --total-iters exclude each other; give one of them")
     options = {**inherited, **given}
-    train_dir, val_dir = _absolute(options.get("train_dir")), _absolute(options.get("val_dir"))
-    if (train_dir is None) != (val_dir is None):
-        lacking = "--val-dir" if val_dir is None else "--train-dir"
-        raise ConfigError(f"{lacking} is missing; give both folders, or neither for the bundled digits")
+    train_dir, val_dir = _folders(options)
+    is_digits = train_dir is None
     if start is not None and options.get("model") != inherited.get("model"):
         options |= {"choices": given.get("choices"), "scales": given.get("scales")}  # those of another network
     architecture = init.architecture if init else Architecture.asked(options) or Architecture(DEFAULT_MODEL)
-    model = architecture.name
     if options.get("pretrained"):
-        published_weights(model)
-    recipe = get_recipe(model)
-    augment = options.get("augment", "shift" if train_dir is None else recipe.augment)
+        published_weights(architecture.name)
+    recipe = get_recipe(architecture.name)
+    augment = options.get("augment", "shift" if is_digits else recipe.augment)
     if augment not in AUGMENTATIONS:
         raise ConfigError(f"--augment (={augment}) must be one of {', '.join(AUGMENTATIONS)}")
     preprocess = choose_preprocess(
         architecture,
-        options.get("input_size", DIGITS_INPUT_SIZE if train_dir is None else REFERENCE_SIZE),
+        options.get("input_size", DIGITS_INPUT_SIZE if is_digits else REFERENCE_SIZE),
         mean_image=_mean_image_to_read({**request.inherited, **given}, start),
         stored=Preprocess.from_dict(start.payload["preprocess"], repr(str(start.path))) if start is not None else None,
     )
@@ -149,18 +146,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
         raise ConfigError(f"--batch-size (={batch_size}) must be at least 2: batch normalisation needs two images")
     division = _divide(batch_size, options.get("micro_batch_size"), world)
     on_bad_image = options.get("on_bad_image", "fail")
-
-    train, val = (
-        list_folder(
-            directory,
-            part,
-            option=f"--{part}-dir",
-            skip_bad=on_bad_image == "skip",
-            cache_dir=request.cache_dir,
-        )
-        for directory, part in ((train_dir, "train"), (val_dir, "val"))
-    )
-    require_same_classes(train.class_to_idx, val, expected_in=repr(str(train.root)), option="--val-dir")
+    train, val = _list_both(train_dir, val_dir, skip_bad=on_bad_image == "skip", cache_dir=request.cache_dir)
     num_classes = options.get("num_classes", len(train.classes))
     if num_classes < len(train.classes):
         raise ConfigError(
@@ -168,46 +154,81 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
         )
     seed = options.get("seed", 0)
     order = SampleOrder(len(train), batch_size, seed)
-    epoch = order.iters_per_epoch
-    if "total_iters" in given or ("total_iters" in inherited and "epochs" not in given):
-        total_iters = options["total_iters"]
-    else:
-        default = DIGITS_EPOCHS if train_dir is None else recipe.epochs
-        total_iters = given.get("epochs", default) * epoch
-    interval = max(1, -(-total_iters // (VALIDATIONS * epoch))) * epoch
-    config = TrainConfig(
-        **{
-            "lr": recipe.scaled_lr(batch_size),
-            "momentum": recipe.momentum,
-            "weight_decay": recipe.weight_decay,
-            "label_smooth": recipe.label_smooth,
-            "workers": 0
-            if train_dir is None
-            else default_workers(len(train), -(-batch_size // world.size), preprocess.input_size),
-            "device": "auto",
-            "display_interval": DISPLAY_INTERVAL,
-            "val_interval": interval,
-            "save_interval": interval,
-            "micro_batch_size": None if world.size == 1 else -(-batch_size // world.size),
-            **{name: value for name, value in options.items() if name in FIELDS},
-            "model": model,
-            "choices": format_numbers(architecture.choices) if architecture.choices else None,
-            "scales": format_numbers(architecture.scales) if architecture.scales else None,
-            "init_from": _absolute_reference(options.get("init_from")),
-            "pretrained": options.get("pretrained", False),
-            "mean_image": _absolute(options.get("mean_image")),
-            "train_dir": train_dir,
-            "val_dir": val_dir,
-            "num_classes": num_classes,
-            "input_size": preprocess.input_size,
-            "batch_size": batch_size,
-            "total_iters": total_iters,
-            "seed": seed,
-            "augment": augment,
-            "on_bad_image": on_bad_image,
-        }
-    )
+    epochs = DIGITS_EPOCHS if is_digits else recipe.epochs
+    total_iters = _total_iters(given, inherited, order.iters_per_epoch, epochs)
+    share = -(-batch_size // world.size)
+    workers = 0 if is_digits else default_workers(len(train), share, preprocess.input_size)
+    interval = max(1, -(-total_iters // (VALIDATIONS * order.iters_per_epoch))) * order.iters_per_epoch
+    defaults = {
+        "lr": recipe.scaled_lr(batch_size),
+        "momentum": recipe.momentum,
+        "weight_decay": recipe.weight_decay,
+        "label_smooth": recipe.label_smooth,
+        "workers": workers,
+        "device": "auto",
+        "display_interval": DISPLAY_INTERVAL,
+        "val_interval": interval,
+        "save_interval": interval,
+        "micro_batch_size": None if world.size == 1 else share,
+    }
+    settled = {
+        "model": architecture.name,
+        "choices": format_numbers(architecture.choices) if architecture.choices else None,
+        "scales": format_numbers(architecture.scales) if architecture.scales else None,
+        "init_from": _absolute_reference(options.get("init_from")),
+        "pretrained": options.get("pretrained", False),
+        "mean_image": _absolute(options.get("mean_image")),
+        "train_dir": train_dir,
+        "val_dir": val_dir,
+        "num_classes": num_classes,
+        "input_size": preprocess.input_size,
+        "batch_size": batch_size,
+        "total_iters": total_iters,
+        "seed": seed,
+        "augment": augment,
+        "on_bad_image": on_bad_image,
+    }
+    known = {name: value for name, value in options.items() if name in FIELDS}
+    config = TrainConfig(**{**defaults, **known, **settled})
     return Plan(config, architecture, TrainData(train, val, order, division, preprocess))
+
+
+def _folders(options: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Those of the images to train and to validate on; None and None for the bundled digits.
+
+    Raises:
+        ConfigError: only one of them is given.
+    """
+    train_dir, val_dir = _absolute(options.get("train_dir")), _absolute(options.get("val_dir"))
+    if (train_dir is None) != (val_dir is None):
+        lacking = "--val-dir" if val_dir is None else "--train-dir"
+        raise ConfigError(f"{lacking} is missing; give both folders, or neither for the bundled digits")
+    return train_dir, val_dir
+
+
+def _list_both(
+    train_dir: str | None, val_dir: str | None, *, skip_bad: bool, cache_dir: Path | None
+) -> tuple[ImageListing, ImageListing]:
+    """The images to train and to validate on.
+
+    Raises:
+        DataError: see `list_folder`; or the two have different classes.
+    """
+    train, val = (
+        list_folder(directory, part, option=f"--{part}-dir", skip_bad=skip_bad, cache_dir=cache_dir)
+        for directory, part in ((train_dir, "train"), (val_dir, "val"))
+    )
+    require_same_classes(train.class_to_idx, val, expected_in=repr(str(train.root)), option="--val-dir")
+    return train, val
+
+
+def _total_iters(given: Mapping[str, Any], inherited: Mapping[str, Any], iters_per_epoch: int, epochs: int) -> int:
+    """As given, in iterations or epochs, or else as inherited; by default `epochs`."""
+    if "epochs" not in given and ("total_iters" in given or "total_iters" in inherited):
+        total_iters: int = {**inherited, **given}["total_iters"]
+    else:
+        total_iters = given.get("epochs", epochs) * iters_per_epoch
+    return total_iters
 
 
 def _divide(batch_size: int, micro_batch_size: int | None, world: World) -> Division:

@@ -34,7 +34,7 @@ class Recipe:
     label_smooth: float = 0.1
     train_images: int = 1_280_000
     augment: str = "release"
-    """Name of the augmentation in `shufflenet_mlflow.data.preprocess`."""
+    """Name of the augmentation in `shufflenet_mlflow.data.augment`."""
 
     @property
     def epochs(self) -> int:

@@ -102,17 +102,6 @@ class Start:
     def config(self) -> dict[str, Any]:
         return dict(self.payload["config"])
 
-    @property
-    def best_top1(self) -> float | None:
-        """The best validation accuracy up to here."""
-        best = self.payload.get("best")
-        return best["val_top1"] if best else None
-
-    @property
-    def is_best(self) -> bool:
-        """Whether that was the accuracy of this very state."""
-        return self.best_top1 is not None and self.payload["best"]["iters"] == self.iters
-
     def is_final(self, total_iters: int) -> bool:
         """Whether nothing is left to do."""
         name = parse_name(self.path.name)

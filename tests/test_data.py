@@ -89,6 +89,7 @@ def test_images_lie_at_any_depth_and_hidden_files_are_passed_over(tmp_path: Path
         (tmp_path / hidden).parent.mkdir(exist_ok=True)
         (tmp_path / hidden).write_bytes(b"?")
     (tmp_path / "blue" / "loop").symlink_to(tmp_path / "blue")
+    (tmp_path / "blue" / "up").symlink_to(tmp_path)
     listing = list_images(tmp_path)
     assert listing.classes == ("blue", "green", "red")
     assert [sample.path for sample in listing.samples if sample.label == 2] == ["red/001.png", "red/deep/er/x.PNG"]
@@ -108,6 +109,30 @@ def test_links_that_lead_nowhere_are_listed_and_named_when_they_are_decoded(tmp_
     found = {sample.path: sample.bytes for sample in list_images(tmp_path).samples if sample.label == 2}
     assert found.keys() == {f"red/{name}.png" for name in ("000", "circle", "nowhere", "through_a_file")}
     assert [found[f"red/{name}.png"] for name in ("circle", "nowhere", "through_a_file")] == [0, 0, 0]
+
+
+def test_a_class_may_be_a_link_but_not_one_that_leads_nowhere(tmp_path: Path) -> None:
+    """Else a class whose disk is not there would be missing without a word."""
+    write_images(tmp_path / "photos")
+    write_images(tmp_path / "disk", classes=("violet",))
+    (tmp_path / "photos" / "violet").symlink_to(tmp_path / "disk" / "violet")
+    assert list_images(tmp_path / "photos").classes == ("blue", "green", "red", "violet")
+    (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="the link 'violet' leads nowhere; put its folder back or remove the link"):
+        list_images(tmp_path / "photos")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path, per_class=1)
+    picture, folder = tmp_path / "blue" / "000.png", tmp_path / "red"
+    picture.chmod(0)
+    [batch] = batches_of(loader_of(tmp_path, replace_bad=False))
+    assert [str(bad) for bad in batch.bad] == [f"{str(picture)!r} is not a readable image (Permission denied)"]
+    folder.chmod(0)
+    with pytest.raises(DataError, match=f"the folder '{folder}' cannot be read: Permission denied"):
+        list_images(tmp_path)
+    folder.chmod(0o700)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -200,6 +225,20 @@ def test_pixels_are_those_that_pillow_decodes(mode: str, kind: str, options: dic
     assert found.std() > 10
     assert found.flags.writeable
     assert found.flags.c_contiguous
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_of_sixteen_bits_the_upper_eight_count(kind: str) -> None:
+    """Pillow's conversion would make nearly all of it white."""
+    deep = np.random.default_rng(0).integers(0, 1 << 16, (20, 30), dtype=np.uint16)
+    found = decode(BytesIO(encoded(Image.fromarray(deep), kind)))
+    assert np.array_equal(found, np.repeat((deep >> 8)[:, :, None], 3, axis=2))
+
+
+def test_of_an_animation_the_first_picture_counts() -> None:
+    first, second = photograph(), Image.new("RGB", (120, 90))
+    content = encoded(first, "WEBP", save_all=True, append_images=[second], lossless=True)
+    assert np.array_equal(decode(BytesIO(content)), np.asarray(first))
 
 
 def test_orientation_is_left_as_it_is_stored() -> None:
@@ -389,6 +428,8 @@ def test_starting_late_costs_nothing() -> None:
 def test_fewer_images_than_a_batch() -> None:
     with pytest.raises(DataError, match=r"7 images, fewer than one batch of 8; use --batch-size 7"):
         SampleOrder(num_samples=7, batch_size=8, seed=0)
+    with pytest.raises(DataError, match=r"1 images, fewer than one batch of 8; add images"):
+        SampleOrder(num_samples=1, batch_size=8, seed=0)
 
 
 def test_evaluation_sees_every_image_once() -> None:
@@ -500,7 +541,8 @@ def test_broken_links_are_named_when_they_are_read(tmp_path: Path) -> None:
     write_images(tmp_path, per_class=1)
     (tmp_path / "red" / "gone.png").symlink_to("nowhere.png")
     [batch] = batches_of(loader_of(tmp_path, replace_bad=False))
-    assert [os.path.basename(bad.path) for bad in batch.bad] == ["gone.png"]
+    path = str(tmp_path / "red" / "gone.png")
+    assert [str(bad) for bad in batch.bad] == [f"{path!r} is not a readable image (No such file or directory)"]
 
 
 def test_an_endless_strip_is_a_bad_image(tmp_path: Path) -> None:

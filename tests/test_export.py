@@ -7,6 +7,9 @@ import json
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -28,27 +31,48 @@ from training import Reporter, run
 from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.checkpoint import read_checkpoint
 from shufflenet_mlflow.classifier import Classifier, UnreadableImageError, decode, image_bytes, rank
+from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.errors import ExportError, RefusedError, TrackingError
 from shufflenet_mlflow.export import LogModels, export_file, files, log_model
 from shufflenet_mlflow.export.logged import SHA256_TAG, find_logged_model, write_model
 from shufflenet_mlflow.export.program import check_equal, example_pixels
 from shufflenet_mlflow.jobs.sync import run_sync
-from shufflenet_mlflow.network import Architecture, Network, choose_preprocess
+from shufflenet_mlflow.models import shufflenet_v2
+from shufflenet_mlflow.network import Architecture, Network, _body, choose_preprocess
 from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking.messages import RunTarget, record_in
 
+X0_5_OF_TORCHVISION = "torchvision/shufflenet_v2_x0_5"
+
 SMALL = (
-    "torchvision/shufflenet_v2_x0_5",
-    *(pytest.param(name, marks=pytest.mark.long) for name in ("shufflenet_v1_x0_5_g3", "shufflenet_v2_x0_5")),
+    "shufflenet_v2_x0_5",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("shufflenet_v1_x0_5_g3", X0_5_OF_TORCHVISION)),
 )
 
 
-def network(name: str = "shufflenet_v2_x0_5", classes: int = 3, size: int = 32, named: bool = True) -> Network:
+@contextmanager
+def short_networks() -> Iterator[None]:
+    """V2 with two units in each stage, one of each kind: exporting all sixteen takes four times as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shufflenet_v2, "STAGE_UNITS", (2, 2, 2))
+        _body.cache_clear()
+        yield
+    _body.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _short(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Long tests have whole networks."""
+    with nullcontext() if request.node.get_closest_marker("long") else short_networks():
+        yield
+
+
+def network(name: str = "shufflenet_v2_x0_5") -> Network:
     torch.manual_seed(0)
     architecture = Architecture(name)
-    model = architecture.build(classes).eval()
-    names = {f"class {index}": index for index in range(classes)} if named else None
-    return Network(model, architecture, classes, choose_preprocess(architecture, size), names)
+    model = architecture.build(3).eval()
+    names = {f"class {index}": index for index in range(3)}
+    return Network(model, architecture, 3, choose_preprocess(architecture, 32), names)
 
 
 def png(seed: int = 0, size: tuple[int, int] = (40, 50)) -> bytes:
@@ -101,10 +125,8 @@ def test_onnx_takes_any_number_of_images(tmp_path: Path) -> None:
 
 def test_a_mean_image_is_in_the_program(tmp_path: Path) -> None:
     mean = torch.rand(3, 32, 32) * 255
-    architecture = Architecture("shufflenet_v2_x0_5")
     ours = network()
-    preprocess = type(ours.preprocess)("bgr255_mean", 32, mean)
-    with_mean = Network(ours.model, architecture, 3, preprocess, None)
+    with_mean = replace(ours, preprocess=Preprocess("bgr255_mean", 32, mean))
     assert export_file(with_mean, tmp_path / "net.pt2", "pt2") == 0
     program = torch.export.load(tmp_path / "net.pt2").module()
     pixels = example_pixels(ours)
@@ -178,41 +200,46 @@ def test_output_that_cannot_be_written(tmp_path: Path, shufflenet: Invoke) -> No
 # ---------------------------------------------------------------- the model that MLflow runs
 
 
-def test_the_logged_model_asks_for_what_its_code_imports(tmp_path: Path) -> None:
-    write_model(network(), tmp_path / "model")
-    tree = ast.parse((tmp_path / "model" / "classifier.py").read_text())
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a logged model of `network()` consists of. Not to be changed."""
+    folder = tmp_path_factory.mktemp("written") / "model"
+    with short_networks():
+        write_model(network(), folder)
+    return folder
+
+
+def test_the_logged_model_asks_for_what_its_code_imports(written: Path) -> None:
+    tree = ast.parse((written / "classifier.py").read_text())
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     owners = packages_distributions()
     tops = {module.split(".")[0] for module in modules}
     needed = {top: {owner.lower() for owner in owners[top]} for top in tops if top in owners}
-    asked = {re.split("[=<>]", line)[0] for line in (tmp_path / "model" / "requirements.txt").read_text().split()}
+    asked = {re.split("[=<>]", line)[0] for line in (written / "requirements.txt").read_text().split()}
     assert all(names & asked for names in needed.values()), needed
     assert {"simplejpeg", "cv2", "PIL", "torch"} <= needed.keys()
 
 
-def test_the_logged_code_needs_nothing_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_logged_code_needs_nothing_of_this_package(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no permission to unpickle."""
-    ours = network()
-    write_model(ours, tmp_path / "model")
-    code = (tmp_path / "model" / "classifier.py").read_text()
+    code = (written / "classifier.py").read_text()
     assert "from shufflenet_mlflow" not in code
     assert "import shufflenet_mlflow" not in code
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     for name in [name for name in sys.modules if name.split(".")[0] == "shufflenet_mlflow"]:
         monkeypatch.setitem(sys.modules, name, None)
-    served = pyfunc.load_model(str(tmp_path / "model"))
+    served = pyfunc.load_model(str(written))
     answers = served.predict(pd.DataFrame({"image": [png(seed) for seed in range(70)]}))
     assert list(answers.columns) == ["label", "probability"]
     assert len(answers) == 70
-    assert set(answers["label"]) <= set(ours.labels)
-    with zipfile.ZipFile(tmp_path / "model" / "artifacts" / "network.pt2") as archive:
+    assert set(answers["label"]) <= {"class 0", "class 1", "class 2"}
+    with zipfile.ZipFile(written / "artifacts" / "network.pt2") as archive:
         assert archive.testzip() is None
 
 
-def test_a_request_that_holds_no_image(tmp_path: Path) -> None:
-    write_model(network(), tmp_path / "model")
-    served = pyfunc.load_model(str(tmp_path / "model"))
+def test_a_request_that_holds_no_image(written: Path) -> None:
+    served = pyfunc.load_model(str(written))
     with pytest.raises(MlflowException, match="image 1 is not a readable image") as caught:
         served.predict(pd.DataFrame({"image": [png(), b"no picture"]}))
     assert caught.value.get_http_status_code() == 400
@@ -234,13 +261,15 @@ def test_ranking() -> None:
     assert ranked[0][1] == pytest.approx(torch.softmax(logits, 1)[0, 1].item())
 
 
-def test_a_classifier_from_files(tmp_path: Path) -> None:
-    ours = network("torchvision/shufflenet_v2_x0_5", named=False)
-    write_model(ours, tmp_path / "model")
-    artifacts = tmp_path / "model" / "artifacts"
-    [found] = Classifier.load(artifacts / "network.pt2", artifacts / "classifier.json").classify([io.BytesIO(png())], 2)
-    assert len(found) == 2
-    assert found[0][0] in ("0", "1", "2")
+def test_a_classifier_from_files(written: Path) -> None:
+    """It answers as the network does that it was made from."""
+    ours, artifacts = network(), written / "artifacts"
+    classifier = Classifier.load(artifacts / "network.pt2", artifacts / "classifier.json")
+    [found] = classifier.classify([io.BytesIO(png())], 2)
+    pixels = eval_transform(ours.preprocess)(decode(io.BytesIO(png())))
+    with torch.inference_mode():
+        logits = ours.model(ToInput(ours.preprocess, torch.device("cpu"))(pixels[None]))
+    assert found == rank(logits, ours.labels, 2)[0]
 
 
 # ---------------------------------------------------------------- in the run
@@ -388,14 +417,12 @@ def test_a_file_that_is_not_the_runs(client: MlflowClient, images: Path, shuffle
     [(("--name", "it's"), "it's"), (("--name", "a@b"), "a@b"), (("--name", "a", "--alias", "v1"), "v1")],
 )
 def test_names_that_no_reference_could_hold(
-    client: MlflowClient, images: Path, shufflenet: Invoke, words: tuple[str, ...], named: str
+    client: MlflowClient, shufflenet: Invoke, words: tuple[str, ...], named: str
 ) -> None:
-    """Nothing is begun."""
-    summary = run(images)
-    result = shufflenet("checkpoints", "promote", summary.run_id, *words)
+    """Nothing is begun: not even the checkpoint is looked for."""
+    result = shufflenet("checkpoints", "promote", "nowhere", *words)
     assert (result.exit_code, f"(={named})" in result.output) == (2, True), result.output
     assert client.search_registered_models() == []
-    assert models_of(client, summary.run_id) == []
 
 
 def test_versions_that_mlflow_made_itself(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:

@@ -197,11 +197,14 @@ def test_other_images_of_the_same_name(client: MlflowClient, images: Path, shuff
     assert f"eval/photos-{digest[:8]}/top1" in client.get_run(summary.run_id).data.metrics
 
 
-def test_file_names_that_are_no_text(client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
-    shutil.copytree(images / "val", tmp_path / "val")
-    (tmp_path / "val" / "red" / "000.png").rename(tmp_path / "val" / "red" / os.fsdecode(b"\xff.png"))
-    summary = run(images)
-    found = evaluate(shufflenet, summary.run_id, "--val-dir", tmp_path / "val")
+def test_names_that_are_no_text(client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
+    """Of a file and of a class; the figures show both."""
+    for part in ("train", "val"):
+        shutil.copytree(images / part, tmp_path / part)
+        (tmp_path / part / "red" / "000.png").rename(tmp_path / part / "red" / os.fsdecode(b"\xff.png"))
+        (tmp_path / part / "red").rename(tmp_path / part / os.fsdecode(b"r\xffd\n"))
+    summary = run(tmp_path)
+    found = evaluate(shufflenet, summary.run_id)
     assert (found["n"], found["logged_to"]) == (15, summary.run_id)
 
 
@@ -234,8 +237,11 @@ def test_below_mlflow_run_a_result_is_printed_too(
     assert client.get_run(made).info.status == "FAILED"
 
 
-def test_a_file_without_a_run_cannot_go_to_it(images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
+def test_a_file_without_a_run_cannot_go_to_it(
+    images: Path, shufflenet: Invoke, tmp_path: Path, empty_database: Path
+) -> None:
     summary = run(images)
+    shutil.copy(empty_database, tmp_path / "another.db")
     store = f"sqlite:///{tmp_path}/another.db"
     result = shufflenet("eval", summary.result.checkpoint, "--log-to", "source", "--tracking-uri", store)
     assert (result.exit_code, result.stdout) == (1, "")

@@ -1,6 +1,7 @@
 """Looking at runs, and comparing them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from mlflow import MlflowClient
 from training import run
 
 from shufflenet_mlflow.compare import compare_runs
+from shufflenet_mlflow.compare.curves import curves_figure
 from shufflenet_mlflow.compare.paired import Evaluation, Outcome, paired_test
 from shufflenet_mlflow.config import command_of
+from shufflenet_mlflow.figures import write_figure
 from shufflenet_mlflow.tracking.messages import RunTarget
 from shufflenet_mlflow.tracking.note import NOTE_TAG, Note
 from shufflenet_mlflow.tracking.provenance import command_line
@@ -123,6 +126,18 @@ def test_curves_over_images_and_time(client: MlflowClient, two: tuple[str, str])
     assert curve.images == (16, 32, 48, 64, 80, 96)
     assert list(curve.minutes) == sorted(curve.minutes)
     assert curve.minutes[0] >= 0
+
+
+def test_what_is_infinite_is_left_out_of_the_curves(client: MlflowClient, tmp_path: Path) -> None:
+    experiment = client.create_experiment("diverging")
+    runs = [client.create_run(experiment) for _ in range(2)]
+    for step, loss in enumerate((2.0, math.inf, 3.0)):
+        client.log_metric(runs[0].info.run_id, "train/loss", loss, step=step)
+    figure = curves_figure(compare_runs(client, [client.get_run(run.info.run_id) for run in runs]), "iterations")
+    assert figure is not None
+    write_figure(figure, tmp_path / "curves.png")
+    low, high = figure.axes[0].get_ylim()
+    assert 1 < low < 2 < 3 < high < 4
 
 
 def test_names_cannot_break_the_page(client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path) -> None:

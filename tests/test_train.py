@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSES, steps, values
+from conftest import CLASSES, steps, values, write_images
 from mlflow import MlflowClient
-from training import run
+from training import Reporter, run
 
 from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint
 from shufflenet_mlflow.stopping import StopFlag
@@ -118,6 +118,15 @@ def test_the_network_learns(images: Path) -> None:
     summary = run(images, "--total-iters", 60, "--augment", "none", "--lr", 0.02)
     assert summary.result.val_top1 is not None
     assert summary.result.val_top1 > 0.8  # chance is a third
+
+
+def test_one_class_is_mentioned(tmp_path: Path) -> None:
+    """Most likely the wrong folder was named."""
+    for part in ("train", "val"):
+        write_images(tmp_path / part, classes=("only",), per_class=8)
+    reporter = Reporter()
+    run(tmp_path, "--total-iters", 1, reporter=reporter)
+    assert f"{str(tmp_path / 'train')!r} has one class only: there is nothing to tell apart" in reporter.notes
 
 
 def test_handlers_are_put_back() -> None:

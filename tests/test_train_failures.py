@@ -46,10 +46,10 @@ def test_a_diverging_run_names_iteration_and_rate(images: Path, client: MlflowCl
     ):
         run(images, "--lr", 1e20, "--save-dir", "models", "--save-interval", 1, "--val-interval", 12)
     assert statuses(client) == ["FAILED"]
-    for path in list_checkpoints(Path("models")):
-        state_dict = read_checkpoint(path)["state_dict"]
-        assert np.isfinite(read_checkpoint(path)["loss"])
-        assert "classifier.0.weight" in state_dict
+    [path] = list_checkpoints(Path("models"))
+    payload = read_checkpoint(path)
+    assert np.isfinite(payload["loss"])
+    assert all(tensor.isfinite().all() for tensor in payload["state_dict"].values())
 
 
 def test_memory_that_runs_out_is_one_line(images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,10 +112,9 @@ def test_a_bad_image_fails_the_run_and_loses_nothing(with_bad_file: Path, client
     with pytest.raises(BadImageError, match=r"red/004.png' is not a readable image .*--on-bad-image skip"):
         run(with_bad_file, "--save-dir", "models")
     assert statuses(client) == ["FAILED"]
-    checkpoints = list_checkpoints(Path("models"))
+    assert [path.name for path in list_checkpoints(Path("models"))] == ["checkpoint-000003.pth.tar"]
     resumed = run(with_bad_file, "--save-dir", "models", "--on-bad-image", "skip")
-    if checkpoints:  # the bad file may have been in the very first batch
-        assert statuses(client) == ["FINISHED"]
+    assert statuses(client) == ["FINISHED"]
     assert resumed.result.iters == 12
     assert client.get_run(resumed.run_id).data.metrics["data/unreadable_files"] == 2
 

@@ -1,5 +1,6 @@
 """The curves of several runs as pictures."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
@@ -16,6 +17,8 @@ AXES: dict[str, tuple[str, Callable[[Curve], Sequence[float] | None]]] = {
 
 _COLOURS = ("#2f6fb2", "#d1603d", "#3d8f5f", "#8a5fb0", "#b08a2e", "#4a4a4a", "#c05a8f", "#5aa6b8")
 _MARKED_UP_TO = 40
+_INFINITE = 1.7e308
+"""MLflow keeps what is infinite as the largest number there is, beside which nothing else can be drawn."""
 
 
 def curves_figure(comparison: Comparison, over: str) -> Figure | None:
@@ -35,7 +38,7 @@ def curves_figure(comparison: Comparison, over: str) -> Figure | None:
             if curve.metric == metric and positions is not None:
                 axes.plot(
                     positions,
-                    curve.values,
+                    [value if abs(value) < _INFINITE else math.nan for value in curve.values],
                     color=_COLOURS[curve.run % len(_COLOURS)],
                     marker="o" if len(positions) <= _MARKED_UP_TO else "",
                     markersize=3,

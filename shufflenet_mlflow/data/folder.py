@@ -56,6 +56,9 @@ def _files_below(root: str, folder: str, stamps: Stamps) -> list[_File]:
     found: list[_File] = []
     waiting = [folder]
     visited: set[tuple[int, int]] = set()
+    if folder:
+        above = os.stat(root)
+        visited.add((above.st_dev, above.st_ino))
     while waiting:
         parent = waiting.pop()
         path = os.path.join(root, parent)
@@ -122,8 +125,8 @@ def list_images(root: str | Path, *, option: str = "folder", cache_dir: Path | N
         cache_dir: where listings of large folders are kept; None keeps none.
 
     Raises:
-        DataError: the folder is missing, empty, unreadable, holds images but no class folders, or a class
-            has no image.
+        DataError: the folder is missing, empty, unreadable, holds images but no class folders, a link in it leads
+            nowhere, or a class has no image.
     """
     root = Path(root)
     began = time.time()
@@ -161,12 +164,13 @@ def _class_folders(root: Path, option: str, stamps: Stamps) -> tuple[str, ...]:
     """The names of the folders in `root`, in text order.
 
     Raises:
-        DataError: there is none, or `root` is no folder that can be read.
+        DataError: there is none, `root` is no folder that can be read, or a link in it leads nowhere: a class would be
+            missing without a word.
     """
     try:
         stamps[""] = stamp_of(os.stat(root))
         with os.scandir(root) as entries:
-            names = sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith("."))
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
     except FileNotFoundError:
         raise DataError(f"{option} {str(root)!r} does not exist") from None
     except NotADirectoryError:
@@ -174,6 +178,11 @@ def _class_folders(root: Path, option: str, stamps: Stamps) -> tuple[str, ...]:
     except (OSError, ValueError) as error:  # ValueError: it holds a NUL
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{option} {str(root)[:200]!r} cannot be read: {reason}") from None
+    if lost := sorted(entry.name for entry in shown if entry.is_symlink() and not os.path.exists(entry.path)):
+        raise DataError(
+            f"{option} {str(root)!r}: the link {name_some(lost)} leads nowhere; put its folder back or remove the link"
+        )
+    names = sorted(entry.name for entry in shown if _is_folder(entry))
     if not names:
         raise DataError(
             f"{option} {str(root)!r} has no class folders; it needs one folder per class, such as cat/0001.jpg"

@@ -52,9 +52,9 @@ class SampleOrder:
 
     def __post_init__(self) -> None:
         if self.num_samples < self.batch_size:
+            way_out = f"use --batch-size {self.num_samples} or less" if self.num_samples > 1 else "add images"
             raise DataError(
-                f"the training set has {self.num_samples} images, fewer than one batch of "
-                f"{self.batch_size}; use --batch-size {max(1, self.num_samples)} or less"
+                f"the training set has {self.num_samples} images, fewer than one batch of {self.batch_size}; {way_out}"
             )
 
     @property

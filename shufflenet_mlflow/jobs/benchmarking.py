@@ -15,16 +15,10 @@ from shufflenet_mlflow.checkpoint import Retention
 from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.data.loader import PREFETCHED, worker_death
-from shufflenet_mlflow.devices import (
-    choose_device,
-    compile_failure,
-    compiled,
-    finish,
-    usable_cores,
-)
+from shufflenet_mlflow.devices import choose_device, compile_failure, compiled, finish, usable_cores
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import TrackingError
-from shufflenet_mlflow.jobs.training import bare_trainer
+from shufflenet_mlflow.jobs.preparing import bare_trainer
 from shufflenet_mlflow.planning import Plan, plan
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
@@ -226,7 +220,7 @@ def _result(planned: Plan, seconds: Sizes, first: float) -> BenchResult:
     config = planned.config
     batch = config.batch_size
     workers = f"{config.workers} worker{'s' if config.workers != 1 else ''}" if config.workers else "no workers"
-    parts = (
+    parts = _, _, checkpoint, tracking = (
         Part("data", 1e3 * seconds["load"], f"{batch / seconds['load']:.0f} images/s with {workers}"),
         Part(
             "step",
@@ -246,7 +240,7 @@ def _result(planned: Plan, seconds: Sizes, first: float) -> BenchResult:
             f"{seconds['deliver']:.1f} s after the last",
         ),
     )
-    milliseconds = 1e3 * seconds["whole"] + parts[2].milliseconds + parts[3].milliseconds
+    milliseconds = 1e3 * seconds["whole"] + checkpoint.milliseconds + tracking.milliseconds
     bottleneck = max(parts, key=lambda part: part.milliseconds).name
     device = choose_device(config.device)
     return BenchResult(
@@ -279,7 +273,7 @@ def _advice(bottleneck: str, config: TrainConfig, device: torch.device) -> str:
             return (
                 "try --amp bf16, --compile and a larger --batch-size, in this order"
                 if config.amp == "off"
-                else ("try --compile and a larger --batch-size")
+                else "try --compile and a larger --batch-size"
             )
         return "the network is what takes the time: a GPU, a smaller network, or a smaller --input-size"
     option = "--save-interval" if bottleneck == "checkpoint" else "--display-interval"

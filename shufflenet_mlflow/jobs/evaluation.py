@@ -115,7 +115,7 @@ def _run(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummar
     made = AdoptedRun(client, adopted, tags={}) if client is not None and adopted is not None else None
     with made or nullcontext():
         loaded = request.load(reporter)
-        source = _source(client, loaded, request, where) if client is not None and where != "none" else None
+        source = _source(client, loaded, where) if client is not None and where != "none" else None
         val_dir = _val_dir(request, loaded)
         summary, listing = _evaluate(request, loaded, val_dir, reporter, stop)
         if client is None or where == "none":
@@ -155,7 +155,7 @@ def _default_place(ref: str, adopted: str | None) -> str:
     return "none" if isinstance(parse_reference(ref), Path) else "source"
 
 
-def _source(client: "MlflowClient", loaded: Loaded, request: EvalRequest, where: str) -> "Run | None":
+def _source(client: "MlflowClient", loaded: Loaded, where: str) -> "Run | None":
     """The run that the checkpoint belongs to; None if there is none, or this store does not have it.
 
     Raises:

@@ -89,12 +89,7 @@ def open_run(
         TrackingError: the store refuses.
     """
     adopted = adopted_run_id()
-    values = config.to_dict()
-    tags = {"network": config.model, CONFIG_TAG: redact(json.dumps(values))}
-    if len(tags[CONFIG_TAG]) > LONGEST_TAG:  # paths of thousands of characters
-        del tags[CONFIG_TAG]
-    if init is not None and init.run_id is not None:
-        tags |= {"init_from.run": init.run_id, "init_from.checkpoint": init.path.name}
+    tags = _first_tags(config, init)
     name = request.run_name or f"{config.model} {data_name(config.train_dir)} {config.input_size}px"
     known, create = adopted, None
     if start is not None and request.new_run and start.run_id is not None:
@@ -117,11 +112,8 @@ def open_run(
         return OpenedRun(known, (Reopen(tags),), name=name)
     try:
         with impatient() if is_server(client.tracking_uri) else nullcontext():
-            for run_id in begun:
-                before = config_to_begin_with(client, run_id)
-                if before is not None and config_digest(before) == config_digest(values):
-                    known, create, tags = run_id, None, plain
-                    break
+            if (found := _begun_with(client, begun, config)) is not None:
+                known, create, tags = found, None, plain
             if create is not None:
                 run_id, is_new = make_run(client, create)
             else:
@@ -136,6 +128,26 @@ def open_run(
             raise
         reporter.warn(f"{error}; training goes on without, and what belongs to MLflow is kept and sent later")
     return OpenedRun(known or name_new_run(), (create or Reopen(tags),), name=name)
+
+
+def _first_tags(config: TrainConfig, init: Init | None) -> dict[str, str]:
+    """What a run is told when it is made."""
+    tags = {"network": config.model, CONFIG_TAG: redact(json.dumps(config.to_dict()))}
+    if len(tags[CONFIG_TAG]) > LONGEST_TAG:  # paths of thousands of characters
+        del tags[CONFIG_TAG]
+    if init is not None and init.run_id is not None:
+        tags |= {"init_from.run": init.run_id, "init_from.checkpoint": init.path.name}
+    return tags
+
+
+def _begun_with(client: "MlflowClient", begun: Sequence[str], config: TrainConfig) -> str | None:
+    """The first of the runs that were begun with this configuration and have no checkpoint yet; None if none was."""
+    digest = config_digest(config.to_dict())
+    for run_id in begun:
+        before = config_to_begin_with(client, run_id)
+        if before is not None and config_digest(before) == digest:
+            return run_id
+    return None
 
 
 def _continue(

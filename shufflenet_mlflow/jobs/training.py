@@ -7,46 +7,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.amp.grad_scaler import GradScaler
-
-from shufflenet_mlflow.checkpoint import Retention, load_checkpoint, remove_leftovers
+from shufflenet_mlflow.checkpoint import Retention, remove_leftovers
 from shufflenet_mlflow.client import connect, prepare_environment
-from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_grace, check_job, check_resumable, option
-from shufflenet_mlflow.devices import choose_device, keep_freed_memory, place
+from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_grace, check_job
 from shufflenet_mlflow.distributed import World
-from shufflenet_mlflow.errors import CheckpointError, ConfigError, DataError, NoCheckpointError
+from shufflenet_mlflow.errors import CheckpointError, NoCheckpointError
 from shufflenet_mlflow.export import LogModels
 from shufflenet_mlflow.jobs.attempts import begin_again, find_attempt, may_begin_again
-from shufflenet_mlflow.jobs.describing import (
-    NEEDED_FOR_EQUALITY,
-    PARTS,
-    constants,
-    cost,
-    describe,
-    describe_in_words,
-    drift_since,
-    environment,
-    result_in_words,
-)
+from shufflenet_mlflow.jobs.describing import constants, cost, describe, describe_in_words, result_in_words
 from shufflenet_mlflow.jobs.following import NoMetrics, NoStore, QuietReporter
 from shufflenet_mlflow.jobs.opening import ending_on_error, open_run
+from shufflenet_mlflow.jobs.preparing import Prepared, prepare
 from shufflenet_mlflow.jobs.sharing import receive_beginning, share_beginning
 from shufflenet_mlflow.joining import joined
 from shufflenet_mlflow.launcher import Requeue, ended_with_mlflow_run
-from shufflenet_mlflow.planning import Plan, check_same_data, plan
-from shufflenet_mlflow.recipe import make_ema, make_optimizer, make_scheduler
 from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.spool import Spool, is_made
-from shufflenet_mlflow.start import Init, Start, TrainRequest, find_init, find_start, with_whole_ids
-from shufflenet_mlflow.state import TrainingState
+from shufflenet_mlflow.start import Start, TrainRequest, find_init, find_start, with_whole_ids
 from shufflenet_mlflow.stopping import StopFlag, StopRequested
 from shufflenet_mlflow.tracking import SystemMetrics, TrackedMetrics, TrackedStore, TrackingSession
-from shufflenet_mlflow.train import TrainData, Trainer, TrainResult, best_metrics
-
-OF_ONE_MACHINE = ("train_dir", "val_dir", "mean_image", "init_from", "workers", "device")
-"""Options in which the processes of one job may differ."""
+from shufflenet_mlflow.train import Trainer, TrainResult, best_metrics
 
 NOTHING_TRAINED = TrainResult(iters=0, epoch=0, loss=math.nan, val_top1=None, val_top5=None, checkpoint=None)
 
@@ -129,7 +109,7 @@ def _lead(world: World, request: TrainRequest, reporter: Reporter, stop: StopFla
             reporter.note(f"run {begun[0]} has no checkpoint yet: it begins again")
         init = find_init(request) if start is None else None
     share_beginning(world, request, start, init)
-    prepared = _prepare(world, request, start, init, reporter, stop)
+    prepared = prepare(world, request, start, init, reporter, stop)
     start = start.without_tensors() if start is not None else None
     with ExitStack() as stack:
         # From here on there is a run to be ended: the session hears of a signal, no sooner.
@@ -180,7 +160,7 @@ def _follow(world: World, request: TrainRequest, reporter: Reporter, stop: StopF
     with world.together(stop):
         pass  # the leader finds out what is continued
     request, start, init = receive_beginning(world, request)
-    prepared = _prepare(world, request, start, init, reporter, stop)
+    prepared = prepare(world, request, start, init, reporter, stop)
     continued = None
     if start is not None:
         start = start.without_tensors()
@@ -207,84 +187,10 @@ def _follow(world: World, request: TrainRequest, reporter: Reporter, stop: StopF
     return replace(summary, result=result)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A run that is ready to train."""
-
-    planned: Plan
-    state: TrainingState
-    world: World
-    environment: Mapping[str, Any]
-    drifted: Mapping[str, tuple[Any, Any]]
-    """What has changed since the checkpoint was written."""
-
-
-def _prepare(
-    world: World, request: TrainRequest, start: Start | None, init: Init | None, reporter: Reporter, stop: StopFlag
-) -> _Prepared:
-    """Options, data and state of this process, which fit those of the others."""
-    with world.together(stop), stop.at_once():
-        planned = plan(request, start, init, world)
-        config, data = planned.config, planned.data
-        if request.inherited:
-            check_resumable(request.inherited, config, new_run=False)
-        if start is not None:
-            check_resumable(start.config, config, new_run=request.new_run)
-            check_same_data(start, data, new_run=request.new_run)
-        device = choose_device(world.device(config.device))
-        keep_freed_memory(device)
-        if config.sync_bn and device.type != "cuda":
-            raise ConfigError(f"--sync-bn needs CUDA, and the device is {device.type}; leave it out")
-        if config.amp == "fp16" and device.type == "mps":
-            raise ConfigError("--amp fp16 needs CUDA or a CPU, and the device is mps; use bf16 or leave it out")
-        surroundings = environment(planned, device, world)
-    with world.together(stop):
-        _require_same_as_leader(world, planned)
-    with world.together(stop), stop.at_once():
-        drifted: dict[str, tuple[Any, Any]] = {}
-        state = fresh_state(planned, device, world, first_weights=start is None)
-        if start is not None:
-            state.load_state_dict(start.payload, config)
-            drifted = drift_since(start, config, surroundings)
-            _warn_of_drift(drifted, reporter)
-        if init is not None:
-            _load_first_weights(state, init, data, reporter)
-    return _Prepared(planned, state, world, surroundings, drifted)
-
-
-def _require_same_as_leader(world: World, planned: Plan) -> None:
-    """Raise DataError or ConfigError where this process was given other images, or other options, than the leader."""
-    data = planned.data
-    images = {"training images": data.train.digest, "validation images": data.val.digest}
-    options = {name: value for name, value in planned.config.to_dict().items() if name not in OF_ONE_MACHINE}
-    leaders_images, leaders_options = world.from_leader((images, options))
-    for what, digest in images.items():
-        if leaders_images[what] != digest:
-            raise DataError(f"its {what} are not those of process 0; give every process the same")
-    for name, value in options.items():
-        if leaders_options[name] != value:
-            raise ConfigError(
-                f"its {option(name)} (={value}) is not that of process 0 (={leaders_options[name]}); give every "
-                "process the same"
-            )
-
-
-def _warn_of_drift(drifted: Mapping[str, tuple[Any, Any]], reporter: Reporter) -> None:
-    if PARTS in drifted:
-        then, now = drifted[PARTS]
-        reporter.warn(
-            f"batches are divided into {now} parts, and were into {then}: batch normalisation sees other images "
-            f"together, so results differ; {then} processes, or a number that divides {then}, would go on as before"
-        )
-    listed = [f"{name} ({drifted[name][0]} -> {drifted[name][1]})" for name in NEEDED_FOR_EQUALITY if name in drifted]
-    if listed:
-        reporter.note(f"since the checkpoint: {', '.join(listed)}; results are equal but for rounding, not bit for bit")
-
-
 def _train(
     session: TrackingSession,
     request: TrainRequest,
-    prepared: _Prepared,
+    prepared: Prepared,
     start: Start | None,
     reporter: Reporter,
     stop: StopFlag,
@@ -347,7 +253,7 @@ def _train(
 def _tell_of_the_end(
     session: TrackingSession,
     request: TrainRequest,
-    prepared: _Prepared,
+    prepared: Prepared,
     result: TrainResult,
     best: Mapping[str, Any] | None,
 ) -> None:
@@ -365,71 +271,6 @@ def _warn_of_failed_saves(store: TrackedStore, error: BaseException, reporter: R
     except CheckpointError as failure:
         if failure is not error:
             reporter.warn(str(failure))
-
-
-def bare_trainer(planned: Plan, *, reporter: Reporter, stop: StopFlag) -> Trainer:
-    """The loop of that run in this process alone, from its beginning, with nothing kept: to measure it."""
-    world = World()
-    device = choose_device(planned.config.device)
-    keep_freed_memory(device)
-    return Trainer(
-        config=planned.config,
-        data=planned.data,
-        state=fresh_state(planned, device, world, first_weights=False),
-        constants=constants(planned, environment(planned, device, world)),
-        store=NoStore(),
-        sink=NoMetrics(),
-        reporter=reporter,
-        stop=stop,
-        world=world,
-    )
-
-
-def fresh_state(planned: Plan, device: torch.device, world: World, *, first_weights: bool) -> TrainingState:
-    """The state before the first iteration.
-
-    Args:
-        first_weights: fetch the published weights, if they were asked for.
-    """
-    config = planned.config
-    torch.manual_seed(config.seed)
-    pretrained = first_weights and config.pretrained
-    model = planned.architecture.build(config.num_classes, pretrained=pretrained)
-    model = place(model, device)
-    if config.sync_bn and world.size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    optimizer = make_optimizer(
-        model,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=device.type in ("cpu", "cuda") and config.amp != "fp16",
-    )
-    return TrainingState(
-        model,
-        optimizer,
-        make_scheduler(optimizer, config.total_iters),
-        device,
-        ema=None if config.ema_decay is None else make_ema(model, config.ema_decay),
-        scaler=GradScaler(device.type) if config.amp == "fp16" else None,
-        seed=config.seed,
-        world=world,
-    )
-
-
-def _load_first_weights(state: TrainingState, init: Init, data: TrainData, reporter: Reporter) -> None:
-    """Take over the weights of `init`, but for a classifier of other classes.
-
-    Raises:
-        CheckpointError: they do not fit the network.
-    """
-    same = init.fits_classes(data.train.class_to_idx)
-    report = load_checkpoint(
-        state.model, init.payload, strict=False, reset_head=True if same else "always", source=repr(str(init.path))
-    )
-    reporter.note(f"begins with the weights of {init.path}")
-    if init.described.class_to_idx is None and report.is_complete:
-        reporter.note("it does not name its classes: its classifier, of the same width, is kept")
 
 
 def _save_dir(request: TrainRequest, start: Start | None) -> Path | None:
