@@ -38,6 +38,7 @@ from shufflenet_mlflow.export.logged import SHA256_TAG, find_logged_model, write
 from shufflenet_mlflow.export.program import check_equal, example_pixels
 from shufflenet_mlflow.jobs.sync import run_sync
 from shufflenet_mlflow.models import shufflenet_v2
+from shufflenet_mlflow.models.cost import _count
 from shufflenet_mlflow.network import Architecture, Network, _body, choose_preprocess
 from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking.messages import RunTarget, record_in
@@ -55,9 +56,15 @@ def short_networks() -> Iterator[None]:
     """V2 with two units in each stage, one of each kind: exporting all sixteen takes four times as long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shufflenet_v2, "STAGE_UNITS", (2, 2, 2))
-        _body.cache_clear()
+        forget_networks()
         yield
-    _body.cache_clear()
+    forget_networks()
+
+
+def forget_networks() -> None:
+    """What is kept of them by name would be another network's."""
+    for kept in (_body, _count):
+        kept.cache_clear()
 
 
 @pytest.fixture(autouse=True)
