@@ -157,7 +157,9 @@ def test_test_images_stand_beside_the_runs_own(client: MlflowClient, shufflenet:
         result = shufflenet("eval", run_id, "--val-dir", tmp_path / "set" / part)
         assert result.exit_code == 0, result.output
     digest = list_images(tmp_path / "set" / "test").content_digest
-    names = {name for name in client.get_run(run_id).data.metrics if name.startswith("eval/") and name.endswith("/top1")}
+    names = {
+        name for name in client.get_run(run_id).data.metrics if name.startswith("eval/") and name.endswith("/top1")
+    }
     assert names == {"eval/set/top1", f"eval/set-{digest[:8]}/top1"}
     assert all(len(client.get_metric_history(run_id, name)) == 1 for name in names)
 
