@@ -236,7 +236,7 @@ class Terminal:
     def __post_init__(self) -> None:
         self._groups: list[int] = []
 
-    def run(self, fence: Fence, environment: dict[str, str], timeout: float = 300) -> None:
+    def run(self, fence: Fence, environment: dict[str, str], timeout: float = 900) -> None:
         """Run a block.
 
         Raises:
