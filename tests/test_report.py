@@ -152,7 +152,7 @@ def test_test_images_stand_beside_the_runs_own(client: MlflowClient, shufflenet:
     """`set/val`, which training has logged as an input, and `set/test` are both called `set`."""
     for seed, part in enumerate(("train", "val", "test")):
         write_images(tmp_path / "set" / part, per_class=12 if part == "train" else 5, seed=seed)
-    run_id = run(tmp_path / "set", "models").run_id
+    run_id = run(tmp_path / "set").run_id
     for part in ("val", "test", "test", "val"):
         result = shufflenet("eval", run_id, "--val-dir", tmp_path / "set" / part)
         assert result.exit_code == 0, result.output
