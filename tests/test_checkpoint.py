@@ -1,12 +1,14 @@
 """The checkpoint file: atomic, verified, plain, and loaded only when it fits."""
 
 import contextlib
+import json
 import logging
 import os
 import pickle
 import random
 import resource
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import nn
 
 from shufflenet_mlflow import load_checkpoint
 from shufflenet_mlflow.checkpoint import (
+    CheckpointRecord,
     checkpoint_name,
     files,
     list_checkpoints,
@@ -365,3 +368,14 @@ def test_a_tensor_of_several_names_is_stored_once(tmp_path: Path) -> None:
     assert record.bytes < 4 * (weight.numel() + large[:10].numel()) + 5_000
     loaded = read_checkpoint(path)["state_dict"]
     assert_equal_payloads(loaded, {key: value.clone() for key, value in state.items()})
+
+
+def test_records_of_later_versions_are_read() -> None:
+    """Keys that are not known here are passed over, and still covered by the checksum."""
+    record = CheckpointRecord("checkpoints/checkpoint-000003.pth.tar", 3, 1, 0.5, None, "0" * 64, 9)
+    later = {**json.loads(record.to_json()), "é": [1, 0.1]}
+    line = json.dumps({**later, "crc32": f"{zlib.crc32(json.dumps(later).encode()):08x}"})
+    assert CheckpointRecord.from_json(line) == record == CheckpointRecord.from_json(record.to_line())
+    for damaged in (line.replace("[1, 0.1]", "[1, 0.2]"), line.replace('"bytes": 9', '"bytes": 8')):
+        with pytest.raises(CheckpointError, match="a damaged checkpoint record"):
+            CheckpointRecord.from_json(damaged)

@@ -156,6 +156,22 @@ def test_predictions_of_every_image_are_kept(client: MlflowClient, images: Path,
     assert found["classes"].keys() == {"red", "green", "blue"}
 
 
+def test_test_images_stand_beside_the_runs_own(client: MlflowClient, shufflenet: Invoke, tmp_path: Path) -> None:
+    """`set/val`, which training has logged as an input, and `set/test` are both called `set`."""
+    for seed, part in enumerate(("train", "val", "test")):
+        write_images(tmp_path / "set" / part, per_class=12 if part == "train" else 5, seed=seed)
+    run_id = run(tmp_path / "set").run_id
+    for part in ("val", "test", "test", "val"):
+        result = shufflenet("eval", run_id, "--val-dir", tmp_path / "set" / part)
+        assert result.exit_code == 0, result.output
+    digest = list_images(tmp_path / "set" / "test").content_digest
+    names = {
+        name for name in client.get_run(run_id).data.metrics if name.startswith("eval/") and name.endswith("/top1")
+    }
+    assert names == {"eval/set/top1", f"eval/set-{digest[:8]}/top1"}
+    assert all(len(client.get_metric_history(run_id, name)) == 1 for name in names)
+
+
 def test_evaluating_twice_adds_no_points(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
     summary = run(images)
     for _ in range(2):

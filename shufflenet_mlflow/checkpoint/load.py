@@ -27,6 +27,7 @@ class LoadReport:
     """What became of every tensor, by bare name."""
 
     loaded: tuple[str, ...]
+    """In both with equal shapes: the network has the checkpoint's."""
     missing: tuple[str, ...]
     """In the network, not in the checkpoint: left as they were."""
     unexpected: tuple[str, ...]
@@ -160,6 +161,7 @@ def load_checkpoint(
     loading fails.
 
     Args:
+        model: takes the weights; it may be wrapped.
         checkpoint: a file, which is verified and read without running its code; or what such a file holds: a
             dict with `state_dict`, or a bare state dict.
         strict: every tensor must match. Otherwise the auxiliary `predict_*` heads may lack or differ on either side.

@@ -52,10 +52,7 @@ class CheckpointRecord:
 
     def to_line(self) -> str:
         """The same with its own CRC-32, as it stands in files."""
-        return json.dumps({**asdict(self), "crc32": self._crc32()}, allow_nan=False) + "\n"
-
-    def _crc32(self) -> str:
-        return f"{zlib.crc32(self.to_json().encode()):08x}"
+        return json.dumps({**asdict(self), "crc32": _crc32(self.to_json())}, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "CheckpointRecord":
@@ -77,13 +74,17 @@ class CheckpointRecord:
             and all(map(_is_number_or_none, (record.epoch, record.loss, record.val_top1)))
         ):
             raise CheckpointError(f"not a checkpoint record: {text[:80]!r}")
-        if values.get("crc32", record._crc32()) != record._crc32():
+        if "crc32" in values and values.pop("crc32") != _crc32(json.dumps(values)):  # of all keys, also unknown ones
             raise CheckpointError(f"a damaged checkpoint record: {text[:80]!r}")
         return record
 
 
 def _is_number_or_none(value: object) -> bool:
     return value is None or type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _crc32(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def record_path(checkpoint: Path) -> Path:

@@ -41,6 +41,10 @@ SUMMARY, PREDICTIONS = "summary.json", "predictions.csv"
 OWN_SECTION = "val"
 """In a run of its own an evaluation's metrics are called as those of a validation: the UI shows them side by side."""
 
+DIGEST_TAG = "evaluation.{data}"
+"""Tag of a run: the digest of the images whose evaluations stand under that name. Among the run's inputs they need not
+be marked as evaluated: MLflow keeps the context that a data set was first logged with, such as `validation`."""
+
 EVALUATED_TAG = "evaluated.run"
 """Tag of an evaluation's own run: the run that it evaluates."""
 
@@ -75,13 +79,14 @@ class Evaluated:
 
     def told_apart(self, run: "Run") -> "Evaluated":
         """The same under another name, if the run has been evaluated on other images of that name."""
+        owner = run.data.tags.get(DIGEST_TAG.format(data=self.data))
         inputs = run.inputs.dataset_inputs if run.inputs is not None else []
         others = {
             entry.dataset.digest
             for entry in inputs
             if entry.dataset.name == self.data and any(tag.value == CONTEXT for tag in entry.tags)
         }
-        if not others - {self.listing.content_digest}:
+        if not ({owner} if owner is not None else others) - {self.listing.content_digest}:
             return self
         return replace(self, name=f"{self.data[: LONGEST_NAME - 9]}-{self.listing.content_digest[:8]}")
 
@@ -114,6 +119,7 @@ def record_in_source(client: "MlflowClient", source: "Run", evaluated: Evaluated
     """
     evaluated = evaluated.told_apart(source)
     target = RunTarget(client, source.info.run_id, Path())
+    Tags({DIGEST_TAG.format(data=evaluated.data): evaluated.listing.content_digest}).send(target)
     _record(target, evaluated, f"eval/{evaluated.data}", _logged_model(client, source, evaluated))
     return target.run_id
 

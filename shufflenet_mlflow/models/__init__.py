@@ -118,6 +118,8 @@ def create_model(
     return four such logits in training mode, the main ones first. The original release's weights fit it key for key.
 
     Args:
+        name: one of `list_models()`.
+        num_classes: width of the classifier.
         choices: `shufflenet_oneshot` only: for each of its 20 units 0, 1, 2 (kernels of 3, 5, 7) or 3 (Xception
             branch); by default the released network's.
         scales: `shufflenet_oneshot` only: for each unit the factor of its inner width, at most 2; by default the

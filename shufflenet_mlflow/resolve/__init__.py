@@ -84,12 +84,19 @@ def get_latest_model(
 ) -> tuple[Path | None, int]:
     """The newest valid checkpoint behind `ref`, and its iterations.
 
-    Args: as for `resolve`.
+    Args:
+        ref: a file, a folder, a run ID, `runs:/<id>`, `runs:/<id>@latest|@best|@<iters>`, or
+            `models:/<name>@<alias>` or `models:/<name>/<version>`.
+        tracking_uri: where runs are looked up; by default as MLflow does.
+        cache_dir: where remote files land; by default `SHUFFLENET_CACHE_DIR`, or the user's cache folder.
 
     Returns:
         The file and its iterations; (None, 0) for an empty or missing folder.
 
-    Raises: as `resolve` does.
+    Raises:
+        UnresolvedError: nothing usable stands behind it; the message says what was found instead.
+        CheckpointError: a file that was named exactly does not verify.
+        TrackingError: MLflow did not answer.
     """
     reference = parse_reference(ref)
     if beginning_of(ref) == str(ref) and not find_run_ids(str(ref), tracking_uri):  # the name of a missing folder

@@ -54,6 +54,7 @@ def save_checkpoint(
         epoch: completed epochs; by default `state["epoch"]`, if it is there.
         loss: the training loss; by default `state["loss"]`, if it is there.
         val_top1: top-1 accuracy of this state on the validation set, 0..1.
+        directory: the folder of the file, made if it is not there.
         run_id: the MLflow run; by default the active one, if any.
         tracking_uri: of the store that has the run; by default as MLflow does.
 
