@@ -101,7 +101,10 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The commands of a console block as words, without comments, assignments before them, and redirections."""
+    """The commands of a console block as words, without comments, assignments before them, and redirections.
+
+    Those with `||` behind them are left out: they are shown because they fail.
+    """
     buffer = ""
     for line in text.replace("\\\n", " ").splitlines():
         buffer += line + "\n"
@@ -115,7 +118,7 @@ def commands(text: str) -> Iterator[list[str]]:
         command: list[str] = []
         for word in [*words, ";"]:
             if set(word) <= set("();<>|&"):
-                if command:
+                if command and word != "||":
                     yield command
                 command = []
             elif command or not re.match(r"\w+=", word):
