@@ -141,7 +141,7 @@ def test_nothing_readable_to_validate_on(with_bad_file: Path) -> None:
         (["--momentum", 1], ConfigError, r"--momentum \(=1.0\)"),
         (["--label-smooth", 1], ConfigError, r"--label-smooth \(=1.0\)"),
         (["--num-classes", 2], ConfigError, r"--num-classes \(=2\) is below the 3 classes"),
-        (["--epochs", 3], ConfigError, "--epochs and --total-iters exclude each other"),
+        (["--epochs", 3], ConfigError, "exclude each other"),
         (["--device", "cuda:99"], ConfigError, "--device cuda:99: this machine has"),
         (["--device", "tpu"], ConfigError, r"--device \(=tpu\)"),
         (["--workers", -1], ConfigError, r"--workers \(=-1\)"),
