@@ -7,6 +7,7 @@ must hold is the value, the place (option, file, run) and the way out. The comma
 are in `CALLS`. A new `raise` that is in neither fails `test_nothing_is_missing`, which prints its key; if nobody can
 cause it, or another test does, it goes into `ELSEWHERE` with the reason or with that test.
 """
+# ruff: noqa: E501 - keys of ELSEWHERE and what follows them stay on one line
 
 import contextlib
 import json
@@ -225,6 +226,14 @@ def _folder_for_a_mean() -> None:
     Path("mean.npy").mkdir()
 
 
+def _second_run() -> None:
+    with contextlib.closing(sqlite3.connect("mlflow.db")) as store:
+        names = [row[1] for row in store.execute("PRAGMA table_info(runs)") if row[1] != "run_uuid"]
+        columns = ", ".join(names)
+        store.execute(f"INSERT INTO runs (run_uuid, {columns}) SELECT '{'1' * 32}', {columns} FROM runs")
+        store.commit()
+
+
 def _empty() -> None:
     Path("empty").mkdir()
 
@@ -432,7 +441,9 @@ MISTAKES = [
         make=_sql("UPDATE runs SET lifecycle_stage = 'deleted'"),
         begins=True,
     ),
-    failing("train {small} --job pets --tracking-uri http://127.0.0.1:9", "127.0.0.1:9", "'pets'", "--resume none"),
+    failing(
+        "train {small} --job pets --tracking-uri http://127.0.0.1:9", "127.0.0.1:9", "'shufflenet'", "--resume none"
+    ),
     failing("train {small} --save-dir /proc/x", "'/proc/x'", "--save-dir"),
     failing("train {small} --save-dir /dev/null", "'/dev/null'", "--save-dir"),
     failing("train {small} --lr 1e20 --save-interval 1", "iteration", "learning rate of", "lower --lr", begins=True),
@@ -495,10 +506,20 @@ MISTAKES = [
         "eval {run}@best",
         "{run}",
         "checkpoint.best",
-        "damaged checkpoint record",
+        "not a checkpoint record",
         make=_sql("UPDATE tags SET value = '{\"path\": 3}' WHERE key = 'checkpoint.best'"),
     ),
     failing("eval {run}@best", "{run}", "checkpoint.best", make=_sql("DELETE FROM tags WHERE key = 'checkpoint.best'")),
+    *(
+        failing(
+            "eval {run}@best",
+            "{run}",
+            "checkpoint.best",
+            message,
+            make=_sql(f"UPDATE tags SET value = json_set(value, '$.{key}', 'x') WHERE key = 'checkpoint.best'"),
+        )
+        for key, message in (("iters", "not a checkpoint record"), ("crc32", "a damaged checkpoint record"))
+    ),
     # ------------------------------------------------------------ files
     failing("eval images/val/red/000.png", "000.png'", "no readable checkpoint"),
     failing("eval /dev/null", "'/dev/null'", "not a file"),
@@ -607,6 +628,13 @@ MISTAKES = [
     wrong("compare {run}", "{run}", "two runs or more", "`shufflenet runs`"),
     wrong("compare {run} {run}", "{run}", "given twice", "name another"),
     failing(f"compare {{run}} {NOBODY}", NOBODY),
+    failing(
+        f"compare {{run}} {'1' * 32} --out /dev/null/x",
+        "'/dev/null/x'",
+        "cannot write to",
+        "--out",
+        make=_second_run,
+    ),
     wrong("compare", "'RUN...'", "compare --help"),
     # ------------------------------------------------------------ checkpoints
     failing("checkpoints ls no", "'no'"),
@@ -631,6 +659,7 @@ MISTAKES = [
         "sync own",
         "'own'",
         "cannot keep a journal",
+        begins=True,
         make=_folder_for_a_journal,
     ),
     # ------------------------------------------------------------ export
@@ -644,6 +673,7 @@ MISTAKES = [
     failing("data mean no", "no'", "does not exist", "one folder per class"),
     wrong("data mean images/train --output x.txt", "'x.txt'", ".npy", ".xml"),
     failing("data mean images/train --output /proc/x.npy", "'/proc/x.npy'", "cannot write"),
+    failing("data mean images/train --output /dev/null/x.npy", "'/dev/null/x.npy'", "cannot write"),
     wrong("data mean images/train --output images", "'images'", ".npy"),
     wrong("data mean images/train --input-size 50", "--input-size (=50)", "a multiple of 32"),
     wrong("data mean images/train --workers -2", "-2", "'--workers'"),
@@ -678,7 +708,7 @@ MISTAKES = [
     failing(
         "train --model shufflenet_v2_large --mean-image mean.npy",
         "'mean.npy'",
-        "cannot be read: Is a directory",
+        "is not a file",
         make=_folder_for_a_mean,
     ),
     # ------------------------------------------------------------ bench
@@ -836,7 +866,62 @@ def test_calls_that_no_command_makes(call: str, here: Path, recorder: Recorder) 
 # ---------------------------------------------------------------- nothing is missing
 
 
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE: dict[str, str] = {
+    "data.mean.read_mean_image: the mean image {} cannot be read:": "nobody: needs a file that may not be read, and tests may run as root",
+    "checkpoint.verify._verify_zip: {} is corrupt: PyTorch does not write": "test_checkpoint.py::test_no_single_bit_of_the_directory_changes_a_tensor",
+    "checkpoint.write.write_prepared.write: {} did not read back as it": "nobody: the disk returns other bytes than it was given",
+    "checkpoint.write.write_prepared: cannot write the checkpoint {}: {}; earlier": "test_cli.py::test_a_full_disk_is_one_line",
+    "config.TrainConfig.__post_init__: amp": "nobody: click's choices go before; for callers of the library",
+    "config.TrainConfig.__post_init__: on_bad_image": "nobody: click's choices go before; for callers of the library",
+    "config.TrainConfig.__post_init__: on_save_error": "nobody: click's choices go before; for callers of the library",
+    "config.TrainConfig.__post_init__: input_size": "nobody: the preprocessing checks it before; for callers of the library",
+    "planning.plan: --augment (={}) must be one of {}": "nobody: click's choices go before; for callers of the library",
+    "data.folder._files_below: the folder {} cannot be read: {}": "nobody: needs a folder below that may not be read, and tests may run as root",
+    "data.loader.worker_death: a data loading process died ({}); if": "test_train_failures.py::test_a_dead_worker_is_an_error_and_loses_nothing",
+    "devices.compile_failure: --compile: the network cannot be compiled here": "test_resume.py::test_a_network_that_cannot_be_compiled",
+    "devices.compiled: --compile: {}; leave it out": "test_resume.py::test_a_network_that_cannot_be_compiled",
+    "distributed.World.device: --device {} is one device, and there": "nobody: needs several processes with CUDA",
+    "distributed.World.settle: text, status": "nobody: said by the first process of the job alone",
+    "train.Trainer.run: str(error)": "nobody: said by the first process of the job alone",
+    "distributed.loss_of_process: process {} has lost another process of": "test_distributed.py::test_what_pytorch_says_of_a_lost_process",
+    "export.files._needed: --format onnx needs the package {}; pip": "test_export.py::test_a_missing_package_is_named",
+    "export.files.export_file: cannot write {}: {}; --output names another": "test_export.py::test_output_that_cannot_be_written",
+    "export.files.export_file: cannot write {}: {}; --output names another #2": "test_export.py::test_output_that_cannot_be_written",
+    "export.logged.LogModels.send: no logged model of {}: {}": "test_export.py::test_what_will_never_be_made_holds_nothing_up",
+    "export.logged.LogModels.send: run {} was deleted; `mlflow runs restore`": "test_export.py::test_models_of_a_deleted_run_wait",
+    "export.program.check_equal: {} differs from the checkpoint by {}": "test_export.py::test_a_program_that_differs_is_no_export",
+    "export.program.check_equal: {} gives {} for {} images, the": "test_export.py::test_a_program_that_differs_is_no_export",
+    "export.registry.checkpoint_in_run: run {} has no checkpoint {} yet;": "test_export.py::test_promoting",
+    "jobs.attempts.begin_again: --save-dir {} holds checkpoints of another run;": "test_launchers.py::test_a_run_without_a_checkpoint_begins_again_by_its_id",
+    "jobs.attempts.begin_again: {}; its configuration is not understood: {}": "nobody: the run's configuration is written by this package",
+    "jobs.exporting.run_promotion: {} is not the one that run": "test_export.py::test_a_file_that_is_not_the_runs",
+    "jobs.sync._send: {}; {} entries still wait in {}": "test_delivery.py::test_a_run_that_began_without_its_server",
+    "jobs.training._prepare: --amp fp16 needs CUDA or a CPU,": "nobody: needs an Apple GPU",
+    "jobs.training._require_same_as_leader: its {} (={}) is not that of": "test_long_distributed.py::test_processes_with_other_options_end_with_one_line",
+    "jobs.training._require_same_as_leader: its {} are not those of process": "test_long_distributed.py::test_processes_with_other_options_end_with_one_line",
+    "joining.name_attempt: process {}: the others of this job": "test_distributed.py::test_a_signal_ends_the_wait_for_the_others",
+    "locks.FileLock.__init__: {} is in use by process {};": "test_spool.py::test_one_process_at_a_time",
+    "locks.FileLock.__init__: {} is in use by this very": "test_spool.py::test_one_process_at_a_time",
+    "models.torchvision_v2._check_cached: {}; {}": "test_torchvision.py::test_a_damaged_cache_is_named",
+    "models.torchvision_v2.fetch_weights: the published weights in {} cannot be": "test_torchvision.py::test_a_damaged_cache_is_named",
+    "models.torchvision_v2.fetch_weights: the published weights of {} could not": "test_torchvision.py::test_a_failed_download_is_one_line",
+    "models.torchvision_v2.fetch_weights: {} holds no state dict; {}": "test_torchvision.py::test_a_cache_without_weights_is_named",
+    "network.identify: {} holds {} with other choices or": "test_loading.py::test_a_file_that_names_its_network_is_believed",
+    "planning.check_same_data: --mean-image is not the one that the": "test_families.py::test_the_mean_image_travels_in_the_checkpoint",
+    "resolve.artifacts.RunArtifacts.upload: {} did not arrive whole: its SHA-256": "test_delivery.py::test_what_arrives_damaged_is_not_committed",
+    "resolve.artifacts.RunArtifacts.upload: {} did not arrive whole: {} of": "test_delivery.py::test_elsewhere_the_size_is_confirmed",
+    "resolve.artifacts.RunArtifacts.upload: {} did not arrive: run {} does": "test_delivery.py::test_elsewhere_the_size_is_confirmed",
+    "resolve.remote.RemoteCheckpoints.newest_valid: run {}: none of its {} checkpoints": "test_resolve.py::test_a_corrupt_artifact_is_passed_over_and_the_cache_stays_clean",
+    "resolve.remote.resolve_model: {} is version {} from {}, which": "test_resolve.py::test_registered_models",
+    "tracking.delivery.Deliverer._set_aside: {}, and it cannot be set aside:": "nobody: the disk fills up at that very moment",
+    "tracking.delivery.Deliverer._target: the entry that says which run to": "nobody: needs a journal that this package did not write",
+    "tracking.messages._is_to_be_sent: the checkpoint cannot be sent to the": "test_delivery.py::test_a_file_that_was_damaged_while_it_waited_is_refused",
+    "tracking.messages.from_body: the journal holds a {} entry that": "nobody: needs a journal that another version wrote",
+    "tracking.save._bring: {}; the checkpoint {} is on the": "test_delivery.py::test_save_checkpoint_notes_what_it_could_not_bring",
+    "tracking.save._bring: {}; the checkpoint {} is on the #2": "test_delivery.py::test_save_checkpoint_notes_what_it_could_not_bring",
+    "spool.look: cannot read the journal {}: {}": "nobody: needs a file that may not be read, and tests may run as root",
+}
+"""Site -> the test that provokes it, or why nobody can, in a test."""
 
 
 def test_nothing_is_missing(recorder: Recorder) -> None:

@@ -49,7 +49,8 @@ def resolve(
             found = newest_valid(reference)
             if found is None:
                 raise UnresolvedError(
-                    f"{str(ref)!r} is a folder without checkpoints; name the one that --save-dir named, or models/RUN_ID"
+                    f"{str(ref)!r} is a folder without checkpoints; name the one that --save-dir named, or "
+                    "models/RUN_ID"
                 )
             return found
         if os.path.exists(reference):
