@@ -167,7 +167,7 @@ def _check_database_file(uri: str) -> None:
 def _check_address(uri: str) -> None:
     """A server that cannot be meant would be taken for one that is away."""
     try:
-        parts = urlsplit(uri)
+        parts = urlsplit(redact(uri))  # a password may hold anything
         complete = not is_server(uri) or (parts.hostname and parts.port != 0)
     except ValueError:  # a port beyond 65535, half a bracket
         complete = False
