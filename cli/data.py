@@ -5,6 +5,8 @@ from shlex import quote
 
 import click
 
+from shufflenet_mlflow.config import MOST_WORKERS
+
 from .commands import Group
 from .completing import Folder
 from .options import bad_image_option, common_options, config_option, json_option, option
@@ -56,7 +58,7 @@ def digits(folder: Path, as_json: bool) -> None:
 @option("--input-size", type=int, metavar="PIXELS", help="A multiple of 32.  [default: 224]")
 @option(
     "--workers",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MOST_WORKERS),
     metavar="N",
     help="Decoding processes.  [default: one per core, at most 16]",
 )

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shufflenet_mlflow.config import MOST_WORKERS
+
 from .commands import Command
 from .completing import Folder
 from .options import (
@@ -43,7 +45,7 @@ WORST_CLASSES = 3
     option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images at a time.  [default: the run's own]"),
     option(
         "--workers",
-        type=click.IntRange(min=0),
+        type=click.IntRange(0, MOST_WORKERS),
         metavar="N",
         help="Decoding processes.  [default: one per core, at most 16]",
     ),

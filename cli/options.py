@@ -11,6 +11,7 @@ from .completing import NETWORK, REFERENCE, RUN, Folder
 
 DEBUG = "shufflenet_mlflow.debug"
 VERBOSITY = "shufflenet_mlflow.verbosity"
+LEVELS_OF_SPEECH = ("verbose", "quiet")
 CONFIG = "shufflenet_mlflow.config"
 PREFIX = "SHUFFLENET_"
 """Of the environment variables that stand for options."""
@@ -97,7 +98,16 @@ def _set_verbosity(ctx: click.Context, parameter: click.Parameter, value: bool |
     if not value:
         return
     if ctx.meta.get(VERBOSITY, spelling(parameter)) != spelling(parameter):
-        raise click.UsageError("--verbose and --quiet exclude each other; give one of them", ctx)
+        from .settings import source_of
+
+        places = [(place, known) for place in (ctx, ctx.parent) if place for known in place.command.params]
+        sources = [
+            (f"--{spelling(known)}", source_of(place, known))
+            for place, known in places
+            if spelling(known) in LEVELS_OF_SPEECH
+        ]
+        origin = "".join(f" ({name} is from {source})" for name, source in sources if source is not None)
+        raise click.UsageError(f"--verbose and --quiet exclude each other; give one of them{origin}", ctx)
     ctx.meta[VERBOSITY] = spelling(parameter)
 
 

@@ -7,6 +7,8 @@ from typing import Any, BinaryIO
 
 import click
 
+from shufflenet_mlflow.config import MOST_WORKERS
+
 from .commands import Command
 from .options import (
     bad_image_option,
@@ -33,7 +35,7 @@ from .options import (
     option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images at a time.  [default: 64]"),
     option(
         "--workers",
-        type=click.IntRange(min=0),
+        type=click.IntRange(0, MOST_WORKERS),
         metavar="N",
         help="Decoding processes.  [default: none for a few images]",
     ),

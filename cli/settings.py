@@ -44,7 +44,7 @@ def read_config(ctx: click.Context, path: Path) -> dict[str, Any]:
     values = {}
     for written, value in _read(path).items():
         key = written.replace("-", "_")
-        if key not in known:
+        if key not in known and not isinstance(value, dict):
             near = get_close_matches(key, known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else "keys are options without their hyphens, as batch_size"
             raise click.BadParameter(f"{path}: there is no option {written!r}; {hint}")
@@ -72,6 +72,8 @@ def _as_text(value: Any, where: str) -> str | None:
     """A value as it would be typed; None for null."""
     if value is None:
         return None
+    if isinstance(value, str) and "\0" in value:
+        raise click.BadParameter(f"{where} (={value!r}) holds a null character; no text that can be typed has one")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (str, int, float)):

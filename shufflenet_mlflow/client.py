@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from shufflenet_mlflow.errors import RefusedError, TrackingError
 
@@ -165,11 +166,25 @@ def _check_database_file(uri: str) -> None:
     """MLflow would try for minutes to open a database file that cannot exist."""
     path = store_file(uri)
     if path is None:
+        _check_address(uri)
         return
     if path.is_dir():
         raise TrackingError(f"the tracking store {uri} is a folder; name a file in it, such as {uri}/mlflow.db")
     if not path.parent.is_dir():
         raise TrackingError(f"the tracking store {uri} lies in a folder that does not exist; make it first")
+
+
+def _check_address(uri: str) -> None:
+    """A server that cannot be meant would be taken for one that is away."""
+    try:
+        parts = urlsplit(redact(uri))  # a password may hold anything
+        complete = not is_server(uri) or (parts.hostname and parts.port != 0)
+    except ValueError:  # a port beyond 65535, half a bracket
+        complete = False
+    if not complete or (uri.startswith("sqlite:") and uri.partition("?")[0] != "sqlite://"):
+        raise TrackingError(
+            f"the tracking store {redact(uri)} is no address; one is sqlite:///FOLDER/mlflow.db or http://HOST:5000"
+        )
 
 
 def connect(tracking_uri: str | None = None) -> "MlflowClient":

@@ -20,6 +20,9 @@ DEFAULT_MODEL = "shufflenet_v2_x0_5"
 DEFAULT_EXPERIMENT = "shufflenet"
 DEFAULT_SAVE_ROOT = "models"
 
+MOST_WORKERS = 1000
+"""Processes that decode images: a slip of the keyboard must not fill the machine with them."""
+
 Number = TypeVar("Number", int, float)
 
 AMP_DTYPES = {"off": None, "bf16": "bfloat16", "fp16": "float16"}
@@ -245,7 +248,7 @@ class TrainConfig:
         )
         _require(0 <= self.label_smooth < 1, "label_smooth", self.label_smooth, "at least 0 and below 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
-        _require(self.workers >= 0, "workers", self.workers, "at least 0")
+        _require(0 <= self.workers <= MOST_WORKERS, "workers", self.workers, f"from 0 to {MOST_WORKERS}")
         check_device(self.device)
         _require(self.on_bad_image in ("fail", "skip"), "on_bad_image", self.on_bad_image, "fail or skip")
         check_keep_rules(self.keep_last, self.keep_best, self.keep_every)

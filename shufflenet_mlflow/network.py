@@ -44,7 +44,8 @@ class Architecture:
         model = options.get("model")
         if model is None:
             if given:
-                raise ConfigError(f"--{next(iter(given))} needs --model shufflenet_oneshot")
+                name, value = next(iter(given.items()))
+                raise ConfigError(f"--{name} (={value}) needs --model shufflenet_oneshot")
             return None
         choices = parse_numbers(given["choices"], "choices", int) if "choices" in given else None
         scales = parse_numbers(given["scales"], "scales", float) if "scales" in given else None
@@ -260,5 +261,8 @@ def choose_preprocess(
         return Preprocess(mode, input_size, mean)
     if not MODES[mode].takes_mean_image:
         takers = [variant.name for variant in VARIANTS.values() if MODES[variant.preprocess].takes_mean_image]
-        raise ConfigError(f"--mean-image is for {', '.join(takers)}; {architecture.name} has no use for one")
+        raise ConfigError(
+            f"--mean-image {str(mean_image)!r} is for {', '.join(takers)}; {architecture.name} has no use for one, "
+            "leave it out"
+        )
     return Preprocess(mode, input_size, read_mean_image(Path(mean_image)))

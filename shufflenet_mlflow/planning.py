@@ -122,7 +122,10 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
     given = dict(request.options)
     inherited = start.config if start else dict(request.inherited)
     if "epochs" in given and "total_iters" in given:
-        raise ConfigError("--epochs and --total-iters exclude each other; give one of them")
+        raise ConfigError(
+            f"--epochs (={given['epochs']}) and --total-iters (={given['total_iters']}) exclude each other; "
+            "give one of them"
+        )
     options = {**inherited, **given}
     train_dir, val_dir = _folders(options)
     is_digits = train_dir is None
@@ -150,7 +153,8 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
     num_classes = options.get("num_classes", len(train.classes))
     if num_classes < len(train.classes):
         raise ConfigError(
-            f"--num-classes (={num_classes}) is below the {len(train.classes)} classes of {str(train.root)!r}"
+            f"--num-classes (={num_classes}) is below the {len(train.classes)} classes of {str(train.root)!r}; "
+            "raise it, or leave it out"
         )
     seed = options.get("seed", 0)
     order = SampleOrder(len(train), batch_size, seed)

@@ -197,75 +197,6 @@ def test_resuming_below_mlflow_run_continues_the_old_run_and_says_so(
 # ---------------------------------------------------------------- what does not
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (["train", "--lr", "fast"], 2, "Invalid value for '--lr': 'fast' is not a valid float"),
-        (["train", "--epochs", "0"], 2, "Invalid value for --epochs: 0 is not at least 1"),
-        (["train", "--lerning-rate", "1"], 2, "No such option '--lerning-rate'"),
-        (
-            ["train", "--model", "shufflenet_v2_x3_0"],
-            2,
-            "Error: Invalid value for '--model': there is no network 'shufflenet_v2_x3_0'; did you mean",
-        ),
-        (["train", "--lr", "-1"], 2, "Error: --lr (=-1.0) must be above 0"),
-        (["train", "--on-bad-image", "ignore"], 2, "'ignore' is not one of 'fail', 'skip'"),
-        (["train", "--train-dir", "no", "--val-dir", "no"], 1, "does not exist"),
-        (["train", "--resume", "no"], 1, "Error: 'no' does not exist; a checkpoint is"),
-        (["eval", "0" * 32, "--tracking-uri", "http://u:pw@127.0.0.1:9"], 1, "Error: cannot read run 000"),
-        (["train", "--tracking-uri", "./mlruns"], 1, "MLflow keeps no runs in a plain folder any more"),
-        (["train", "--tracking-uri", "gopher://x"], 1, "Error: cannot open the tracking store gopher://x"),
-        (
-            ["train", "--tracking-uri", "sqlite:///."],
-            1,
-            "is a folder; name a file in it, such as sqlite:///./mlflow.db",
-        ),
-        (["train", "--tracking-uri", "sqlite:///no/x.db"], 1, "lies in a folder that does not exist"),
-        (["train", "--tracking-uri", "postgresql://127.0.0.1/x"], 1, "No module named 'psycopg"),
-        (["train", "--device", "cuda:99999999999999999999"], 2, "must be auto, cpu, mps, cuda or cuda:N"),
-        (["eval", "x" * 5000], 1, "does not exist"),
-        (["eval", ""], 1, "the checkpoint is empty text"),
-        (["eval"], 2, "Missing argument 'REF'"),
-        (["eval", "0" * 32], 1, "Error: there is no run 00000000000000000000000000000000"),
-        (["eval", "models:/net@best"], 1, "Error: there is no models:/net@best"),
-        (["data", "digits", "/proc/x"], 1, "Error: cannot write the digits to '/proc/x'"),
-        (["frobnicate"], 2, "Error: there is no command 'frobnicate'; there are bench, checkpoints"),
-        (["evla"], 2, "Error: there is no command 'evla'; did you mean eval?"),
-    ],
-)
-def test_bad_input_is_one_line(arguments: list[str], status: int, message: str, shufflenet: Invoke) -> None:
-    result = shufflenet(*arguments)
-    assert result.exit_code == status, result.output
-    assert message in result.stderr
-    assert result.stdout == ""
-    assert "Traceback" not in result.output
-    assert "pw" not in result.output
-    assert result.stderr.count("\n") <= status  # wrong usage also says where to read more
-
-
-def test_foreign_checkpoints_are_refused_clearly(images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint-000001.pth.tar"
-    torch.save({"state_dict": create_model("shufflenet_v2_x0_5", 3).state_dict()}, path)
-    result = shufflenet("eval", path, "--val-dir", images / "val")
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "does not name its network; it fits --model shufflenet_v2_x0_5" in result.stderr
-
-
-def test_eval_checks_its_device(small_train: SmallTrain, shufflenet: Invoke) -> None:
-    result = shufflenet("eval", small_train("--save-dir", "models")["checkpoint"], "--device", "tpu")
-    assert (result.exit_code, result.stderr) == (
-        2,
-        "Error: --device (=tpu) must be auto, cpu, mps, cuda or cuda:N\n",
-    )
-
-
-def test_an_unusable_cache_folder(small_train: SmallTrain, shufflenet: Invoke) -> None:
-    result = shufflenet("eval", small_train()["run_id"], "--cache-dir", "/dev/null/x")
-    assert result.exit_code == 1
-    assert "'/dev/null/x/runs/" in result.stderr
-    assert "Not a directory; --cache-dir or SHUFFLENET_CACHE_DIR" in result.stderr
-
-
 STRANGE: list[dict[str, Any]] = [
     {"class_to_idx": ["a"]},
     {"class_to_idx": {"a": "x"}},
@@ -353,12 +284,6 @@ def test_a_checkpoint_without_its_iteration_is_evaluated(
     torch.save(payload, tmp_path / "checkpoint-000010.pth.tar")
     result = shufflenet("eval", tmp_path / "checkpoint-000010.pth.tar", "--val-dir", images / "val", "--json")
     assert (result.exit_code, json.loads(result.stdout)["iters"]) == (0, 10)
-
-
-def test_a_pipe_is_no_checkpoint(shufflenet: Invoke, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    result = shufflenet("eval", tmp_path / "pipe")
-    assert (result.exit_code, "is not a file" in result.stderr) == (1, True)
 
 
 def test_a_configuration_of_ones_own_does_not_mean_the_digits(shufflenet: Invoke, tmp_path: Path) -> None:

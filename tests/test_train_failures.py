@@ -19,14 +19,10 @@ from shufflenet_mlflow.checkpoint import list_checkpoints, list_records, read_ch
 from shufflenet_mlflow.devices import lack_of_memory
 from shufflenet_mlflow.errors import (
     BadImageError,
-    ConfigError,
     DataError,
     NonFiniteLossError,
-    ShuffleNetError,
 )
-from shufflenet_mlflow.jobs import run_training
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
-from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.state import Meter, TrainingState
 from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking import delivery
@@ -154,40 +150,6 @@ def test_nothing_readable_to_validate_on(with_bad_file: Path) -> None:
         path.write_bytes(b"?")
     with pytest.raises(DataError, match="none of the 15 files in .* is a readable image"):
         run(with_bad_file, "--on-bad-image", "skip")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (["--batch-size", 37], DataError, "36 images, fewer than one batch of 37"),
-        (["--batch-size", 1], ConfigError, r"--batch-size \(=1\) must be at least 2"),
-        (["--input-size", 50], ConfigError, r"\(=50\) must be a multiple of 32"),
-        (["--lr", 0], ConfigError, r"--lr \(=0.0\) must be above 0"),
-        (["--momentum", 1], ConfigError, r"--momentum \(=1.0\)"),
-        (["--label-smooth", 1], ConfigError, r"--label-smooth \(=1.0\)"),
-        (["--num-classes", 2], ConfigError, r"--num-classes \(=2\) is below the 3 classes"),
-        (["--epochs", 3], ConfigError, "--epochs and --total-iters exclude each other"),
-        (["--device", "cuda:99"], ConfigError, "--device cuda:99: this machine has"),
-        (["--device", "tpu"], ConfigError, r"--device \(=tpu\)"),
-        (["--workers", -1], ConfigError, r"--workers \(=-1\)"),
-        (["--save-interval", 0], ConfigError, r"--save-interval \(=0\)"),
-        (["--seed", -1], ConfigError, r"--seed \(=-1\)"),
-        (["--val-dir", "nowhere"], DataError, "--val-dir '.*nowhere' does not exist"),
-    ],
-)
-def test_bad_options_leave_no_run_behind(
-    arguments: list[object], error: type[ShuffleNetError], message: str, images: Path, client: MlflowClient
-) -> None:
-    with pytest.raises(error, match=message) as caught:
-        run(images, *arguments)
-    assert "\n" not in str(caught.value)
-    assert statuses(client) == []
-    assert not Path("models").exists()
-
-
-def test_one_folder_alone_is_refused(images: Path) -> None:
-    with pytest.raises(ConfigError, match="--val-dir is missing; give both folders, or neither"):
-        run_training(TrainRequest({"train_dir": images / "train"}), reporter=Reporter(), stop=StopFlag())
 
 
 # ---------------------------------------------------------------- a store that fails

@@ -59,7 +59,7 @@ def write_digits(folder: str | Path) -> Path:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise DataError(f"cannot write the digits to {str(folder)!r}: {error.strerror}") from error
+        raise DataError(f"cannot write the digits to {str(folder)!r}: {error.strerror}; name another folder") from error
     return folder
 
 

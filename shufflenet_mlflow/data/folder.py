@@ -172,7 +172,9 @@ def _class_folders(root: Path, option: str, stamps: Stamps) -> tuple[str, ...]:
         with os.scandir(root) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(".")]
     except FileNotFoundError:
-        raise DataError(f"{option} {str(root)!r} does not exist") from None
+        raise DataError(
+            f"{option} {str(root)!r} does not exist; it needs one folder per class, such as cat/0001.jpg"
+        ) from None
     except NotADirectoryError:
         raise DataError(f"{option} {str(root)!r} is a file, not a folder of classes") from None
     except (OSError, ValueError) as error:  # ValueError: it holds a NUL

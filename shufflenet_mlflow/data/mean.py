@@ -130,7 +130,8 @@ def read_mean_image(path: Path) -> Tensor:
     """
     check_suffix(path)
     if not path.is_file():
-        raise DataError(f"the mean image {str(path)!r} does not exist; `shufflenet data mean DIR` makes one")
+        lacking = "is not a file" if path.exists() else "does not exist"
+        raise DataError(f"the mean image {str(path)!r} {lacking}; `shufflenet data mean DIR` makes one")
     try:
         mean_HWC = _read_npy(path) if path.suffix.lower() == ".npy" else _read_xml(path)
     except OSError as error:

@@ -74,7 +74,9 @@ class Preprocess:
             raise ConfigError(f"there is no preprocessing mode {self.mode!r}; there is {', '.join(MODES)}")
         size = self.input_size
         if not STRIDE <= size <= LARGEST_INPUT or size % STRIDE:
-            raise ConfigError(f"input_size (={size}) must be a multiple of {STRIDE}, from {STRIDE} to {LARGEST_INPUT}")
+            raise ConfigError(
+                f"--input-size (={size}) must be a multiple of {STRIDE}, from {STRIDE} to {LARGEST_INPUT}"
+            )
         if self.mean_image is None:
             return
         if not MODES[self.mode].takes_mean_image:

@@ -203,7 +203,7 @@ def verify_all(ref: str, *, tracking_uri: str | None, cache_dir: Path | None, re
     place = find_place(ref, tracking_uri)
     checks = _checks_in_run(place, cache_dir) if place.directory is None else _checks_in_folder(place.directory)
     if not checks:
-        raise UnresolvedError(f"{ref!r} holds no checkpoints")
+        raise UnresolvedError(f"{ref!r} holds no checkpoints; name the folder that --save-dir named, or models/RUN_ID")
     verdicts = []
     with reporter.phase("verifying", len(checks)) as phase:
         for name, check in checks.items():

@@ -253,7 +253,7 @@ def _check_classes(network: Network, listing: ImageListing, source: str, reporte
     if len(listing.classes) > network.num_classes:
         raise DataError(
             f"--val-dir {str(listing.root)!r} has {len(listing.classes)} classes, {source} tells "
-            f"{network.num_classes} apart"
+            f"{network.num_classes} apart; --val-dir names another folder"
         )
     if network.class_to_idx is None:
         last = len(listing.classes) - 1

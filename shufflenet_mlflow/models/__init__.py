@@ -11,6 +11,9 @@ from shufflenet_mlflow.errors import ModelError
 if TYPE_CHECKING:
     from torch import nn
 
+MOST_CLASSES = 1_000_000
+"""A classifier of so many takes gigabytes; more is a slip of the keyboard."""
+
 FAMILIES = {
     "v1": "shufflenet_v1",
     "v2": "shufflenet_v2",
@@ -132,8 +135,10 @@ def create_model(
         CheckpointError: the published weights could not be fetched, or cannot be used.
     """
     variant = get_variant(name)
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ModelError(f"num_classes (={num_classes!r}) must be a whole number, at least 1")
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or not 1 <= num_classes <= MOST_CLASSES:
+        raise ModelError(
+            f"num_classes (={num_classes!r}) must be a whole number, at least 1 and at most {MOST_CLASSES}"
+        )
     options: dict[str, Any] = {"choices": choices, "scales": scales}
     given = {key: value for key, value in options.items() if value is not None}
     if foreign := [key for key in given if key not in variant.options]:

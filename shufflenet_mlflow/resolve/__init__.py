@@ -51,7 +51,10 @@ def resolve(
         if os.path.isdir(reference):  # unlike Path.is_dir, never raises
             found = newest_valid(reference)
             if found is None:
-                raise UnresolvedError(f"{str(ref)!r} is a folder without checkpoints")
+                raise UnresolvedError(
+                    f"{str(ref)!r} is a folder without checkpoints; name the one that --save-dir named, or "
+                    "models/RUN_ID"
+                )
             return found
         if os.path.exists(reference):
             return resolve_file(reference)

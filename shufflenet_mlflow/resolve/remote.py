@@ -341,7 +341,7 @@ def resolve_model(
     client = connect(tracking_uri)
     asked = f"models:/{reference.name}" + (f"@{reference.alias}" if reference.alias else f"/{reference.version}")
     try:
-        with mlflow_errors(f"read {asked}"):
+        with mlflow_errors(f"read {asked} in {redact(client.tracking_uri)}"):
             version = (
                 client.get_model_version_by_alias(reference.name, reference.alias)
                 if reference.alias
