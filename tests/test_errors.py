@@ -27,10 +27,10 @@ import torch
 from click.testing import CliRunner
 from conftest import Hostile, Invoke, write_images
 from raising import Recorder, recorder
+from shufflenet_mlflow.cli import main
 
 from shufflenet_mlflow import create_model, save_checkpoint
 from shufflenet_mlflow.checkpoint import read_checkpoint
-from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.data.preprocess import Preprocess
 from shufflenet_mlflow.errors import ShuffleNetError
 from shufflenet_mlflow.models.blocks import require_splittable
@@ -615,6 +615,10 @@ MISTAKES = [
     ),
     # ------------------------------------------------------------ predict
     wrong("predict models", "IMAGE", "predict --help"),
+    failing("predict models -", "standard input is empty", "one a line"),
+    failing("predict models 'no/*.png'", "'no/*.png'", "no image"),
+    wrong("predict models - -", "standard input (-)", "only once"),
+    wrong("predict models images --json --format csv", "--json and --format csv", "exclude each other"),
     failing("predict models no.png", "'no.png'", "does not exist"),
     failing("predict models empty", "'empty'", "no images", make=_empty),
     # ------------------------------------------------------------ runs, compare
@@ -824,7 +828,11 @@ def test_every_mistake_is_one_line(
 CALLS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "no classes": (lambda: create_model("shufflenet_v2_x0_5", 0), ("num_classes (=0)", "at least 1")),
     "classes in words": (lambda: create_model("shufflenet_v2_x0_5", "ten"), ("num_classes (='ten')", "whole number")),  # type: ignore[arg-type]
-    "negative iterations": (lambda: save_checkpoint({"state_dict": {}}, -1), ("iters (=-1)", "not be negative")),
+    "negative iterations": (lambda: save_checkpoint({"state_dict": {}}, -1), ("iters (=-1)", "not negative")),
+    "a loss that is a tensor": (
+        lambda: save_checkpoint({"state_dict": {}, "loss": torch.tensor(0.5)}, 1),
+        ("loss is a Tensor", "loss.item()"),
+    ),
     "a tag with a slash": (lambda: save_checkpoint({"state_dict": {}}, 1, tag="a/b"), ("tag 'a/b'", "letters, digits")),
     "no state dict": (lambda: save_checkpoint({"weights": {}}, 1), ("'state_dict'", "['weights']")),
     "what is not plain": (
@@ -896,9 +904,16 @@ ELSEWHERE: dict[str, str] = {
     "jobs.attempts.begin_again: {}; its configuration is not understood: {}": "nobody: the run's configuration is written by this package",
     "jobs.exporting.run_promotion: {} is not the one that run": "test_export.py::test_a_file_that_is_not_the_runs",
     "jobs.sync._send: {}; {} entries still wait in {}": "test_delivery.py::test_a_run_that_began_without_its_server",
-    "jobs.training._prepare: --amp fp16 needs CUDA or a CPU,": "nobody: needs an Apple GPU",
-    "jobs.training._require_same_as_leader: its {} (={}) is not that of": "test_long_distributed.py::test_processes_with_other_options_end_with_one_line",
-    "jobs.training._require_same_as_leader: its {} are not those of process": "test_long_distributed.py::test_processes_with_other_options_end_with_one_line",
+    "checkpoint.names.list_checkpoints: cannot look into the folder {}: {}": "test_checkpoint.py::test_a_folder_that_cannot_be_read",
+    "checkpoint.record.update_record: cannot write the record {}: {}; earlier": "test_saving.py::test_a_best_that_cannot_be_marked",
+    "data.folder._class_folders: {} {}: the link {} leads nowhere;": "test_data.py::test_a_class_may_be_a_link_but_not_one_that_leads_nowhere",
+    "devices.lack_of_memory: memory ran out ({}); lower --batch-size, --input-size,": "test_train_failures.py::test_memory_that_runs_out_is_one_line",
+    "resolve.ids.complete: {} begins several runs' IDs in {}:": "test_ids.py::test_what_begins_none_or_several",
+    "resolve.ids.complete: {} {}begins no run's ID in {}{};": "test_ids.py::test_what_begins_none_or_several",
+    "spool._scan: the journal {} has format {}, and": "test_spool.py::test_a_journal_of_a_later_version",
+    "jobs.preparing.prepare: --amp fp16 needs CUDA or a CPU,": "nobody: needs an Apple GPU",
+    "jobs.preparing._require_same_as_leader: its {} (={}) is not that of": "test_long_distributed.py::test_processes_with_other_options_end_with_one_line",
+    "jobs.preparing._require_same_as_leader: its {} are not those of process": "test_long_distributed.py::test_processes_with_other_options_end_with_one_line",
     "joining.name_attempt: process {}: the others of this job": "test_distributed.py::test_a_signal_ends_the_wait_for_the_others",
     "locks.FileLock.__init__: {} is in use by process {};": "test_spool.py::test_one_process_at_a_time",
     "locks.FileLock.__init__: {} is in use by this very": "test_spool.py::test_one_process_at_a_time",

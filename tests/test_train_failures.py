@@ -19,6 +19,7 @@ from shufflenet_mlflow.checkpoint import list_checkpoints, list_records, read_ch
 from shufflenet_mlflow.devices import lack_of_memory
 from shufflenet_mlflow.errors import (
     BadImageError,
+    ConfigError,
     DataError,
     NonFiniteLossError,
 )
