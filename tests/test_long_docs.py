@@ -46,6 +46,8 @@ def environment(cache_dir: Path) -> dict[str, str]:
         "SHUFFLENET_CACHE_DIR": str(cache_dir),
         "SHUFFLENET_INPUT_SIZE": "32",
         "SHUFFLENET_WORKERS": "0",
+        "SHUFFLENET_NO_LOG_MODELS": "true",  # promoting and exporting make what they need
+        "SHUFFLENET_NO_SYSTEM_METRICS": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # spares eight processes for each server
         "OMP_NUM_THREADS": "1",
     }
