@@ -239,8 +239,11 @@ class Terminal:
     def __post_init__(self) -> None:
         self._groups: list[int] = []
 
-    def run(self, fence: Fence, environment: dict[str, str], timeout: float = 900) -> None:
+    def run(self, fence: Fence, environment: dict[str, str], timeout: float = 900) -> str:
         """Run a block.
+
+        Returns:
+            What it printed.
 
         Raises:
             AssertionError: it failed; the message has page, line, commands and output.
@@ -279,6 +282,7 @@ class Terminal:
                 status = f"none after {timeout:.0f} s"
         said = output.read_text(errors="replace")
         assert status == 0, f"{fence.where}: exit status {status}\n\n{fence.text}\n{said}"
+        return said
 
     def close(self) -> None:
         """End what blocks have left in the background."""
@@ -287,3 +291,9 @@ class Terminal:
                 with suppress(ProcessLookupError):
                     os.killpg(group, signum)
             time.sleep(0.5 if signum == signal.SIGTERM and self._groups else 0)
+
+
+def errors_in(text: str, folder: str) -> list[str]:
+    """The lines of errors, as they would be in another folder and with another run."""
+    lines = [line for line in text.replace(folder, "FOLDER").splitlines() if line.startswith("Error: ")]
+    return [re.sub(r"\b[0-9a-f]{32}\b", "ID", line) for line in lines]

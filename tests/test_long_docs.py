@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from documents import PAGES, ROOT, Fence, Terminal, fences, furnish
+from documents import PAGES, ROOT, Fence, Terminal, errors_in, fences, furnish
 
 from shufflenet_mlflow.devices import usable_cores
 
@@ -61,15 +61,29 @@ def terminal(furniture: Path, tmp_path: Path) -> Iterator[Terminal]:
     terminal.close()
 
 
+SHOWN_FOLDER = "/data"
+"""Where pages say that they are."""
+
+
 def run_page(page: Path, terminal: Terminal, environment: dict[str, str]) -> Timings:
+    """Run the blocks of a page; the errors that it shows below a block are those that were printed."""
     timings = []
+    said = ""
+    stale = []
     try:
-        for fence in runnable(page):
-            began = time.monotonic()
-            terminal.run(fence, environment)
-            timings.append((fence.where, time.monotonic() - began))
+        for fence in fences(page):
+            if fence.language == "text":
+                printed = errors_in(said, str(terminal.folder))
+                lines = [line for line in errors_in(fence.text, SHOWN_FOLDER) if line not in printed]
+                if lines:
+                    stale.append("\n".join((f"{fence.where} shows", *lines, "but printed was", *printed)))
+            elif fence in runnable(page):
+                began = time.monotonic()
+                said = terminal.run(fence, environment)
+                timings.append((fence.where, time.monotonic() - began))
     finally:
         terminal.close()
+    assert not stale, "\n\n".join(stale)
     return timings
 
 

@@ -35,6 +35,9 @@ _OPTIONAL = ("ema_state_dict", "scaler_state_dict", "environment")
 RESUME_KEYS = tuple(key for key in _TYPES if key not in _OPTIONAL)
 """What is needed to continue training."""
 
+_NAMED = 3
+"""Missing entries that a message names."""
+
 
 def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: str) -> None:
     """Check presence and types of the entries of a checkpoint.
@@ -52,7 +55,9 @@ def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: s
             f"{source} has format {version!r}, and {FORMAT_VERSION} is the latest known here; upgrade this package"
         )
     if missing := [key for key in needed if key not in payload]:
-        raise CheckpointError(f"{source} was not written by this project's training: it has no {', '.join(missing)}")
+        listed = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
+        way_out = "; --init-from begins a training with its weights" if "state_dict" in payload else ""
+        raise CheckpointError(f"{source} was not written by this project's training: it lacks {listed}{way_out}")
     for key, types in _TYPES.items():
         if key in payload and not _is(payload[key], types):
             raise CheckpointError(f"{source}: its {key!r} is a {type(payload[key]).__name__}, which is not understood")
