@@ -86,7 +86,6 @@ def plain(paths: list[str], size: int, workers: int, device: torch.device) -> tu
 def ours(checkpoint: str, folder: str, size: int, device: torch.device) -> tuple[float, str]:
     """The same, by what is behind the command."""
     from shufflenet_mlflow.cli.predictions import csv_rows
-
     from shufflenet_mlflow.data.pictures import find_pictures
     from shufflenet_mlflow.jobs.prediction import PredictRequest, run_prediction
     from shufflenet_mlflow.reporting import LoggingReporter

@@ -120,13 +120,16 @@ def verify(ref: str, tracking_uri: str | None, cache_dir: Path | None, as_json: 
         print_json([verdict.to_dict() for verdict in verdicts])
     else:
         for verdict in verdicts:
-            click.echo(f"{'ok     ' if verdict.ok else 'INVALID'}  {verdict.reason or verdict.file}")
+            click.echo(
+                f"{'ok     ' if verdict.ok else 'INVALID'}  {verdict.reason or verdict.file}"
+                + (f"  ({verdict.note})" if verdict.note else "")
+            )
     unsound = sum(not verdict.ok for verdict in verdicts)
     if unsound:
         if not as_json:
             next_steps("resuming and eval pass over what is invalid and take the newest valid one")
         sys.exit(1)
-    if not as_json:
+    if not as_json and not Path(ref).is_file():
         next_steps(f"shufflenet eval {quote(ref)}")
 
 

@@ -127,7 +127,8 @@ def _next_steps(summary: "EvalSummary") -> list[str]:
     from .tables import SHORT_ID
 
     if summary.logged_to is None:
-        return [f"shufflenet predict {quote(str(summary.checkpoint))} IMAGE"]
+        named = "" if summary.run_id else f" --model {summary.model}"
+        return [f"shufflenet predict {quote(str(summary.checkpoint))} IMAGE{named}"]
     steps = [f"shufflenet compare {summary.logged_to[:SHORT_ID]} RUN    evaluated on the same images"]
     if summary.run_id is not None:
         promoted = f"{summary.run_id[:SHORT_ID]}@{summary.iters}"

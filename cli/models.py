@@ -1,5 +1,7 @@
 """`shufflenet models`."""
 
+import math
+
 import click
 
 from .commands import Command
@@ -46,8 +48,8 @@ def models(as_json: bool) -> None:
             variant.family,
             f"{variant.parameters / 1e6:.2f}",
             f"{variant.macs / 1e6:,.0f}",
-            f"{variant.top1_error:.2f}",
-            f"{variant.top5_error:.2f}",
+            _percent(variant.top1_error),
+            _percent(variant.top5_error),
             variant.preprocess,
         )
         for variant in VARIANTS.values()
@@ -55,3 +57,8 @@ def models(as_json: bool) -> None:
     titles = ("name", "family", "params (M)", "MACs (M)", "top-1 error %", "top-5 error %", "input")
     print_table(titles, rows, spare=("input", "top-5 error %", "family"))
     next_steps("shufflenet train --model NAME --train-dir DIR --val-dir DIR")
+
+
+def _percent(error: float) -> str:
+    """A dash where nothing was published."""
+    return "-" if math.isnan(error) else f"{error:.2f}"

@@ -4,7 +4,8 @@ This project's checkpoints name their network, input and classes. Those of the o
 the network must be named, and the width of its classifier is read from the file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from shufflenet_mlflow.checkpoint import AUXILIARY_PREFIX, check_payload, head_o
 from shufflenet_mlflow.config import parse_numbers
 from shufflenet_mlflow.data.mean import read_mean_image
 from shufflenet_mlflow.data.preprocess import MODES, REFERENCE_SIZE, Preprocess
-from shufflenet_mlflow.errors import CheckpointError, ConfigError, ModelError
+from shufflenet_mlflow.errors import CheckpointError, ConfigError, MismatchError, ModelError
 from shufflenet_mlflow.models import VARIANTS, create_model, get_variant, oneshot
 
 ARCHITECTURE = ("choices", "scales")
@@ -156,6 +157,24 @@ def guess_networks(weights: Mapping[str, Tensor]) -> list[str]:
     return [name for name in VARIANTS if _body(name) <= shapes]
 
 
+@contextmanager
+def naming_what_fits(weights: Mapping[str, Tensor], source: str, architecture: Architecture) -> Iterator[None]:
+    """Where loading `weights` into `architecture` fails and other networks of the table would do, name those.
+
+    Raises:
+        MismatchError: as the block does.
+    """
+    try:
+        yield
+    except MismatchError as error:
+        fitting = [name for name in guess_networks(weights) if name != architecture.name]
+        if not fitting:
+            raise
+        raise MismatchError(
+            f"{source} does not fit {architecture.name}; it fits --model {' or '.join(fitting)}", error.report
+        ) from error
+
+
 @cache
 def _body(name: str) -> frozenset[tuple[str, tuple[int, ...]]]:
     """Keys and shapes of all but the heads."""
@@ -234,7 +253,8 @@ def load_network(
         stored=described.preprocess,
     )
     model = architecture.build(num_classes)
-    load_checkpoint(model, weights, strict=False, source=source)
+    with naming_what_fits(weights, source, architecture):
+        load_checkpoint(model, weights, strict=False, source=source)
     return Network(model, architecture, num_classes, preprocess, described.class_to_idx)
 
 

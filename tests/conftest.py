@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as SqlAlchemyRegistryStore
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as SqlAlchemyTrackingStore
 from PIL import Image
+
 from shufflenet_mlflow.cli import main
 
 if TYPE_CHECKING:

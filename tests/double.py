@@ -1,8 +1,8 @@
 """The `shufflenet` command in double precision: rounding stays far too small there to hide, or to pass for, a fault."""
 
 import torch
-from shufflenet_mlflow.cli import main
 
+from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.data.preprocess import ToInput
 
 torch.set_default_dtype(torch.float64)

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 import pytest
-import shufflenet_mlflow.cli
 
 import shufflenet_mlflow
+import shufflenet_mlflow.cli
 from shufflenet_mlflow import errors
 from shufflenet_mlflow.errors import ShuffleNetError
 

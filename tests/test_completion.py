@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import Invoke
 from mlflow import MlflowClient
-from shufflenet_mlflow.cli.completing import aliases, recent_runs
 
 from shufflenet_mlflow import list_models
+from shufflenet_mlflow.cli.completing import aliases, recent_runs
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import click
 import pytest
 import yaml
 from documents import LANGUAGES, PAGES, ROOT, anchors, arguments_of, check_arguments, commands, fences, links
-from shufflenet_mlflow.cli import main
 
+from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.models import VARIANTS, Variant
 
 LINKING = [*PAGES, ROOT / "CHANGELOG.md"]

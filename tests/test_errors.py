@@ -27,10 +27,10 @@ import torch
 from click.testing import CliRunner
 from conftest import Hostile, Invoke, write_images
 from raising import Recorder, recorder
-from shufflenet_mlflow.cli import main
 
 from shufflenet_mlflow import create_model, save_checkpoint
 from shufflenet_mlflow.checkpoint import read_checkpoint
+from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.data.preprocess import Preprocess
 from shufflenet_mlflow.errors import ShuffleNetError
 from shufflenet_mlflow.models.blocks import require_splittable
@@ -401,7 +401,11 @@ MISTAKES = [
         "train --resume models --train-dir other/train", "'violet'", "--val-dir", "other/train", make=_other_classes
     ),
     failing(
-        "train --resume strange.pth.tar --new-run", "strange.pth.tar", "no ", "this project's training", make=_weights
+        "train --resume strange.pth.tar --new-run",
+        "strange.pth.tar",
+        "lacks optimizer_state_dict",
+        "--init-from",
+        make=_weights,
     ),
     failing(
         "train --resume strange.pth.tar --new-run",

@@ -22,10 +22,10 @@ from click.testing import CliRunner, Result
 from conftest import Invoke, write_images
 from mlflow import MlflowClient
 from PIL import Image
-from shufflenet_mlflow.cli import main
 from training import run
 
 from shufflenet_mlflow import create_model, save_checkpoint
+from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.data.folder import list_images
 from shufflenet_mlflow.data.loader import BadImageLog
 from shufflenet_mlflow.data.pictures import find_pictures

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from mlflow.projects._project_spec import load_project
+
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.cli.train import train
 

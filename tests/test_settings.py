@@ -9,6 +9,7 @@ import click
 import pytest
 from conftest import Invoke, small_options
 from mlflow import MlflowClient
+
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.cli.options import Option
 

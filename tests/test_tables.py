@@ -1,6 +1,7 @@
 """Tables in any width: nothing is cut in a pipe, and a terminal gets lines that fit."""
 
 from rich.cells import cell_len
+
 from shufflenet_mlflow.cli.tables import fitted
 
 TITLES = ("run_id", "name", "loss", "status")

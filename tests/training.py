@@ -8,9 +8,9 @@ from typing import Any
 
 from conftest import assert_equal_payloads, small_options, steps
 from mlflow import MlflowClient
-from shufflenet_mlflow.cli.train import REQUEST_OPTIONS, train
 
 from shufflenet_mlflow.checkpoint import read_checkpoint
+from shufflenet_mlflow.cli.train import REQUEST_OPTIONS, train
 from shufflenet_mlflow.jobs import TrainSummary, run_training
 from shufflenet_mlflow.reporting import LoggingReporter, Phase
 from shufflenet_mlflow.start import TrainRequest

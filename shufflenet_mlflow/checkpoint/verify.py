@@ -38,6 +38,13 @@ def verify_checkpoint(path: str | Path, record: CheckpointRecord | None = None) 
         _verify(path, file, record or read_record(path))
 
 
+def has_checksums(path: str | Path) -> bool:
+    """Whether verifying a checkpoint file compares anything: it is a zip file, or has a record."""
+    path = Path(path)
+    with _opened(path) as file:
+        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC or read_record(path) is not None
+
+
 def read_checkpoint(path: str | Path, record: CheckpointRecord | None = None) -> dict[str, Any]:
     """Verify a checkpoint file, then load it onto the CPU, running none of its code.
 
@@ -101,7 +108,8 @@ def _verify_zip(path: Path, file: BinaryIO) -> None:
             strange = _strange_member(archive.infolist())
             bad = archive.testzip()
     except Exception as error:
-        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: {error}") from error
+        cut = "it was cut short; fetch or copy it again" if not zipfile.is_zipfile(file) else str(error)
+        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: {cut}") from error
     if strange is not None:
         raise CorruptCheckpointError(f"{str(path)!r} is corrupt: PyTorch does not write a member like {strange!r}")
     if bad is not None:

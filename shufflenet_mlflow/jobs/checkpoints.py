@@ -24,6 +24,7 @@ from shufflenet_mlflow.checkpoint import (
     write_record,
 )
 from shufflenet_mlflow.checkpoint.files import write_atomically
+from shufflenet_mlflow.checkpoint.verify import has_checksums
 from shufflenet_mlflow.client import connect, prepare_environment, uri_of_journal
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError, UnresolvedError
@@ -183,6 +184,8 @@ class Verdict:
     ok: bool
     reason: str | None
     """What is wrong; None if nothing is."""
+    note: str | None = None
+    """What could not be checked."""
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of `checkpoints verify --json`."""
@@ -215,7 +218,9 @@ def verify_all(ref: str, *, tracking_uri: str | None, cache_dir: Path | None, re
 def _verify_one(ref: str, tracking_uri: str | None, cache_dir: Path | None) -> Verdict:
     prepare_environment()
     try:
-        return Verdict(resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir).path.name, True, None)
+        path = resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir).path
+        note = None if has_checksums(path) else "it can be read; PyTorch's old format has no checksums"
+        return Verdict(path.name, True, None, note)
     except CheckpointError as error:
         return Verdict(ref, False, str(error))
 

@@ -257,7 +257,11 @@ def _check_classes(network: Network, listing: ImageListing, source: str, reporte
         )
     if network.class_to_idx is None:
         last = len(listing.classes) - 1
-        reporter.note(
+        text = (
             f"{source} does not name its classes: {listing.classes[0]!r} … {listing.classes[-1]!r} are taken for "
             f"0 … {last} of its {network.num_classes}"
         )
+        if last + 1 == network.num_classes:
+            reporter.note(text)
+        else:
+            reporter.warn(f"{text}; if these are other classes, the accuracies below mean nothing")

@@ -109,7 +109,8 @@ def run_promotion(
     if run_id is None:
         raise UnresolvedError(
             f"{source_of(resolved.path)} belongs to no run, and only a run's checkpoint can be promoted; "
-            f"`shufflenet export {ref} --format mlflow` makes a model of it that MLflow serves"
+            f"`shufflenet export {ref} --format mlflow`, with --model if it names none, makes a model of it that "
+            "MLflow serves"
         )
     client = connect(tracking_uri)
     with mlflow_errors(f"read run {run_id}"):

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from shufflenet_mlflow.checkpoint import load_checkpoint
+from shufflenet_mlflow.checkpoint import load_checkpoint, weights_of
 from shufflenet_mlflow.config import check_resumable, option
 from shufflenet_mlflow.devices import choose_device, keep_freed_memory, place
 from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.jobs.describing import NEEDED_FOR_EQUALITY, PARTS, constants, drift_since, environment
 from shufflenet_mlflow.jobs.following import NoMetrics, NoStore
+from shufflenet_mlflow.network import classes_in, naming_what_fits
 from shufflenet_mlflow.planning import Plan, check_same_data, plan
 from shufflenet_mlflow.recipe import make_ema, make_optimizer, make_scheduler
 from shufflenet_mlflow.reporting import Reporter
@@ -148,12 +149,22 @@ def _load_first_weights(state: TrainingState, init: Init, data: TrainData, repor
         CheckpointError: they do not fit the network.
     """
     same = init.fits_classes(data.train.class_to_idx)
-    report = load_checkpoint(
-        state.model, init.payload, strict=False, reset_head=True if same else "always", source=repr(str(init.path))
-    )
+    source = repr(str(init.path))
+    weights = weights_of(init.payload, source)
+    with naming_what_fits(weights, source, init.architecture):
+        report = load_checkpoint(
+            state.model, init.payload, strict=False, reset_head=True if same else "always", source=source
+        )
     reporter.note(f"begins with the weights of {init.path}")
-    if init.described.class_to_idx is None and report.is_complete:
+    if report.reset:
+        reporter.note("its classifier begins anew: the file is of other classes")
+    elif report.reshaped:
+        widths = classes_in(weights, init.architecture), len(data.train.classes)
+        reporter.note(f"its classifier begins anew: {widths[0]} classes in the file, {widths[1]} here")
+    elif init.described.class_to_idx is None:
         reporter.note("it does not name its classes: its classifier, of the same width, is kept")
+    else:
+        reporter.note("its classifier, of the same classes, is kept")
 
 
 def bare_trainer(planned: Plan, *, reporter: Reporter, stop: StopFlag) -> Trainer:

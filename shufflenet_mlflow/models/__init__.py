@@ -1,6 +1,7 @@
 """The networks: one table of variants, `create_model` to build one, `list_models` to name them all."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -102,9 +103,15 @@ def get_variant(name: str) -> Variant:
     try:
         return VARIANTS[name]
     except KeyError:
-        near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(_spelled_as_here(name), VARIANTS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "`shufflenet models` lists them."
         raise ModelError(f"there is no network {name!r}; {hint}") from None
+
+
+def _spelled_as_here(name: str) -> str:
+    """A name in the release's spelling, such as `ShuffleNetV2.1.0x`, in that of the table."""
+    name = name.lower().replace("shufflenetv", "shufflenet_v")
+    return re.sub(r"[._+-]*(\d)\.(\d)x", r"_x\1_\2", name)
 
 
 def create_model(
