@@ -14,8 +14,8 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed  ## train on the bundled digits, tracked in ./mlflow.db
 	$(BIN)/shufflenet train
 
-test: $(VENV)/.installed  ## the fast tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## the fast tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 long: $(VENV)/.installed  ## the tests that take minutes: servers, `mlflow run`, killed processes
 	$(BIN)/python -m pytest -m long

@@ -84,4 +84,4 @@ def bench(as_json: bool, **values: Any) -> None:
     print_table(["", "ms", ""], [*rows, whole])
     click.echo(f"\nThe first step took {result.first_step_seconds:.1f} s.")
     click.echo(f"Bottleneck: {result.bottleneck}. What would help: {result.advice}.")
-    next_steps("shufflenet train with the same options, once they suit you")
+    next_steps("train with the same options, once they suit you")

@@ -5,7 +5,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from shlex import quote
 
+import click
+from click.core import ParameterSource
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
@@ -169,4 +172,17 @@ def next_steps(*commands: str) -> None:
         return
     console = make_console()
     for number, command in enumerate(commands):
-        console.print(f"[dim]{'     ' if number else 'next:'}[/] {escape(command)}", highlight=False)
+        console.print(f"[dim]{'     ' if number else 'next:'}[/] {escape(_with_store(command))}", highlight=False)
+
+
+def _with_store(command: str) -> str:
+    """The command with the store that was typed for this one; a variable or a file holds for the next one too."""
+    ctx = click.get_current_context(silent=True)
+    if ctx is None or ctx.get_parameter_source("tracking_uri") is not ParameterSource.COMMANDLINE:
+        return command
+    if not command.startswith("shufflenet ") or command.startswith("shufflenet sync "):  # a journal names its store
+        return command
+    from shufflenet_mlflow.client import redact
+
+    words, gap, comment = command.partition("    ")
+    return f"{words} --tracking-uri {quote(redact(ctx.params['tracking_uri']))}{gap}{comment}"

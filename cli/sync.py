@@ -42,7 +42,7 @@ def sync(directory: Path, dry_run: bool, tracking_uri: str | None, as_json: bool
         print_json(summary.to_dict())
         return
     run = summary.run_id or "a run that is yet to be made"
-    if not dry_run:
+    if summary.sent:
         click.echo(f"sent {summary.sent} entries to {run}")
     if not summary.pending:
         click.echo(f"nothing waits in {directory}")

@@ -268,6 +268,8 @@ def _ui_hint(summary: "TrainSummary") -> str:
     from shufflenet_mlflow.client import redact, store_file
 
     uri = redact(summary.tracking_uri)
+    if not summary.experiment_id:  # MLflow came back while it trained
+        page = ""
     if uri.startswith("http"):
         return uri.rstrip("/") + page
     store = "" if store_file(uri) == Path.cwd() / "mlflow.db" else f" --backend-store-uri {quote(uri)}"

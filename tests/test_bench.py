@@ -54,7 +54,8 @@ def test_a_mistake_is_named(shufflenet: Invoke) -> None:
     result = shufflenet("bench", "--train-dir", "nowhere")
     assert (result.exit_code, result.stderr) == (
         1,
-        f"Error: --train-dir {str(Path.cwd() / 'nowhere')!r} does not exist\n",
+        f"Error: --train-dir {str(Path.cwd() / 'nowhere')!r} does not exist; it needs one folder per class, such as "
+        "cat/0001.jpg\n",
     )
 
 

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import steps
+from conftest import Invoke, small_options, steps
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
 from training import Reporter, assert_same_end, run
@@ -387,6 +389,26 @@ def test_a_run_that_began_without_its_server(images: Path, client: MlflowClient,
     assert again.run_id == report.run_id
     assert_same_end(client, again, uninterrupted)
     assert sync().sent == 0
+
+
+def test_a_process_of_its_own_understands_the_whole_journal(
+    images: Path, shufflenet: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has not imported what wrote it; nothing may be set aside for that."""
+    monkeypatch.setattr("shufflenet_mlflow.tracking.delivery.GIVE_UP_SECONDS", 0.5)
+    words = [*small_options(images), "--total-iters", 2, "--save-dir", "models", "--tracking-uri", "http://127.0.0.1:9"]
+    words.remove("--no-log-models")
+    assert shufflenet("train", *words).exit_code == 0
+    store = client.tracking_uri
+    command = [sys.executable, "-m", "shufflenet_mlflow", "sync", "models", "--tracking-uri", store, "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "set aside" not in ran.stderr
+    assert not Path("models/spool.refused.jsonl").exists()
+    [made] = all_runs(client)
+    assert "Not finished yet" not in made.data.tags["mlflow.note.content"]
+    assert json.loads(ran.stdout)["pending"] == 0
+    assert client.search_logged_models([made.info.experiment_id])
 
 
 def test_the_server_comes_while_a_run_without_it_goes_on(

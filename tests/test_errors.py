@@ -926,6 +926,7 @@ ELSEWHERE: dict[str, str] = {
     "models.torchvision_v2.fetch_weights: the published weights of {} could not": "test_torchvision.py::test_a_failed_download_is_one_line",
     "models.torchvision_v2.fetch_weights: {} holds no state dict; {}": "test_torchvision.py::test_a_cache_without_weights_is_named",
     "network.identify: {} holds {} with other choices or": "test_loading.py::test_a_file_that_names_its_network_is_believed",
+    "network.naming_what_fits: {} does not fit {}; it fits": "test_loading.py::test_a_file_that_names_no_network_needs_one",
     "planning.check_same_data: --mean-image is not the one that the": "test_families.py::test_the_mean_image_travels_in_the_checkpoint",
     "resolve.artifacts.RunArtifacts.upload: {} did not arrive whole: its SHA-256": "test_delivery.py::test_what_arrives_damaged_is_not_committed",
     "resolve.artifacts.RunArtifacts.upload: {} did not arrive whole: {} of": "test_delivery.py::test_elsewhere_the_size_is_confirmed",

@@ -394,7 +394,7 @@ def test_a_file_for_other_networks_or_folders_is_refused(
             ["--model", "shufflenet_v2_x1_0", *val],
             "fit shufflenet_v2_x1_0; it fits --model shufflenet_v2_x0_5",
         ),
-        ([*model, *val, "--input-size", 50], "input_size (=50) must be a multiple of 32"),
+        ([*model, *val, "--input-size", 50], "--input-size (=50) must be a multiple of 32"),
     ):
         result = shufflenet("eval", path, *words)
         assert result.exit_code in (1, 2)

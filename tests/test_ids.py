@@ -56,7 +56,9 @@ def test_what_begins_none_or_several() -> None:
         complete("abcdef", None)
     with pytest.raises(UnresolvedError, match="'abcdef22' is no file or folder, and begins no run's ID in sqlite"):
         complete("abcdef22", None)
-    with pytest.raises(UnresolvedError, match=rf"begins no run's ID in .*, perhaps {OTHER} \(run 2\); a checkpoint is"):
+    with pytest.raises(
+        UnresolvedError, match=rf"begins no run's ID in .*, perhaps {OTHER} \(run 2\); `shufflenet runs`"
+    ):
         complete("runs:/0123456799", None)
     with pytest.raises(
         UnresolvedError, match=rf"there is no run 0023.* in sqlite:.*, perhaps {OTHER} \(run 2\); --track"

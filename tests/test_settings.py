@@ -86,7 +86,7 @@ def test_of_options_that_exclude_each_other_the_stronger_place_counts(
     result = shufflenet(*words, "--epochs", 1, "--json")
     assert (result.exit_code, json.loads(result.stdout)["iters"]) == (0, 4), result.output
     both = shufflenet(*words, "--epochs", 1, "--total-iters", 3)
-    assert (both.exit_code, "--epochs and --total-iters exclude each other" in both.stderr) == (2, True)
+    assert (both.exit_code, "--epochs (=1) and --total-iters (=3) exclude each other" in both.stderr) == (2, True)
     monkeypatch.setenv("SHUFFLENET_TOTAL_ITERS", "1")
     assert json.loads(shufflenet(*words, "--json").stdout)["iters"] == 1
 
@@ -97,7 +97,7 @@ BAD_FILES = {
     "batchsize = 1": "pets.toml: there is no option 'batchsize'; did you mean batch_size?",
     "json = true": "pets.toml: there is no option 'json'",
     "config = 'x'": "pets.toml: there is no option 'config'",
-    "[train]\nlr = 1": "pets.toml: there is no option 'train'",
+    "[train]\nlr = 1": "pets.toml: train is a table; options stand at the top of the file",
     "batch_size = {a = 1}": "pets.toml: batch_size is a table; options stand at the top of the file",
     "batch_size = 2024-01-01": "pets.toml: batch_size is neither text, a number, true or false, nor a list",
     "batch_size = 1.5": "Invalid value for '--batch-size' (from pets.toml): '1.5' is not a valid integer",

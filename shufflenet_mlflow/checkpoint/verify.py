@@ -108,8 +108,9 @@ def _verify_zip(path: Path, file: BinaryIO) -> None:
             strange = _strange_member(archive.infolist())
             bad = archive.testzip()
     except Exception as error:
-        cut = "it was cut short; fetch or copy it again" if not zipfile.is_zipfile(file) else str(error)
-        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: {cut}") from error
+        whole = str(error) != "File is not a zip file"  # whose directory stands at its end
+        reason = str(error) if whole else "it was cut short; fetch or copy it again"
+        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: {reason}") from error
     if strange is not None:
         raise CorruptCheckpointError(f"{str(path)!r} is corrupt: PyTorch does not write a member like {strange!r}")
     if bad is not None:

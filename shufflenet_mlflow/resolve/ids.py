@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shufflenet_mlflow.client import connect, mlflow_errors, redact, store_file, uri_in_force
 from shufflenet_mlflow.errors import TrackingError, UnresolvedError
-from shufflenet_mlflow.resolve.reference import FORMS, RunReference, is_run_id, parse_reference
+from shufflenet_mlflow.resolve.reference import RunReference, is_run_id, parse_reference
 
 _NAMED = 4
 """Runs that a message names at most."""
@@ -32,7 +32,10 @@ def complete(ref: str | Path, tracking_uri: str | None) -> str | Path:
     if not found:
         also = "" if str(ref).startswith("runs:/") else "is no file or folder, and "
         like = may_have_been(beginning, tracking_uri)
-        raise UnresolvedError(f"{str(ref)!r} {also}begins no run's ID in {store}{like}; a checkpoint is {FORMS}")
+        raise UnresolvedError(
+            f"{str(ref)!r} {also}begins no run's ID in {store}{like}; `shufflenet runs` lists them, --tracking-uri or "
+            "MLFLOW_TRACKING_URI names another store"
+        )
     listed = ", ".join(f"{run_id} ({name})" for run_id, name in list(found.items())[:_NAMED])
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     raise UnresolvedError(f"{str(ref)!r} begins several runs' IDs in {store}: {listed}{more}; give more characters")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -420,8 +421,13 @@ KINDS: dict[str, type[Any]] = {
 }
 
 
+DEFINED_ELSEWHERE = {"note": "shufflenet_mlflow.tracking.note", "models": "shufflenet_mlflow.export.logged"}
+"""Kind -> the module that registers it: who delivers a journal need not have imported what wrote it."""
+
+
 def register_kind(kind: type[Any]) -> None:
-    """Let the journal hold messages of a kind that is defined elsewhere."""
+    """Let the journal hold messages of a kind that is defined elsewhere: one of `DEFINED_ELSEWHERE`."""
+    assert kind.kind in DEFINED_ELSEWHERE  # noqa: S101 - or another process would not understand it
     KINDS[kind.kind] = kind
 
 
@@ -436,6 +442,8 @@ def from_body(kind: str, body: Mapping[str, Any]) -> Message:
     Raises:
         RefusedError: it is of no kind that is known here.
     """
+    if kind not in KINDS and kind in DEFINED_ELSEWHERE:
+        import_module(DEFINED_ELSEWHERE[kind])
     try:
         message: Message = KINDS[kind](**body)
     except (KeyError, TypeError) as error:
