@@ -24,8 +24,8 @@ pytestmark = [
 
 
 def printed(page: str, beginning: str) -> str:
-    """The command on a page of the docs that begins so, without its remark."""
-    [line] = [line for line in (DOCS / page).read_text().splitlines() if line.startswith(beginning)]
+    """The first command on a page of the docs that begins so, without its remark."""
+    line = next(line for line in (DOCS / page).read_text().splitlines() if line.startswith(beginning))
     return re.sub(r"\s{2,}# .*", "", line)
 
 
@@ -45,7 +45,7 @@ def test_the_way_in_the_docs(images: Path, tmp_path: Path) -> None:
     shutil.copy(images / "val" / "red" / "000.png", folder / "cat.jpg")  # what it is called tells nobody what it is
     for run_id in runs:
         shell(printed("comparing.md", "shufflenet eval RUN_ID ").replace("RUN_ID", run_id), folder)
-    compare = printed("comparing.md", "shufflenet compare RUN_ID").replace("RUN_ID RUN_ID RUN_ID", " ".join(runs))
+    compare = printed("comparing.md", "shufflenet compare RUN_ID").replace("RUN_ID OTHER_RUN_ID", " ".join(runs))
     assert "p = " in shell(compare, folder)
     assert (folder / "comparison" / "compare.html").exists()
     shell(printed("serving.md", "shufflenet checkpoints promote").replace("RUN_ID", runs[0]), folder)
