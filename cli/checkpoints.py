@@ -260,4 +260,7 @@ def promote(
         print_json(promoted.to_dict())
         return
     click.echo(f"{promoted.uri} is version {promoted.version} of {promoted.name}: {promoted.checkpoint}")
-    next_steps(f"shufflenet predict {promoted.uri} IMAGE", f"mlflow models serve -m {promoted.uri} --env-manager local")
+    next_steps(
+        f"shufflenet predict {promoted.uri} IMAGE",
+        f"mlflow models serve -m {promoted.uri} --env-manager local --port 5001",
+    )

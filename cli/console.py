@@ -3,8 +3,8 @@
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from shlex import quote
 
 import click
@@ -39,16 +39,16 @@ def make_console() -> Console:
 
 
 class _Handler(logging.Handler):
-    def __init__(self, console: Console) -> None:
+    def __init__(self, show: Callable[[str], None]) -> None:
         super().__init__()
-        self._console = console
+        self._show = show
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
             style, prefix = "yellow", "Warning: "
         else:
             style, prefix = "dim", f"{time.strftime('%H:%M:%S')} " if record.levelno < logging.INFO else ""
-        self._console.print(f"[{style}]{prefix}{escape(record.getMessage())}[/]", highlight=False)
+        self._show(f"[{style}]{prefix}{escape(record.getMessage())}[/]")
 
 
 class _Bars(Progress):
@@ -89,7 +89,7 @@ class ConsoleReporter:
         self._waiting = 0
         self._val_top1: float | None = None
         logger = logging.getLogger("shufflenet_mlflow")
-        logger.handlers = [_Handler(self.console)]
+        logger.handlers = [_Handler(self._print)]
         logger.propagate = False
         logger.setLevel(LEVELS[verbosity()])
         for option, source in sources().items():
@@ -155,7 +155,7 @@ class ConsoleReporter:
         self._line(escape(text))
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]Warning:[/] {escape(text)}", highlight=False)
+        self._print(f"[yellow]Warning:[/] {escape(text)}")
 
     def waiting(self, count: int) -> None:
         """Shown in the next line of progress."""
@@ -163,6 +163,12 @@ class ConsoleReporter:
 
     def _line(self, markup: str) -> None:
         if not self._quiet:
+            self._print(markup)
+
+    def _print(self, markup: str) -> None:
+        """Above the bars. Their thread must not draw meanwhile: rich would then erase as many lines as there were, and
+        with them one that was to stay."""
+        with nullcontext() if self._bars is None else self._bars.live._lock:
             self.console.print(markup, highlight=False)
 
 

@@ -20,7 +20,7 @@ from .options import (
 USES = {
     "pt2": "in Python: torch.export.load('{path}').module()",
     "onnx": "in Python: onnxruntime.InferenceSession('{path}')",
-    "mlflow": "mlflow models serve -m {path} --env-manager local",
+    "mlflow": "mlflow models serve -m {path} --env-manager local --port 5001",
 }
 """Format -> what takes the file."""
 

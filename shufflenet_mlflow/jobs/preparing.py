@@ -55,6 +55,8 @@ def prepare(
         config, data = planned.config, planned.data
         if len(data.train.classes) == 1:
             reporter.note(f"{str(data.train.root)!r} has one class only: there is nothing to tell apart")
+        if config.train_dir is not None and config.train_dir == config.val_dir:
+            reporter.warn("--train-dir and --val-dir are one folder: its validation says nothing of other images")
         if request.inherited:
             check_resumable(request.inherited, config, new_run=False)
         if start is not None:
