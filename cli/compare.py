@@ -75,6 +75,8 @@ def _show(comparison: "Comparison") -> None:
         ]
         print_table(("last value", *ids), rows)
         click.echo("* best")
+        for section in sorted({row.metric.rpartition("/")[0] for row in comparison.results if not row.is_comparable}):
+            click.echo(f"{section} is of different images in these runs: none of its values is called better")
     for test in comparison.tests:
         click.echo()
         _show_test(test)

@@ -20,6 +20,12 @@ DEFAULT_MODEL = "shufflenet_v2_x0_5"
 DEFAULT_EXPERIMENT = "shufflenet"
 DEFAULT_SAVE_ROOT = "models"
 
+EVALUATION_SECTION = "eval/"
+"""Metrics of evaluations in a run: this, what the set of images is called there, and the metric."""
+EVALUATION_TAG = "evaluation."
+"""Tags of a run: this and what a set of images is called there; the digest of those images. The run's inputs need not
+say that they were evaluated: MLflow keeps the context that a data set was first logged with, such as `validation`."""
+
 MOST_WORKERS = 1000
 """Processes that decode images: a slip of the keyboard must not fill the machine with them."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Invoke
+from conftest import Invoke, write_images
 from mlflow import MlflowClient
 from training import run
 
@@ -116,6 +116,21 @@ def test_comparing(client: MlflowClient, two: tuple[str, str], shufflenet: Invok
     text = shufflenet("compare", *two).stdout
     assert "* best" in text
     assert "p = " in text
+
+
+def test_results_on_different_images_are_not_ranked(
+    client: MlflowClient, images: Path, two: tuple[str, str], shufflenet: Invoke, tmp_path: Path
+) -> None:
+    other = write_images(tmp_path / images.name / "test", per_class=4, seed=9)
+    as_json(shufflenet, "eval", two[0])
+    as_json(shufflenet, "eval", two[1], "--val-dir", other)
+    rows = {row["metric"]: row for row in as_json(shufflenet, "compare", *two)["results"]}
+    [top1] = [row for name, row in rows.items() if name.startswith("eval/") and name.endswith("/top1")]
+    assert None not in top1["values"]  # both are called by the name of the folder
+    assert [row["best"] for name, row in rows.items() if name.startswith("eval/")] == [[]] * 6
+    assert rows["train/loss"]["best"]
+    text = shufflenet("compare", *two).stdout
+    assert f"eval/{images.name} is of different images in these runs: none of its values is called better" in text
 
 
 def test_curves_over_images_and_time(client: MlflowClient, two: tuple[str, str]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.compare.paired import Evaluation, Outcome, PairedTest, paired_test, read_outcomes
+from shufflenet_mlflow.config import EVALUATION_SECTION, EVALUATION_TAG
 from shufflenet_mlflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class RunColumn:
     """Milliseconds since the epoch."""
     params: Mapping[str, str]
     metrics: Mapping[str, float]
+    evaluated: Mapping[str, str]
+    """What an evaluation's metrics call a set of images -> digest of those images."""
 
     @property
     def short_id(self) -> str:
@@ -61,6 +64,8 @@ class ResultRow:
     values: tuple[float | None, ...]
     best: tuple[int, ...]
     """Which runs have the best value; empty where there is no better and worse, or all are equal."""
+    is_comparable: bool = True
+    """False for evaluations of the same name on different images."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,12 @@ class Comparison:
             "runs": [{"run_id": run.run_id, "name": run.name, "status": run.status} for run in self.runs],
             "differing_params": {name: list(values) for name, values in self.differing.items()},
             "results": [
-                {"metric": row.metric, "values": list(row.values), "best": [self.runs[i].run_id for i in row.best]}
+                {
+                    "metric": row.metric,
+                    "values": list(row.values),
+                    "best": [self.runs[i].run_id for i in row.best],
+                    "comparable": row.is_comparable,
+                }
                 for row in self.results
             ],
             "paired_tests": [test.to_dict() for test in self.tests],
@@ -125,6 +135,11 @@ def compare_runs(client: "MlflowClient", runs: "Sequence[Run]", *, curves: bool 
             run.info.start_time,
             _resolved(run.data.params),
             dict(run.data.metrics),
+            {
+                tag.removeprefix(EVALUATION_TAG): digest
+                for tag, digest in run.data.tags.items()
+                if tag.startswith(EVALUATION_TAG)
+            },
         )
         for run in runs
     )
@@ -149,17 +164,29 @@ def _resolved(params: Mapping[str, str]) -> dict[str, str]:
 
 def _results(runs: Sequence[RunColumn]) -> tuple[ResultRow, ...]:
     names = sorted({name for run in runs for name in run.metrics if not name.startswith(_LEFT_OUT)})
-    return tuple(_result(name, tuple(run.metrics.get(name) for run in runs)) for name in names)
+    return tuple(
+        _result(name, tuple(run.metrics.get(name) for run in runs), of_same_images=_of_same_images(name, runs))
+        for name in names
+    )
 
 
-def _result(name: str, values: tuple[float | None, ...]) -> ResultRow:
+def _of_same_images(metric: str, runs: Sequence[RunColumn]) -> bool:
+    """Whether an evaluation's metric is of the same images in all runs that have it; true for any other metric."""
+    section = metric.rpartition("/")[0]
+    if not section.startswith(EVALUATION_SECTION):
+        return True
+    data = section.removeprefix(EVALUATION_SECTION)
+    return len({run.evaluated.get(data) for run in runs if metric in run.metrics}) <= 1
+
+
+def _result(name: str, values: tuple[float | None, ...], *, of_same_images: bool) -> ResultRow:
     better = _BETTER.get(name.rpartition("/")[2])
     known = {value for value in values if value is not None and math.isfinite(value)}
     best: tuple[int, ...] = ()
-    if better is not None and len(known) > 1:
+    if better is not None and len(known) > 1 and of_same_images:
         winner = max(known) if better == HIGHER else min(known)
         best = tuple(place for place, value in enumerate(values) if value == winner)
-    return ResultRow(name, values, best)
+    return ResultRow(name, values, best, of_same_images)
 
 
 def _curves(client: "MlflowClient", runs: Sequence[RunColumn]) -> Iterator[Curve]:

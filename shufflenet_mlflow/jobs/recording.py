@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.client import mlflow_errors
+from shufflenet_mlflow.config import EVALUATION_SECTION, EVALUATION_TAG
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.export.logged import find_logged_model
 from shufflenet_mlflow.jobs.describing import dataset_input
@@ -40,10 +41,6 @@ SUMMARY, PREDICTIONS = "summary.json", "predictions.csv"
 
 OWN_SECTION = "val"
 """In a run of its own an evaluation's metrics are called as those of a validation: the UI shows them side by side."""
-
-DIGEST_TAG = "evaluation.{data}"
-"""Tag of a run: the digest of the images whose evaluations stand under that name. Among the run's inputs they need not
-be marked as evaluated: MLflow keeps the context that a data set was first logged with, such as `validation`."""
 
 EVALUATED_TAG = "evaluated.run"
 """Tag of an evaluation's own run: the run that it evaluates."""
@@ -79,7 +76,7 @@ class Evaluated:
 
     def told_apart(self, run: "Run") -> "Evaluated":
         """The same under another name, if the run has been evaluated on other images of that name."""
-        owner = run.data.tags.get(DIGEST_TAG.format(data=self.data))
+        owner = run.data.tags.get(EVALUATION_TAG + self.data)
         inputs = run.inputs.dataset_inputs if run.inputs is not None else []
         others = {
             entry.dataset.digest
@@ -119,8 +116,8 @@ def record_in_source(client: "MlflowClient", source: "Run", evaluated: Evaluated
     """
     evaluated = evaluated.told_apart(source)
     target = RunTarget(client, source.info.run_id, Path())
-    Tags({DIGEST_TAG.format(data=evaluated.data): evaluated.listing.content_digest}).send(target)
-    _record(target, evaluated, f"eval/{evaluated.data}", _logged_model(client, source, evaluated))
+    Tags({EVALUATION_TAG + evaluated.data: evaluated.listing.content_digest}).send(target)
+    _record(target, evaluated, EVALUATION_SECTION + evaluated.data, _logged_model(client, source, evaluated))
     return target.run_id
 
 
