@@ -1,10 +1,12 @@
 """What a person sees while a job runs: a live display on a terminal, plain lines elsewhere. All of it on stderr."""
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from shlex import quote
 
 import click
@@ -178,7 +180,16 @@ def next_steps(*commands: str) -> None:
         return
     console = make_console()
     for number, command in enumerate(commands):
-        console.print(f"[dim]{'     ' if number else 'next:'}[/] {escape(_with_store(command))}", highlight=False)
+        text = _as_it_is_called(_with_store(command))
+        console.print(f"[dim]{'     ' if number else 'next:'}[/] {escape(text)}", highlight=False)
+
+
+def _as_it_is_called(command: str) -> str:
+    """The command with the path of `shufflenet`, if it was called by that and is not found without."""
+    called = Path(sys.argv[0])
+    if command.startswith("shufflenet ") and called.name == "shufflenet" and shutil.which("shufflenet") is None:
+        return quote(str(called)) + command.removeprefix("shufflenet")
+    return command
 
 
 def _with_store(command: str) -> str:

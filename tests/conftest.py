@@ -38,6 +38,15 @@ def write_images(folder: Path, classes: tuple[str, ...] = CLASSES, per_class: in
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def away_from_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """MLflow keeps artifacts below the folder in which a store is made, and must not do so in the checkout."""
+    home = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("away"))
+    yield
+    os.chdir(home)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`train` and `val` of three classes; 36 and 15 images. Not to be changed."""
