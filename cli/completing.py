@@ -22,6 +22,9 @@ Found = list[tuple[str, str]]
 """What can be typed, with what is said of it."""
 
 
+# Parameter types are generic in newer versions of click only: subscripting them would fail in the older ones.
+
+
 class Network(click.ParamType):  # type: ignore[type-arg]
     """The name of a network; a wrong one is an error before anything heavy is imported."""
 
