@@ -123,12 +123,13 @@ def new_run(job: Job) -> str:
 
 
 def run_ours(job: Job, training: Training) -> str:
-    from shufflenet_mlflow.checkpoint import Retention
+    from shufflenet_mlflow.checkpoint.retention import Retention
     from shufflenet_mlflow.client import connect
-    from shufflenet_mlflow.reporting import LoggingReporter
+    from shufflenet_mlflow.runtime.progress import LoggingReporter
+    from shufflenet_mlflow.runtime.signals import StopFlag
     from shufflenet_mlflow.spool import Spool
-    from shufflenet_mlflow.stopping import StopFlag
-    from shufflenet_mlflow.tracking import TrackedStore, TrackingSession
+    from shufflenet_mlflow.tracking.session import TrackingSession
+    from shufflenet_mlflow.tracking.store import TrackedStore
 
     client, run_id, reporter = connect(job.uri), new_run(job), LoggingReporter()
     session = TrackingSession(client, Spool(job.local), run_id, is_new=True, reporter=reporter, stop=StopFlag())

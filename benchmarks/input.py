@@ -29,7 +29,7 @@ from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import Batch, ImageDataset, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches, SampleOrder, TrainBatches
-from shufflenet_mlflow.devices import keep_freed_memory
+from shufflenet_mlflow.runtime.devices import keep_freed_memory
 
 CPU = torch.device("cpu")
 SIZE, BATCH = 224, 50

@@ -27,7 +27,7 @@ from shufflenet_mlflow.client import prepare_environment
 from shufflenet_mlflow.jobs.checkpoints import list_rows
 from shufflenet_mlflow.jobs.comparing import run_comparison
 from shufflenet_mlflow.jobs.runs import DEFAULT_COLUMNS, list_runs
-from shufflenet_mlflow.reporting import LoggingReporter
+from shufflenet_mlflow.runtime.progress import LoggingReporter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

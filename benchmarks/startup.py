@@ -60,7 +60,7 @@ class FirstStep(BaseException):
 
 def after(steps: int, act: Callable[[], None]) -> Any:
     """A reporter that acts after so many steps of training."""
-    from shufflenet_mlflow.reporting import LoggingReporter, SilentPhase
+    from shufflenet_mlflow.runtime.progress import LoggingReporter, SilentPhase
 
     class Counting(SilentPhase):
         count = 0
@@ -87,9 +87,9 @@ def measure(folder: Path, model: str, resume: str) -> dict[str, float]:
     import psutil
 
     from shufflenet_mlflow import planning
-    from shufflenet_mlflow.jobs import run_training
+    from shufflenet_mlflow.jobs.training import run_training
+    from shufflenet_mlflow.runtime.signals import StopFlag
     from shufflenet_mlflow.start import TrainRequest
-    from shufflenet_mlflow.stopping import StopFlag
 
     images = listing(folder / "images")
     planning.list_folder = lambda *_arguments, **_named: images  # type: ignore[assignment]
@@ -131,9 +131,10 @@ def make_checkpoint(folder: Path, request: Any, stop: Any) -> None:
     """The checkpoint of iteration 10, and the same as it would be after 1,000,000."""
     import torch
 
-    from shufflenet_mlflow.checkpoint import checkpoint_name, read_checkpoint
+    from shufflenet_mlflow.checkpoint.names import checkpoint_name
+    from shufflenet_mlflow.checkpoint.verify import read_checkpoint
     from shufflenet_mlflow.data.sampler import SampleOrder
-    from shufflenet_mlflow.jobs import run_training
+    from shufflenet_mlflow.jobs.training import run_training
 
     run_training(request, reporter=after(PLACES[0], lambda: stop.set(15)), stop=stop)
     payload = dict(read_checkpoint(request.save_dir / checkpoint_name(PLACES[0])))
@@ -203,7 +204,7 @@ def main() -> None:
     if given.model:
         print(json.dumps(measure(given.folder, given.model, given.resume)))
         return
-    from shufflenet_mlflow.checkpoint import checkpoint_name
+    from shufflenet_mlflow.checkpoint.names import checkpoint_name
 
     report: dict[str, Any] = {"files": FILES, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     with tempfile.TemporaryDirectory() as name:

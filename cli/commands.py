@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from shufflenet_mlflow.errors import ElsewhereError, ShuffleNetError
-from shufflenet_mlflow.stopping import EXIT_BASE, StopRequested
+from shufflenet_mlflow.runtime.signals import EXIT_BASE, StopRequested
 
 from .options import DEBUG, Option
 from .settings import note_sources, sources, warn_of_unknown_variables

@@ -78,7 +78,7 @@ class _PlainPhase:
 
 
 class ConsoleReporter:
-    """Implements `shufflenet_mlflow.reporting.Reporter`."""
+    """Implements `shufflenet_mlflow.runtime.progress.Reporter`."""
 
     def __init__(self) -> None:
         self.console = make_console()

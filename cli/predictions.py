@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.cells import cell_len, set_cell_size
 
-from shufflenet_mlflow.csvtext import to_csv
-from shufflenet_mlflow.jsontext import to_json
+from shufflenet_mlflow.runtime.serialization import to_csv, to_json
 
 from .tables import printable
 

@@ -2,7 +2,7 @@
 
 import os
 
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.runtime.signals import StopFlag
 
 
 def stop_flag(what_happens: str = "leaving; once more leaves at once") -> StopFlag:

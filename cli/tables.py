@@ -8,7 +8,7 @@ from typing import Any
 import click
 from rich.cells import cell_len
 
-from shufflenet_mlflow.jsontext import to_json
+from shufflenet_mlflow.runtime.serialization import to_json
 
 GAP = "  "
 SHORT_ID = 12

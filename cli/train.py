@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shufflenet_mlflow.stopping import StopRequested, exit_status
+from shufflenet_mlflow.runtime.signals import StopRequested, exit_status
 
 from .commands import Command
 from .completing import NETWORK, REFERENCE, Folder, Reference
@@ -30,7 +30,7 @@ from .options import (
 from .settings import weaker_of
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.jobs import TrainSummary
+    from shufflenet_mlflow.jobs.training import TrainSummary
 
 REQUEST_OPTIONS = (
     "resume",
@@ -197,7 +197,7 @@ def train(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
     with stop_flag("leaving as soon as the checkpoint is safe; once more leaves at once") as stop:
         try:
             with stop.at_once():
-                from shufflenet_mlflow.jobs import run_training
+                from shufflenet_mlflow.jobs.training import run_training
                 from shufflenet_mlflow.start import TrainRequest
 
                 from .console import ConsoleReporter, next_steps
@@ -205,8 +205,8 @@ def train(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
 
                 reporter = ConsoleReporter()
         except StopRequested:
-            from shufflenet_mlflow.launcher import Requeue
-            from shufflenet_mlflow.reporting import LoggingReporter
+            from shufflenet_mlflow.runtime.launchers import Requeue
+            from shufflenet_mlflow.runtime.progress import LoggingReporter
 
             Requeue(bool(request_options["requeue"]), LoggingReporter()).ask_if_warned(stop)
             raise

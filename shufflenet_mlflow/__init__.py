@@ -7,16 +7,15 @@ next to nothing, importing torch and MLflow does not.
 from typing import TYPE_CHECKING
 
 from shufflenet_mlflow.lazily import exports
+from shufflenet_mlflow.version import __version__
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.checkpoint import LoadReport, load_checkpoint
+    from shufflenet_mlflow.checkpoint.load import LoadReport, load_checkpoint
     from shufflenet_mlflow.errors import ShuffleNetError
     from shufflenet_mlflow.models import create_model, list_models
     from shufflenet_mlflow.resolve import get_latest_model
     from shufflenet_mlflow.resolve import get_latest_model as get_lastest_model
-    from shufflenet_mlflow.tracking import save_checkpoint
-
-__version__ = "0.1.0"
+    from shufflenet_mlflow.tracking.save import save_checkpoint
 
 __all__ = [
     "LoadReport",

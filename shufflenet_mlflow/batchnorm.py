@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from shufflenet_mlflow.distributed import World
+from shufflenet_mlflow.runtime.distributed import World
 
 
 def bn_layers(model: nn.Module) -> list[_BatchNorm]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import platformdirs
 
 from shufflenet_mlflow.errors import ConfigError, ResumeError
-from shufflenet_mlflow.stopping import GRACE_SECONDS
+from shufflenet_mlflow.runtime.signals import GRACE_SECONDS
 
 DEFAULT_MODEL = "shufflenet_v2_x0_5"
 DEFAULT_EXPERIMENT = "shufflenet"

@@ -10,12 +10,12 @@ from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, Batch, ImageDataset, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches
-from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import DataError
 from shufflenet_mlflow.folding import folded
 from shufflenet_mlflow.recipe import count_correct, make_loss
-from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.runtime.distributed import World
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 
 
 @dataclass(frozen=True)

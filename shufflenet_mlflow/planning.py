@@ -24,13 +24,13 @@ from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import PREFETCHED
 from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.data.sampler import Division, SampleOrder
-from shufflenet_mlflow.devices import usable_cores
-from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import ConfigError, ResumeError
 from shufflenet_mlflow.models.torchvision_v2 import published_weights
 from shufflenet_mlflow.network import Architecture, choose_preprocess
 from shufflenet_mlflow.recipe import get_recipe
-from shufflenet_mlflow.resolve import parse_reference
+from shufflenet_mlflow.resolve.reference import parse_reference
+from shufflenet_mlflow.runtime.devices import usable_cores
+from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.start import Init, Start, TrainRequest
 from shufflenet_mlflow.train import TrainData
 

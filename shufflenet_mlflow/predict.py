@@ -12,11 +12,11 @@ from shufflenet_mlflow.data.loader import BadImage, BadImageLog, Item, batches_o
 from shufflenet_mlflow.data.pictures import Pictures
 from shufflenet_mlflow.data.preprocess import ToInput, Transform, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches, Key
-from shufflenet_mlflow.devices import place
 from shufflenet_mlflow.evaluate import EvalSettings
 from shufflenet_mlflow.network import Network
-from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.runtime.devices import place
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shufflenet_mlflow.csvtext import to_csv
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import Batch
+from shufflenet_mlflow.runtime.serialization import to_csv
 
 CALIBRATION_BINS = 15
 """Of equal width, as Guo et al., 2017 (arXiv 1706.04599)."""

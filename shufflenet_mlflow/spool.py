@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint.files import sync_folder, write_atomically
 from shufflenet_mlflow.errors import SpoolError
-from shufflenet_mlflow.locks import FileLock
+from shufflenet_mlflow.runtime.files import sync_folder, write_atomically
+from shufflenet_mlflow.runtime.locks import FileLock
 
 logger = logging.getLogger(__name__)
 

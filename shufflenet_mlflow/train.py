@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shufflenet_mlflow.batchnorm import RunningStatistics, reestimate_bn
-from shufflenet_mlflow.checkpoint import FINAL_TAG
+from shufflenet_mlflow.checkpoint.names import FINAL_TAG
 from shufflenet_mlflow.config import AMP_DTYPES, TrainConfig
 from shufflenet_mlflow.data.augment import AUGMENTATIONS, draw_lighting
 from shufflenet_mlflow.data.listing import ImageListing
@@ -37,8 +37,6 @@ from shufflenet_mlflow.data.sampler import (
     TrainBatches,
     derive_seed,
 )
-from shufflenet_mlflow.devices import compile_failure, compiled, lack_of_memory
-from shufflenet_mlflow.distributed import World, loss_of_process
 from shufflenet_mlflow.errors import DataError, ElsewhereError, NonFiniteLossError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.recipe import (
@@ -47,9 +45,11 @@ from shufflenet_mlflow.recipe import (
     make_loss,
     training_loss,
 )
-from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.runtime.devices import compile_failure, compiled, lack_of_memory
+from shufflenet_mlflow.runtime.distributed import World, loss_of_process
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 from shufflenet_mlflow.state import TrainingState
-from shufflenet_mlflow.stopping import StopFlag, StopRequested
 
 
 class CheckpointStore(Protocol):

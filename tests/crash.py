@@ -22,15 +22,20 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 import shufflenet_mlflow.checkpoint.write as write_module
 from shufflenet_mlflow import get_latest_model
-from shufflenet_mlflow.checkpoint import Retention, list_checkpoints, list_records, read_checkpoint, remove_leftovers
+from shufflenet_mlflow.checkpoint.folder import list_records, remove_leftovers
+from shufflenet_mlflow.checkpoint.names import list_checkpoints
+from shufflenet_mlflow.checkpoint.retention import Retention
+from shufflenet_mlflow.checkpoint.verify import read_checkpoint
 from shufflenet_mlflow.client import connect
 from shufflenet_mlflow.jobs.sync import run_sync
-from shufflenet_mlflow.reporting import LoggingReporter
 from shufflenet_mlflow.resolve import resolve
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
+from shufflenet_mlflow.runtime.progress import LoggingReporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.spool import Spool, look
-from shufflenet_mlflow.stopping import StopFlag
-from shufflenet_mlflow.tracking import TrackedMetrics, TrackedStore, TrackingSession, delivery, prune, store
+from shufflenet_mlflow.tracking import delivery, prune, store
+from shufflenet_mlflow.tracking.session import TrackingSession
+from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 
 RULES = Retention(keep_last=2, keep_best=1, keep_every=7)
 

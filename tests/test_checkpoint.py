@@ -19,27 +19,19 @@ from conftest import Hostile, assert_equal_payloads
 from torch import nn
 
 from shufflenet_mlflow import load_checkpoint
-from shufflenet_mlflow.checkpoint import (
-    CheckpointRecord,
-    checkpoint_name,
-    files,
-    list_checkpoints,
-    newest_first,
-    parse_name,
-    read_checkpoint,
-    read_record,
-    record_path,
-    verify_checkpoint,
-    write_checkpoint,
-)
-from shufflenet_mlflow.checkpoint.files import remove_temporaries, write_atomically
+from shufflenet_mlflow.checkpoint.names import checkpoint_name, list_checkpoints, newest_first, parse_name
+from shufflenet_mlflow.checkpoint.record import CheckpointRecord, read_record, record_path
 from shufflenet_mlflow.checkpoint.state import bare_key
+from shufflenet_mlflow.checkpoint.verify import read_checkpoint, verify_checkpoint
+from shufflenet_mlflow.checkpoint.write import write_checkpoint
 from shufflenet_mlflow.errors import (
     CheckpointError,
     ConfigError,
     CorruptCheckpointError,
     UnsafeCheckpointError,
 )
+from shufflenet_mlflow.runtime import files
+from shufflenet_mlflow.runtime.files import remove_temporaries, write_atomically
 
 
 def small_model() -> nn.Module:

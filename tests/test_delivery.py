@@ -17,15 +17,18 @@ from mlflow.exceptions import MlflowException, RestException
 from training import Reporter, assert_same_end, run
 
 from shufflenet_mlflow import save_checkpoint
-from shufflenet_mlflow.checkpoint import BEST_TAG, LATEST_TAG, list_records, read_checkpoint, write_checkpoint
+from shufflenet_mlflow.checkpoint.folder import list_records
+from shufflenet_mlflow.checkpoint.record import BEST_TAG, LATEST_TAG
+from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoint.write import write_checkpoint
 from shufflenet_mlflow.client import stored_uri, uri_of_journal
 from shufflenet_mlflow.errors import RefusedError, SpoolError, TrackingError
 from shufflenet_mlflow.jobs import opening
 from shufflenet_mlflow.jobs.sync import run_sync
-from shufflenet_mlflow.reporting import LoggingReporter
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
+from shufflenet_mlflow.runtime.progress import LoggingReporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.spool import Spool, look
-from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking import delivery
 from shufflenet_mlflow.tracking.delivery import REFUSED_NAME, Deliverer, Delivery, deliver_now
 from shufflenet_mlflow.tracking.messages import Checkpoint, Finish, MetricPoints, RunTarget, to_body

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from shufflenet_mlflow import create_model, devices
+from shufflenet_mlflow import create_model
 from shufflenet_mlflow.config import TrainConfig
-from shufflenet_mlflow.devices import choose_device, memory_format_on, place, place_input
 from shufflenet_mlflow.folding import folded
 from shufflenet_mlflow.recipe import make_optimizer, make_scheduler
+from shufflenet_mlflow.runtime import devices
+from shufflenet_mlflow.runtime.devices import choose_device, memory_format_on, place, place_input
 from shufflenet_mlflow.state import TrainingState
 
 CPU = torch.device("cpu")
@@ -142,7 +143,7 @@ def test_folded_networks_compute_the_same(name: str) -> None:
 
 MEASURE = """
 import resource, torch
-from shufflenet_mlflow.devices import keep_freed_memory
+from shufflenet_mlflow.runtime.devices import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(10_000_000)

@@ -29,7 +29,7 @@ from torch import nn
 from training import Reporter, run
 
 from shufflenet_mlflow import create_model, list_models
-from shufflenet_mlflow.checkpoint import read_checkpoint
+from shufflenet_mlflow.checkpoint.verify import read_checkpoint
 from shufflenet_mlflow.classifier import Classifier, UnreadableImageError, decode, image_bytes, rank
 from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.errors import ExportError, RefusedError, TrackingError
@@ -40,7 +40,7 @@ from shufflenet_mlflow.jobs.sync import run_sync
 from shufflenet_mlflow.models import shufflenet_v2
 from shufflenet_mlflow.models.cost import _count
 from shufflenet_mlflow.network import Architecture, Network, _body, choose_preprocess
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.messages import RunTarget, record_in
 
 X0_5_OF_TORCHVISION = "torchvision/shufflenet_v2_x0_5"

@@ -14,14 +14,16 @@ from conftest import steps
 from mlflow import MlflowClient
 from training import Reporter, assert_same_end, history, request, run, run_until
 
-from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint
+from shufflenet_mlflow.checkpoint.names import list_checkpoints
+from shufflenet_mlflow.checkpoint.verify import read_checkpoint
 from shufflenet_mlflow.errors import ConfigError, ResumeError, TrackingError, UnresolvedError
-from shufflenet_mlflow.jobs import opening, run_training
+from shufflenet_mlflow.jobs import opening
 from shufflenet_mlflow.jobs.sync import run_sync
-from shufflenet_mlflow.launcher import attempt, launch_name
+from shufflenet_mlflow.jobs.training import run_training
 from shufflenet_mlflow.planning import plan
+from shufflenet_mlflow.runtime.launchers import attempt, launch_name
+from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 from shufflenet_mlflow.start import TrainRequest
-from shufflenet_mlflow.stopping import StopFlag, StopRequested
 
 
 def runs_of(client: MlflowClient) -> list[Any]:

@@ -16,16 +16,13 @@ from conftest import assert_equal_payloads
 from mlflow import MlflowClient
 from training import run
 
-from shufflenet_mlflow.checkpoint import (
-    CheckpointRecord,
-    list_checkpoints,
-    read_checkpoint,
-    read_record,
-    record_path,
-    write_checkpoint,
-)
+from shufflenet_mlflow.checkpoint.names import list_checkpoints
+from shufflenet_mlflow.checkpoint.record import CheckpointRecord, read_record, record_path
+from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoint.write import write_checkpoint
 from shufflenet_mlflow.errors import CheckpointError
-from shufflenet_mlflow.resolve import newest_valid, resolve
+from shufflenet_mlflow.resolve import resolve
+from shufflenet_mlflow.resolve.local import newest_valid
 from shufflenet_mlflow.spool import SPOOL_NAME, Spool, look
 from shufflenet_mlflow.tracking.delivery import deliver_now
 from shufflenet_mlflow.tracking.messages import Checkpoint, MetricPoints, to_body
@@ -134,8 +131,8 @@ def test_journals(tmp_path: Path) -> None:
 def test_a_damaged_journal_loses_no_checkpoint(seed: int, client: MlflowClient) -> None:
     """Also where their lines are gone: they are found on the disk."""
     from shufflenet_mlflow.jobs.sync import run_sync
-    from shufflenet_mlflow.reporting import LoggingReporter
-    from shufflenet_mlflow.stopping import StopFlag
+    from shufflenet_mlflow.runtime.progress import LoggingReporter
+    from shufflenet_mlflow.runtime.signals import StopFlag
 
     run_id = str(client.create_run(client.create_experiment("journal")).info.run_id)
     spool = Spool(Path("models"))

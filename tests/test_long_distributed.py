@@ -13,8 +13,9 @@ from mlflow import MlflowClient
 from processes import DOUBLE, Process, finish, kill, start, torchrun, wait_for_iteration, worker
 from server import Proxy, Server, free_port
 
-from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint
-from shufflenet_mlflow.stopping import ECHO_SECONDS
+from shufflenet_mlflow.checkpoint.names import list_checkpoints
+from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.runtime.signals import ECHO_SECONDS
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from documents import PAGES, ROOT, Fence, Terminal, errors_in, fences, furnish
 
-from shufflenet_mlflow.devices import usable_cores
+from shufflenet_mlflow.runtime.devices import usable_cores
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 

@@ -18,7 +18,8 @@ from mlflow import MlflowClient
 from processes import Process, start
 from server import Proxy, Server
 
-from shufflenet_mlflow.checkpoint import list_checkpoints, list_records
+from shufflenet_mlflow.checkpoint.folder import list_records
+from shufflenet_mlflow.checkpoint.names import list_checkpoints
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 

@@ -20,8 +20,8 @@ from shufflenet_mlflow.data.preprocess import (
     eval_transform,
 )
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, DataError
-from shufflenet_mlflow.reporting import LoggingReporter
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.runtime.progress import LoggingReporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 
 
 def test_the_mean_image_is_the_mean(images: Path, tmp_path: Path) -> None:

@@ -15,16 +15,15 @@ from conftest import Invoke, write_images
 from mlflow import MlflowClient
 from training import run
 
-from shufflenet_mlflow.csvtext import to_csv
 from shufflenet_mlflow.data.folder import list_images
 from shufflenet_mlflow.data.listing import ImageListing, Samples
 from shufflenet_mlflow.data.loader import Batch
 from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.figures import figures_of
 from shufflenet_mlflow.jobs import evaluation
-from shufflenet_mlflow.jsontext import to_json
 from shufflenet_mlflow.network import label_outputs
 from shufflenet_mlflow.report import Observer, Outcomes, Report
+from shufflenet_mlflow.runtime.serialization import to_csv, to_json
 
 
 def report_of(labels: list[int], predicted: list[int], probability: list[float], classes: int = 3) -> Report:

@@ -14,16 +14,18 @@ from torch.amp.grad_scaler import GradScaler
 from training import Reporter, assert_same_end, history, run, run_until
 
 from shufflenet_mlflow import create_model, save_checkpoint
-from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint, read_record, verify_checkpoint
+from shufflenet_mlflow.checkpoint.names import list_checkpoints
+from shufflenet_mlflow.checkpoint.record import read_record
+from shufflenet_mlflow.checkpoint.verify import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.errors import (
     ConfigError,
     ResumeError,
     ShuffleNetError,
 )
-from shufflenet_mlflow.jobs import run_training
+from shufflenet_mlflow.jobs.training import run_training
+from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.state import StepRandomness
-from shufflenet_mlflow.stopping import StopFlag, StopRequested
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from conftest import CLASSES, steps, values, write_images
 from mlflow import MlflowClient
 from training import Reporter, run
 
-from shufflenet_mlflow.checkpoint import list_checkpoints, read_checkpoint
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.checkpoint.names import list_checkpoints
+from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.runtime.signals import StopFlag
 
 TRAIN_METRICS = {"train/loss", "train/top1", "train/top5", "train/lr", "train/images_per_second"}
 
@@ -150,7 +151,7 @@ def test_a_second_signal_ends_at_once_unless_a_launcher_repeats_the_first(
         raise Ended(status)
 
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr("shufflenet_mlflow.stopping.ECHO_SECONDS", 0.2)
+    monkeypatch.setattr("shufflenet_mlflow.runtime.signals.ECHO_SECONDS", 0.2)
     if launched:
         monkeypatch.setenv("RANK", "1")
     with StopFlag() as stop:

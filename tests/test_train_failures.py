@@ -15,8 +15,9 @@ from conftest import write_images
 from mlflow import MlflowClient
 from training import Reporter, assert_same_end, run
 
-from shufflenet_mlflow.checkpoint import list_checkpoints, list_records, read_checkpoint
-from shufflenet_mlflow.devices import lack_of_memory
+from shufflenet_mlflow.checkpoint.folder import list_records
+from shufflenet_mlflow.checkpoint.names import list_checkpoints
+from shufflenet_mlflow.checkpoint.verify import read_checkpoint
 from shufflenet_mlflow.errors import (
     BadImageError,
     ConfigError,
@@ -24,8 +25,9 @@ from shufflenet_mlflow.errors import (
     NonFiniteLossError,
 )
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
+from shufflenet_mlflow.runtime.devices import lack_of_memory
+from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.state import Meter, TrainingState
-from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking import delivery
 from shufflenet_mlflow.train import Trainer
 

@@ -9,12 +9,12 @@ from typing import Any
 from conftest import assert_equal_payloads, small_options, steps
 from mlflow import MlflowClient
 
-from shufflenet_mlflow.checkpoint import read_checkpoint
+from shufflenet_mlflow.checkpoint.verify import read_checkpoint
 from shufflenet_mlflow.cli.train import REQUEST_OPTIONS, train
-from shufflenet_mlflow.jobs import TrainSummary, run_training
-from shufflenet_mlflow.reporting import LoggingReporter, Phase
+from shufflenet_mlflow.jobs.training import TrainSummary, run_training
+from shufflenet_mlflow.runtime.progress import LoggingReporter, Phase
+from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.start import TrainRequest
-from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking.system import PREFIX
 
 

@@ -4,9 +4,9 @@ import contextlib
 import os
 from pathlib import Path
 
-from shufflenet_mlflow.checkpoint.files import remove_temporaries, sync_folder, temporary_beside
 from shufflenet_mlflow.checkpoint.names import list_checkpoints, parse_name
 from shufflenet_mlflow.checkpoint.record import CheckpointRecord, read_record, record_path
+from shufflenet_mlflow.runtime.files import remove_temporaries, sync_folder, temporary_beside
 
 _RECORD_SUFFIX = ".json"
 

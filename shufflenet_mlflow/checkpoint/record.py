@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint.files import write_atomically
 from shufflenet_mlflow.errors import CheckpointError
+from shufflenet_mlflow.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from shufflenet_mlflow.checkpoint.files import sha256_of
 from shufflenet_mlflow.checkpoint.record import CheckpointRecord, read_record
 from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from shufflenet_mlflow.runtime.files import sha256_of
 
 _DOS_FOLDER = 0x10
 _ZIP_MAGIC = b"PK\x03\x04"

@@ -12,7 +12,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from shufflenet_mlflow.checkpoint.files import sha256_of, sync_folder, write_atomically
 from shufflenet_mlflow.checkpoint.names import checkpoint_name
 from shufflenet_mlflow.checkpoint.record import (
     ARTIFACT_FOLDER,
@@ -29,6 +28,7 @@ from shufflenet_mlflow.checkpoint.state import (
     to_plain,
 )
 from shufflenet_mlflow.errors import CheckpointError
+from shufflenet_mlflow.runtime.files import sha256_of, sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from shufflenet_mlflow.checkpoint.files import write_atomically
 from shufflenet_mlflow.data.listing import ImageListing, Samples
+from shufflenet_mlflow.runtime.files import write_atomically
 
 KEPT_FROM = 20_000
 """Fewer files are listed faster than anybody notices."""

@@ -16,7 +16,7 @@ from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.preprocess import Transform
 from shufflenet_mlflow.data.sampler import Key, derive_seed
 from shufflenet_mlflow.errors import BadImageError, DataError
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.runtime.signals import StopFlag
 
 PREFETCHED = 2
 """Batches that each process loads in advance."""

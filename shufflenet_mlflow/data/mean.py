@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shufflenet_mlflow.checkpoint.files import temporary_beside
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import Preprocess, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches
 from shufflenet_mlflow.errors import ConfigError, DataError
-from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.runtime.files import temporary_beside
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 
 XML_NAME = "MeanImg"
 SUFFIXES = (".npy", ".xml")

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shufflenet_mlflow.checkpoint import is_plain_tensor
+from shufflenet_mlflow.checkpoint.state import is_plain_tensor
 from shufflenet_mlflow.classifier import CentreCrop, Pixels
-from shufflenet_mlflow.devices import place_input
 from shufflenet_mlflow.errors import CheckpointError, ConfigError
+from shufflenet_mlflow.runtime.devices import place_input
 
 REFERENCE_SIZE = 224
 """The input size that the published figures belong to."""

@@ -11,21 +11,23 @@ from typing import Any
 import psutil
 import torch
 
-from shufflenet_mlflow.checkpoint import Retention
+from shufflenet_mlflow.checkpoint.retention import Retention
 from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.data.loader import PREFETCHED, worker_death
-from shufflenet_mlflow.devices import choose_device, compile_failure, compiled, finish, usable_cores
-from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.jobs.preparing import bare_trainer
 from shufflenet_mlflow.planning import Plan, plan
-from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
+from shufflenet_mlflow.runtime.devices import choose_device, compile_failure, compiled, finish, usable_cores
+from shufflenet_mlflow.runtime.distributed import World
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.spool import Spool
 from shufflenet_mlflow.start import TrainRequest
-from shufflenet_mlflow.stopping import StopFlag
-from shufflenet_mlflow.tracking import TrackedMetrics, TrackedStore, TrackingSession, make_run, new_run
+from shufflenet_mlflow.tracking.run import make_run, new_run
+from shufflenet_mlflow.tracking.session import TrackingSession
+from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 from shufflenet_mlflow.train import Trainer
 
 EXPERIMENT = "shufflenet-bench"

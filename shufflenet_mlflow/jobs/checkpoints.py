@@ -9,28 +9,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.checkpoint import (
+from shufflenet_mlflow.checkpoint.names import list_checkpoints, newest_first, parse_name
+from shufflenet_mlflow.checkpoint.record import (
     BEST_TAG,
     LATEST_TAG,
     CheckpointRecord,
-    Retention,
-    best_first,
-    list_checkpoints,
-    newest_first,
-    parse_name,
     read_record,
     record_path,
-    verify_checkpoint,
     write_record,
 )
-from shufflenet_mlflow.checkpoint.files import write_atomically
-from shufflenet_mlflow.checkpoint.verify import has_checksums
+from shufflenet_mlflow.checkpoint.retention import Retention, best_first
+from shufflenet_mlflow.checkpoint.verify import has_checksums, verify_checkpoint
 from shufflenet_mlflow.client import connect, prepare_environment, uri_of_journal
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError, UnresolvedError
-from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.resolve import Resolved, RunReference, complete, parse_reference, resolve
+from shufflenet_mlflow.resolve import resolve
+from shufflenet_mlflow.resolve.ids import complete
+from shufflenet_mlflow.resolve.local import Resolved
+from shufflenet_mlflow.resolve.reference import RunReference, parse_reference
 from shufflenet_mlflow.resolve.remote import RemoteCheckpoints, promoted_names
+from shufflenet_mlflow.runtime.files import write_atomically
+from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.spool import SPOOL_NAME, Spool, look
 from shufflenet_mlflow.tracking.messages import RunTarget, record_in
 from shufflenet_mlflow.tracking.prune import Dropped, choose_dropped, delete, pending_names

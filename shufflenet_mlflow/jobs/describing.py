@@ -11,9 +11,9 @@ import torch
 
 from shufflenet_mlflow.config import HARMLESS, TrainConfig, drift
 from shufflenet_mlflow.data.listing import ImageListing
-from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.models.cost import model_cost
 from shufflenet_mlflow.planning import Plan, data_name
+from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.start import Start
 from shufflenet_mlflow.tracking.messages import DatasetInput, Message, Params, TextArtifact
 from shufflenet_mlflow.tracking.note import Note, indented

@@ -12,20 +12,20 @@ from shufflenet_mlflow.config import check_types
 from shufflenet_mlflow.data.folder import require_same_classes
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
-from shufflenet_mlflow.devices import choose_device, keep_freed_memory, place
 from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, UnresolvedError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.jobs.loading import Loaded, NetworkRequest
 from shufflenet_mlflow.jobs.recording import Evaluated, record_in_new, record_in_own, record_in_source
-from shufflenet_mlflow.launcher import ended_with_mlflow_run
 from shufflenet_mlflow.network import Network, label_outputs
 from shufflenet_mlflow.planning import BATCH_SIZE, data_name, default_workers, list_folder
 from shufflenet_mlflow.report import Observer, Report
-from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.resolve import parse_reference
+from shufflenet_mlflow.resolve.reference import parse_reference
 from shufflenet_mlflow.resolve.remote import read_run
-from shufflenet_mlflow.stopping import StopFlag
-from shufflenet_mlflow.tracking import AdoptedRun, adopted_run_id
+from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place
+from shufflenet_mlflow.runtime.launchers import ended_with_mlflow_run
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import StopFlag
+from shufflenet_mlflow.tracking.run import AdoptedRun, adopted_run_id
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.client import MlflowClient, Run

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint import read_record
+from shufflenet_mlflow.checkpoint.record import read_record
 from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.errors import ExportError, UnresolvedError
 from shufflenet_mlflow.export import Promoted, export_file, log_model, promote
@@ -14,8 +14,8 @@ from shufflenet_mlflow.export.logged import find_logged_model, write_model
 from shufflenet_mlflow.export.program import TOLERANCE
 from shufflenet_mlflow.export.registry import check_names, checkpoint_in_run
 from shufflenet_mlflow.jobs.loading import Loaded, NetworkRequest, source_of
-from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve import resolve
+from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.start import run_of_file
 
 MLFLOW_FORMAT = "mlflow"

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.reporting import LoggingReporter, Phase, SilentPhase
+from shufflenet_mlflow.runtime.progress import LoggingReporter, Phase, SilentPhase
 
 
 class NoStore:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint import is_own, read_checkpoint
+from shufflenet_mlflow.checkpoint.payload import is_own
+from shufflenet_mlflow.checkpoint.verify import read_checkpoint
 from shufflenet_mlflow.network import Architecture, Network, load_network
-from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve import resolve
+from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.start import run_of
 
 

@@ -8,8 +8,8 @@ from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
 from shufflenet_mlflow.data.mean import BATCH_SIZE, check_output, mean_image, write_mean_image
 from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.planning import default_workers, list_folder
-from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from shufflenet_mlflow.client import impatient, is_server, mlflow_errors, redact
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.errors import ResumeError, TrackingError
 from shufflenet_mlflow.jobs.describing import config_digest
-from shufflenet_mlflow.launcher import attempt
 from shufflenet_mlflow.planning import data_name
-from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.resolve import RunReference, parse_reference
+from shufflenet_mlflow.resolve.reference import RunReference, parse_reference
+from shufflenet_mlflow.runtime.launchers import attempt
+from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.spool import Spool, is_made, name_new_run
 from shufflenet_mlflow.start import Init, Start, TrainRequest
-from shufflenet_mlflow.tracking import (
+from shufflenet_mlflow.tracking.messages import Message, Reopen
+from shufflenet_mlflow.tracking.run import (
     CONFIG_TAG,
     JOB_TAG,
     AdoptedRun,
@@ -28,7 +29,6 @@ from shufflenet_mlflow.tracking import (
     reopen_run,
     require_not_beyond,
 )
-from shufflenet_mlflow.tracking.messages import Message, Reopen
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.client import MlflowClient

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from shufflenet_mlflow.client import prepare_environment
 from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
 from shufflenet_mlflow.data.pictures import Pictures
-from shufflenet_mlflow.devices import choose_device, keep_freed_memory
 from shufflenet_mlflow.evaluate import EvalSettings
 from shufflenet_mlflow.folding import folded
 from shufflenet_mlflow.jobs.loading import NetworkRequest
 from shufflenet_mlflow.network import Network
 from shufflenet_mlflow.planning import BATCH_SIZE, WORKERS_FROM, default_workers
 from shufflenet_mlflow.predict import Prediction, predict
-from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,20 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from shufflenet_mlflow.checkpoint import load_checkpoint, weights_of
+from shufflenet_mlflow.checkpoint.load import load_checkpoint, weights_of
 from shufflenet_mlflow.config import check_resumable, option
-from shufflenet_mlflow.devices import choose_device, keep_freed_memory, place
-from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.jobs.describing import NEEDED_FOR_EQUALITY, PARTS, constants, drift_since, environment
 from shufflenet_mlflow.jobs.following import NoMetrics, NoStore
 from shufflenet_mlflow.network import classes_in, naming_what_fits
 from shufflenet_mlflow.planning import Plan, check_same_data, plan
 from shufflenet_mlflow.recipe import make_ema, make_optimizer, make_scheduler
-from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place
+from shufflenet_mlflow.runtime.distributed import World
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.start import Init, Start, TrainRequest
 from shufflenet_mlflow.state import TrainingState
-from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.train import TrainData, Trainer
 
 OF_ONE_MACHINE = ("train_dir", "val_dir", "mean_image", "init_from", "workers", "device")

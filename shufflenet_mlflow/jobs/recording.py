@@ -14,7 +14,6 @@ from shufflenet_mlflow.export.logged import find_logged_model
 from shufflenet_mlflow.jobs.describing import dataset_input
 from shufflenet_mlflow.report import Report
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
-from shufflenet_mlflow.tracking import AdoptedRun, make_run, new_run
 from shufflenet_mlflow.tracking.evaluated import OfModel, log_input_model, log_results
 from shufflenet_mlflow.tracking.messages import (
     Message,
@@ -25,6 +24,7 @@ from shufflenet_mlflow.tracking.messages import (
 )
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
+from shufflenet_mlflow.tracking.run import AdoptedRun, make_run, new_run
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.client import LoggedModel, MlflowClient, Run

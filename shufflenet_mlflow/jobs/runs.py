@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.checkpoint import BEST_TAG, LATEST_TAG, CheckpointRecord
+from shufflenet_mlflow.checkpoint.record import BEST_TAG, LATEST_TAG, CheckpointRecord
 from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment, redact
 from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
 from shufflenet_mlflow.resolve.ids import complete
 from shufflenet_mlflow.resolve.reference import is_run_id
 from shufflenet_mlflow.resolve.remote import read_run
-from shufflenet_mlflow.tracking import CONFIG_TAG, wanted_experiment
 from shufflenet_mlflow.tracking.messages import record_in
 from shufflenet_mlflow.tracking.note import NOTE_TAG
 from shufflenet_mlflow.tracking.provenance import COMMAND_TAG, COMMIT_TAG, DIRTY_TAG
+from shufflenet_mlflow.tracking.run import CONFIG_TAG, wanted_experiment
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.client import MlflowClient, Run

@@ -5,7 +5,7 @@ They need no folder in common, and no access to MLflow.
 
 from dataclasses import replace
 
-from shufflenet_mlflow.distributed import World
+from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.start import Init, Start, TrainRequest
 
 

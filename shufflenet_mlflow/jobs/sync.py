@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint import remove_leftovers
+from shufflenet_mlflow.checkpoint.folder import remove_leftovers
 from shufflenet_mlflow.client import connect, prepare_environment, redact, uri_of_journal
 from shufflenet_mlflow.errors import SpoolError, TrackingError
 from shufflenet_mlflow.export import LogModels
-from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.spool import SPOOL_NAME, Entry, Spool, look
-from shufflenet_mlflow.stopping import StopFlag
-from shufflenet_mlflow.tracking import Deliverer, lost_checkpoints
+from shufflenet_mlflow.tracking.delivery import Deliverer
 from shufflenet_mlflow.tracking.messages import to_body
+from shufflenet_mlflow.tracking.store import lost_checkpoints
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint import Retention, remove_leftovers
+from shufflenet_mlflow.checkpoint.folder import remove_leftovers
+from shufflenet_mlflow.checkpoint.retention import Retention
 from shufflenet_mlflow.client import connect, prepare_environment
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_grace, check_job
-from shufflenet_mlflow.distributed import World
 from shufflenet_mlflow.errors import CheckpointError, NoCheckpointError
 from shufflenet_mlflow.export import LogModels
 from shufflenet_mlflow.jobs.attempts import begin_again, find_attempt, may_begin_again
@@ -19,13 +19,16 @@ from shufflenet_mlflow.jobs.following import NoMetrics, NoStore, QuietReporter
 from shufflenet_mlflow.jobs.opening import ending_on_error, open_run
 from shufflenet_mlflow.jobs.preparing import Prepared, prepare
 from shufflenet_mlflow.jobs.sharing import receive_beginning, share_beginning
-from shufflenet_mlflow.joining import joined
-from shufflenet_mlflow.launcher import Requeue, ended_with_mlflow_run
-from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.runtime.distributed import World
+from shufflenet_mlflow.runtime.launchers import Requeue, ended_with_mlflow_run
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.rendezvous import joined
+from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 from shufflenet_mlflow.spool import Spool, is_made
 from shufflenet_mlflow.start import Start, TrainRequest, find_init, find_start, with_whole_ids
-from shufflenet_mlflow.stopping import StopFlag, StopRequested
-from shufflenet_mlflow.tracking import SystemMetrics, TrackedMetrics, TrackedStore, TrackingSession
+from shufflenet_mlflow.tracking.session import TrackingSession
+from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
+from shufflenet_mlflow.tracking.system import SystemMetrics
 from shufflenet_mlflow.train import Trainer, TrainResult, best_metrics
 
 NOTHING_TRAINED = TrainResult(iters=0, epoch=0, loss=math.nan, val_top1=None, val_top5=None, checkpoint=None)

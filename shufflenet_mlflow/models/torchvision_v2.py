@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from shufflenet_mlflow.checkpoint import verify_checkpoint
-from shufflenet_mlflow.checkpoint.files import sha256_of
+from shufflenet_mlflow.checkpoint.verify import verify_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, ModelError
+from shufflenet_mlflow.runtime.files import sha256_of
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum

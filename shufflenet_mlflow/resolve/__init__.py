@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
-from shufflenet_mlflow.checkpoint import CheckpointRecord
+from shufflenet_mlflow.checkpoint.record import CheckpointRecord
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import UnresolvedError
-from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve.ids import beginning_of, complete, find_run_ids
 from shufflenet_mlflow.resolve.local import Resolved, newest_valid, resolve_file
 from shufflenet_mlflow.resolve.reference import FORMS, ModelReference, RunReference, parse_reference
+from shufflenet_mlflow.runtime.progress import Reporter
 
 __all__ = [
     "ModelReference",

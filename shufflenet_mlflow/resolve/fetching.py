@@ -7,10 +7,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from shufflenet_mlflow.checkpoint import CheckpointRecord
+from shufflenet_mlflow.checkpoint.record import CheckpointRecord
 from shufflenet_mlflow.errors import BusyError
-from shufflenet_mlflow.locks import FileLock
-from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.runtime.locks import FileLock
+from shufflenet_mlflow.runtime.progress import Reporter
 
 _MIB = 1 << 20
 

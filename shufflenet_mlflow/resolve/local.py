@@ -4,7 +4,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from shufflenet_mlflow.checkpoint import list_checkpoints, parse_name, verify_checkpoint
+from shufflenet_mlflow.checkpoint.names import list_checkpoints, parse_name
+from shufflenet_mlflow.checkpoint.verify import verify_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, UnresolvedError
 
 logger = logging.getLogger(__name__)

@@ -11,18 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shufflenet_mlflow.checkpoint import (
+from shufflenet_mlflow.checkpoint.names import newest_first, parse_name
+from shufflenet_mlflow.checkpoint.record import (
     ARTIFACT_FOLDER,
     BEST_TAG,
     LATEST_TAG,
     CheckpointRecord,
-    newest_first,
-    parse_name,
     read_record,
     record_path,
-    verify_checkpoint,
     write_record,
 )
+from shufflenet_mlflow.checkpoint.verify import verify_checkpoint
 from shufflenet_mlflow.client import connect, mlflow_errors, redact
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import (
@@ -32,12 +31,12 @@ from shufflenet_mlflow.errors import (
     TrackingError,
     UnresolvedError,
 )
-from shufflenet_mlflow.reporting import Reporter
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts, being_deleted
 from shufflenet_mlflow.resolve.fetching import scratch_folder, shown
 from shufflenet_mlflow.resolve.ids import may_have_been
 from shufflenet_mlflow.resolve.local import Resolved
 from shufflenet_mlflow.resolve.reference import ModelReference, RunReference, is_run_id
+from shufflenet_mlflow.runtime.progress import Reporter
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

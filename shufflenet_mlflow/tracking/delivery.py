@@ -4,8 +4,11 @@ What cannot be sent stays in the journal and is tried again after a pause, from 
 there for the next process if this one ends first.
 """
 
+import contextlib
 import json
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -13,10 +16,9 @@ from typing import TYPE_CHECKING
 
 from shufflenet_mlflow.client import redact
 from shufflenet_mlflow.errors import RefusedError, TrackingError
-from shufflenet_mlflow.priority import yield_to_training
-from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.spool import Entry, Spool, is_made
-from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking.messages import (
     Create,
     JustWritten,
@@ -46,6 +48,9 @@ REFUSED_NAME = "spool.refused.jsonl"
 """What MLflow answered that it will never take, beside the journal."""
 
 _BATCH = 500
+
+NICENESS = 10
+"""Priority of the delivering thread: the training loop goes first."""
 
 
 class Deliverer:
@@ -271,3 +276,13 @@ def deliver_now(client: "MlflowClient", spool: Spool) -> None:
     deliverer = Deliverer(client, spool)
     while deliverer.send_some():
         pass
+
+
+def yield_to_training() -> None:
+    """Give the calling thread only the processor time that other threads leave.
+
+    On Linux each thread has a priority of its own. Elsewhere this does nothing.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -14,19 +14,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from shufflenet_mlflow.checkpoint import (
-    BEST_TAG,
-    LATEST_TAG,
-    CheckpointRecord,
-    Retention,
-    newest_first,
-    read_record,
-    verify_checkpoint,
-)
+from shufflenet_mlflow.checkpoint.names import newest_first
+from shufflenet_mlflow.checkpoint.record import BEST_TAG, LATEST_TAG, CheckpointRecord, read_record
+from shufflenet_mlflow.checkpoint.retention import Retention
+from shufflenet_mlflow.checkpoint.verify import verify_checkpoint
 from shufflenet_mlflow.client import mlflow_errors, redact
 from shufflenet_mlflow.errors import CheckpointError, RefusedError
-from shufflenet_mlflow.jsontext import to_json
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
+from shufflenet_mlflow.runtime.serialization import to_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -11,6 +11,7 @@ import psutil
 
 import shufflenet_mlflow
 from shufflenet_mlflow.client import redact_word
+from shufflenet_mlflow.version import __version__
 
 COMMAND_TAG = "command"
 """Tag of a run: the command line, also where `mlflow run` names its project as the source."""
@@ -81,7 +82,7 @@ def _processor() -> str:
 
 def version_tags() -> dict[str, str]:
     """Of Python, this package and those whose numbers its results depend on."""
-    tags = {"version.python": platform.python_version(), "version.shufflenet_mlflow": shufflenet_mlflow.__version__}
+    tags = {"version.python": platform.python_version(), "version.shufflenet_mlflow": __version__}
     for package in ("torch", "torchvision", "mlflow", "numpy", "opencv-python-headless", "pillow"):
         try:
             tags[f"version.{package}"] = version(package)

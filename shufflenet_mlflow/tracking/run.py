@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from shufflenet_mlflow.checkpoint import LATEST_TAG
+from shufflenet_mlflow.checkpoint.record import LATEST_TAG
 from shufflenet_mlflow.client import mlflow_errors, redact
 from shufflenet_mlflow.config import DEFAULT_EXPERIMENT
 from shufflenet_mlflow.errors import ResumeError, TrackingError
-from shufflenet_mlflow.stopping import StopRequested
+from shufflenet_mlflow.runtime.signals import StopRequested
 from shufflenet_mlflow.tracking.messages import (
     SPOOL_TAG,
     Create,

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from shufflenet_mlflow.client import mlflow_errors, stored_uri
 from shufflenet_mlflow.errors import TrackingError
-from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.spool import Spool, is_made
-from shufflenet_mlflow.stopping import StopFlag
 from shufflenet_mlflow.tracking.delivery import Deliverer, Delivery
 from shufflenet_mlflow.tracking.messages import Finish, Message, now_ms
 from shufflenet_mlflow.tracking.recorder import Recorder

@@ -5,18 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint import (
-    PreparedCheckpoint,
-    Retention,
-    StateBuffer,
-    list_records,
-    prepare_checkpoint,
-    read_record,
-    update_record,
-    write_prepared,
-)
+from shufflenet_mlflow.checkpoint.folder import list_records
+from shufflenet_mlflow.checkpoint.record import read_record, update_record
+from shufflenet_mlflow.checkpoint.retention import Retention
+from shufflenet_mlflow.checkpoint.snapshot import StateBuffer
+from shufflenet_mlflow.checkpoint.write import PreparedCheckpoint, prepare_checkpoint, write_prepared
 from shufflenet_mlflow.errors import CheckpointError
-from shufflenet_mlflow.reporting import Reporter
+from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.spool import Spool, is_made
 from shufflenet_mlflow.tracking.messages import Checkpoint, MetricPoints, Prune, now_ms
 from shufflenet_mlflow.tracking.prune import pending_names

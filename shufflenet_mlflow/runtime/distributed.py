@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shufflenet_mlflow import errors
 from shufflenet_mlflow.errors import ConfigError, ElsewhereError, LostProcessError, ShuffleNetError
-from shufflenet_mlflow.stopping import StopFlag, StopRequested
+from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 
 Value = TypeVar("Value")
 

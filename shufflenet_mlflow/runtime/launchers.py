@@ -13,8 +13,8 @@ from itertools import pairwise
 
 import psutil
 
-from shufflenet_mlflow.reporting import Reporter
-from shufflenet_mlflow.stopping import WARNING_SIGNAL, StopFlag
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.signals import WARNING_SIGNAL, StopFlag
 
 SCONTROL_SECONDS = 30.0
 

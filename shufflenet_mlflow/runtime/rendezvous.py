@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from shufflenet_mlflow.distributed import World, losses_reported
 from shufflenet_mlflow.errors import ConfigError, LostProcessError
-from shufflenet_mlflow.stopping import StopFlag
+from shufflenet_mlflow.runtime.distributed import World, losses_reported
+from shufflenet_mlflow.runtime.signals import StopFlag
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from shufflenet_mlflow.config import check_device
 from shufflenet_mlflow.errors import ConfigError
 
 
@@ -18,10 +17,12 @@ def choose_device(device: str) -> torch.device:
     Raises:
         ConfigError: there is no such device.
     """
-    check_device(device)
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"--device (={device}) must be auto, cpu, mps, cuda or cuda:N") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu"

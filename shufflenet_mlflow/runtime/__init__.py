@@ -1,0 +1,1 @@
+"""The process and its machine: devices, signals, progress, other processes, files and locks."""
