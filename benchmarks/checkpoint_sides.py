@@ -123,7 +123,7 @@ def new_run(job: Job) -> str:
 
 
 def run_ours(job: Job, training: Training) -> str:
-    from shufflenet_mlflow.checkpoint.retention import Retention
+    from shufflenet_mlflow.checkpoints.retention import Retention
     from shufflenet_mlflow.client import connect
     from shufflenet_mlflow.runtime.progress import LoggingReporter
     from shufflenet_mlflow.runtime.signals import StopFlag

@@ -131,8 +131,8 @@ def make_checkpoint(folder: Path, request: Any, stop: Any) -> None:
     """The checkpoint of iteration 10, and the same as it would be after 1,000,000."""
     import torch
 
-    from shufflenet_mlflow.checkpoint.names import checkpoint_name
-    from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+    from shufflenet_mlflow.checkpoints.names import checkpoint_name
+    from shufflenet_mlflow.checkpoints.verification import read_checkpoint
     from shufflenet_mlflow.data.sampler import SampleOrder
     from shufflenet_mlflow.jobs.training import run_training
 
@@ -204,7 +204,7 @@ def main() -> None:
     if given.model:
         print(json.dumps(measure(given.folder, given.model, given.resume)))
         return
-    from shufflenet_mlflow.checkpoint.names import checkpoint_name
+    from shufflenet_mlflow.checkpoints.names import checkpoint_name
 
     report: dict[str, Any] = {"files": FILES, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     with tempfile.TemporaryDirectory() as name:

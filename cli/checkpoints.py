@@ -191,7 +191,7 @@ def prune(
       shufflenet checkpoints prune pets/models --keep-last 3 --dry-run
       shufflenet checkpoints prune 01234567 --keep-every 10000
     """
-    from shufflenet_mlflow.checkpoint.retention import Retention
+    from shufflenet_mlflow.checkpoints.retention import Retention
     from shufflenet_mlflow.jobs import checkpoints as job
 
     from .console import ConsoleReporter, next_steps

@@ -10,7 +10,7 @@ from shufflenet_mlflow.lazily import exports
 from shufflenet_mlflow.version import __version__
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.checkpoint.load import LoadReport, load_checkpoint
+    from shufflenet_mlflow.checkpoints.loading import LoadReport, load_checkpoint
     from shufflenet_mlflow.errors import ShuffleNetError
     from shufflenet_mlflow.models import create_model, list_models
     from shufflenet_mlflow.resolve import get_latest_model
@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LoadReport": "checkpoint",
+    "LoadReport": "checkpoints.loading",
     "ShuffleNetError": "errors",
     "create_model": "models",
     "get_lastest_model": "resolve:get_latest_model",  # so the original release spelled it
     "get_latest_model": "resolve",
     "list_models": "models",
-    "load_checkpoint": "checkpoint",
-    "save_checkpoint": "tracking",
+    "load_checkpoint": "checkpoints.loading",
+    "save_checkpoint": "tracking.save",
 }
 
 __getattr__ = exports(__name__, _HOMES)

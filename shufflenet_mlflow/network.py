@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shufflenet_mlflow.checkpoint.load import AUXILIARY_PREFIX, head_of, load_checkpoint, weights_of
-from shufflenet_mlflow.checkpoint.payload import check_payload, is_own
+from shufflenet_mlflow.checkpoints.loading import AUXILIARY_PREFIX, head_of, load_checkpoint, weights_of
+from shufflenet_mlflow.checkpoints.schema import check_payload, is_own
 from shufflenet_mlflow.config import parse_numbers
 from shufflenet_mlflow.data.mean import read_mean_image
 from shufflenet_mlflow.data.preprocess import MODES, REFERENCE_SIZE, Preprocess

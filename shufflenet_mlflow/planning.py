@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shufflenet_mlflow.checkpoints.references import parse_reference
 from shufflenet_mlflow.config import (
     DEFAULT_MODEL,
     FIELDS,
@@ -28,7 +29,6 @@ from shufflenet_mlflow.errors import ConfigError, ResumeError
 from shufflenet_mlflow.models.torchvision_v2 import published_weights
 from shufflenet_mlflow.network import Architecture, choose_preprocess
 from shufflenet_mlflow.recipe import get_recipe
-from shufflenet_mlflow.resolve.reference import parse_reference
 from shufflenet_mlflow.runtime.devices import usable_cores
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.start import Init, Start, TrainRequest

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint.names import FINAL_TAG, newest_first, parse_name
-from shufflenet_mlflow.checkpoint.payload import RESUME_KEYS, check_payload, is_own
-from shufflenet_mlflow.checkpoint.record import CheckpointRecord, read_record
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.folders import Resolved, newest_valid
+from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, read_record
+from shufflenet_mlflow.checkpoints.names import FINAL_TAG, newest_first, parse_name
+from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference
+from shufflenet_mlflow.checkpoints.schema import RESUME_KEYS, check_payload, is_own
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, ResumeError, TrackingError, UnresolvedError
 from shufflenet_mlflow.network import Architecture, Described, describe, identify
 from shufflenet_mlflow.resolve import latest_of_run, resolve
 from shufflenet_mlflow.resolve.ids import complete
-from shufflenet_mlflow.resolve.local import Resolved, newest_valid
-from shufflenet_mlflow.resolve.reference import RunReference, parse_reference
 from shufflenet_mlflow.spool import look
 
 logger = logging.getLogger(__name__)

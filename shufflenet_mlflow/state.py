@@ -12,7 +12,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from shufflenet_mlflow.checkpoint.load import load_checkpoint
+from shufflenet_mlflow.checkpoints.loading import load_checkpoint
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.data.sampler import derive_seed
 from shufflenet_mlflow.errors import CheckpointError, NonFiniteLossError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shufflenet_mlflow.batchnorm import RunningStatistics, reestimate_bn
-from shufflenet_mlflow.checkpoint.names import FINAL_TAG
+from shufflenet_mlflow.checkpoints.names import FINAL_TAG
 from shufflenet_mlflow.config import AMP_DTYPES, TrainConfig
 from shufflenet_mlflow.data.augment import AUGMENTATIONS, draw_lighting
 from shufflenet_mlflow.data.listing import ImageListing

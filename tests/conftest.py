@@ -207,7 +207,7 @@ def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_
     """The final payload and the metric history of a run that nothing disturbed."""
     from training import history, run  # which imports from here
 
-    from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+    from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 
     folder = tmp_path_factory.mktemp("uninterrupted")
     uri = f"sqlite:///{folder}/mlflow.db"

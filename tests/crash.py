@@ -20,12 +20,11 @@ from conftest import steps
 from mlflow import MlflowClient
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-import shufflenet_mlflow.checkpoint.write as write_module
+import shufflenet_mlflow.checkpoints.writing as write_module
 from shufflenet_mlflow import get_latest_model
-from shufflenet_mlflow.checkpoint.folder import list_records, remove_leftovers
-from shufflenet_mlflow.checkpoint.names import list_checkpoints
-from shufflenet_mlflow.checkpoint.retention import Retention
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_records, remove_leftovers
+from shufflenet_mlflow.checkpoints.retention import Retention
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.client import connect
 from shufflenet_mlflow.jobs.sync import run_sync
 from shufflenet_mlflow.resolve import resolve

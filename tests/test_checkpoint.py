@@ -19,11 +19,12 @@ from conftest import Hostile, assert_equal_payloads
 from torch import nn
 
 from shufflenet_mlflow import load_checkpoint
-from shufflenet_mlflow.checkpoint.names import checkpoint_name, list_checkpoints, newest_first, parse_name
-from shufflenet_mlflow.checkpoint.record import CheckpointRecord, read_record, record_path
-from shufflenet_mlflow.checkpoint.state import bare_key
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint, verify_checkpoint
-from shufflenet_mlflow.checkpoint.write import write_checkpoint
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints
+from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, read_record, record_path
+from shufflenet_mlflow.checkpoints.names import checkpoint_name, newest_first, parse_name
+from shufflenet_mlflow.checkpoints.plain import bare_key
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
+from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.errors import (
     CheckpointError,
     ConfigError,

@@ -11,7 +11,7 @@ from conftest import Invoke, small_options
 from mlflow import MlflowClient
 
 from shufflenet_mlflow import save_checkpoint
-from shufflenet_mlflow.checkpoint.names import list_checkpoints
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.spool import Spool
 from shufflenet_mlflow.tracking.messages import Checkpoint, MetricPoints, to_body
 
@@ -62,7 +62,7 @@ def test_ls_of_a_folder_and_of_its_run(run_id: str, as_json: Callable[..., Any],
 def test_ls_shows_what_is_pending_and_what_is_only_there(
     run_id: str, client: MlflowClient, as_json: Callable[..., Any]
 ) -> None:
-    from shufflenet_mlflow.checkpoint.write import write_checkpoint
+    from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 
     record = write_checkpoint({"state_dict": {"w": torch.ones(2)}}, 50, directory="models").record
     spool = Spool(Path("models"))

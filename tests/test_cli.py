@@ -16,7 +16,7 @@ from conftest import Invoke, small_options, write_images
 from mlflow import MlflowClient
 
 from shufflenet_mlflow import create_model, save_checkpoint
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.cli.tables import print_json
 from shufflenet_mlflow.client import redact

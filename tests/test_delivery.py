@@ -17,10 +17,10 @@ from mlflow.exceptions import MlflowException, RestException
 from training import Reporter, assert_same_end, run
 
 from shufflenet_mlflow import save_checkpoint
-from shufflenet_mlflow.checkpoint.folder import list_records
-from shufflenet_mlflow.checkpoint.record import BEST_TAG, LATEST_TAG
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
-from shufflenet_mlflow.checkpoint.write import write_checkpoint
+from shufflenet_mlflow.checkpoints.folders import list_records
+from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
+from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.client import stored_uri, uri_of_journal
 from shufflenet_mlflow.errors import RefusedError, SpoolError, TrackingError
 from shufflenet_mlflow.jobs import opening

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 from training import run
 
 from shufflenet_mlflow.batchnorm import RunningStatistics
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.data.sampler import Division, EvalBatches, ReestimationBatches, SampleOrder, TrainBatches
 from shufflenet_mlflow.errors import ConfigError
 from shufflenet_mlflow.runtime.distributed import World, loss_of_process

@@ -29,7 +29,7 @@ from conftest import Hostile, Invoke, write_images
 from raising import Recorder, recorder
 
 from shufflenet_mlflow import create_model, save_checkpoint
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.data.preprocess import Preprocess
 from shufflenet_mlflow.errors import ShuffleNetError

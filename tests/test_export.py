@@ -29,7 +29,7 @@ from torch import nn
 from training import Reporter, run
 
 from shufflenet_mlflow import create_model, list_models
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.classifier import Classifier, UnreadableImageError, decode, image_bytes, rank
 from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.errors import ExportError, RefusedError, TrackingError

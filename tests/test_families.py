@@ -14,8 +14,8 @@ from test_loading import FAMILIES, write_original
 from torch import nn
 
 from shufflenet_mlflow import create_model, load_checkpoint
-from shufflenet_mlflow.checkpoint.record import record_path
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.manifest import record_path
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.config import format_numbers, parse_numbers
 from shufflenet_mlflow.errors import ConfigError, ModelError, UnsafeCheckpointError
 from shufflenet_mlflow.models import oneshot, shufflenet_v2_exlarge, shufflenet_v2_large

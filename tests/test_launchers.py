@@ -14,8 +14,8 @@ from conftest import steps
 from mlflow import MlflowClient
 from training import Reporter, assert_same_end, history, request, run, run_until
 
-from shufflenet_mlflow.checkpoint.names import list_checkpoints
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import ConfigError, ResumeError, TrackingError, UnresolvedError
 from shufflenet_mlflow.jobs import opening
 from shufflenet_mlflow.jobs.sync import run_sync

@@ -10,7 +10,7 @@ from conftest import assert_equal_payloads
 from torch import nn
 
 from shufflenet_mlflow import create_model, load_checkpoint
-from shufflenet_mlflow.checkpoint.load import head_of
+from shufflenet_mlflow.checkpoints.loading import head_of
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, CorruptCheckpointError, MismatchError
 from shufflenet_mlflow.models import oneshot
 from shufflenet_mlflow.network import Architecture, guess_networks, load_network

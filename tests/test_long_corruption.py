@@ -16,13 +16,12 @@ from conftest import assert_equal_payloads
 from mlflow import MlflowClient
 from training import run
 
-from shufflenet_mlflow.checkpoint.names import list_checkpoints
-from shufflenet_mlflow.checkpoint.record import CheckpointRecord, read_record, record_path
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
-from shufflenet_mlflow.checkpoint.write import write_checkpoint
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints, newest_valid
+from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, read_record, record_path
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
+from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.resolve import resolve
-from shufflenet_mlflow.resolve.local import newest_valid
 from shufflenet_mlflow.spool import SPOOL_NAME, Spool, look
 from shufflenet_mlflow.tracking.delivery import deliver_now
 from shufflenet_mlflow.tracking.messages import Checkpoint, MetricPoints, to_body
@@ -156,7 +155,7 @@ def test_a_damaged_journal_loses_no_checkpoint(seed: int, client: MlflowClient) 
 
 def test_the_loops_above_can_fail(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A negative control: without verification, `torch.load` takes flipped bits for weights."""
-    from shufflenet_mlflow.checkpoint import verify
+    from shufflenet_mlflow.checkpoints import verification as verify
 
     accept: Callable[..., None] = lambda *_arguments: None  # noqa: E731
     monkeypatch.setattr(verify, "_verify", accept)

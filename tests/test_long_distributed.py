@@ -13,8 +13,8 @@ from mlflow import MlflowClient
 from processes import DOUBLE, Process, finish, kill, start, torchrun, wait_for_iteration, worker
 from server import Proxy, Server, free_port
 
-from shufflenet_mlflow.checkpoint.names import list_checkpoints
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.runtime.signals import ECHO_SECONDS
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]

@@ -11,7 +11,7 @@ import torch
 from conftest import Invoke, assert_equal_payloads
 
 from shufflenet_mlflow import create_model, load_checkpoint
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import MismatchError
 
 pytestmark = pytest.mark.long

@@ -18,8 +18,7 @@ from mlflow import MlflowClient
 from processes import Process, start
 from server import Proxy, Server
 
-from shufflenet_mlflow.checkpoint.folder import list_records
-from shufflenet_mlflow.checkpoint.names import list_checkpoints
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_records
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 

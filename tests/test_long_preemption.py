@@ -19,8 +19,8 @@ from mlflow import MlflowClient
 from processes import finish, start
 from server import Proxy, Server
 
-from shufflenet_mlflow.checkpoint.names import list_checkpoints
-from shufflenet_mlflow.checkpoint.verify import verify_checkpoint
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints
+from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
 from shufflenet_mlflow.runtime.signals import exit_status
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]

@@ -21,7 +21,7 @@ from processes import wait_for_iteration
 from server import free_port
 from training import run_until
 
-from shufflenet_mlflow.checkpoint.verify import verify_checkpoint
+from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

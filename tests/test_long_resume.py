@@ -15,7 +15,7 @@ from processes import finish, kill, start, wait_for_iteration
 from server import Server
 from training import history
 
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 

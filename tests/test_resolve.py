@@ -12,12 +12,12 @@ from mlflow import MlflowClient
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from shufflenet_mlflow import get_lastest_model, get_latest_model, save_checkpoint
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint, verify_checkpoint
-from shufflenet_mlflow.checkpoint.write import write_checkpoint
+from shufflenet_mlflow.checkpoints.references import ModelReference, RunReference, parse_reference
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
+from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.errors import BusyError, CorruptCheckpointError, TrackingError, UnresolvedError
 from shufflenet_mlflow.resolve import fetching, resolve
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
-from shufflenet_mlflow.resolve.reference import ModelReference, RunReference, parse_reference
 from shufflenet_mlflow.runtime.locks import FileLock
 
 ID = "0123456789abcdef" * 2

@@ -14,9 +14,9 @@ from torch.amp.grad_scaler import GradScaler
 from training import Reporter, assert_same_end, history, run, run_until
 
 from shufflenet_mlflow import create_model, save_checkpoint
-from shufflenet_mlflow.checkpoint.names import list_checkpoints
-from shufflenet_mlflow.checkpoint.record import read_record
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint, verify_checkpoint
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints
+from shufflenet_mlflow.checkpoints.manifest import read_record
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.errors import (
     ConfigError,
     ResumeError,

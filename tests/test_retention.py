@@ -8,10 +8,9 @@ import torch
 from mlflow import MlflowClient
 
 from shufflenet_mlflow import save_checkpoint
-from shufflenet_mlflow.checkpoint.folder import delete_checkpoint, remove_leftovers
-from shufflenet_mlflow.checkpoint.names import list_checkpoints
-from shufflenet_mlflow.checkpoint.record import CheckpointRecord, record_path
-from shufflenet_mlflow.checkpoint.retention import Retention
+from shufflenet_mlflow.checkpoints.folders import delete_checkpoint, list_checkpoints, remove_leftovers
+from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, record_path
+from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.errors import UnresolvedError
 from shufflenet_mlflow.resolve import resolve
 from shufflenet_mlflow.resolve.artifacts import DELETING_TAG, RunArtifacts

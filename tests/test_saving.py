@@ -13,11 +13,11 @@ from conftest import assert_equal_payloads
 from mlflow import MlflowClient
 from training import Reporter, run, run_until
 
-from shufflenet_mlflow.checkpoint.names import list_checkpoints
-from shufflenet_mlflow.checkpoint.record import read_record
-from shufflenet_mlflow.checkpoint.retention import Retention
-from shufflenet_mlflow.checkpoint.snapshot import StateBuffer
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint, verify_checkpoint
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints
+from shufflenet_mlflow.checkpoints.manifest import read_record
+from shufflenet_mlflow.checkpoints.retention import Retention
+from shufflenet_mlflow.checkpoints.staging import StateBuffer
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.spool import Spool, look
 from shufflenet_mlflow.tracking import store as store_module

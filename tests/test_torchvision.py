@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from shufflenet_mlflow import create_model, list_models
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, ModelError
 from shufflenet_mlflow.models import VARIANTS

@@ -14,8 +14,8 @@ from conftest import CLASSES, steps, values, write_images
 from mlflow import MlflowClient
 from training import Reporter, run
 
-from shufflenet_mlflow.checkpoint.names import list_checkpoints
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.runtime.signals import StopFlag
 
 TRAIN_METRICS = {"train/loss", "train/top1", "train/top5", "train/lr", "train/images_per_second"}

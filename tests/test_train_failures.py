@@ -15,9 +15,8 @@ from conftest import write_images
 from mlflow import MlflowClient
 from training import Reporter, assert_same_end, run
 
-from shufflenet_mlflow.checkpoint.folder import list_records
-from shufflenet_mlflow.checkpoint.names import list_checkpoints
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_records
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import (
     BadImageError,
     ConfigError,

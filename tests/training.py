@@ -9,7 +9,7 @@ from typing import Any
 from conftest import assert_equal_payloads, small_options, steps
 from mlflow import MlflowClient
 
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.cli.train import REQUEST_OPTIONS, train
 from shufflenet_mlflow.jobs.training import TrainSummary, run_training
 from shufflenet_mlflow.runtime.progress import LoggingReporter, Phase

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shufflenet_mlflow.checkpoint.state import is_plain_tensor
+from shufflenet_mlflow.checkpoints.plain import is_plain_tensor
 from shufflenet_mlflow.classifier import CentreCrop, Pixels
 from shufflenet_mlflow.errors import CheckpointError, ConfigError
 from shufflenet_mlflow.runtime.devices import place_input

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from shufflenet_mlflow import classifier
-from shufflenet_mlflow.checkpoint.record import BEST_TAG, LATEST_TAG, CheckpointRecord
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint, verify_checkpoint
+from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointRecord
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.errors import RefusedError, ShuffleNetError, TrackingError
 from shufflenet_mlflow.export.files import load_pt2, write_pt2

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.checkpoint.record import CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord
 from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts

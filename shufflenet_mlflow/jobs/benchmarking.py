@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from shufflenet_mlflow.checkpoint.retention import Retention
+from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.data.loader import PREFETCHED, worker_death

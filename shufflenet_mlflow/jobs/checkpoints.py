@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.checkpoint.names import list_checkpoints, newest_first, parse_name
-from shufflenet_mlflow.checkpoint.record import (
+from shufflenet_mlflow.checkpoints.folders import Resolved, list_checkpoints
+from shufflenet_mlflow.checkpoints.manifest import (
     BEST_TAG,
     LATEST_TAG,
     CheckpointRecord,
@@ -18,15 +18,15 @@ from shufflenet_mlflow.checkpoint.record import (
     record_path,
     write_record,
 )
-from shufflenet_mlflow.checkpoint.retention import Retention, best_first
-from shufflenet_mlflow.checkpoint.verify import has_checksums, verify_checkpoint
+from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
+from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference
+from shufflenet_mlflow.checkpoints.retention import Retention, best_first
+from shufflenet_mlflow.checkpoints.verification import has_checksums, verify_checkpoint
 from shufflenet_mlflow.client import connect, prepare_environment, uri_of_journal
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError, UnresolvedError
 from shufflenet_mlflow.resolve import resolve
 from shufflenet_mlflow.resolve.ids import complete
-from shufflenet_mlflow.resolve.local import Resolved
-from shufflenet_mlflow.resolve.reference import RunReference, parse_reference
 from shufflenet_mlflow.resolve.remote import RemoteCheckpoints, promoted_names
 from shufflenet_mlflow.runtime.files import write_atomically
 from shufflenet_mlflow.runtime.progress import Reporter

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shufflenet_mlflow.checkpoints.references import parse_reference
 from shufflenet_mlflow.client import connect, prepare_environment, redact
 from shufflenet_mlflow.config import check_types
 from shufflenet_mlflow.data.folder import require_same_classes
@@ -19,7 +20,6 @@ from shufflenet_mlflow.jobs.recording import Evaluated, record_in_new, record_in
 from shufflenet_mlflow.network import Network, label_outputs
 from shufflenet_mlflow.planning import BATCH_SIZE, data_name, default_workers, list_folder
 from shufflenet_mlflow.report import Observer, Report
-from shufflenet_mlflow.resolve.reference import parse_reference
 from shufflenet_mlflow.resolve.remote import read_run
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place
 from shufflenet_mlflow.runtime.launchers import ended_with_mlflow_run

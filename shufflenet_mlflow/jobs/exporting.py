@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint.record import read_record
+from shufflenet_mlflow.checkpoints.manifest import read_record
 from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.errors import ExportError, UnresolvedError
 from shufflenet_mlflow.export import Promoted, export_file, log_model, promote

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint.payload import is_own
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.schema import is_own
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.network import Architecture, Network, load_network
 from shufflenet_mlflow.resolve import resolve
 from shufflenet_mlflow.runtime.progress import Reporter

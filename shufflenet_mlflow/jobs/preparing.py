@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from shufflenet_mlflow.checkpoint.load import load_checkpoint, weights_of
+from shufflenet_mlflow.checkpoints.loading import load_checkpoint, weights_of
 from shufflenet_mlflow.config import check_resumable, option
 from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.jobs.describing import NEEDED_FOR_EQUALITY, PARTS, constants, drift_since, environment

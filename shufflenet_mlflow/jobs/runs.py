@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.checkpoint.record import BEST_TAG, LATEST_TAG, CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointRecord
+from shufflenet_mlflow.checkpoints.references import is_run_id
 from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment, redact
 from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
 from shufflenet_mlflow.resolve.ids import complete
-from shufflenet_mlflow.resolve.reference import is_run_id
 from shufflenet_mlflow.resolve.remote import read_run
 from shufflenet_mlflow.tracking.messages import record_in
 from shufflenet_mlflow.tracking.note import NOTE_TAG

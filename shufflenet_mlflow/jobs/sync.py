@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint.folder import remove_leftovers
+from shufflenet_mlflow.checkpoints.folders import remove_leftovers
 from shufflenet_mlflow.client import connect, prepare_environment, redact, uri_of_journal
 from shufflenet_mlflow.errors import SpoolError, TrackingError
 from shufflenet_mlflow.export import LogModels

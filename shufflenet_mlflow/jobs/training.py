@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint.folder import remove_leftovers
-from shufflenet_mlflow.checkpoint.retention import Retention
+from shufflenet_mlflow.checkpoints.folders import remove_leftovers
+from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.client import connect, prepare_environment
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_grace, check_job
 from shufflenet_mlflow.errors import CheckpointError, NoCheckpointError

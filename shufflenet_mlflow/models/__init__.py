@@ -153,7 +153,7 @@ def create_model(
         raise ModelError(f"{name} has no {' and no '.join(foreign)} to choose; only {', '.join(takers)} has")
     if not pretrained:
         return variant.build(num_classes, **given)
-    from shufflenet_mlflow.checkpoint.load import load_checkpoint
+    from shufflenet_mlflow.checkpoints.loading import load_checkpoint
     from shufflenet_mlflow.models.torchvision_v2 import fetch_weights
 
     weights = fetch_weights(name)

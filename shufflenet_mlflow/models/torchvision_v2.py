@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from shufflenet_mlflow.checkpoint.verify import verify_checkpoint
+from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, ModelError
 from shufflenet_mlflow.runtime.files import sha256_of
 

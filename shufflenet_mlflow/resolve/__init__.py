@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-from shufflenet_mlflow.checkpoint.record import CheckpointRecord
+from shufflenet_mlflow.checkpoints.folders import Resolved, newest_valid, resolve_file
+from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord
+from shufflenet_mlflow.checkpoints.references import FORMS, ModelReference, RunReference, parse_reference
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import UnresolvedError
 from shufflenet_mlflow.resolve.ids import beginning_of, complete, find_run_ids
-from shufflenet_mlflow.resolve.local import Resolved, newest_valid, resolve_file
-from shufflenet_mlflow.resolve.reference import FORMS, ModelReference, RunReference, parse_reference
 from shufflenet_mlflow.runtime.progress import Reporter
 
 __all__ = [
@@ -59,7 +59,6 @@ def resolve(
         if os.path.exists(reference):
             return resolve_file(reference)
         raise UnresolvedError(f"{str(ref)!r} does not exist; a checkpoint is {FORMS}")
-    from shufflenet_mlflow.resolve import remote  # imports MLflow's side only when it is needed
 
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     if isinstance(reference, RunReference):
@@ -74,7 +73,6 @@ def latest_of_run(run_id: str, tracking_uri: str | None = None) -> CheckpointRec
         UnresolvedError: there is no such run.
         TrackingError: MLflow did not answer.
     """
-    from shufflenet_mlflow.resolve import remote
 
     return remote.latest_of_run(run_id, tracking_uri=tracking_uri)
 

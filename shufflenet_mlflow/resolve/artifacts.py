@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.checkpoint.names import newest_first
-from shufflenet_mlflow.checkpoint.record import ARTIFACT_FOLDER, CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import ARTIFACT_FOLDER, CheckpointRecord
+from shufflenet_mlflow.checkpoints.names import newest_first
 from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.errors import CheckpointError, TrackingError
 from shufflenet_mlflow.runtime.files import sha256_of

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from shufflenet_mlflow.checkpoint.record import CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord
 from shufflenet_mlflow.errors import BusyError
 from shufflenet_mlflow.runtime.locks import FileLock
 from shufflenet_mlflow.runtime.progress import Reporter

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shufflenet_mlflow.checkpoint.names import newest_first, parse_name
-from shufflenet_mlflow.checkpoint.record import (
+from shufflenet_mlflow.checkpoints.folders import Resolved
+from shufflenet_mlflow.checkpoints.manifest import (
     ARTIFACT_FOLDER,
     BEST_TAG,
     LATEST_TAG,
@@ -21,7 +21,9 @@ from shufflenet_mlflow.checkpoint.record import (
     record_path,
     write_record,
 )
-from shufflenet_mlflow.checkpoint.verify import verify_checkpoint
+from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
+from shufflenet_mlflow.checkpoints.references import ModelReference, RunReference, is_run_id
+from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
 from shufflenet_mlflow.client import connect, mlflow_errors, redact
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import (
@@ -34,8 +36,6 @@ from shufflenet_mlflow.errors import (
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts, being_deleted
 from shufflenet_mlflow.resolve.fetching import scratch_folder, shown
 from shufflenet_mlflow.resolve.ids import may_have_been
-from shufflenet_mlflow.resolve.local import Resolved
-from shufflenet_mlflow.resolve.reference import ModelReference, RunReference, is_run_id
 from shufflenet_mlflow.runtime.progress import Reporter
 
 if TYPE_CHECKING:

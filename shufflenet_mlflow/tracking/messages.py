@@ -14,10 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from shufflenet_mlflow.checkpoint.names import newest_first
-from shufflenet_mlflow.checkpoint.record import BEST_TAG, LATEST_TAG, CheckpointRecord, read_record
-from shufflenet_mlflow.checkpoint.retention import Retention
-from shufflenet_mlflow.checkpoint.verify import verify_checkpoint
+from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointRecord, read_record
+from shufflenet_mlflow.checkpoints.names import newest_first
+from shufflenet_mlflow.checkpoints.retention import Retention
+from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
 from shufflenet_mlflow.client import mlflow_errors, redact
 from shufflenet_mlflow.errors import CheckpointError, RefusedError
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint.folder import delete_checkpoint, list_records
-from shufflenet_mlflow.checkpoint.names import newest_first
-from shufflenet_mlflow.checkpoint.record import BEST_TAG, LATEST_TAG, CheckpointRecord, read_record
-from shufflenet_mlflow.checkpoint.retention import Retention
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint, verify_checkpoint
+from shufflenet_mlflow.checkpoints.folders import delete_checkpoint, list_records
+from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointRecord, read_record
+from shufflenet_mlflow.checkpoints.names import newest_first
+from shufflenet_mlflow.checkpoints.retention import Retention
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.resolve.artifacts import DELETING_TAG, being_deleted

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from shufflenet_mlflow.checkpoint.record import LATEST_TAG
+from shufflenet_mlflow.checkpoints.manifest import LATEST_TAG
 from shufflenet_mlflow.client import mlflow_errors, redact
 from shufflenet_mlflow.config import DEFAULT_EXPERIMENT
 from shufflenet_mlflow.errors import ResumeError, TrackingError

@@ -6,8 +6,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint.record import LATEST_TAG, CheckpointRecord
-from shufflenet_mlflow.checkpoint.write import write_checkpoint
+from shufflenet_mlflow.checkpoints.manifest import LATEST_TAG, CheckpointRecord
+from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.client import connect, stored_uri
 from shufflenet_mlflow.errors import BusyError, SpoolError, TrackingError
 from shufflenet_mlflow.spool import Spool, look

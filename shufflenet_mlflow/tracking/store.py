@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoint.folder import list_records
-from shufflenet_mlflow.checkpoint.record import read_record, update_record
-from shufflenet_mlflow.checkpoint.retention import Retention
-from shufflenet_mlflow.checkpoint.snapshot import StateBuffer
-from shufflenet_mlflow.checkpoint.write import PreparedCheckpoint, prepare_checkpoint, write_prepared
+from shufflenet_mlflow.checkpoints.folders import list_records
+from shufflenet_mlflow.checkpoints.manifest import read_record, update_record
+from shufflenet_mlflow.checkpoints.retention import Retention
+from shufflenet_mlflow.checkpoints.staging import StateBuffer
+from shufflenet_mlflow.checkpoints.writing import PreparedCheckpoint, prepare_checkpoint, write_prepared
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.spool import Spool, is_made

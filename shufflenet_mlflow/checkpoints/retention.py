@@ -4,8 +4,8 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from shufflenet_mlflow.checkpoint.names import newest_first
-from shufflenet_mlflow.checkpoint.record import CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord
+from shufflenet_mlflow.checkpoints.names import newest_first
 from shufflenet_mlflow.config import check_keep_rules
 
 

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from shufflenet_mlflow.checkpoint.record import CheckpointRecord, read_record
+from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, read_record
 from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 from shufflenet_mlflow.runtime.files import sha256_of
 

@@ -3,8 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from shufflenet_mlflow.checkpoint.state import FORMAT_VERSION
 from shufflenet_mlflow.errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+STATE_DICT = "state_dict"
+
+EMA_STATE_DICT = "ema_state_dict"
+"""The moving average of the weights, under the same names."""
 
 _NONE = type(None)
 

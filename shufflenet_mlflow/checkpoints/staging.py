@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shufflenet_mlflow.checkpoint.state import compact, to_plain
+from shufflenet_mlflow.checkpoints.plain import compact, to_plain
 
 
 class StateBuffer:

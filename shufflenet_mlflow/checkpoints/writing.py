@@ -12,21 +12,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from shufflenet_mlflow.checkpoint.names import checkpoint_name
-from shufflenet_mlflow.checkpoint.record import (
-    ARTIFACT_FOLDER,
-    CheckpointRecord,
-    finite,
-    record_path,
-    write_record,
-)
-from shufflenet_mlflow.checkpoint.state import (
-    EMA_STATE_DICT,
-    FORMAT_VERSION,
-    STATE_DICT,
-    bare_state_dict,
-    to_plain,
-)
+from shufflenet_mlflow.checkpoints.manifest import ARTIFACT_FOLDER, CheckpointRecord, finite, record_path, write_record
+from shufflenet_mlflow.checkpoints.names import checkpoint_name
+from shufflenet_mlflow.checkpoints.plain import bare_state_dict, to_plain
+from shufflenet_mlflow.checkpoints.schema import EMA_STATE_DICT, FORMAT_VERSION, STATE_DICT
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.runtime.files import sha256_of, sync_folder, write_atomically
 

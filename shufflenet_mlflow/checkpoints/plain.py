@@ -8,12 +8,6 @@ from torch import Tensor
 
 from shufflenet_mlflow.errors import CheckpointError
 
-FORMAT_VERSION = 1
-
-STATE_DICT = "state_dict"
-EMA_STATE_DICT = "ema_state_dict"
-"""The moving average of the weights, under the same names."""
-
 _WRAPPERS = ("module.", "_orig_mod.")
 
 _DTYPES = {

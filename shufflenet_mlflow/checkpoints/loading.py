@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from shufflenet_mlflow.checkpoint.payload import is_own
-from shufflenet_mlflow.checkpoint.state import EMA_STATE_DICT, STATE_DICT, bare_key, bare_state_dict, is_plain_tensor
-from shufflenet_mlflow.checkpoint.verify import read_checkpoint
+from shufflenet_mlflow.checkpoints.plain import bare_key, bare_state_dict, is_plain_tensor
+from shufflenet_mlflow.checkpoints.schema import EMA_STATE_DICT, STATE_DICT, is_own
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, MismatchError
 
 logger = logging.getLogger(__name__)

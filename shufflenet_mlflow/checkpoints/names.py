@@ -1,12 +1,10 @@
 """How checkpoint files are called: `{tag}checkpoint-{iters:06}.pth.tar`, as in the original release."""
 
-import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
-from shufflenet_mlflow.errors import CheckpointError, ConfigError
+from shufflenet_mlflow.errors import ConfigError
 
 FINAL_TAG = "bnps-"
 """Marks the state after BN re-estimation, the last one of a run."""
@@ -56,18 +54,3 @@ def newest_first(names: Iterable[str]) -> list[str]:
 
     parsed = {name: parts for name in names if (parts := parse_name(name)) is not None}
     return sorted(parsed, key=order, reverse=True)
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoint files in `directory`, newest first; [] where there is no such folder.
-
-    Raises:
-        CheckpointError: the folder cannot be read.
-    """
-    if not os.path.isdir(directory):  # unlike Path.is_dir, never raises
-        return []
-    try:
-        names = [entry.name for entry in directory.iterdir() if entry.is_file()]
-    except OSError as error:
-        raise CheckpointError(f"cannot look into the folder {str(directory)!r}: {error.strerror}") from error
-    return [directory / name for name in newest_first(names)]

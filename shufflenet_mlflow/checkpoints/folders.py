@@ -1,0 +1,119 @@
+"""A folder of checkpoints: what is in it, and taking things out of it."""
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, read_record, record_path
+from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
+from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
+from shufflenet_mlflow.errors import CheckpointError, UnresolvedError
+from shufflenet_mlflow.runtime.files import remove_temporaries, sync_folder, temporary_beside
+
+logger = logging.getLogger(__name__)
+
+_RECORD_SUFFIX = ".json"
+
+
+def list_records(directory: Path) -> list[CheckpointRecord]:
+    """The records of the checkpoints in `directory`, newest first; files without one are passed over."""
+    records = (read_record(path) for path in list_checkpoints(directory))
+    return [record for record in records if record is not None]
+
+
+def delete_checkpoint(path: Path) -> int:
+    """Delete a checkpoint and its record.
+
+    First it loses its name, so that nobody begins to read it; then it is removed. What a process that is killed in
+    between leaves, `remove_leftovers` takes away.
+
+    Returns:
+        The bytes that became free.
+
+    Raises:
+        OSError: it could not be deleted.
+    """
+    size = path.stat().st_size
+    nameless = temporary_beside(path)
+    os.replace(path, nameless)
+    sync_folder(path.parent)
+    nameless.unlink()
+    record_path(path).unlink(missing_ok=True)
+    return size
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed writers and deleters left in `directory`; call while nobody writes there."""
+    if not directory.is_dir():
+        return
+    with contextlib.suppress(OSError):  # a folder that cannot be written says so when something is saved
+        remove_temporaries(directory)
+        for entry in directory.iterdir():
+            name = entry.name.removesuffix(_RECORD_SUFFIX)
+            lonely = name != entry.name and parse_name(name) is not None and not (directory / name).exists()
+            if lonely and read_record(directory / name) is not None:
+                entry.unlink(missing_ok=True)
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoint files in `directory`, newest first; [] where there is no such folder.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    if not os.path.isdir(directory):  # unlike Path.is_dir, never raises
+        return []
+    try:
+        names = [entry.name for entry in directory.iterdir() if entry.is_file()]
+    except OSError as error:
+        raise CheckpointError(f"cannot look into the folder {str(directory)!r}: {error.strerror}") from error
+    return [directory / name for name in newest_first(names)]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A verified checkpoint file."""
+
+    path: Path
+    iters: int
+    """From the file's name; 0 if it is not called like a checkpoint."""
+    run_id: str | None = None
+    """The run it was fetched from; None for a file that was found on the disk."""
+
+
+def resolve_file(path: Path) -> Resolved:
+    """Verify one file.
+
+    Raises:
+        CheckpointError: it is corrupt or cannot be opened.
+    """
+    verify_checkpoint(path)
+    name = parse_name(path.name)
+    return Resolved(path, name.iters if name else 0)
+
+
+def newest_valid(directory: Path) -> Resolved | None:
+    """The newest checkpoint in `directory` that verifies; None if there is no checkpoint.
+
+    Those that fail are named in the log and passed over.
+
+    Raises:
+        UnresolvedError: there are checkpoints, and all of them failed.
+    """
+    failures: list[CheckpointError] = []
+    for path in list_checkpoints(directory):
+        try:
+            resolved = resolve_file(path)
+        except CheckpointError as error:
+            logger.warning("passed over: %s", error)
+            failures.append(error)
+            continue
+        logger.debug("the newest checkpoint in %s that verifies: %s", directory, path.name)
+        return resolved
+    if failures:
+        raise UnresolvedError(
+            f"{str(directory)!r}: none of its {len(failures)} checkpoints verifies; the newest: {failures[0]}"
+        )
+    return None
