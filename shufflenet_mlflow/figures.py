@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from shufflenet_mlflow.classifier import UnreadableImageError, decode
+from shufflenet_mlflow.data.decode import UnreadableImageError, decode
 from shufflenet_mlflow.report import CALIBRATION_BINS, Report
 
 MOST_NUMBERS = 20

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from shufflenet_mlflow.classifier import UnreadableImageError, decode, rank
+from shufflenet_mlflow.data.decode import UnreadableImageError, decode
 from shufflenet_mlflow.data.loader import BadImage, BadImageLog, Item, batches_of, make_loader
 from shufflenet_mlflow.data.pictures import Pictures
 from shufflenet_mlflow.data.preprocess import ToInput, Transform, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches, Key
 from shufflenet_mlflow.evaluate import EvalSettings
+from shufflenet_mlflow.evaluation.ranking import rank
 from shufflenet_mlflow.network import Network
 from shufflenet_mlflow.runtime.devices import place
 from shufflenet_mlflow.runtime.progress import Reporter

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from shufflenet_mlflow.classifier import UnreadableImageError, decode
 from shufflenet_mlflow.data.augment import AUGMENTATIONS, change_colours, draw_lighting, seeded
+from shufflenet_mlflow.data.decode import UnreadableImageError, decode
 from shufflenet_mlflow.data.digits import write_digits
 from shufflenet_mlflow.data.folder import (
     IMAGE_SUFFIXES,

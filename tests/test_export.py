@@ -30,12 +30,14 @@ from training import Reporter, run
 
 from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
-from shufflenet_mlflow.classifier import Classifier, UnreadableImageError, decode, image_bytes, rank
+from shufflenet_mlflow.data.decode import UnreadableImageError, decode
 from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.errors import ExportError, RefusedError, TrackingError
+from shufflenet_mlflow.evaluation.ranking import rank
 from shufflenet_mlflow.export import LogModels, export_file, files, log_model
 from shufflenet_mlflow.export.logged import SHA256_TAG, find_logged_model, write_model
 from shufflenet_mlflow.export.program import check_equal, example_pixels
+from shufflenet_mlflow.export.serving import Classifier, image_bytes
 from shufflenet_mlflow.jobs.sync import run_sync
 from shufflenet_mlflow.models import shufflenet_v2
 from shufflenet_mlflow.models.cost import _count

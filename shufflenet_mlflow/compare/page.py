@@ -9,10 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from shufflenet_mlflow.classifier import UnreadableImageError, decode
 from shufflenet_mlflow.compare.comparison import Comparison
 from shufflenet_mlflow.compare.curves import AXES, curves_figure
 from shufflenet_mlflow.compare.paired import Change, PairedTest
+from shufflenet_mlflow.data.decode import UnreadableImageError, decode
 from shufflenet_mlflow.errors import ExportError
 from shufflenet_mlflow.figures import write_figure
 from shufflenet_mlflow.runtime.serialization import to_json

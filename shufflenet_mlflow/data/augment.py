@@ -13,7 +13,7 @@ import cv2
 import torch
 from torch import Tensor
 
-from shufflenet_mlflow.classifier import Pixels, resize_antialiased, resize_shorter_side, to_tensor
+from shufflenet_mlflow.data.decode import Pixels, resize_antialiased, resize_shorter_side, to_tensor
 from shufflenet_mlflow.data.preprocess import MODES, Mode, Preprocess, Transform, eval_transform
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from shufflenet_mlflow.classifier import UnreadableImageError, decode
 from shufflenet_mlflow.data.augment import seeded
+from shufflenet_mlflow.data.decode import UnreadableImageError, decode
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.preprocess import Transform
 from shufflenet_mlflow.data.sampler import Key, derive_seed

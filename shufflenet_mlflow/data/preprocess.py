@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shufflenet_mlflow.checkpoints.plain import is_plain_tensor
-from shufflenet_mlflow.classifier import CentreCrop, Pixels
+from shufflenet_mlflow.data.decode import CentreCrop, Pixels
 from shufflenet_mlflow.errors import CheckpointError, ConfigError
 from shufflenet_mlflow.runtime.devices import place_input
 

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from shufflenet_mlflow import classifier
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointRecord
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.client import mlflow_errors
+from shufflenet_mlflow.data import decode
 from shufflenet_mlflow.errors import RefusedError, ShuffleNetError, TrackingError
+from shufflenet_mlflow.evaluation import ranking
+from shufflenet_mlflow.export import serving
+from shufflenet_mlflow.export.bundle import bundle
 from shufflenet_mlflow.export.files import load_pt2, write_pt2
 from shufflenet_mlflow.export.program import check_equal, settings_of
 from shufflenet_mlflow.export.quiet import quiet
@@ -32,6 +35,9 @@ from shufflenet_mlflow.tracking.messages import RunTarget, record_in, register_k
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
+
+CODE_FILE = "classifier.py"
+"""The code of a logged model: `export.serving` and the modules it works with, in one file."""
 
 SHA256_TAG = "checkpoint.sha256"
 """Tag of a logged model: of the checkpoint that it was made from."""
@@ -203,11 +209,13 @@ def write_model(
         write_pt2(network, program)
         difference = check_equal(network, load_pt2(program), "the logged model")
         settings.write_text(json.dumps(settings_of(network), indent=2), "utf-8")
+        code = Path(scratch) / CODE_FILE
+        code.write_text(bundle([decode, ranking, serving]), "utf-8")
         with quiet(*_TALKATIVE):
             mlflow.pyfunc.save_model(
                 folder,
-                python_model=classifier.__file__,
-                artifacts={classifier.PROGRAM: str(program), classifier.SETTINGS: str(settings)},
+                python_model=str(code),
+                artifacts={serving.PROGRAM: str(program), serving.SETTINGS: str(settings)},
                 signature=signature,
                 input_example=pd.DataFrame({"image": [_example_image()]}),
                 pip_requirements=_requirements(),

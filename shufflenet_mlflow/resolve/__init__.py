@@ -60,10 +60,12 @@ def resolve(
             return resolve_file(reference)
         raise UnresolvedError(f"{str(ref)!r} does not exist; a checkpoint is {FORMS}")
 
+    from shufflenet_mlflow.resolve.remote import resolve_model, resolve_run  # only when MLflow is needed
+
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     if isinstance(reference, RunReference):
-        return remote.resolve_run(reference, tracking_uri=tracking_uri, cache_dir=folder, reporter=reporter)
-    return remote.resolve_model(reference, tracking_uri=tracking_uri, cache_dir=folder, reporter=reporter)
+        return resolve_run(reference, tracking_uri=tracking_uri, cache_dir=folder, reporter=reporter)
+    return resolve_model(reference, tracking_uri=tracking_uri, cache_dir=folder, reporter=reporter)
 
 
 def latest_of_run(run_id: str, tracking_uri: str | None = None) -> CheckpointRecord | None:
@@ -74,7 +76,9 @@ def latest_of_run(run_id: str, tracking_uri: str | None = None) -> CheckpointRec
         TrackingError: MLflow did not answer.
     """
 
-    return remote.latest_of_run(run_id, tracking_uri=tracking_uri)
+    from shufflenet_mlflow.resolve.remote import latest_of_run as read_latest
+
+    return read_latest(run_id, tracking_uri=tracking_uri)
 
 
 def get_latest_model(

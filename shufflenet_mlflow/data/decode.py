@@ -1,18 +1,12 @@
-"""An image file in, labels and probabilities out.
+"""Decode an image file to RGB pixels, resize it and crop its centre.
 
-`shufflenet predict` works with this, and MLflow takes this very file as the code of a logged model, so that a served
-model answers the same. A logged model outlives the package that made it: nothing of the package is imported here.
+Training, evaluation and prediction decode with this module, and logged models carry a copy of it (`export.bundle`), so
+all of them see the same pixels. A logged model outlives the package that made it: nothing of the package is imported.
 """
 
-import base64
-import binascii
-import json
-from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -27,13 +21,6 @@ LARGEST_RESIZED = 1 << 26
 
 LARGEST_JPEG = 1 << 28
 """Bytes of a file that are read into memory; a larger one is left to Pillow, which reads a file piece by piece."""
-
-PROGRAM = "program"
-SETTINGS = "settings"
-"""What the two artifacts of a logged model are called."""
-
-BATCH_SIZE = 64
-"""A served model takes more images in one request a batch at a time."""
 
 
 class UnreadableImageError(ValueError):
@@ -155,101 +142,3 @@ class CentreCrop:
         top = round((pixels_HWC.shape[0] - self.crop) / 2)
         left = round((pixels_HWC.shape[1] - self.crop) / 2)
         return to_tensor(pixels_HWC[top : top + self.crop, left : left + self.crop], self.channels)
-
-
-Ranked = list[tuple[str, float]]
-"""Labels with their probabilities, the most probable first."""
-
-
-def rank(logits_NC: Tensor, labels: Sequence[str], top: int = 1) -> list[Ranked]:
-    """The `top` most probable labels of each row; of equal ones the first."""
-    probabilities_NC = torch.softmax(logits_NC.float(), 1).cpu()
-    order_NC = torch.argsort(probabilities_NC, dim=1, descending=True, stable=True)[:, :top]
-    rows = zip(order_NC.tolist(), probabilities_NC.gather(1, order_NC).tolist(), strict=True)
-    return [[(labels[index], value) for index, value in zip(*row, strict=True)] for row in rows]
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A program that takes uint8 (N, 3, crop, crop) and gives logits (N, classes), with what belongs to it."""
-
-    program: Callable[[Tensor], Tensor]
-    labels: Sequence[str]
-    prepare: CentreCrop
-
-    @classmethod
-    def load(cls, program: str | Path, settings: str | Path) -> "Classifier":
-        """From an exported program and the JSON file that `settings_of` describes."""
-        values: dict[str, Any] = json.loads(Path(settings).read_text("utf-8"))
-        module = torch.export.load(program).module()
-        return cls(module, values["labels"], CentreCrop(**values["prepare"]))
-
-    def classify(self, images: Iterable[BinaryIO], top: int = 1) -> list[Ranked]:
-        """The most probable labels of each image.
-
-        Raises:
-            UnreadableImageError: one cannot be read; the message says which.
-        """
-        found: list[Ranked] = []
-        waiting: list[Tensor] = []
-
-        def flush() -> None:
-            with torch.inference_mode():
-                found.extend(rank(self.program(torch.stack(waiting)), self.labels, top))
-            waiting.clear()
-
-        for number, source in enumerate(images):
-            try:
-                waiting.append(self.prepare(decode(source)))
-            except UnreadableImageError as error:
-                raise UnreadableImageError(f"image {number} is not a readable image ({error})") from error
-            if len(waiting) == BATCH_SIZE:
-                flush()
-        if waiting:
-            flush()
-        return found
-
-
-def image_bytes(value: bytes | str) -> BinaryIO:
-    """An encoded image as a request brings it: bytes, or the same in base64.
-
-    Raises:
-        UnreadableImageError: it is neither.
-    """
-    if isinstance(value, str):
-        try:
-            value = base64.b64decode(value, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise UnreadableImageError(f"{value[:20]!r} is not base64") from error
-    if not isinstance(value, (bytes, bytearray)):
-        raise UnreadableImageError(f"a {type(value).__name__} is not the bytes of a JPEG or PNG")
-    return BytesIO(value)
-
-
-if __package__ != "shufflenet_mlflow":  # MLflow runs this file as the code of a logged model
-    import pandas as pd
-    from mlflow.exceptions import MlflowException
-    from mlflow.models import set_model
-    from mlflow.pyfunc import PythonModel
-
-    class LoggedClassifier(PythonModel):
-        """A column `image` of JPEG or PNG bytes in; columns `label` and `probability` out."""
-
-        def load_context(self, context: Any) -> None:
-            """See `mlflow.pyfunc.PythonModel`."""
-            self.classifier = Classifier.load(context.artifacts[PROGRAM], context.artifacts[SETTINGS])
-
-        def predict(self, context, model_input: pd.DataFrame, params=None):  # type: ignore[no-untyped-def]
-            """See `mlflow.pyfunc.PythonModel`.
-
-            Raises:
-                MlflowException: an image cannot be read; the answer to a request is then status 400.
-            """
-            try:
-                found = self.classifier.classify(image_bytes(value) for value in model_input["image"])
-            except UnreadableImageError as error:
-                raise MlflowException.invalid_parameter_value(str(error)) from error
-            rows = [ranked[0] for ranked in found]
-            return pd.DataFrame(rows, columns=["label", "probability"])
-
-    set_model(LoggedClassifier())

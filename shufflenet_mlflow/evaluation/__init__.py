@@ -1,0 +1,1 @@
+"""A pass over a data set, its report and plots, and prediction."""
