@@ -5,7 +5,7 @@ from shlex import quote
 
 import click
 
-from shufflenet_mlflow.config import MOST_WORKERS
+from shufflenet_mlflow.config import MAX_WORKERS
 
 from .commands import Group
 from .completing import Folder
@@ -58,7 +58,7 @@ def digits(folder: Path, as_json: bool) -> None:
 @option("--input-size", type=int, metavar="PIXELS", help="A multiple of 32.  [default: 224]")
 @option(
     "--workers",
-    type=click.IntRange(0, MOST_WORKERS),
+    type=click.IntRange(0, MAX_WORKERS),
     metavar="N",
     help="Decoding processes.  [default: one per core, at most 16]",
 )

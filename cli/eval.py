@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shufflenet_mlflow.config import MOST_WORKERS
+from shufflenet_mlflow.config import MAX_WORKERS
 
 from .commands import Command
 from .completing import Folder
@@ -45,7 +45,7 @@ WORST_CLASSES = 3
     option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images at a time.  [default: the run's own]"),
     option(
         "--workers",
-        type=click.IntRange(0, MOST_WORKERS),
+        type=click.IntRange(0, MAX_WORKERS),
         metavar="N",
         help="Decoding processes.  [default: one per core, at most 16]",
     ),

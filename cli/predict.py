@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from shufflenet_mlflow.config import MOST_WORKERS
+from shufflenet_mlflow.config import MAX_WORKERS
 
 from .commands import Command
 from .options import (
@@ -35,7 +35,7 @@ from .options import (
     option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images at a time.  [default: 64]"),
     option(
         "--workers",
-        type=click.IntRange(0, MOST_WORKERS),
+        type=click.IntRange(0, MAX_WORKERS),
         metavar="N",
         help="Decoding processes.  [default: none for a few images]",
     ),

@@ -19,6 +19,7 @@ from shufflenet_mlflow.runtime.signals import GRACE_SECONDS
 DEFAULT_MODEL = "shufflenet_v2_x0_5"
 DEFAULT_EXPERIMENT = "shufflenet"
 DEFAULT_SAVE_ROOT = "models"
+DEFAULT_BATCH_SIZE = 64
 
 EVALUATION_SECTION = "eval/"
 """Metrics of evaluations in a run: this, what the set of images is called there, and the metric."""
@@ -26,7 +27,7 @@ EVALUATION_TAG = "evaluation."
 """Tags of a run: this and what a set of images is called there; the digest of those images. The run's inputs need not
 say that they were evaluated: MLflow keeps the context that a data set was first logged with, such as `validation`."""
 
-MOST_WORKERS = 1000
+MAX_WORKERS = 1000
 """Processes that decode images: a slip of the keyboard must not fill the machine with them."""
 
 Number = TypeVar("Number", int, float)
@@ -254,7 +255,7 @@ class TrainConfig:
         )
         _require(0 <= self.label_smooth < 1, "label_smooth", self.label_smooth, "at least 0 and below 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
-        _require(0 <= self.workers <= MOST_WORKERS, "workers", self.workers, f"from 0 to {MOST_WORKERS}")
+        _require(0 <= self.workers <= MAX_WORKERS, "workers", self.workers, f"from 0 to {MAX_WORKERS}")
         check_device(self.device)
         _require(self.on_bad_image in ("fail", "skip"), "on_bad_image", self.on_bad_image, "fail or skip")
         check_keep_rules(self.keep_last, self.keep_best, self.keep_every)

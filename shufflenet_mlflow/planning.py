@@ -4,7 +4,6 @@ Options that were not given come from the checkpoint that is resumed, then from 
 """
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,85 +11,33 @@ from typing import Any
 
 from shufflenet_mlflow.checkpoints.references import parse_reference
 from shufflenet_mlflow.config import (
+    DEFAULT_BATCH_SIZE,
     DEFAULT_MODEL,
     FIELDS,
     TrainConfig,
-    default_cache_dir,
     format_numbers,
 )
 from shufflenet_mlflow.data.augment import AUGMENTATIONS
-from shufflenet_mlflow.data.digits import cached_digits
-from shufflenet_mlflow.data.folder import list_images, require_images_only, require_same_classes
+from shufflenet_mlflow.data.datasets import list_folder
+from shufflenet_mlflow.data.folder import require_same_classes
 from shufflenet_mlflow.data.listing import ImageListing
-from shufflenet_mlflow.data.loader import PREFETCHED
+from shufflenet_mlflow.data.loader import default_workers
 from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.data.sampler import Division, SampleOrder
 from shufflenet_mlflow.errors import ConfigError, ResumeError
 from shufflenet_mlflow.models.torchvision_v2 import published_weights
 from shufflenet_mlflow.network import Architecture, choose_preprocess
 from shufflenet_mlflow.recipe import get_recipe
-from shufflenet_mlflow.runtime.devices import usable_cores
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.start import Init, Start, TrainRequest
 from shufflenet_mlflow.train import TrainData
 
-BATCH_SIZE = 64
-MOST_WORKERS = 16
-"""More have not been tried."""
-WORKERS_FROM = 256
-"""With fewer images, starting processes takes longer than decoding."""
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - asked for its size only
-"""Where Linux keeps what processes share."""
 DISPLAY_INTERVAL = 20
 VALIDATIONS = 10
 """By default a run is validated, and saved, about so often, and at most once per epoch."""
 
 DIGITS_INPUT_SIZE = 64
 DIGITS_EPOCHS = 20
-DIGITS_NAME = "digits"
-
-
-def default_workers(images: int, batch_size: int, input_size: int) -> int:
-    """Processes that decode images, unless told: one per core that is there for this process.
-
-    Fewer where the memory through which their batches come does not hold so many: in containers it is often small.
-    """
-    if images < WORKERS_FROM:
-        return 0
-    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    processes = max(1, int(local)) if local.isdecimal() else 1
-    batch = batch_size * 3 * input_size**2
-    try:
-        in_memory = shutil.disk_usage(SHARED_MEMORY).free // (2 * PREFETCHED * batch * processes)
-    except OSError:  # not Linux
-        in_memory = MOST_WORKERS
-    return min(MOST_WORKERS, max(1, usable_cores() // processes), in_memory)
-
-
-def data_name(directory: str | None) -> str:
-    """What to call a data set: its folder's name, or the one above a folder called train or val."""
-    if directory is None:
-        return DIGITS_NAME
-    path = Path(directory)
-    generic = ("train", "training", "val", "valid", "validation", "test")
-    return path.parent.name if path.name.lower() in generic and path.parent.name else path.name
-
-
-def list_folder(
-    directory: str | None, part: str, *, option: str, skip_bad: bool, cache_dir: Path | None
-) -> ImageListing:
-    """List `directory`, or that part of the bundled digits.
-
-    Raises:
-        DataError: see `list_images`; or it holds other files than images, and `skip_bad` is False.
-    """
-    cache_dir = cache_dir or default_cache_dir()
-    if directory is None:
-        return list_images(cached_digits(cache_dir) / part)
-    listing = list_images(directory, option=option, cache_dir=cache_dir)
-    if not skip_bad:
-        require_images_only(listing, option=option)
-    return listing
 
 
 def _absolute(directory: Any) -> str | None:
@@ -144,7 +91,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
         mean_image=_mean_image_to_read({**request.inherited, **given}, start),
         stored=Preprocess.from_dict(start.payload["preprocess"], repr(str(start.path))) if start is not None else None,
     )
-    batch_size = options.get("batch_size", BATCH_SIZE)
+    batch_size = options.get("batch_size", DEFAULT_BATCH_SIZE)
     if batch_size < 2:
         raise ConfigError(f"--batch-size (={batch_size}) must be at least 2: batch normalisation needs two images")
     division = _divide(batch_size, options.get("micro_batch_size"), world)

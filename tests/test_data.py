@@ -25,6 +25,7 @@ from shufflenet_mlflow.data.folder import (
     require_images_only,
     require_same_classes,
 )
+from shufflenet_mlflow.data.listing import Sample, Samples
 from shufflenet_mlflow.data.loader import (
     BadImageLog,
     Batch,
@@ -557,3 +558,15 @@ def test_an_endless_strip_is_a_bad_image(tmp_path: Path) -> None:
 def test_an_impossible_folder_name() -> None:
     with pytest.raises(DataError, match="cannot be read: File name too long"):
         list_images("x" * 5000)
+
+
+def test_samples() -> None:
+    rows = [("a/é.jpg", 0, 5), ("a/b.jpg", 0, 1 << 40), ("c/" + os.fsdecode(b"\xff.png"), 7, 0)]
+    samples = Samples.of(rows)
+    expected = [Sample(*row) for row in rows]
+    assert list(samples) == expected
+    assert samples[-1] == expected[-1]
+    assert samples[1:] == expected[1:]
+    assert len(Samples.of([])) == 0
+    with pytest.raises(IndexError):
+        samples[3]

@@ -27,12 +27,11 @@ from training import run
 from shufflenet_mlflow import create_model, save_checkpoint
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.data.folder import list_images
-from shufflenet_mlflow.data.loader import BadImageLog
+from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog
 from shufflenet_mlflow.data.pictures import find_pictures
 from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.evaluate import EvalSettings, evaluate
 from shufflenet_mlflow.jobs.loading import NetworkRequest
-from shufflenet_mlflow.planning import WORKERS_FROM
 from shufflenet_mlflow.runtime.devices import place
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag

@@ -3,13 +3,10 @@
 import logging
 import os
 import stat
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from shufflenet_mlflow.data import kept as kept_listings
-from shufflenet_mlflow.data.kept import Stamps, stamp_of
 from shufflenet_mlflow.data.listing import ImageListing, Samples
 from shufflenet_mlflow.errors import DataError
 
@@ -44,11 +41,8 @@ class _File(NamedTuple):
         return self.bytes is not None and is_image_name(self.path)
 
 
-def _files_below(root: str, folder: str, stamps: Stamps) -> list[_File]:
+def _files_below(root: str, folder: str) -> list[_File]:
     """The files below `root`/`folder`, sorted; hidden files and folders are passed over.
-
-    Args:
-        stamps: is told every folder's.
 
     Raises:
         DataError: a folder cannot be read.
@@ -67,7 +61,6 @@ def _files_below(root: str, folder: str, stamps: Stamps) -> list[_File]:
             if (status.st_dev, status.st_ino) in visited:  # a link that leads back up
                 continue
             visited.add((status.st_dev, status.st_ino))
-            stamps[parent] = stamp_of(status)
             with os.scandir(path) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
@@ -114,35 +107,27 @@ def files_below(folder: str) -> list[str]:
     Raises:
         DataError: a folder cannot be read.
     """
-    return [file.path for file in _files_below(folder, "", {}) if file.bytes is not None]
+    return [file.path for file in _files_below(folder, "") if file.bytes is not None]
 
 
-def list_images(root: str | Path, *, option: str = "folder", cache_dir: Path | None = None) -> ImageListing:
+def list_images(root: str | Path, *, option: str = "folder") -> ImageListing:
     """List the image folder `root`.
 
     Args:
         option: what to call the folder in messages, such as `--train-dir`.
-        cache_dir: where listings of large folders are kept; None keeps none.
 
     Raises:
         DataError: the folder is missing, empty, unreadable, holds images but no class folders, a link in it leads
             nowhere, or a class has no image.
     """
     root = Path(root)
-    began = time.time()
-    if cache_dir is not None:
-        kept = kept_listings.find(root, cache_dir)
-        if kept is not None:
-            logger.debug("%s: %d images, as listed before, %.2f s", root, len(kept), time.time() - began)
-            return kept
-    stamps: Stamps = {}
-    classes = _class_folders(root, option, stamps)
+    classes = _class_folders(root, option)
     samples: list[tuple[str, int, int]] = []
     foreign: list[str] = []
     without_images: list[str] = []
     for label, name in enumerate(classes):
         before = len(samples)
-        for file in _files_below(os.fspath(root), name, stamps):
+        for file in _files_below(os.fspath(root), name):
             if file.is_image and file.bytes is not None:
                 samples.append((file.path, label, file.bytes))
             else:
@@ -154,13 +139,11 @@ def list_images(root: str | Path, *, option: str = "folder", cache_dir: Path | N
             f"{option} {str(root)!r}: no image in class {name_some(without_images)}; add images or remove the folder"
         )
     listing = ImageListing(root, classes, Samples.of(samples), tuple(foreign))
-    logger.debug("%s: %d images of %d classes, %.2f s", root, len(listing), len(classes), time.time() - began)
-    if cache_dir is not None:
-        kept_listings.keep(listing, stamps, cache_dir, began)
+    logger.debug("%s: %d images of %d classes", root, len(listing), len(classes))
     return listing
 
 
-def _class_folders(root: Path, option: str, stamps: Stamps) -> tuple[str, ...]:
+def _class_folders(root: Path, option: str) -> tuple[str, ...]:
     """The names of the folders in `root`, in text order.
 
     Raises:
@@ -168,7 +151,6 @@ def _class_folders(root: Path, option: str, stamps: Stamps) -> tuple[str, ...]:
             missing without a word.
     """
     try:
-        stamps[""] = stamp_of(os.stat(root))
         with os.scandir(root) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(".")]
     except FileNotFoundError:

@@ -1,8 +1,11 @@
 """Batches of images, decoded in worker processes."""
 
+import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -16,10 +19,18 @@ from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.preprocess import Transform
 from shufflenet_mlflow.data.sampler import Key, derive_seed
 from shufflenet_mlflow.errors import BadImageError, DataError
+from shufflenet_mlflow.runtime.devices import usable_cores
 from shufflenet_mlflow.runtime.signals import StopFlag
 
 PREFETCHED = 2
 """Batches that each process loads in advance."""
+
+DEFAULT_WORKERS_LIMIT = 16
+"""More have not been tried."""
+WORKERS_FROM = 256
+"""With fewer images, starting processes takes longer than decoding."""
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - asked for its size only
+"""Where Linux keeps what processes share."""
 
 
 class BadImage(NamedTuple):
@@ -208,3 +219,20 @@ def worker_death(error: RuntimeError) -> DataError | None:
         f"a data loading process died ({str(error).splitlines()[0]}); if memory ran out, lower --workers or "
         "--batch-size"
     )
+
+
+def default_workers(images: int, batch_size: int, input_size: int) -> int:
+    """Processes that decode images, unless told: one per core that is there for this process.
+
+    Fewer where the memory through which their batches come does not hold so many: in containers it is often small.
+    """
+    if images < WORKERS_FROM:
+        return 0
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    processes = max(1, int(local)) if local.isdecimal() else 1
+    batch = batch_size * 3 * input_size**2
+    try:
+        in_memory = shutil.disk_usage(SHARED_MEMORY).free // (2 * PREFETCHED * batch * processes)
+    except OSError:  # not Linux
+        in_memory = DEFAULT_WORKERS_LIMIT
+    return min(DEFAULT_WORKERS_LIMIT, max(1, usable_cores() // processes), in_memory)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import Preprocess, eval_transform
@@ -27,7 +28,6 @@ from shufflenet_mlflow.runtime.signals import StopFlag
 
 XML_NAME = "MeanImg"
 SUFFIXES = (".npy", ".xml")
-BATCH_SIZE = 64
 _MOST_TAGS = 1000
 """A mean image needs about fifteen."""
 
@@ -45,7 +45,7 @@ def mean_image(
         StopRequested: a signal arrived.
     """
     dataset = ImageDataset(listing, eval_transform(Preprocess("bgr255", input_size)), replace_bad=False)
-    batches = EvalBatches(len(listing), BATCH_SIZE)
+    batches = EvalBatches(len(listing), DEFAULT_BATCH_SIZE)
     loader = make_loader(dataset, batches, workers=workers, pin_memory=False)
     total = torch.zeros(3, input_size, input_size, dtype=torch.float64)
     n = 0

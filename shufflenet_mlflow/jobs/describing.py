@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from shufflenet_mlflow.config import HARMLESS, TrainConfig, drift
+from shufflenet_mlflow.data.datasets import data_name
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.models.cost import model_cost
-from shufflenet_mlflow.planning import Plan, data_name
+from shufflenet_mlflow.planning import Plan
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.start import Start
 from shufflenet_mlflow.tracking.messages import DatasetInput, Message, Params, TextArtifact

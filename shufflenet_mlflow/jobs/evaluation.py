@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.references import parse_reference
 from shufflenet_mlflow.client import connect, prepare_environment, redact
-from shufflenet_mlflow.config import check_types
+from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE, check_types
+from shufflenet_mlflow.data.datasets import data_name, list_folder
 from shufflenet_mlflow.data.folder import require_same_classes
 from shufflenet_mlflow.data.listing import ImageListing
-from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
+from shufflenet_mlflow.data.loader import BadImageLog, default_workers, worker_deaths_reported
 from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, UnresolvedError
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.jobs.loading import Loaded, NetworkRequest
 from shufflenet_mlflow.jobs.recording import Evaluated, record_in_new, record_in_own, record_in_source
 from shufflenet_mlflow.network import Network, label_outputs
-from shufflenet_mlflow.planning import BATCH_SIZE, data_name, default_workers, list_folder
 from shufflenet_mlflow.report import Observer, Report
 from shufflenet_mlflow.resolve.remote import read_run
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place
@@ -208,7 +208,7 @@ def _evaluate(
     _check_classes(network, listing, source, reporter)
     device = choose_device(request.device)
     keep_freed_memory(device)
-    batch_size = request.batch_size or trained.get("batch_size", BATCH_SIZE)
+    batch_size = request.batch_size or trained.get("batch_size", DEFAULT_BATCH_SIZE)
     workers = default_workers(len(listing), batch_size, network.preprocess.input_size)
     if val_dir is None:  # the digits, where they would be of no use
         workers = 0

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
-from shufflenet_mlflow.data.mean import BATCH_SIZE, check_output, mean_image, write_mean_image
+from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE
+from shufflenet_mlflow.data.datasets import list_folder
+from shufflenet_mlflow.data.loader import BadImageLog, default_workers, worker_deaths_reported
+from shufflenet_mlflow.data.mean import check_output, mean_image, write_mean_image
 from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
-from shufflenet_mlflow.planning import default_workers, list_folder
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 
@@ -56,7 +57,7 @@ def run_mean(
         mean_HWC = mean_image(
             listing,
             size,
-            workers=default_workers(len(listing), BATCH_SIZE, size) if workers is None else workers,
+            workers=default_workers(len(listing), DEFAULT_BATCH_SIZE, size) if workers is None else workers,
             bad_images=bad_images,
             reporter=reporter,
             stop=stop,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference
 from shufflenet_mlflow.client import impatient, is_server, mlflow_errors, redact
 from shufflenet_mlflow.config import TrainConfig
+from shufflenet_mlflow.data.datasets import data_name
 from shufflenet_mlflow.errors import ResumeError, TrackingError
 from shufflenet_mlflow.jobs.describing import config_digest
-from shufflenet_mlflow.planning import data_name
 from shufflenet_mlflow.runtime.launchers import attempt
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.spool import Spool, is_made, name_new_run

@@ -4,13 +4,13 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 from shufflenet_mlflow.client import prepare_environment
-from shufflenet_mlflow.data.loader import BadImageLog, worker_deaths_reported
+from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE
+from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog, default_workers, worker_deaths_reported
 from shufflenet_mlflow.data.pictures import Pictures
 from shufflenet_mlflow.evaluate import EvalSettings
 from shufflenet_mlflow.folding import folded
 from shufflenet_mlflow.jobs.loading import NetworkRequest
 from shufflenet_mlflow.network import Network
-from shufflenet_mlflow.planning import BATCH_SIZE, WORKERS_FROM, default_workers
 from shufflenet_mlflow.predict import Prediction, predict
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory
 from shufflenet_mlflow.runtime.progress import Reporter
@@ -66,7 +66,7 @@ def _predict(
         # As in an evaluation, with the same bits. For fewer images folding takes longer than it saves; and one alone
         # is then answered with the bits of a served model.
         network = replace(network, model=folded(network.model))
-    batch_size = request.batch_size or BATCH_SIZE
+    batch_size = request.batch_size or DEFAULT_BATCH_SIZE
     workers = default_workers(len(pictures), batch_size, network.preprocess.input_size)
     settings = EvalSettings(
         batch_size=batch_size,
