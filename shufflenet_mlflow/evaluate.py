@@ -11,7 +11,7 @@ from shufflenet_mlflow.data.loader import BadImageLog, Batch, ImageDataset, batc
 from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches
 from shufflenet_mlflow.errors import DataError
-from shufflenet_mlflow.folding import folded
+from shufflenet_mlflow.models.fuse_bn import folded
 from shufflenet_mlflow.recipe import count_correct, make_loss
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.progress import Reporter

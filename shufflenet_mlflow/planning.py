@@ -25,8 +25,9 @@ from shufflenet_mlflow.data.loader import default_workers
 from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.data.sampler import Division, SampleOrder
 from shufflenet_mlflow.errors import ConfigError, ResumeError
+from shufflenet_mlflow.models.loaded import choose_preprocess
+from shufflenet_mlflow.models.spec import Architecture
 from shufflenet_mlflow.models.torchvision_v2 import published_weights
-from shufflenet_mlflow.network import Architecture, choose_preprocess
 from shufflenet_mlflow.recipe import get_recipe
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.start import Init, Start, TrainRequest

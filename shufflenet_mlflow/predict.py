@@ -14,7 +14,7 @@ from shufflenet_mlflow.data.preprocess import ToInput, Transform, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches, Key
 from shufflenet_mlflow.evaluate import EvalSettings
 from shufflenet_mlflow.evaluation.ranking import rank
-from shufflenet_mlflow.network import Network
+from shufflenet_mlflow.models.loaded import Network
 from shufflenet_mlflow.runtime.devices import place
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag

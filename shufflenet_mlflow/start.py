@@ -14,7 +14,8 @@ from shufflenet_mlflow.checkpoints.schema import RESUME_KEYS, check_payload, is_
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, ResumeError, TrackingError, UnresolvedError
-from shufflenet_mlflow.network import Architecture, Described, describe, identify
+from shufflenet_mlflow.models.loaded import Described, describe, identify
+from shufflenet_mlflow.models.spec import Architecture
 from shufflenet_mlflow.resolve import latest_of_run, resolve
 from shufflenet_mlflow.resolve.ids import complete
 from shufflenet_mlflow.spool import look

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from shufflenet_mlflow import create_model
 from shufflenet_mlflow.config import TrainConfig
-from shufflenet_mlflow.folding import folded
+from shufflenet_mlflow.models.fuse_bn import folded
 from shufflenet_mlflow.recipe import make_optimizer, make_scheduler
 from shufflenet_mlflow.runtime import devices
 from shufflenet_mlflow.runtime.devices import choose_device, memory_format_on, place, place_input

@@ -41,7 +41,8 @@ from shufflenet_mlflow.export.serving import Classifier, image_bytes
 from shufflenet_mlflow.jobs.sync import run_sync
 from shufflenet_mlflow.models import shufflenet_v2
 from shufflenet_mlflow.models.cost import _count
-from shufflenet_mlflow.network import Architecture, Network, _body, choose_preprocess
+from shufflenet_mlflow.models.loaded import Network, _body, choose_preprocess
+from shufflenet_mlflow.models.spec import Architecture
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.messages import RunTarget, record_in
 

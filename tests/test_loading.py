@@ -13,7 +13,8 @@ from shufflenet_mlflow import create_model, load_checkpoint
 from shufflenet_mlflow.checkpoints.loading import head_of
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, CorruptCheckpointError, MismatchError
 from shufflenet_mlflow.models import oneshot
-from shufflenet_mlflow.network import Architecture, guess_networks, load_network
+from shufflenet_mlflow.models.loaded import load_network
+from shufflenet_mlflow.models.spec import Architecture, guess_networks
 
 FAMILIES = [
     "shufflenet_v1_x0_5_g3",

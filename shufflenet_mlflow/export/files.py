@@ -21,7 +21,7 @@ from shufflenet_mlflow.export.program import (
     settings_of,
 )
 from shufflenet_mlflow.export.quiet import quiet
-from shufflenet_mlflow.network import Network
+from shufflenet_mlflow.models.loaded import Network
 
 SETTINGS_FILE = "classifier.json"
 """The extra file of a `.pt2`, and the metadata entry of an `.onnx`, that holds `settings_of`."""

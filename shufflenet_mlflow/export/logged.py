@@ -28,7 +28,7 @@ from shufflenet_mlflow.export.bundle import bundle
 from shufflenet_mlflow.export.files import load_pt2, write_pt2
 from shufflenet_mlflow.export.program import check_equal, settings_of
 from shufflenet_mlflow.export.quiet import quiet
-from shufflenet_mlflow.network import Network, load_network
+from shufflenet_mlflow.models.loaded import Network, load_network
 from shufflenet_mlflow.resolve.remote import MODEL_VERSION_TAG
 from shufflenet_mlflow.tracking.messages import RunTarget, record_in, register_kind
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from shufflenet_mlflow.data.preprocess import ToInput, eval_transform
 from shufflenet_mlflow.errors import ExportError
-from shufflenet_mlflow.network import Network
+from shufflenet_mlflow.models.loaded import Network
 
 INPUT, OUTPUT = "images", "logits"
 """Names of what a program takes and gives."""

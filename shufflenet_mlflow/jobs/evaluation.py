@@ -18,7 +18,7 @@ from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, Unre
 from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.jobs.loading import Loaded, NetworkRequest
 from shufflenet_mlflow.jobs.recording import Evaluated, record_in_new, record_in_own, record_in_source
-from shufflenet_mlflow.network import Network, label_outputs
+from shufflenet_mlflow.models.loaded import Network, label_outputs
 from shufflenet_mlflow.report import Observer, Report
 from shufflenet_mlflow.resolve.remote import read_run
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place

@@ -7,7 +7,8 @@ from typing import Any
 
 from shufflenet_mlflow.checkpoints.schema import is_own
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
-from shufflenet_mlflow.network import Architecture, Network, load_network
+from shufflenet_mlflow.models.loaded import Network, load_network
+from shufflenet_mlflow.models.spec import Architecture
 from shufflenet_mlflow.resolve import resolve
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.start import run_of

@@ -8,9 +8,9 @@ from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE
 from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog, default_workers, worker_deaths_reported
 from shufflenet_mlflow.data.pictures import Pictures
 from shufflenet_mlflow.evaluate import EvalSettings
-from shufflenet_mlflow.folding import folded
 from shufflenet_mlflow.jobs.loading import NetworkRequest
-from shufflenet_mlflow.network import Network
+from shufflenet_mlflow.models.fuse_bn import folded
+from shufflenet_mlflow.models.loaded import Network
 from shufflenet_mlflow.predict import Prediction, predict
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory
 from shufflenet_mlflow.runtime.progress import Reporter

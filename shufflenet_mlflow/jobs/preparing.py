@@ -13,7 +13,7 @@ from shufflenet_mlflow.config import check_resumable, option
 from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.jobs.describing import NEEDED_FOR_EQUALITY, PARTS, constants, drift_since, environment
 from shufflenet_mlflow.jobs.following import NoMetrics, NoStore
-from shufflenet_mlflow.network import classes_in, naming_what_fits
+from shufflenet_mlflow.models.loaded import classes_in, naming_what_fits
 from shufflenet_mlflow.planning import Plan, check_same_data, plan
 from shufflenet_mlflow.recipe import make_ema, make_optimizer, make_scheduler
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place
