@@ -26,8 +26,8 @@ from shufflenet_mlflow import create_model
 from shufflenet_mlflow.data.folder import list_images
 from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, default_workers
 from shufflenet_mlflow.data.preprocess import Preprocess, eval_transform
-from shufflenet_mlflow.evaluate import EvalSettings
-from shufflenet_mlflow.evaluate import evaluate as our_evaluate
+from shufflenet_mlflow.evaluation.evaluate import EvalSettings
+from shufflenet_mlflow.evaluation.evaluate import evaluate as our_evaluate
 from shufflenet_mlflow.models import get_variant
 from shufflenet_mlflow.runtime.devices import keep_freed_memory, place
 from shufflenet_mlflow.runtime.progress import LoggingReporter

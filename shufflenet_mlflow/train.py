@@ -38,13 +38,9 @@ from shufflenet_mlflow.data.sampler import (
     derive_seed,
 )
 from shufflenet_mlflow.errors import DataError, ElsewhereError, NonFiniteLossError
-from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
-from shufflenet_mlflow.recipe import (
-    REESTIMATION_IMAGES,
-    count_correct,
-    make_loss,
-    training_loss,
-)
+from shufflenet_mlflow.evaluation.evaluate import EvalResult, EvalSettings, evaluate
+from shufflenet_mlflow.evaluation.metrics import count_correct
+from shufflenet_mlflow.recipe import REESTIMATION_IMAGES, make_loss, training_loss
 from shufflenet_mlflow.runtime.devices import compile_failure, compiled, lack_of_memory
 from shufflenet_mlflow.runtime.distributed import World, loss_of_process
 from shufflenet_mlflow.runtime.progress import Reporter

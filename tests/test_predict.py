@@ -30,7 +30,7 @@ from shufflenet_mlflow.data.folder import list_images
 from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog
 from shufflenet_mlflow.data.pictures import find_pictures
 from shufflenet_mlflow.errors import ConfigError, DataError
-from shufflenet_mlflow.evaluate import EvalSettings, evaluate
+from shufflenet_mlflow.evaluation.evaluate import EvalSettings, evaluate
 from shufflenet_mlflow.jobs.loading import NetworkRequest
 from shufflenet_mlflow.runtime.devices import place
 from shufflenet_mlflow.runtime.progress import LoggingReporter

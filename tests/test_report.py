@@ -19,10 +19,10 @@ from shufflenet_mlflow.data.folder import list_images
 from shufflenet_mlflow.data.listing import ImageListing, Samples
 from shufflenet_mlflow.data.loader import Batch
 from shufflenet_mlflow.errors import TrackingError
-from shufflenet_mlflow.figures import figures_of
+from shufflenet_mlflow.evaluation.plots import figures_of
+from shufflenet_mlflow.evaluation.report import Observer, Outcomes, Report
 from shufflenet_mlflow.jobs import evaluation
 from shufflenet_mlflow.models.loaded import label_outputs
-from shufflenet_mlflow.report import Observer, Outcomes, Report
 from shufflenet_mlflow.runtime.serialization import to_csv, to_json
 
 

@@ -14,7 +14,7 @@ from shufflenet_mlflow.compare import compare_runs
 from shufflenet_mlflow.compare.curves import curves_figure
 from shufflenet_mlflow.compare.paired import Evaluation, Outcome, paired_test
 from shufflenet_mlflow.config import command_of
-from shufflenet_mlflow.figures import write_figure
+from shufflenet_mlflow.evaluation.plots import write_figure
 from shufflenet_mlflow.tracking.messages import RunTarget
 from shufflenet_mlflow.tracking.note import NOTE_TAG, Note
 from shufflenet_mlflow.tracking.provenance import command_line

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.figure import Figure
 
 from shufflenet_mlflow.compare.comparison import CURVES, Comparison, Curve
-from shufflenet_mlflow.figures import new_figure
+from shufflenet_mlflow.evaluation.plots import new_figure
 
 AXES: dict[str, tuple[str, Callable[[Curve], Sequence[float] | None]]] = {
     "iterations": ("iterations", lambda curve: curve.iterations),

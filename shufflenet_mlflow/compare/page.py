@@ -14,7 +14,7 @@ from shufflenet_mlflow.compare.curves import AXES, curves_figure
 from shufflenet_mlflow.compare.paired import Change, PairedTest
 from shufflenet_mlflow.data.decode import UnreadableImageError, decode
 from shufflenet_mlflow.errors import ExportError
-from shufflenet_mlflow.figures import write_figure
+from shufflenet_mlflow.evaluation.plots import write_figure
 from shufflenet_mlflow.runtime.serialization import to_json
 
 PAGE, DOCUMENT = "compare.html", "compare.json"

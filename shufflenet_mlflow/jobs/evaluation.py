@@ -15,11 +15,11 @@ from shufflenet_mlflow.data.folder import require_same_classes
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, default_workers, worker_deaths_reported
 from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, UnresolvedError
-from shufflenet_mlflow.evaluate import EvalResult, EvalSettings, evaluate
+from shufflenet_mlflow.evaluation.evaluate import EvalResult, EvalSettings, evaluate
+from shufflenet_mlflow.evaluation.report import Observer, Report
 from shufflenet_mlflow.jobs.loading import Loaded, NetworkRequest
 from shufflenet_mlflow.jobs.recording import Evaluated, record_in_new, record_in_own, record_in_source
 from shufflenet_mlflow.models.loaded import Network, label_outputs
-from shufflenet_mlflow.report import Observer, Report
 from shufflenet_mlflow.resolve.remote import read_run
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place
 from shufflenet_mlflow.runtime.launchers import ended_with_mlflow_run

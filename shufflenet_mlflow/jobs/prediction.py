@@ -7,11 +7,11 @@ from shufflenet_mlflow.client import prepare_environment
 from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE
 from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog, default_workers, worker_deaths_reported
 from shufflenet_mlflow.data.pictures import Pictures
-from shufflenet_mlflow.evaluate import EvalSettings
+from shufflenet_mlflow.evaluation.evaluate import EvalSettings
+from shufflenet_mlflow.evaluation.prediction import Prediction, predict
 from shufflenet_mlflow.jobs.loading import NetworkRequest
 from shufflenet_mlflow.models.fuse_bn import folded
 from shufflenet_mlflow.models.loaded import Network
-from shufflenet_mlflow.predict import Prediction, predict
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag

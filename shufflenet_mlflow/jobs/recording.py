@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.config import EVALUATION_SECTION, EVALUATION_TAG
 from shufflenet_mlflow.data.listing import ImageListing
+from shufflenet_mlflow.evaluation.report import Report
 from shufflenet_mlflow.export.logged import find_logged_model
 from shufflenet_mlflow.jobs.describing import dataset_input
-from shufflenet_mlflow.report import Report
 from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.evaluated import OfModel, log_input_model, log_results
 from shufflenet_mlflow.tracking.messages import (
@@ -176,7 +176,7 @@ def record_in_own(run: AdoptedRun, source: "Run | None", evaluated: Evaluated) -
 
 def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "LoggedModel | None") -> None:
     """Artifacts first, then the numbers that say that they are there."""
-    from shufflenet_mlflow.figures import figures_of, write_figure  # matplotlib: not before the first image
+    from shufflenet_mlflow.evaluation.plots import figures_of, write_figure  # matplotlib: not before the first image
 
     report, listing = evaluated.report, evaluated.listing
     folder = f"{ARTIFACTS}/{evaluated.folder}"

@@ -11,8 +11,8 @@ from shufflenet_mlflow.data.loader import BadImageLog, Batch, ImageDataset, batc
 from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches
 from shufflenet_mlflow.errors import DataError
+from shufflenet_mlflow.evaluation.metrics import count_correct
 from shufflenet_mlflow.models.fuse_bn import folded
-from shufflenet_mlflow.recipe import count_correct, make_loss
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
@@ -70,7 +70,7 @@ def evaluate(
     batches = EvalBatches(len(listing), settings.batch_size, world.rank, world.size)
     loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")
     fetched = batches_of(loader)
-    loss_function = make_loss()
+    loss_function = nn.CrossEntropyLoss()
     device = settings.device
     to_input = ToInput(preprocess, device)
     correct = torch.zeros(2, dtype=torch.int64, device=device)

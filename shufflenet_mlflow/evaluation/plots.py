@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from shufflenet_mlflow.data.decode import UnreadableImageError, decode
-from shufflenet_mlflow.report import CALIBRATION_BINS, Report
+from shufflenet_mlflow.evaluation.report import CALIBRATION_BINS, Report
 
 MOST_NUMBERS = 20
 """Up to so many classes the confusion matrix shows its counts."""

@@ -12,7 +12,7 @@ from shufflenet_mlflow.data.loader import BadImage, BadImageLog, Item, batches_o
 from shufflenet_mlflow.data.pictures import Pictures
 from shufflenet_mlflow.data.preprocess import ToInput, Transform, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches, Key
-from shufflenet_mlflow.evaluate import EvalSettings
+from shufflenet_mlflow.evaluation.evaluate import EvalSettings
 from shufflenet_mlflow.evaluation.ranking import rank
 from shufflenet_mlflow.models.loaded import Network
 from shufflenet_mlflow.runtime.devices import place
