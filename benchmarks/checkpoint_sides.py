@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from shufflenet_mlflow.models import create_model
-from shufflenet_mlflow.recipe import make_loss, make_optimizer, training_loss
+from shufflenet_mlflow.training.recipe import make_loss, make_optimizer, training_loss
 
 BATCH_SIZE, INPUT_SIZE, CLASSES = 8, 32, 1000
 EXPERIMENT = "checkpoint_stall"

@@ -36,7 +36,7 @@ from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.start import TrainRequest
-from shufflenet_mlflow.train import Trainer
+from shufflenet_mlflow.training.loop import Trainer
 
 FAMILIES = (
     "shufflenet_v1_x1_0_g3",

@@ -28,10 +28,10 @@ from shufflenet_mlflow.errors import ConfigError, ResumeError
 from shufflenet_mlflow.models.loaded import choose_preprocess
 from shufflenet_mlflow.models.spec import Architecture
 from shufflenet_mlflow.models.torchvision_v2 import published_weights
-from shufflenet_mlflow.recipe import get_recipe
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.start import Init, Start, TrainRequest
-from shufflenet_mlflow.train import TrainData
+from shufflenet_mlflow.training.loop import TrainData
+from shufflenet_mlflow.training.recipe import get_recipe
 
 DISPLAY_INTERVAL = 20
 VALIDATIONS = 10

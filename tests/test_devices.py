@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map_only
 from shufflenet_mlflow import create_model
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.models.fuse_bn import folded
-from shufflenet_mlflow.recipe import make_optimizer, make_scheduler
 from shufflenet_mlflow.runtime import devices
 from shufflenet_mlflow.runtime.devices import choose_device, memory_format_on, place, place_input
-from shufflenet_mlflow.state import TrainingState
+from shufflenet_mlflow.training.recipe import make_optimizer, make_scheduler
+from shufflenet_mlflow.training.state import TrainingState
 
 CPU = torch.device("cpu")
 

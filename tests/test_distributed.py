@@ -15,13 +15,13 @@ from torch import nn
 from torch.distributed import TCPStore
 from training import run
 
-from shufflenet_mlflow.batchnorm import RunningStatistics
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.data.sampler import Division, EvalBatches, ReestimationBatches, SampleOrder, TrainBatches
 from shufflenet_mlflow.errors import ConfigError
 from shufflenet_mlflow.runtime.distributed import World, loss_of_process
 from shufflenet_mlflow.runtime.rendezvous import joined, name_attempt
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
+from shufflenet_mlflow.training.batchnorm import RunningStatistics
 
 ORDER = SampleOrder(num_samples=53, batch_size=12, seed=3)
 

@@ -20,7 +20,7 @@ from shufflenet_mlflow.config import format_numbers, parse_numbers
 from shufflenet_mlflow.errors import ConfigError, ModelError, UnsafeCheckpointError
 from shufflenet_mlflow.models import oneshot, shufflenet_v2_exlarge, shufflenet_v2_large
 from shufflenet_mlflow.models.auxiliary import DeeplySupervised
-from shufflenet_mlflow.recipe import AUXILIARY_WEIGHTS, get_recipe, make_loss, training_loss
+from shufflenet_mlflow.training.recipe import AUXILIARY_WEIGHTS, get_recipe, make_loss, training_loss
 
 SmallTrain = Callable[..., dict[str, Any]]
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from shufflenet_mlflow import create_model
-from shufflenet_mlflow.batchnorm import reestimate_bn
 from shufflenet_mlflow.evaluation.metrics import count_correct
-from shufflenet_mlflow.recipe import get_recipe, make_loss, make_optimizer, make_scheduler, parameter_groups
+from shufflenet_mlflow.training.batchnorm import reestimate_bn
+from shufflenet_mlflow.training.recipe import get_recipe, make_loss, make_optimizer, make_scheduler, parameter_groups
 
 
 def test_rate_is_scaled_with_the_batch() -> None:

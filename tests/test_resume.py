@@ -25,7 +25,7 @@ from shufflenet_mlflow.errors import (
 from shufflenet_mlflow.jobs.training import run_training
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 from shufflenet_mlflow.start import TrainRequest
-from shufflenet_mlflow.state import StepRandomness
+from shufflenet_mlflow.training.rng import StepRandomness
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.tracking.run import make_run, new_run
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
-from shufflenet_mlflow.train import Trainer
+from shufflenet_mlflow.training.loop import Trainer
 
 EXPERIMENT = "shufflenet-bench"
 

@@ -19,7 +19,7 @@ from shufflenet_mlflow.start import Start
 from shufflenet_mlflow.tracking.messages import DatasetInput, Message, Params, TextArtifact
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
-from shufflenet_mlflow.train import TrainData, TrainResult
+from shufflenet_mlflow.training.loop import TrainData, TrainResult
 
 OF_PIXELS = ("torchvision", "opencv-python-headless", "simplejpeg")
 """Packages that decode and change images."""

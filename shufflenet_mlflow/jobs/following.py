@@ -9,7 +9,7 @@ from shufflenet_mlflow.runtime.progress import LoggingReporter, Phase, SilentPha
 
 
 class NoStore:
-    """Keeps nothing; see `shufflenet_mlflow.train.CheckpointStore`."""
+    """Keeps nothing; see `shufflenet_mlflow.training.loop.CheckpointStore`."""
 
     def save(self, _state: Mapping[str, Any], iters: int, tag: str, *, val_top1: float | None) -> Path:
         """The name of nothing."""
@@ -29,7 +29,7 @@ class NoStore:
 
 
 class NoMetrics:
-    """Keeps nothing; see `shufflenet_mlflow.train.MetricSink`."""
+    """Keeps nothing; see `shufflenet_mlflow.training.loop.MetricSink`."""
 
     def log(self, values: Mapping[str, float], iters: int) -> None:
         """The leader logs them."""

@@ -15,14 +15,14 @@ from shufflenet_mlflow.jobs.describing import NEEDED_FOR_EQUALITY, PARTS, consta
 from shufflenet_mlflow.jobs.following import NoMetrics, NoStore
 from shufflenet_mlflow.models.loaded import classes_in, naming_what_fits
 from shufflenet_mlflow.planning import Plan, check_same_data, plan
-from shufflenet_mlflow.recipe import make_ema, make_optimizer, make_scheduler
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.start import Init, Start, TrainRequest
-from shufflenet_mlflow.state import TrainingState
-from shufflenet_mlflow.train import TrainData, Trainer
+from shufflenet_mlflow.training.loop import TrainData, Trainer
+from shufflenet_mlflow.training.recipe import make_ema, make_optimizer, make_scheduler
+from shufflenet_mlflow.training.state import TrainingState
 
 OF_ONE_MACHINE = ("train_dir", "val_dir", "mean_image", "init_from", "workers", "device")
 """Options in which the processes of one job may differ."""

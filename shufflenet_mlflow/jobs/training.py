@@ -29,7 +29,7 @@ from shufflenet_mlflow.start import Start, TrainRequest, find_init, find_start, 
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 from shufflenet_mlflow.tracking.system import SystemMetrics
-from shufflenet_mlflow.train import Trainer, TrainResult, best_metrics
+from shufflenet_mlflow.training.loop import Trainer, TrainResult, best_metrics
 
 NOTHING_TRAINED = TrainResult(iters=0, epoch=0, loss=math.nan, val_top1=None, val_top5=None, checkpoint=None)
 

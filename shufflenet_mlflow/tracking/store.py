@@ -25,7 +25,7 @@ class TrackedMetrics:
         self._recorder = recorder
 
     def log(self, values: Mapping[str, float], iters: int) -> None:
-        """See `shufflenet_mlflow.train.MetricSink`."""
+        """See `shufflenet_mlflow.training.loop.MetricSink`."""
         plain = {name: float(value) for name, value in values.items()}
         self._recorder.record(MetricPoints(plain, iters, now_ms()))
 
@@ -61,7 +61,7 @@ class TrackedStore:
         self._failure: CheckpointError | None = None
 
     def save(self, state: Mapping[str, Any], iters: int, tag: str, *, val_top1: float | None) -> Path:
-        """See `shufflenet_mlflow.train.CheckpointStore`.
+        """See `shufflenet_mlflow.training.loop.CheckpointStore`.
 
         Raises:
             CheckpointError: the state is not plain data; or an earlier one could not be written.
@@ -104,7 +104,7 @@ class TrackedStore:
             self._reporter.warn(f"{error}; training goes on")
 
     def mark_best(self, checkpoint: Path, val_top1: float) -> bool:
-        """See `shufflenet_mlflow.train.CheckpointStore`."""
+        """See `shufflenet_mlflow.training.loop.CheckpointStore`."""
         if checkpoint not in self._submitted and read_record(checkpoint) is None:
             return False
 
@@ -121,12 +121,12 @@ class TrackedStore:
         return True
 
     def newest(self) -> Path | None:
-        """See `shufflenet_mlflow.train.CheckpointStore`."""
+        """See `shufflenet_mlflow.training.loop.CheckpointStore`."""
         self._recorder.drain()
         return self._newest
 
     def finish(self) -> Path | None:
-        """See `shufflenet_mlflow.train.CheckpointStore`.
+        """See `shufflenet_mlflow.training.loop.CheckpointStore`.
 
         Raises:
             CheckpointError: the last checkpoint could not be written, or, unless training was to go on, any.

@@ -14,97 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from shufflenet_mlflow.checkpoints.loading import load_checkpoint
 from shufflenet_mlflow.config import TrainConfig
-from shufflenet_mlflow.data.sampler import derive_seed
 from shufflenet_mlflow.errors import CheckpointError, NonFiniteLossError
 from shufflenet_mlflow.runtime.distributed import World
-
-
-class Meter:
-    """Loss and accuracy since the last report, summed on the device so that no step waits for it.
-
-    With several processes each sums up its own; `collect` brings them together.
-    """
-
-    def __init__(self, device: torch.device, world: World | None = None) -> None:
-        self._world = world or World()
-        # loss * n, correct in one, correct in five, n
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._collected = torch.zeros_like(self._sums)
-        self._bad_iters = torch.zeros((), dtype=torch.int64, device=device)
-
-    def update(self, iters: int, loss: Tensor, correct1: Tensor, correct5: Tensor, size: int) -> None:
-        """Add one batch: the mean loss of `size` images, and how many were right."""
-        loss = loss.detach()
-        counts = torch.stack((correct1, correct5)).double()
-        self._sums[0] += loss.double() * size
-        self._sums[1:3] += counts
-        self._sums[3] += size
-        first_bad = ~torch.isfinite(loss) & (self._bad_iters == 0)
-        self._bad_iters += first_bad * iters
-
-    def collect(self) -> None:
-        """Bring all processes' sums together; all of them have to take part."""
-        if self._world.size > 1:
-            self._collected += self._world.sum(self._sums)
-            self._sums.zero_()
-            bad = int(self._bad_iters.item())
-            self._bad_iters.fill_(min((iters for iters in self._world.gather(bad) if iters), default=0))
-
-    def first_bad(self) -> int | None:
-        """The first iteration whose loss was not finite; None if there was none."""
-        return int(self._bad_iters.item()) or None
-
-    def means(self) -> dict[str, float]:
-        """Means over the images since the last `reset`; NaN before the first."""
-        loss, top1, top5, n = self.state_dict()
-        if not n:
-            return {"train/loss": math.nan, "train/top1": math.nan, "train/top5": math.nan}
-        return {"train/loss": loss / n, "train/top1": top1 / n, "train/top5": top5 / n}
-
-    def reset(self) -> None:
-        """Begin a new stretch."""
-        self._sums.zero_()
-        self._collected.zero_()
-
-    def state_dict(self) -> list[float]:
-        """The sums, as plain numbers."""
-        sums: list[float] = (self._sums if self._world.size == 1 else self._collected).tolist()
-        return sums
-
-    def load_state_dict(self, sums: list[float]) -> None:
-        """The inverse of `state_dict`."""
-        if len(sums) != len(self._sums):
-            raise ValueError(f"meter_state has {len(sums)} numbers, not {len(self._sums)}")
-        target = self._sums if self._world.size == 1 else self._collected
-        target.copy_(torch.tensor(sums, dtype=torch.float64))
-
-
-class StepRandomness:
-    """What the network itself draws, for dropout: one number per iteration, from which each part's generators follow.
-
-    So nothing depends on which process computes which part, one small state is all there is to save, and a device's
-    own generator needs no saving: it is seeded anew for each part.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self._seed = 0
-
-    def begin_iteration(self) -> None:
-        """Draw this iteration's number; the same in every process."""
-        self._seed = int(torch.randint(2**62, (), generator=self.generator))
-
-    def begin_part(self, part: int) -> None:
-        """Seed the generators of all devices for that part of the batch."""
-        torch.manual_seed(derive_seed(self._seed, part))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The generator that everything follows from."""
-        return {"cpu": self.generator.get_state()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.generator.set_state(state["cpu"])
+from shufflenet_mlflow.training.meter import Meter
+from shufflenet_mlflow.training.rng import StepRandomness
 
 
 class TrainingState:

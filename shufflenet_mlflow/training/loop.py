@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shufflenet_mlflow.batchnorm import RunningStatistics, reestimate_bn
 from shufflenet_mlflow.checkpoints.names import FINAL_TAG
 from shufflenet_mlflow.config import AMP_DTYPES, TrainConfig
 from shufflenet_mlflow.data.augment import AUGMENTATIONS, draw_lighting
@@ -40,12 +39,13 @@ from shufflenet_mlflow.data.sampler import (
 from shufflenet_mlflow.errors import DataError, ElsewhereError, NonFiniteLossError
 from shufflenet_mlflow.evaluation.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.evaluation.metrics import count_correct
-from shufflenet_mlflow.recipe import REESTIMATION_IMAGES, make_loss, training_loss
 from shufflenet_mlflow.runtime.devices import compile_failure, compiled, lack_of_memory
 from shufflenet_mlflow.runtime.distributed import World, loss_of_process
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
-from shufflenet_mlflow.state import TrainingState
+from shufflenet_mlflow.training.batchnorm import RunningStatistics, reestimate_bn
+from shufflenet_mlflow.training.recipe import REESTIMATION_IMAGES, make_loss, training_loss
+from shufflenet_mlflow.training.state import TrainingState
 
 
 class CheckpointStore(Protocol):
