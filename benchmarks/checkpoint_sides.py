@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from shufflenet_mlflow.models import create_model
+from shufflenet_mlflow.models.catalog import create_model
 from shufflenet_mlflow.training.recipe import make_loss, make_optimizer, training_loss
 
 BATCH_SIZE, INPUT_SIZE, CLASSES = 8, 32, 1000

@@ -28,7 +28,7 @@ from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, default_wor
 from shufflenet_mlflow.data.preprocess import Preprocess, eval_transform
 from shufflenet_mlflow.evaluation.evaluate import EvalSettings
 from shufflenet_mlflow.evaluation.evaluate import evaluate as our_evaluate
-from shufflenet_mlflow.models import get_variant
+from shufflenet_mlflow.models.catalog import get_variant
 from shufflenet_mlflow.runtime.devices import keep_freed_memory, place
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag

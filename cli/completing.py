@@ -32,7 +32,7 @@ class Network(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from shufflenet_mlflow.errors import ModelError
-        from shufflenet_mlflow.models import get_variant
+        from shufflenet_mlflow.models.catalog import get_variant
 
         try:
             return get_variant(value).name
@@ -40,7 +40,7 @@ class Network(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
     def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from shufflenet_mlflow.models import list_models
+        from shufflenet_mlflow.models.catalog import list_models
 
         return [CompletionItem(name) for name in list_models() if name.startswith(incomplete)]
 

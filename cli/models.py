@@ -21,7 +21,7 @@ def models(as_json: bool) -> None:
       shufflenet models
       shufflenet models --json
     """
-    from shufflenet_mlflow.models import VARIANTS
+    from shufflenet_mlflow.models.catalog import VARIANTS
 
     from .console import next_steps
     from .tables import print_json, print_table

@@ -12,7 +12,7 @@ from shufflenet_mlflow.version import __version__
 if TYPE_CHECKING:
     from shufflenet_mlflow.checkpoints.loading import LoadReport, load_checkpoint
     from shufflenet_mlflow.errors import ShuffleNetError
-    from shufflenet_mlflow.models import create_model, list_models
+    from shufflenet_mlflow.models.catalog import create_model, list_models
     from shufflenet_mlflow.resolve import get_latest_model
     from shufflenet_mlflow.resolve import get_latest_model as get_lastest_model
     from shufflenet_mlflow.tracking.save import save_checkpoint
@@ -32,10 +32,10 @@ __all__ = [
 _HOMES = {
     "LoadReport": "checkpoints.loading",
     "ShuffleNetError": "errors",
-    "create_model": "models",
+    "create_model": "models.catalog",
     "get_lastest_model": "resolve:get_latest_model",  # so the original release spelled it
     "get_latest_model": "resolve",
-    "list_models": "models",
+    "list_models": "models.catalog",
     "load_checkpoint": "checkpoints.loading",
     "save_checkpoint": "tracking.save",
 }

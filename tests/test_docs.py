@@ -11,7 +11,7 @@ import yaml
 from documents import LANGUAGES, PAGES, ROOT, anchors, arguments_of, check_arguments, commands, fences, links
 
 from shufflenet_mlflow.cli import main
-from shufflenet_mlflow.models import VARIANTS, Variant
+from shufflenet_mlflow.models.catalog import VARIANTS, Variant
 
 LINKING = [*PAGES, ROOT / "CHANGELOG.md"]
 

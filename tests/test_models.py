@@ -13,8 +13,8 @@ from torch import nn
 
 from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.errors import ModelError
-from shufflenet_mlflow.models import VARIANTS
 from shufflenet_mlflow.models.blocks import ShuffleUnit
+from shufflenet_mlflow.models.catalog import VARIANTS
 from shufflenet_mlflow.models.cost import Cost, model_cost
 
 REFERENCE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "reference_models.json").read_text())

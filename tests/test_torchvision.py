@@ -20,7 +20,7 @@ from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, ModelError
-from shufflenet_mlflow.models import VARIANTS
+from shufflenet_mlflow.models.catalog import VARIANTS
 from shufflenet_mlflow.models.torchvision_v2 import published_weights, weights_file
 
 NAMES = [name for name in list_models() if name.startswith("torchvision/")]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from shufflenet_mlflow.models import create_model
+from shufflenet_mlflow.models.catalog import create_model
 
 
 @dataclass(frozen=True)

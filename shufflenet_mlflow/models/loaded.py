@@ -18,7 +18,7 @@ from shufflenet_mlflow.checkpoints.schema import check_payload, is_own
 from shufflenet_mlflow.data.mean import read_mean_image
 from shufflenet_mlflow.data.preprocess import MODES, REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, MismatchError, ModelError
-from shufflenet_mlflow.models import VARIANTS, get_variant
+from shufflenet_mlflow.models.catalog import VARIANTS, get_variant
 from shufflenet_mlflow.models.spec import ARCHITECTURE, Architecture, guess_networks
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from shufflenet_mlflow.checkpoints.loading import AUXILIARY_PREFIX, head_of
 from shufflenet_mlflow.config import parse_numbers
 from shufflenet_mlflow.errors import ConfigError
-from shufflenet_mlflow.models import VARIANTS, create_model, oneshot
+from shufflenet_mlflow.models import oneshot
+from shufflenet_mlflow.models.catalog import VARIANTS, create_model
 
 ARCHITECTURE = ("choices", "scales")
 """Arguments of `create_model` that make another network of it."""

@@ -15,7 +15,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from shufflenet_mlflow.models import get_variant
+from shufflenet_mlflow.models.catalog import get_variant
 
 REESTIMATION_IMAGES = 1_280_000
 """At most this many training images pass to re-estimate the BN statistics; never more than one epoch."""

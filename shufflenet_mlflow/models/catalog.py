@@ -1,0 +1,162 @@
+"""The networks: one table of variants, `create_model` to build one, `list_models` to name them all."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from shufflenet_mlflow.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MOST_CLASSES = 1_000_000
+"""A classifier of so many takes gigabytes; more is a slip of the keyboard."""
+
+FAMILIES = {
+    "v1": "shufflenet_v1",
+    "v2": "shufflenet_v2",
+    "v2_plus": "shufflenet_v2_plus",
+    "oneshot": "oneshot",
+    "detnas": "detnas",
+    "large": "shufflenet_v2_large",
+    "exlarge": "shufflenet_v2_exlarge",
+    "torchvision": "torchvision_v2",
+}
+"""Family -> the module here whose `build(name, num_classes, **options)` makes its networks."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: what a network costs, and what was published about it."""
+
+    name: str
+    family: str
+    parameters: int
+    """With 1,000 classes; a test counts them."""
+    macs: int
+    """Multiply-accumulates for one image of 224x224 pixels; a test counts them."""
+    top1_error: float
+    """Published ImageNet-1k top-1 error of the released weights, percent."""
+    top5_error: float
+    """Published ImageNet-1k top-5 error of the released weights, percent."""
+    preprocess: str = "bgr255"
+    """The mode of `shufflenet_mlflow.data.preprocess` that the released weights expect."""
+    options: tuple[str, ...] = ()
+    """Further arguments of `build`."""
+
+    def build(self, num_classes: int, **options: Any) -> "nn.Module":
+        """The network, freshly initialised. Only here torch is imported: the table is read by who must not wait."""
+        model: nn.Module = import_module(f"{__name__}.{FAMILIES[self.family]}").build(self.name, num_classes, **options)
+        return model
+
+
+# Errors: the README files of the original release; for torchvision's, the metrics in its weights' metadata.
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("shufflenet_v1_x0_5_g3", "v1", 717_324, 37_589_856, 42.7, 20.0),
+        Variant("shufflenet_v1_x1_0_g3", "v1", 1_864_728, 137_460_672, 32.2, 12.3),
+        Variant("shufflenet_v1_x1_5_g3", "v1", 3_441_168, 292_443_552, 28.4, 9.8),
+        Variant("shufflenet_v1_x2_0_g3", "v1", 5_449_776, 524_045_184, 25.9, 8.6),
+        Variant("shufflenet_v1_x0_5_g8", "v1", 1_010_448, 40_469_760, 41.2, 19.0),
+        Variant("shufflenet_v1_x1_0_g8", "v1", 2_433_768, 138_365_952, 32.0, 13.6),
+        Variant("shufflenet_v1_x1_5_g8", "v1", 4_268_952, 290_188_800, 29.0, 10.4),
+        Variant("shufflenet_v1_x2_0_g8", "v1", 6_521_232, 521_942_016, 27.1, 9.2),
+        Variant("shufflenet_v2_x0_5", "v2", 1_365_792, 40_476_448, 38.9, 17.4),
+        Variant("shufflenet_v2_x1_0", "v2", 2_278_760, 145_814_296, 30.6, 11.1),
+        Variant("shufflenet_v2_x1_5", "v2", 3_506_720, 298_970_656, 27.4, 9.4),
+        Variant("shufflenet_v2_x2_0", "v2", 7_402_600, 590_783_000, 25.0, 7.6),
+        Variant("shufflenet_v2_plus_small", "v2_plus", 5_137_116, 155_845_008, 25.9, 8.3),
+        Variant("shufflenet_v2_plus_medium", "v2_plus", 5_679_840, 222_249_984, 24.3, 7.4),
+        Variant("shufflenet_v2_plus_large", "v2_plus", 6_768_220, 360_050_704, 22.9, 6.7),
+        Variant("shufflenet_oneshot", "oneshot", 3_432_579, 327_857_920, 25.1, 8.0, options=("choices", "scales")),
+        Variant("detnas_voc_retinanet_300m", "detnas", 3_479_480, 360_625_984, 25.4, 8.1),
+        Variant("detnas_voc_fpn_300m", "detnas", 3_651_128, 349_524_544, 25.9, 8.3),
+        Variant("detnas_coco_retinanet_300m", "detnas", 3_725_320, 324_342_464, 26.0, 8.4),
+        Variant("detnas_coco_fpn_300m", "detnas", 3_533_112, 321_219_008, 26.2, 8.4),
+        Variant("detnas_coco_fpn_1_3g", "detnas", 10_426_328, 1_318_374_496, 22.8, 6.5),
+        Variant("detnas_coco_fpn_3_8g", "detnas", 31_444_596, 4_085_874_080, 21.6, 6.3),
+        Variant("shufflenet_v2_large", "large", 140_685_664, 12_780_652_544, 18.56, 4.48, "bgr255_mean"),
+        Variant("shufflenet_v2_exlarge", "exlarge", 271_283_296, 46_174_794_752, 15.52, 2.9),
+        Variant("torchvision/shufflenet_v2_x0_5", "torchvision", 1_366_792, 40_476_448, 39.45, 18.25, "rgb_256"),
+        Variant("torchvision/shufflenet_v2_x1_0", "torchvision", 2_278_604, 144_907_992, 30.64, 11.68, "rgb_256"),
+        Variant("torchvision/shufflenet_v2_x1_5", "torchvision", 3_503_624, 295_759_392, 27.0, 8.91, "rgb_232"),
+        Variant("torchvision/shufflenet_v2_x2_0", "torchvision", 7_393_996, 583_253_464, 23.77, 6.99, "rgb_232"),
+    )
+}
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` takes, in the table's order."""
+    return list(VARIANTS)
+
+
+def get_variant(name: str) -> Variant:
+    """The table's row for `name`.
+
+    Raises:
+        ModelError: no such network; the message suggests the nearest names.
+    """
+    try:
+        return VARIANTS[name]
+    except KeyError:
+        near = difflib.get_close_matches(_spelled_as_here(name), VARIANTS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`shufflenet models` lists them."
+        raise ModelError(f"there is no network {name!r}; {hint}") from None
+
+
+def _spelled_as_here(name: str) -> str:
+    """A name in the release's spelling, such as `ShuffleNetV2.1.0x`, in that of the table."""
+    name = name.lower().replace("shufflenetv", "shufflenet_v")
+    return re.sub(r"[._+-]*(\d)\.(\d)x", r"_x\1_\2", name)
+
+
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    *,
+    choices: Sequence[int] | None = None,
+    scales: Sequence[float] | None = None,
+    pretrained: bool = False,
+) -> "nn.Module":
+    """Build the network `name` with freshly drawn, or with published, weights.
+
+    The network maps (N, 3, H, W) float images, H and W multiples of 32, to (N, num_classes) logits; Large and ExLarge
+    return four such logits in training mode, the main ones first. The original release's weights fit it key for key.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: width of the classifier.
+        choices: `shufflenet_oneshot` only: for each of its 20 units 0, 1, 2 (kernels of 3, 5, 7) or 3 (Xception
+            branch); by default the released network's.
+        scales: `shufflenet_oneshot` only: for each unit the factor of its inner width, at most 2; by default the
+            released network's, or 1 where only `choices` are given.
+        pretrained: `torchvision/` networks only: load the weights that torchvision publishes, from torch.hub's cache
+            or over the network; a classifier of another width than theirs stays as it was drawn.
+
+    Raises:
+        ModelError: no such network, or it does not take these arguments.
+        CheckpointError: the published weights could not be fetched, or cannot be used.
+    """
+    variant = get_variant(name)
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or not 1 <= num_classes <= MOST_CLASSES:
+        raise ModelError(
+            f"num_classes (={num_classes!r}) must be a whole number, at least 1 and at most {MOST_CLASSES}"
+        )
+    options: dict[str, Any] = {"choices": choices, "scales": scales}
+    given = {key: value for key, value in options.items() if value is not None}
+    if foreign := [key for key in given if key not in variant.options]:
+        takers = [other.name for other in VARIANTS.values() if foreign[0] in other.options]
+        raise ModelError(f"{name} has no {' and no '.join(foreign)} to choose; only {', '.join(takers)} has")
+    if not pretrained:
+        return variant.build(num_classes, **given)
+    from shufflenet_mlflow.checkpoints.loading import load_checkpoint
+    from shufflenet_mlflow.models.torchvision_v2 import fetch_weights
+
+    weights = fetch_weights(name)
+    model = variant.build(num_classes, **given)
+    load_checkpoint(model, weights, strict=False, reset_head=True, source=f"the published weights of {name}")
+    return model
