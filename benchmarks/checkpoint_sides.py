@@ -124,10 +124,10 @@ def new_run(job: Job) -> str:
 
 def run_ours(job: Job, training: Training) -> str:
     from shufflenet_mlflow.checkpoints.retention import Retention
-    from shufflenet_mlflow.client import connect
     from shufflenet_mlflow.runtime.progress import LoggingReporter
     from shufflenet_mlflow.runtime.signals import StopFlag
-    from shufflenet_mlflow.spool import Spool
+    from shufflenet_mlflow.tracking.client import connect
+    from shufflenet_mlflow.tracking.journal import Spool
     from shufflenet_mlflow.tracking.session import TrackingSession
     from shufflenet_mlflow.tracking.store import TrackedStore
 

@@ -157,7 +157,7 @@ def memory() -> dict[str, float]:
 
 def measure(job: Job) -> dict[str, Any]:
     """The figures of one side."""
-    from shufflenet_mlflow.client import prepare_environment
+    from shufflenet_mlflow.tracking.client import prepare_environment
 
     prepare_environment()
     job.local.mkdir()

@@ -112,7 +112,7 @@ class Main(Group):
 
 
 def _end(ctx: click.Context, error: ShuffleNetError) -> NoReturn:
-    from shufflenet_mlflow.client import redact
+    from shufflenet_mlflow.tracking.redaction import redact
 
     if ctx.meta.get(DEBUG):
         click.echo(redact(traceback.format_exc()), err=True, nl=False)

@@ -199,7 +199,7 @@ def _with_store(command: str) -> str:
         return command
     if not command.startswith("shufflenet ") or command.startswith("shufflenet sync "):  # a journal names its store
         return command
-    from shufflenet_mlflow.client import redact
+    from shufflenet_mlflow.tracking.redaction import redact
 
     words, gap, comment = command.partition("    ")
     return f"{words} --tracking-uri {quote(redact(ctx.params['tracking_uri']))}{gap}{comment}"

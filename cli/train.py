@@ -265,7 +265,8 @@ def _next_steps(summary: "TrainSummary") -> list[str]:
 
 def _ui_hint(summary: "TrainSummary") -> str:
     page = f"/#/experiments/{summary.experiment_id}/runs/{summary.run_id}?workflowType=machine_learning"
-    from shufflenet_mlflow.client import redact, store_file
+    from shufflenet_mlflow.tracking.redaction import redact
+    from shufflenet_mlflow.tracking.uris import store_file
 
     uri = redact(summary.tracking_uri)
     if not summary.experiment_id:  # MLflow came back while it trained

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from shufflenet_mlflow.checkpoints.loading import LoadReport, load_checkpoint
     from shufflenet_mlflow.errors import ShuffleNetError
     from shufflenet_mlflow.models.catalog import create_model, list_models
-    from shufflenet_mlflow.resolve import get_latest_model
-    from shufflenet_mlflow.resolve import get_latest_model as get_lastest_model
+    from shufflenet_mlflow.tracking.resolve import get_latest_model
+    from shufflenet_mlflow.tracking.resolve import get_latest_model as get_lastest_model
     from shufflenet_mlflow.tracking.save import save_checkpoint
 
 __all__ = [
@@ -33,8 +33,8 @@ _HOMES = {
     "LoadReport": "checkpoints.loading",
     "ShuffleNetError": "errors",
     "create_model": "models.catalog",
-    "get_lastest_model": "resolve:get_latest_model",  # so the original release spelled it
-    "get_latest_model": "resolve",
+    "get_lastest_model": "tracking.resolve:get_latest_model",  # so the original release spelled it
+    "get_latest_model": "tracking.resolve",
     "list_models": "models.catalog",
     "load_checkpoint": "checkpoints.loading",
     "save_checkpoint": "tracking.save",

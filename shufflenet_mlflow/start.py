@@ -16,9 +16,8 @@ from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, ResumeError, TrackingError, UnresolvedError
 from shufflenet_mlflow.models.loaded import Described, describe, identify
 from shufflenet_mlflow.models.spec import Architecture
-from shufflenet_mlflow.resolve import latest_of_run, resolve
-from shufflenet_mlflow.resolve.ids import complete
-from shufflenet_mlflow.spool import look
+from shufflenet_mlflow.tracking.resolve import latest_of_run, resolve, run_of, run_of_file
+from shufflenet_mlflow.tracking.run_ids import complete
 
 logger = logging.getLogger(__name__)
 
@@ -206,21 +205,6 @@ def _newest_of_run(directory: Path, run_id: str) -> Resolved | None:
     except UnresolvedError:
         return None
     return found if found is not None and run_of_file(found.path) == run_id else None
-
-
-def run_of(path: Path, payload: Mapping[str, Any]) -> str | None:
-    """The run that a checkpoint file belongs to, also if MLflow made it after the file was written."""
-    run_id: str | None = payload.get("run_id") if is_own(payload) else None
-    return run_id or look(path.parent).run_id
-
-
-def run_of_file(path: Path) -> str | None:
-    """The same for a file that is not loaded yet.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    return run_of(path, read_checkpoint(path))
 
 
 def _load_start(path: Path, fetched_from: str | None) -> Start:

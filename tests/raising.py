@@ -136,7 +136,7 @@ def _same(path: Path, name: str) -> bool:
 
 def _plain(text: str) -> str:
     """Without blanks and what cannot be printed, since the command line changes those."""
-    from shufflenet_mlflow.client import redact
+    from shufflenet_mlflow.tracking.redaction import redact
 
     return "".join(
         letter for letter in redact(text) if letter.isprintable() and letter not in " \N{REPLACEMENT CHARACTER}"

@@ -12,8 +12,9 @@ from mlflow import MlflowClient
 
 from shufflenet_mlflow import save_checkpoint
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
-from shufflenet_mlflow.spool import Spool
-from shufflenet_mlflow.tracking.messages import Checkpoint, MetricPoints, to_body
+from shufflenet_mlflow.tracking.commit import Checkpoint
+from shufflenet_mlflow.tracking.journal import Spool
+from shufflenet_mlflow.tracking.messages import MetricPoints, to_body
 
 
 @pytest.fixture

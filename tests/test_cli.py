@@ -19,7 +19,7 @@ from shufflenet_mlflow import create_model, save_checkpoint
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.cli.tables import print_json
-from shufflenet_mlflow.client import redact
+from shufflenet_mlflow.tracking.redaction import redact
 
 SmallTrain = Callable[..., dict[str, Any]]
 

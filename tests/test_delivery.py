@@ -21,17 +21,19 @@ from shufflenet_mlflow.checkpoints.folders import list_records
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.checkpoints.writing import write_checkpoint
-from shufflenet_mlflow.client import stored_uri, uri_of_journal
 from shufflenet_mlflow.errors import RefusedError, SpoolError, TrackingError
 from shufflenet_mlflow.jobs import opening
 from shufflenet_mlflow.jobs.sync import run_sync
-from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.spool import Spool, look
 from shufflenet_mlflow.tracking import delivery
+from shufflenet_mlflow.tracking.artifacts import RunArtifacts
+from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.delivery import REFUSED_NAME, Deliverer, Delivery, deliver_now
-from shufflenet_mlflow.tracking.messages import Checkpoint, Finish, MetricPoints, RunTarget, to_body
+from shufflenet_mlflow.tracking.journal import Spool, look
+from shufflenet_mlflow.tracking.messages import Finish, MetricPoints, to_body
+from shufflenet_mlflow.tracking.target import RunTarget
+from shufflenet_mlflow.tracking.uris import stored_uri, uri_of_journal
 
 
 @pytest.fixture
@@ -508,7 +510,7 @@ def test_save_checkpoint_where_the_journal_cannot_be_read(
     client: MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("shufflenet_mlflow.spool.SPOOL_VERSION", 2)
+        patch.setattr("shufflenet_mlflow.tracking.journal.SPOOL_VERSION", 2)
         Spool(Path("models")).close()
     with pytest.raises(
         TrackingError, match="has format 2, .*; the checkpoint checkpoint-000001.pth.tar is on the disk"

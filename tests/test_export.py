@@ -44,7 +44,7 @@ from shufflenet_mlflow.models.cost import _count
 from shufflenet_mlflow.models.loaded import Network, _body, choose_preprocess
 from shufflenet_mlflow.models.spec import Architecture
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.tracking.messages import RunTarget, record_in
+from shufflenet_mlflow.tracking.target import RunTarget, record_in
 
 X0_5_OF_TORCHVISION = "torchvision/shufflenet_v2_x0_5"
 

@@ -13,8 +13,8 @@ from mlflow import MlflowClient
 
 from shufflenet_mlflow import get_latest_model, save_checkpoint
 from shufflenet_mlflow.errors import TrackingError, UnresolvedError
-from shufflenet_mlflow.resolve import resolve
-from shufflenet_mlflow.resolve.ids import complete
+from shufflenet_mlflow.tracking.resolve import resolve
+from shufflenet_mlflow.tracking.run_ids import complete
 
 FIRST = "abcdef00112233445566778899aabbcc"
 SECOND = "abcdef11112233445566778899aabbcc"

@@ -21,10 +21,11 @@ from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, read_record
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.errors import CheckpointError
-from shufflenet_mlflow.resolve import resolve
-from shufflenet_mlflow.spool import SPOOL_NAME, Spool, look
+from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.delivery import deliver_now
-from shufflenet_mlflow.tracking.messages import Checkpoint, MetricPoints, to_body
+from shufflenet_mlflow.tracking.journal import SPOOL_NAME, Spool, look
+from shufflenet_mlflow.tracking.messages import MetricPoints, to_body
+from shufflenet_mlflow.tracking.resolve import resolve
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 

@@ -16,9 +16,10 @@ from shufflenet_mlflow.checkpoints.references import ModelReference, RunReferenc
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.errors import BusyError, CorruptCheckpointError, TrackingError, UnresolvedError
-from shufflenet_mlflow.resolve import fetching, resolve
-from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.runtime.locks import FileLock
+from shufflenet_mlflow.tracking import downloads as fetching
+from shufflenet_mlflow.tracking.artifacts import RunArtifacts
+from shufflenet_mlflow.tracking.resolve import resolve
 
 ID = "0123456789abcdef" * 2
 

@@ -12,10 +12,10 @@ from shufflenet_mlflow.checkpoints.folders import delete_checkpoint, list_checkp
 from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, record_path
 from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.errors import UnresolvedError
-from shufflenet_mlflow.resolve import resolve
-from shufflenet_mlflow.resolve.artifacts import DELETING_TAG, RunArtifacts
-from shufflenet_mlflow.tracking.messages import RunTarget
+from shufflenet_mlflow.tracking.artifacts import DELETING_TAG, RunArtifacts
 from shufflenet_mlflow.tracking.prune import prune_run
+from shufflenet_mlflow.tracking.resolve import resolve
+from shufflenet_mlflow.tracking.target import RunTarget
 
 
 def records(*iters: int, top1: dict[int, float | None] | None = None) -> list[CheckpointRecord]:

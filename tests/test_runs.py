@@ -15,11 +15,11 @@ from shufflenet_mlflow.compare.curves import curves_figure
 from shufflenet_mlflow.compare.paired import Evaluation, Outcome, paired_test
 from shufflenet_mlflow.config import command_of
 from shufflenet_mlflow.evaluation.plots import write_figure
-from shufflenet_mlflow.tracking.messages import RunTarget
 from shufflenet_mlflow.tracking.note import NOTE_TAG, Note
 from shufflenet_mlflow.tracking.provenance import command_line
 from shufflenet_mlflow.tracking.recorder import Recorder
-from shufflenet_mlflow.tracking.system import SystemMetrics
+from shufflenet_mlflow.tracking.system_metrics import SystemMetrics
+from shufflenet_mlflow.tracking.target import RunTarget
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_system_metrics_stand_at_iterations(
 
 
 def test_a_monitor_that_fails_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shufflenet_mlflow.tracking import system
+    from shufflenet_mlflow.tracking import system_metrics as system
 
     class Broken:
         def collect_metrics(self) -> None:

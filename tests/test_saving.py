@@ -19,8 +19,8 @@ from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.checkpoints.staging import StateBuffer
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.errors import CheckpointError
-from shufflenet_mlflow.spool import Spool, look
 from shufflenet_mlflow.tracking import store as store_module
+from shufflenet_mlflow.tracking.journal import Spool, look
 from shufflenet_mlflow.tracking.recorder import Recorder
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from shufflenet_mlflow.errors import BusyError, SpoolError
-from shufflenet_mlflow.spool import DAMAGED_NAME, SPOOL_NAME, Spool, look, name_new_run
+from shufflenet_mlflow.tracking.journal import DAMAGED_NAME, SPOOL_NAME, Spool, look, name_new_run
 
 RUN = "r" * 32
 
@@ -133,7 +133,7 @@ def test_no_altered_entry_ever_comes_back(seed: int, tmp_path: Path) -> None:
 def test_one_process_at_a_time(spool: Spool, tmp_path: Path) -> None:
     with pytest.raises(BusyError, match="in use by this very process"):
         Spool(tmp_path)
-    script = f"from pathlib import Path; from shufflenet_mlflow.spool import Spool; Spool(Path({str(tmp_path)!r}))"
+    script = f"from pathlib import Path; from shufflenet_mlflow.tracking.journal import Spool; Spool(Path({str(tmp_path)!r}))"
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert f"is in use by process {os.getpid()}; wait for it, or stop it" in other.stderr
 
@@ -203,7 +203,7 @@ def test_a_full_disk_when_a_run_takes_the_folder(spool: Spool, tmp_path: Path) -
 
 def test_a_journal_of_a_later_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("shufflenet_mlflow.spool.SPOOL_VERSION", 2)
+        patch.setattr("shufflenet_mlflow.tracking.journal.SPOOL_VERSION", 2)
         Spool(tmp_path).close()
     before = (tmp_path / SPOOL_NAME).read_bytes()
     for read in (Spool, look, Spool):

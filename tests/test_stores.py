@@ -24,7 +24,7 @@ from training import run, run_until
 
 from shufflenet_mlflow import get_latest_model
 from shufflenet_mlflow.export.logged import find_logged_model
-from shufflenet_mlflow.tracking.messages import record_in
+from shufflenet_mlflow.tracking.target import record_in
 
 Invoke = Callable[..., Result]
 

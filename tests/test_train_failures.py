@@ -23,10 +23,10 @@ from shufflenet_mlflow.errors import (
     DataError,
     NonFiniteLossError,
 )
-from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.runtime.devices import lack_of_memory
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking import delivery
+from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.training.loop import Trainer
 from shufflenet_mlflow.training.meter import Meter
 from shufflenet_mlflow.training.state import TrainingState

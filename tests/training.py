@@ -15,7 +15,7 @@ from shufflenet_mlflow.jobs.training import TrainSummary, run_training
 from shufflenet_mlflow.runtime.progress import LoggingReporter, Phase
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.start import TrainRequest
-from shufflenet_mlflow.tracking.system import PREFIX
+from shufflenet_mlflow.tracking.system_metrics import PREFIX
 
 
 class Reporter(LoggingReporter):

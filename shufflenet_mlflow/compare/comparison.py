@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.compare.paired import Evaluation, Outcome, PairedTest, paired_test, read_outcomes
 from shufflenet_mlflow.config import EVALUATION_SECTION, EVALUATION_TAG
 from shufflenet_mlflow.errors import ConfigError
+from shufflenet_mlflow.tracking.client import mlflow_errors
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.client import MlflowClient, Run
+    from shufflenet_mlflow.tracking.client import MlflowClient, Run
 
 logger = logging.getLogger(__name__)
 

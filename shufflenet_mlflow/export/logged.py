@@ -19,7 +19,6 @@ from PIL import Image
 
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointRecord
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
-from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.data import decode
 from shufflenet_mlflow.errors import RefusedError, ShuffleNetError, TrackingError
 from shufflenet_mlflow.evaluation import ranking
@@ -29,8 +28,9 @@ from shufflenet_mlflow.export.files import load_pt2, write_pt2
 from shufflenet_mlflow.export.program import check_equal, settings_of
 from shufflenet_mlflow.export.quiet import quiet
 from shufflenet_mlflow.models.loaded import Network, load_network
-from shufflenet_mlflow.resolve.remote import MODEL_VERSION_TAG
-from shufflenet_mlflow.tracking.messages import RunTarget, record_in, register_kind
+from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.remote_checkpoints import MODEL_VERSION_TAG
+from shufflenet_mlflow.tracking.target import RunTarget, record_in
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -78,9 +78,6 @@ class LogModels:
                     raise
                 reason = str(error) if isinstance(error, ShuffleNetError) else f"{type(error).__name__}: {error}"
                 raise RefusedError(f"no logged model of {record.file_name}: {reason}") from error
-
-
-register_kind(LogModels)
 
 
 @contextlib.contextmanager

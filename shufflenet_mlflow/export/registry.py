@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord
-from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError
-from shufflenet_mlflow.resolve.artifacts import RunArtifacts
-from shufflenet_mlflow.resolve.remote import MODEL_VERSION_TAG
+from shufflenet_mlflow.tracking.artifacts import RunArtifacts
+from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.remote_checkpoints import MODEL_VERSION_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

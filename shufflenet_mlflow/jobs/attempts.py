@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
-from shufflenet_mlflow.client import impatient, is_server
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
 from shufflenet_mlflow.errors import ConfigError, NoCheckpointError, ResumeError, TrackingError
 from shufflenet_mlflow.runtime.launchers import attempt, launch_name, may_restart
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.spool import SPOOL_NAME, look
 from shufflenet_mlflow.start import Start, TrainRequest
+from shufflenet_mlflow.tracking.client import impatient
+from shufflenet_mlflow.tracking.journal import SPOOL_NAME, look
 from shufflenet_mlflow.tracking.run import KnownRun, config_to_begin_with, find_job, look_up, run_to_adopt
+from shufflenet_mlflow.tracking.uris import is_server
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.client import MlflowClient
+    from shufflenet_mlflow.tracking.client import MlflowClient
 
 
 def find_attempt(client: "MlflowClient", request: TrainRequest, reporter: Reporter) -> tuple[TrainRequest, list[str]]:

@@ -12,19 +12,19 @@ import psutil
 import torch
 
 from shufflenet_mlflow.checkpoints.retention import Retention
-from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.data.loader import PREFETCHED, worker_death
 from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.jobs.preparing import bare_trainer
 from shufflenet_mlflow.planning import Plan, plan
-from shufflenet_mlflow.resolve.artifacts import RunArtifacts
 from shufflenet_mlflow.runtime.devices import choose_device, compile_failure, compiled, finish, usable_cores
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.spool import Spool
 from shufflenet_mlflow.start import TrainRequest
+from shufflenet_mlflow.tracking.artifacts import RunArtifacts
+from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
+from shufflenet_mlflow.tracking.journal import Spool
 from shufflenet_mlflow.tracking.run import make_run, new_run
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore

@@ -22,20 +22,21 @@ from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
 from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference
 from shufflenet_mlflow.checkpoints.retention import Retention, best_first
 from shufflenet_mlflow.checkpoints.verification import has_checksums, verify_checkpoint
-from shufflenet_mlflow.client import connect, prepare_environment, uri_of_journal
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError, UnresolvedError
-from shufflenet_mlflow.resolve import resolve
-from shufflenet_mlflow.resolve.ids import complete
-from shufflenet_mlflow.resolve.remote import RemoteCheckpoints, promoted_names
 from shufflenet_mlflow.runtime.files import write_atomically
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.spool import SPOOL_NAME, Spool, look
-from shufflenet_mlflow.tracking.messages import RunTarget, record_in
+from shufflenet_mlflow.tracking.client import connect, prepare_environment
+from shufflenet_mlflow.tracking.journal import SPOOL_NAME, Spool, look
 from shufflenet_mlflow.tracking.prune import Dropped, choose_dropped, delete, pending_names
+from shufflenet_mlflow.tracking.remote_checkpoints import RemoteCheckpoints, promoted_names
+from shufflenet_mlflow.tracking.resolve import resolve
+from shufflenet_mlflow.tracking.run_ids import complete
+from shufflenet_mlflow.tracking.target import RunTarget, record_in
+from shufflenet_mlflow.tracking.uris import uri_of_journal
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.client import MlflowClient
+    from shufflenet_mlflow.tracking.client import MlflowClient
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.references import parse_reference
-from shufflenet_mlflow.client import connect, prepare_environment, redact
 from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE, check_types
 from shufflenet_mlflow.data.datasets import data_name, list_folder
 from shufflenet_mlflow.data.folder import require_same_classes
@@ -20,15 +19,17 @@ from shufflenet_mlflow.evaluation.report import Observer, Report
 from shufflenet_mlflow.jobs.loading import Loaded, NetworkRequest
 from shufflenet_mlflow.jobs.recording import Evaluated, record_in_new, record_in_own, record_in_source
 from shufflenet_mlflow.models.loaded import Network, label_outputs
-from shufflenet_mlflow.resolve.remote import read_run
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place
 from shufflenet_mlflow.runtime.launchers import ended_with_mlflow_run
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
+from shufflenet_mlflow.tracking.client import connect, prepare_environment
+from shufflenet_mlflow.tracking.redaction import redact
+from shufflenet_mlflow.tracking.remote_checkpoints import read_run
 from shufflenet_mlflow.tracking.run import AdoptedRun, adopted_run_id
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.client import MlflowClient, Run
+    from shufflenet_mlflow.tracking.client import MlflowClient, Run
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from shufflenet_mlflow.checkpoints.schema import is_own
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.models.loaded import Network, load_network
 from shufflenet_mlflow.models.spec import Architecture
-from shufflenet_mlflow.resolve import resolve
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.start import run_of
+from shufflenet_mlflow.tracking.resolve import resolve, run_of
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference
-from shufflenet_mlflow.client import impatient, is_server, mlflow_errors, redact
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.data.datasets import data_name
 from shufflenet_mlflow.errors import ResumeError, TrackingError
 from shufflenet_mlflow.jobs.describing import config_digest
 from shufflenet_mlflow.runtime.launchers import attempt
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.spool import Spool, is_made, name_new_run
 from shufflenet_mlflow.start import Init, Start, TrainRequest
-from shufflenet_mlflow.tracking.messages import Message, Reopen
+from shufflenet_mlflow.tracking.client import impatient, mlflow_errors
+from shufflenet_mlflow.tracking.journal import Spool, is_made, name_new_run
+from shufflenet_mlflow.tracking.messages import Reopen
+from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run import (
     CONFIG_TAG,
     JOB_TAG,
@@ -29,9 +30,11 @@ from shufflenet_mlflow.tracking.run import (
     reopen_run,
     require_not_beyond,
 )
+from shufflenet_mlflow.tracking.target import Message
+from shufflenet_mlflow.tracking.uris import is_server
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.client import MlflowClient
+    from shufflenet_mlflow.tracking.client import MlflowClient
 
 
 LONGEST_TAG = 5000

@@ -3,7 +3,6 @@
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 
-from shufflenet_mlflow.client import prepare_environment
 from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE
 from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog, default_workers, worker_deaths_reported
 from shufflenet_mlflow.data.pictures import Pictures
@@ -15,6 +14,7 @@ from shufflenet_mlflow.models.loaded import Network
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
+from shufflenet_mlflow.tracking.client import prepare_environment
 
 
 @dataclass(frozen=True)

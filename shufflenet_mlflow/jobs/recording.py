@@ -7,27 +7,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.config import EVALUATION_SECTION, EVALUATION_TAG
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.evaluation.report import Report
 from shufflenet_mlflow.export.logged import find_logged_model
 from shufflenet_mlflow.jobs.describing import dataset_input
-from shufflenet_mlflow.resolve.artifacts import RunArtifacts
-from shufflenet_mlflow.tracking.evaluated import OfModel, log_input_model, log_results
-from shufflenet_mlflow.tracking.messages import (
-    Message,
-    Params,
-    RunTarget,
-    Tags,
-    TextArtifact,
-)
+from shufflenet_mlflow.tracking.artifacts import RunArtifacts
+from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.evaluation_metrics import OfModel, log_input_model, log_results
+from shufflenet_mlflow.tracking.messages import Params, Tags, TextArtifact
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
 from shufflenet_mlflow.tracking.run import AdoptedRun, make_run, new_run
+from shufflenet_mlflow.tracking.target import Message, RunTarget
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.client import LoggedModel, MlflowClient, Run
+    from shufflenet_mlflow.tracking.client import LoggedModel, MlflowClient, Run
 
 CONTEXT = "evaluation"
 """What an evaluation's images are to its run."""

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointRecord
 from shufflenet_mlflow.checkpoints.references import is_run_id
-from shufflenet_mlflow.client import connect, mlflow_errors, prepare_environment, redact
 from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
-from shufflenet_mlflow.resolve.ids import complete
-from shufflenet_mlflow.resolve.remote import read_run
-from shufflenet_mlflow.tracking.messages import record_in
+from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.tracking.note import NOTE_TAG
 from shufflenet_mlflow.tracking.provenance import COMMAND_TAG, COMMIT_TAG, DIRTY_TAG
+from shufflenet_mlflow.tracking.redaction import redact
+from shufflenet_mlflow.tracking.remote_checkpoints import read_run
 from shufflenet_mlflow.tracking.run import CONFIG_TAG, wanted_experiment
+from shufflenet_mlflow.tracking.run_ids import complete
+from shufflenet_mlflow.tracking.target import record_in
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.client import MlflowClient, Run
+    from shufflenet_mlflow.tracking.client import MlflowClient, Run
 
 DEFAULT_COLUMNS = ("run_id", "name", "status", "started", "minutes", "model", "val/top1", "best/val_top1")
 

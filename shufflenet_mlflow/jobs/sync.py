@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from shufflenet_mlflow.checkpoints.folders import remove_leftovers
-from shufflenet_mlflow.client import connect, prepare_environment, redact, uri_of_journal
 from shufflenet_mlflow.errors import SpoolError, TrackingError
 from shufflenet_mlflow.export import LogModels
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.spool import SPOOL_NAME, Entry, Spool, look
+from shufflenet_mlflow.tracking.client import connect, prepare_environment
 from shufflenet_mlflow.tracking.delivery import Deliverer
+from shufflenet_mlflow.tracking.journal import SPOOL_NAME, Entry, Spool, look
 from shufflenet_mlflow.tracking.messages import to_body
+from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.store import lost_checkpoints
+from shufflenet_mlflow.tracking.uris import uri_of_journal
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 from shufflenet_mlflow.checkpoints.folders import remove_leftovers
 from shufflenet_mlflow.checkpoints.retention import Retention
-from shufflenet_mlflow.client import connect, prepare_environment
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_grace, check_job
 from shufflenet_mlflow.errors import CheckpointError, NoCheckpointError
 from shufflenet_mlflow.export import LogModels
@@ -24,11 +23,12 @@ from shufflenet_mlflow.runtime.launchers import Requeue, ended_with_mlflow_run
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.rendezvous import joined
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
-from shufflenet_mlflow.spool import Spool, is_made
 from shufflenet_mlflow.start import Start, TrainRequest, find_init, find_start, with_whole_ids
+from shufflenet_mlflow.tracking.client import connect, prepare_environment
+from shufflenet_mlflow.tracking.journal import Spool, is_made
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
-from shufflenet_mlflow.tracking.system import SystemMetrics
+from shufflenet_mlflow.tracking.system_metrics import SystemMetrics
 from shufflenet_mlflow.training.loop import Trainer, TrainResult, best_metrics
 
 NOTHING_TRAINED = TrainResult(iters=0, epoch=0, loss=math.nan, val_top1=None, val_top5=None, checkpoint=None)

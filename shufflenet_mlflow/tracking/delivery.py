@@ -11,24 +11,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.client import redact
 from shufflenet_mlflow.errors import RefusedError, TrackingError
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.spool import Entry, Spool, is_made
-from shufflenet_mlflow.tracking.messages import (
-    Create,
-    JustWritten,
-    Message,
-    MetricPoints,
-    RunTarget,
-    from_body,
-    send_points,
-)
+from shufflenet_mlflow.tracking.journal import Entry, Spool, is_made
+from shufflenet_mlflow.tracking.messages import Create, MetricPoints, from_body, send_points
+from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run import make_run
+from shufflenet_mlflow.tracking.target import JustWritten, Message, RunTarget
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,11 +50,15 @@ class Deliverer:
     """Sends entries of a journal; knows the runs they go to.
 
     Args:
+        kinds: the messages that may be in the journal, by kind.
         new_runs: IDs of runs that were made just now and have no points.
     """
 
-    def __init__(self, client: "MlflowClient", spool: Spool, *, new_runs: Sequence[str] = ()) -> None:
+    def __init__(
+        self, client: "MlflowClient", spool: Spool, kinds: Mapping[str, type[Any]], *, new_runs: Sequence[str] = ()
+    ) -> None:
         self.client = client
+        self._kinds = kinds
         self.spool = spool
         self.just_written: JustWritten = {}
         """What this process wrote itself: see `JustWritten`."""
@@ -98,7 +95,7 @@ class Deliverer:
         entry = entries[0]
         began = time.monotonic()
         try:
-            self._send(entry, from_body(entry.kind, entry.body))
+            self._send(entry, from_body(self._kinds, entry.kind, entry.body))
             logger.debug("sent to MLflow: %s, %.2f s", entry.kind, time.monotonic() - began)
         except RefusedError as error:
             self._set_aside(entry, str(error))
@@ -267,13 +264,13 @@ class Delivery:
         self._thread.join(timeout=1.0)  # a request that hangs ends with the process
 
 
-def deliver_now(client: "MlflowClient", spool: Spool) -> None:
+def deliver_now(client: "MlflowClient", spool: Spool, kinds: Mapping[str, type[Any]]) -> None:
     """Send everything, without a thread.
 
     Raises:
         TrackingError: something did not arrive; it and what follows are still pending.
     """
-    deliverer = Deliverer(client, spool)
+    deliverer = Deliverer(client, spool, kinds)
     while deliverer.send_some():
         pass
 

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from shufflenet_mlflow.client import redact
-from shufflenet_mlflow.tracking.messages import RunTarget, register_kind
+from shufflenet_mlflow.tracking.redaction import redact
+from shufflenet_mlflow.tracking.target import RunTarget
 
 NOTE_TAG = "mlflow.note.content"
 
@@ -35,9 +35,6 @@ class Note:
         note = _OURS.sub(lambda _: own, before) if _OURS.search(before) else f"{before}\n\n{own}".strip()
         if note != before:
             target.set_tag(NOTE_TAG, note)
-
-
-register_kind(Note)
 
 
 def indented(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 import shufflenet_mlflow
-from shufflenet_mlflow.client import redact_word
+from shufflenet_mlflow.tracking.redaction import redact_word
 from shufflenet_mlflow.version import __version__
 
 COMMAND_TAG = "command"

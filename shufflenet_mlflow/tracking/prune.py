@@ -9,19 +9,23 @@ import logging
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from shufflenet_mlflow.checkpoints.folders import delete_checkpoint, list_records
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointRecord, read_record
 from shufflenet_mlflow.checkpoints.names import newest_first
 from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
-from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.errors import CheckpointError
-from shufflenet_mlflow.resolve.artifacts import DELETING_TAG, being_deleted
-from shufflenet_mlflow.resolve.remote import promoted_names
-from shufflenet_mlflow.spool import look
-from shufflenet_mlflow.tracking.messages import JustWritten, RunTarget, is_trusted, record_in
+from shufflenet_mlflow.tracking.artifacts import DELETING_TAG, being_deleted
+from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.journal import look
+from shufflenet_mlflow.tracking.remote_checkpoints import promoted_names
+from shufflenet_mlflow.tracking.target import JustWritten, RunTarget, is_trusted, record_in
+
+if TYPE_CHECKING:
+    pass
+
 
 logger = logging.getLogger(__name__)
 
@@ -185,3 +189,17 @@ def _complete(target: RunTarget) -> None:
         local = read_record(target.directory / name)
         if record is not None and local is not None and local.sha256 == record.sha256:
             _delete_on_disk(target.directory / name)
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Delete the checkpoints that `Retention` drops, in the run and on the disk."""
+
+    kind: ClassVar[str] = "prune"
+    keep_last: int | None
+    keep_best: int | None
+    keep_every: int | None
+
+    def send(self, target: RunTarget) -> None:
+
+        prune_run(target, Retention(self.keep_last, self.keep_best, self.keep_every))

@@ -5,8 +5,9 @@ import queue
 import threading
 from collections.abc import Callable
 
-from shufflenet_mlflow.spool import Spool
-from shufflenet_mlflow.tracking.messages import JustWritten, Message, to_body
+from shufflenet_mlflow.tracking.journal import Spool
+from shufflenet_mlflow.tracking.messages import to_body
+from shufflenet_mlflow.tracking.target import JustWritten, Message
 
 logger = logging.getLogger(__name__)
 

@@ -9,20 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from shufflenet_mlflow.checkpoints.manifest import LATEST_TAG
-from shufflenet_mlflow.client import mlflow_errors, redact
 from shufflenet_mlflow.config import DEFAULT_EXPERIMENT
 from shufflenet_mlflow.errors import ResumeError, TrackingError
 from shufflenet_mlflow.runtime.signals import StopRequested
-from shufflenet_mlflow.tracking.messages import (
-    SPOOL_TAG,
-    Create,
-    Message,
-    Reopen,
-    RunTarget,
-    now_ms,
-    record_in,
-)
+from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.messages import SPOOL_TAG, Create, Reopen, now_ms
 from shufflenet_mlflow.tracking.provenance import DIRTY_TAG, provenance_tags
+from shufflenet_mlflow.tracking.redaction import redact
+from shufflenet_mlflow.tracking.target import Message, RunTarget, record_in
 
 logger = logging.getLogger(__name__)
 

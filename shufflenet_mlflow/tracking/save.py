@@ -8,11 +8,14 @@ from typing import Any
 
 from shufflenet_mlflow.checkpoints.manifest import LATEST_TAG, CheckpointRecord
 from shufflenet_mlflow.checkpoints.writing import write_checkpoint
-from shufflenet_mlflow.client import connect, stored_uri
 from shufflenet_mlflow.errors import BusyError, SpoolError, TrackingError
-from shufflenet_mlflow.spool import Spool, look
+from shufflenet_mlflow.tracking.client import connect
+from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.delivery import deliver_now
-from shufflenet_mlflow.tracking.messages import Checkpoint, RunTarget, record_in, to_body
+from shufflenet_mlflow.tracking.journal import Spool, look
+from shufflenet_mlflow.tracking.messages import to_body
+from shufflenet_mlflow.tracking.target import RunTarget, record_in
+from shufflenet_mlflow.tracking.uris import stored_uri
 
 
 def _active_run_id() -> str | None:

@@ -1,18 +1,21 @@
 """One process's work on a run: the thread that fills the journal, the one that empties it, and the run's end."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.client import mlflow_errors, stored_uri
 from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.spool import Spool, is_made
+from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.delivery import Deliverer, Delivery
-from shufflenet_mlflow.tracking.messages import Finish, Message, now_ms
+from shufflenet_mlflow.tracking.journal import Spool, is_made
+from shufflenet_mlflow.tracking.messages import Finish, now_ms
 from shufflenet_mlflow.tracking.recorder import Recorder
 from shufflenet_mlflow.tracking.run import Status, status_after
+from shufflenet_mlflow.tracking.target import Message
+from shufflenet_mlflow.tracking.uris import stored_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,6 +31,7 @@ class TrackingSession:
     Args:
         spool: is closed at the end.
         run: the run's ID, or what it is called until it has one.
+        kinds: the messages that may be in the journal, by kind.
         is_new: it was made just now.
         stop: a signal ends the wait for MLflow.
     """
@@ -37,6 +41,7 @@ class TrackingSession:
         client: "MlflowClient",
         spool: Spool,
         run: str,
+        kinds: Mapping[str, type[Any]],
         *,
         is_new: bool,
         reporter: Reporter,
@@ -49,7 +54,7 @@ class TrackingSession:
         """How far the run has come."""
         self._reporter, self._stop = reporter, stop
         spool.set_owner(run, stored_uri(client.tracking_uri))
-        deliverer = Deliverer(client, spool, new_runs=[run] if is_new else [])
+        deliverer = Deliverer(client, spool, kinds, new_runs=[run] if is_new else [])
         self.delivery = Delivery(deliverer, reporter)
         self.recorder = Recorder(spool, run, self.delivery.wake, deliverer.just_written)
         if spool.pending:

@@ -12,9 +12,10 @@ from shufflenet_mlflow.checkpoints.staging import StateBuffer
 from shufflenet_mlflow.checkpoints.writing import PreparedCheckpoint, prepare_checkpoint, write_prepared
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.spool import Spool, is_made
-from shufflenet_mlflow.tracking.messages import Checkpoint, MetricPoints, Prune, now_ms
-from shufflenet_mlflow.tracking.prune import pending_names
+from shufflenet_mlflow.tracking.commit import Checkpoint
+from shufflenet_mlflow.tracking.journal import Spool, is_made
+from shufflenet_mlflow.tracking.messages import MetricPoints, now_ms
+from shufflenet_mlflow.tracking.prune import Prune, pending_names
 from shufflenet_mlflow.tracking.recorder import Recorder
 
 

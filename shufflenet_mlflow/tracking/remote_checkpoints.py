@@ -24,7 +24,6 @@ from shufflenet_mlflow.checkpoints.manifest import (
 from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
 from shufflenet_mlflow.checkpoints.references import ModelReference, RunReference, is_run_id
 from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
-from shufflenet_mlflow.client import connect, mlflow_errors, redact
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import (
     CheckpointError,
@@ -33,10 +32,12 @@ from shufflenet_mlflow.errors import (
     TrackingError,
     UnresolvedError,
 )
-from shufflenet_mlflow.resolve.artifacts import RunArtifacts, being_deleted
-from shufflenet_mlflow.resolve.fetching import scratch_folder, shown
-from shufflenet_mlflow.resolve.ids import may_have_been
 from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.tracking.artifacts import RunArtifacts, being_deleted
+from shufflenet_mlflow.tracking.client import connect, mlflow_errors
+from shufflenet_mlflow.tracking.downloads import scratch_folder, shown
+from shufflenet_mlflow.tracking.redaction import redact
+from shufflenet_mlflow.tracking.run_ids import may_have_been
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

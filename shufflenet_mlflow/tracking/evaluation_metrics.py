@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shufflenet_mlflow.client import mlflow_errors
-from shufflenet_mlflow.tracking.messages import RunTarget, now_ms
+from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.messages import now_ms
+from shufflenet_mlflow.tracking.target import RunTarget
 
 
 @dataclass(frozen=True)

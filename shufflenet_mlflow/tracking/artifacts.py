@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.manifest import ARTIFACT_FOLDER, CheckpointRecord
 from shufflenet_mlflow.checkpoints.names import newest_first
-from shufflenet_mlflow.client import mlflow_errors
 from shufflenet_mlflow.errors import CheckpointError, TrackingError
 from shufflenet_mlflow.runtime.files import sha256_of
+from shufflenet_mlflow.tracking.client import mlflow_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -6,24 +6,19 @@ when a client is asked for, not before.
 
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from shufflenet_mlflow.errors import RefusedError, TrackingError
+from shufflenet_mlflow.tracking.redaction import redact
+from shufflenet_mlflow.tracking.uris import _check_database_file, uri_in_force
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient as MlflowClient
     from mlflow.entities import LoggedModel as LoggedModel
     from mlflow.entities import Run as Run
 
-# Up to the last @: a password that was not quoted may hold anything. File names may hold an @ of their own.
-_USERINFO = re.compile(r"\b(?!sqlite:|file:)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s'\"]*@")
-_USERINFO_IN_WORD = re.compile(r"\b(?!sqlite:|file:)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://).*@", re.DOTALL)
-_SECRET = re.compile(r"(?P<name>[?&][\w.-]*(?:password|passwd|pwd|token|secret|key|signature|sig)=)[^&\s'\"]*", re.I)
 
 # MLflow's own defaults make one call to a dead server block for four minutes.
 _ENVIRONMENT = {
@@ -54,16 +49,6 @@ _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 IMPATIENT_SECONDS = 10
 """How long a server may take to answer before a run begins without it."""
-
-
-def redact(text: str) -> str:
-    """`text` with user, password and secret query values of every URI in it taken out."""
-    return _SECRET.sub(r"\g<name>***", _USERINFO.sub(r"\g<scheme>", text))
-
-
-def redact_word(word: str) -> str:
-    """The same for one word of a command line, in which passwords may hold blanks and quotes."""
-    return redact(_USERINFO_IN_WORD.sub(r"\g<scheme>", word))
 
 
 def _reason(error: BaseException) -> str:
@@ -125,66 +110,6 @@ def impatient() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def is_server(uri: str) -> bool:
-    """Whether the store is reached over a network, and may be away."""
-    return uri.startswith(("http://", "https://"))
-
-
-def stored_uri(uri: str) -> str:
-    """The store's address as another process in another folder can use it; without credentials."""
-    prefix, found, rest = uri.partition("sqlite:///")
-    if found and not prefix:
-        path, mark, query = rest.partition("?")
-        return redact(f"sqlite:///{Path(path).absolute()}{mark}{query}")
-    return redact(uri)
-
-
-def uri_of_journal(stored: str | None, asked: str | None) -> str | None:
-    """The store that a journal belongs to: as asked for, or else the one it names.
-
-    The environment's address counts if it is the same but for its credentials, which a journal does not hold.
-    """
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    if asked or stored is None or (given and stored_uri(given) == stored):
-        return asked or given
-    return stored
-
-
-def uri_in_force(tracking_uri: str | None) -> str:
-    """The store's address: the one that was given, or else what MLflow itself would use."""
-    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-
-
-def store_file(uri: str) -> Path | None:
-    """The file of an embedded store; None for any other store."""
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
-
-
-def _check_database_file(uri: str) -> None:
-    """MLflow would try for minutes to open a database file that cannot exist."""
-    path = store_file(uri)
-    if path is None:
-        _check_address(uri)
-        return
-    if path.is_dir():
-        raise TrackingError(f"the tracking store {uri} is a folder; name a file in it, such as {uri}/mlflow.db")
-    if not path.parent.is_dir():
-        raise TrackingError(f"the tracking store {uri} lies in a folder that does not exist; make it first")
-
-
-def _check_address(uri: str) -> None:
-    """A server that cannot be meant would be taken for one that is away."""
-    try:
-        parts = urlsplit(redact(uri))  # a password may hold anything
-        complete = not is_server(uri) or (parts.hostname and parts.port != 0)
-    except ValueError:  # a port beyond 65535, half a bracket
-        complete = False
-    if not complete or (uri.startswith("sqlite:") and uri.partition("?")[0] != "sqlite://"):
-        raise TrackingError(
-            f"the tracking store {redact(uri)} is no address; one is sqlite:///FOLDER/mlflow.db or http://HOST:5000"
-        )
 
 
 def connect(tracking_uri: str | None = None) -> "MlflowClient":

@@ -5,8 +5,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from shufflenet_mlflow.checkpoints.references import RunReference, is_run_id, parse_reference
-from shufflenet_mlflow.client import connect, mlflow_errors, redact, store_file, uri_in_force
 from shufflenet_mlflow.errors import TrackingError, UnresolvedError
+from shufflenet_mlflow.tracking.client import connect, mlflow_errors
+from shufflenet_mlflow.tracking.redaction import redact
+from shufflenet_mlflow.tracking.uris import store_file, uri_in_force
 
 _NAMED = 4
 """Runs that a message names at most."""

@@ -1,15 +1,20 @@
 """From a checkpoint reference to a verified file."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from shufflenet_mlflow.checkpoints.folders import Resolved, newest_valid, resolve_file
 from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord
 from shufflenet_mlflow.checkpoints.references import FORMS, ModelReference, RunReference, parse_reference
+from shufflenet_mlflow.checkpoints.schema import is_own
+from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import UnresolvedError
-from shufflenet_mlflow.resolve.ids import beginning_of, complete, find_run_ids
 from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.tracking.journal import look
+from shufflenet_mlflow.tracking.run_ids import beginning_of, complete, find_run_ids
 
 __all__ = [
     "ModelReference",
@@ -60,7 +65,7 @@ def resolve(
             return resolve_file(reference)
         raise UnresolvedError(f"{str(ref)!r} does not exist; a checkpoint is {FORMS}")
 
-    from shufflenet_mlflow.resolve.remote import resolve_model, resolve_run  # only when MLflow is needed
+    from shufflenet_mlflow.tracking.remote_checkpoints import resolve_model, resolve_run  # only when MLflow is needed
 
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     if isinstance(reference, RunReference):
@@ -76,7 +81,7 @@ def latest_of_run(run_id: str, tracking_uri: str | None = None) -> CheckpointRec
         TrackingError: MLflow did not answer.
     """
 
-    from shufflenet_mlflow.resolve.remote import latest_of_run as read_latest
+    from shufflenet_mlflow.tracking.remote_checkpoints import latest_of_run as read_latest
 
     return read_latest(run_id, tracking_uri=tracking_uri)
 
@@ -111,3 +116,18 @@ def get_latest_model(
         return (found.path, found.iters) if found else (None, 0)
     resolved = resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir)
     return resolved.path, resolved.iters
+
+
+def run_of(path: Path, payload: Mapping[str, Any]) -> str | None:
+    """The run that a checkpoint file belongs to, also if MLflow made it after the file was written."""
+    run_id: str | None = payload.get("run_id") if is_own(payload) else None
+    return run_id or look(path.parent).run_id
+
+
+def run_of_file(path: Path) -> str | None:
+    """The same for a file that is not loaded yet.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return run_of(path, read_checkpoint(path))

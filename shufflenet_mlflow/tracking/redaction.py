@@ -1,0 +1,29 @@
+"""Take credentials out of text before anyone sees it."""
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient as MlflowClient
+    from mlflow.entities import LoggedModel as LoggedModel
+    from mlflow.entities import Run as Run
+
+
+# Up to the last @: a password that was not quoted may hold anything. File names may hold an @ of their own.
+_USERINFO = re.compile(r"\b(?!sqlite:|file:)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s'\"]*@")
+
+
+_USERINFO_IN_WORD = re.compile(r"\b(?!sqlite:|file:)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://).*@", re.DOTALL)
+
+
+_SECRET = re.compile(r"(?P<name>[?&][\w.-]*(?:password|passwd|pwd|token|secret|key|signature|sig)=)[^&\s'\"]*", re.I)
+
+
+def redact(text: str) -> str:
+    """`text` with user, password and secret query values of every URI in it taken out."""
+    return _SECRET.sub(r"\g<name>***", _USERINFO.sub(r"\g<scheme>", text))
+
+
+def redact_word(word: str) -> str:
+    """The same for one word of a command line, in which passwords may hold blanks and quotes."""
+    return redact(_USERINFO_IN_WORD.sub(r"\g<scheme>", word))

@@ -1,0 +1,103 @@
+"""The run that messages are sent to, and the protocol of a message."""
+
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord
+from shufflenet_mlflow.errors import CheckpointError
+from shufflenet_mlflow.tracking.artifacts import RunArtifacts
+from shufflenet_mlflow.tracking.client import mlflow_errors
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+
+JustWritten = dict[str, tuple[str, float]]
+"""File name -> SHA-256 and `time.monotonic()` of when this process wrote it and read it back."""
+
+
+TRUST_SECONDS = 600.0
+"""For so long a file that was read back is not read once more before it is uploaded."""
+
+
+class RunTarget:
+    """A run that messages are sent to, with what is known of it.
+
+    Args:
+        directory: where its checkpoints lie on the disk.
+        is_new: it was made just now: it has no points yet.
+    """
+
+    def __init__(self, client: "MlflowClient", run_id: str, directory: Path, *, is_new: bool = False) -> None:
+        self.client = client
+        self.run_id = run_id
+        self.directory = directory
+        self.seen: dict[str, set[int]] | None = {} if is_new else None
+        """Metric name -> the steps that have a point; None until it is asked for."""
+        self.artifacts = RunArtifacts(client, run_id)
+        self.just_written: JustWritten = {}
+
+    def read(self) -> "Run":
+        """The run as it is now."""
+        with mlflow_errors(f"read run {self.run_id}"):
+            return self.client.get_run(self.run_id)
+
+    def seen_steps(self) -> dict[str, set[int]]:
+        """The steps that have a point; read once."""
+        if self.seen is None:
+            names = list(self.read().data.metrics)
+            with mlflow_errors(f"read the metrics of run {self.run_id}"):
+                self.seen = {
+                    name: {point.step for point in self.client.get_metric_history(self.run_id, name)} for name in names
+                }
+        return self.seen
+
+    @cached_property
+    def params(self) -> dict[str, str]:
+        """Parameters by name; read once."""
+        return dict(self.read().data.params)
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Set one tag."""
+        with mlflow_errors(f"set the tag {key} of run {self.run_id}"):
+            self.client.set_tag(self.run_id, key, value)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set several tags in one request."""
+        from mlflow.entities import RunTag
+
+        if tags:
+            with mlflow_errors(f"set tags of run {self.run_id}"):
+                self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+class Message(Protocol):
+    """Plain data with a kind; `asdict` and the constructor are each other's inverse."""
+
+    kind: ClassVar[str]
+
+    def send(self, target: RunTarget) -> None:
+        """Bring it to the run.
+
+        Raises:
+            RefusedError: it will never arrive.
+            TrackingError: it did not arrive now.
+        """
+
+
+def is_trusted(record: CheckpointRecord, just_written: JustWritten) -> bool:
+    """Whether this process read the file back a moment ago."""
+    sha256, when = just_written.get(record.file_name, ("", 0.0))
+    return sha256 == record.sha256 and time.monotonic() - when < TRUST_SECONDS
+
+
+def record_in(tags: Mapping[str, str], tag: str) -> CheckpointRecord | None:
+    """What `checkpoint.latest` or `checkpoint.best` says; None if it is not there, or not a record."""
+    try:
+        return CheckpointRecord.from_json(tags[tag]) if tag in tags else None
+    except CheckpointError:  # someone edited the tag: the next commit mends it
+        return None

@@ -1,0 +1,74 @@
+"""Addresses of tracking stores."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from shufflenet_mlflow.errors import TrackingError
+from shufflenet_mlflow.tracking.redaction import redact
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient as MlflowClient
+    from mlflow.entities import LoggedModel as LoggedModel
+    from mlflow.entities import Run as Run
+
+
+def is_server(uri: str) -> bool:
+    """Whether the store is reached over a network, and may be away."""
+    return uri.startswith(("http://", "https://"))
+
+
+def stored_uri(uri: str) -> str:
+    """The store's address as another process in another folder can use it; without credentials."""
+    prefix, found, rest = uri.partition("sqlite:///")
+    if found and not prefix:
+        path, mark, query = rest.partition("?")
+        return redact(f"sqlite:///{Path(path).absolute()}{mark}{query}")
+    return redact(uri)
+
+
+def uri_of_journal(stored: str | None, asked: str | None) -> str | None:
+    """The store that a journal belongs to: as asked for, or else the one it names.
+
+    The environment's address counts if it is the same but for its credentials, which a journal does not hold.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if asked or stored is None or (given and stored_uri(given) == stored):
+        return asked or given
+    return stored
+
+
+def uri_in_force(tracking_uri: str | None) -> str:
+    """The store's address: the one that was given, or else what MLflow itself would use."""
+    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+def store_file(uri: str) -> Path | None:
+    """The file of an embedded store; None for any other store."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def _check_database_file(uri: str) -> None:
+    """MLflow would try for minutes to open a database file that cannot exist."""
+    path = store_file(uri)
+    if path is None:
+        _check_address(uri)
+        return
+    if path.is_dir():
+        raise TrackingError(f"the tracking store {uri} is a folder; name a file in it, such as {uri}/mlflow.db")
+    if not path.parent.is_dir():
+        raise TrackingError(f"the tracking store {uri} lies in a folder that does not exist; make it first")
+
+
+def _check_address(uri: str) -> None:
+    """A server that cannot be meant would be taken for one that is away."""
+    try:
+        parts = urlsplit(redact(uri))  # a password may hold anything
+        complete = not is_server(uri) or (parts.hostname and parts.port != 0)
+    except ValueError:  # a port beyond 65535, half a bracket
+        complete = False
+    if not complete or (uri.startswith("sqlite:") and uri.partition("?")[0] != "sqlite://"):
+        raise TrackingError(
+            f"the tracking store {redact(uri)} is no address; one is sqlite:///FOLDER/mlflow.db or http://HOST:5000"
+        )
