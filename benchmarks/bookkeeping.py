@@ -31,13 +31,13 @@ SIZE, BATCH, CLASSES, PER_CLASS = 128, 32, 4, 80
 
 def measure(side: str, uri: str, root: Path, options: dict[str, Any]) -> dict[str, float]:
     """In a process of its own."""
-    from shufflenet_mlflow.jobs.preparing import bare_trainer
-    from shufflenet_mlflow.jobs.training import run_training
-    from shufflenet_mlflow.planning import plan
     from shufflenet_mlflow.runtime.distributed import World
     from shufflenet_mlflow.runtime.progress import LoggingReporter
     from shufflenet_mlflow.runtime.signals import StopFlag
-    from shufflenet_mlflow.start import TrainRequest
+    from shufflenet_mlflow.workflows.train import run_training
+    from shufflenet_mlflow.workflows.training.config import plan
+    from shufflenet_mlflow.workflows.training.request import TrainRequest
+    from shufflenet_mlflow.workflows.training.state import bare_trainer
 
     loop = {"seconds": 0.0, "from": 0.0, "to": 0.0}
 

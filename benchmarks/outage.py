@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shufflenet_mlflow.jobs.training import run_training
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.start import TrainRequest
+from shufflenet_mlflow.workflows.train import run_training
+from shufflenet_mlflow.workflows.training.request import TrainRequest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

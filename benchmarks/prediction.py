@@ -87,9 +87,9 @@ def ours(checkpoint: str, folder: str, size: int, device: torch.device) -> tuple
     """The same, by what is behind the command."""
     from shufflenet_mlflow.cli.predictions import csv_rows
     from shufflenet_mlflow.data.pictures import find_pictures
-    from shufflenet_mlflow.jobs.prediction import PredictRequest, run_prediction
     from shufflenet_mlflow.runtime.progress import LoggingReporter
     from shufflenet_mlflow.runtime.signals import StopFlag
+    from shufflenet_mlflow.workflows.predict import PredictRequest, run_prediction
 
     request = PredictRequest(checkpoint, model=MODEL, input_size=size, top=TOP, device=device.type)
     pictures = find_pictures([folder], lambda: io.BytesIO())

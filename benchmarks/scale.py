@@ -23,11 +23,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from shufflenet_mlflow import get_latest_model, save_checkpoint
-from shufflenet_mlflow.jobs.checkpoints import list_rows
-from shufflenet_mlflow.jobs.comparing import run_comparison
-from shufflenet_mlflow.jobs.runs import DEFAULT_COLUMNS, list_runs
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.tracking.client import prepare_environment
+from shufflenet_mlflow.workflows.checkpoints import list_rows
+from shufflenet_mlflow.workflows.compare import run_comparison
+from shufflenet_mlflow.workflows.runs import DEFAULT_COLUMNS, list_runs
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

@@ -86,10 +86,10 @@ def measure(folder: Path, model: str, resume: str) -> dict[str, float]:
     """In a process of its own: seconds from its start, and from when the job was asked for, to the first step."""
     import psutil
 
-    from shufflenet_mlflow import planning
-    from shufflenet_mlflow.jobs.training import run_training
     from shufflenet_mlflow.runtime.signals import StopFlag
-    from shufflenet_mlflow.start import TrainRequest
+    from shufflenet_mlflow.workflows.train import run_training
+    from shufflenet_mlflow.workflows.training import config as planning
+    from shufflenet_mlflow.workflows.training.request import TrainRequest
 
     images = listing(folder / "images")
     planning.list_folder = lambda *_arguments, **_named: images  # type: ignore[assignment]
@@ -134,7 +134,7 @@ def make_checkpoint(folder: Path, request: Any, stop: Any) -> None:
     from shufflenet_mlflow.checkpoints.names import checkpoint_name
     from shufflenet_mlflow.checkpoints.verification import read_checkpoint
     from shufflenet_mlflow.data.sampler import SampleOrder
-    from shufflenet_mlflow.jobs.training import run_training
+    from shufflenet_mlflow.workflows.train import run_training
 
     run_training(request, reporter=after(PLACES[0], lambda: stop.set(15)), stop=stop)
     payload = dict(read_checkpoint(request.save_dir / checkpoint_name(PLACES[0])))

@@ -28,15 +28,15 @@ from torchvision.models import get_model
 
 from shufflenet_mlflow import create_model
 from shufflenet_mlflow.data.loader import Batch
-from shufflenet_mlflow.jobs.preparing import bare_trainer
 from shufflenet_mlflow.models.cost import model_cost
-from shufflenet_mlflow.planning import plan
 from shufflenet_mlflow.runtime.devices import compiled
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.training.loop import Trainer
+from shufflenet_mlflow.workflows.training.config import plan
+from shufflenet_mlflow.workflows.training.request import TrainRequest
+from shufflenet_mlflow.workflows.training.state import bare_trainer
 
 FAMILIES = (
     "shufflenet_v1_x1_0_g3",

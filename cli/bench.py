@@ -66,7 +66,7 @@ def bench(as_json: bool, **values: Any) -> None:
     from .stopping import stop_flag
 
     with stop_flag("leaving after this iteration; once more leaves at once") as stop:
-        from shufflenet_mlflow.jobs.benchmarking import BenchRequest, described, run_bench
+        from shufflenet_mlflow.workflows.bench import BenchRequest, described, run_bench
 
         from .console import ConsoleReporter, next_steps
         from .tables import print_json, print_table

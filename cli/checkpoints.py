@@ -21,7 +21,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.jobs.checkpoints import CheckpointRow
+    from shufflenet_mlflow.workflows.checkpoints import CheckpointRow
 
 
 @click.group(cls=Group)
@@ -52,7 +52,7 @@ def ls(ref: str, tracking_uri: str | None, as_json: bool) -> None:
       shufflenet checkpoints ls pets/models
       shufflenet checkpoints ls 01234567 --json
     """
-    from shufflenet_mlflow.jobs.checkpoints import list_rows
+    from shufflenet_mlflow.workflows.checkpoints import list_rows
 
     from .console import ConsoleReporter, next_steps
     from .tables import print_json, print_table
@@ -110,7 +110,7 @@ def verify(ref: str, tracking_uri: str | None, cache_dir: Path | None, as_json: 
       shufflenet checkpoints verify pets/models
       shufflenet checkpoints verify runs:/01234567@best
     """
-    from shufflenet_mlflow.jobs.checkpoints import verify_all
+    from shufflenet_mlflow.workflows.checkpoints import verify_all
 
     from .console import ConsoleReporter, next_steps
     from .tables import print_json
@@ -151,7 +151,7 @@ def pull(ref: str, output: Path | None, tracking_uri: str | None, cache_dir: Pat
       shufflenet checkpoints pull runs:/01234567@best --output .
       shufflenet checkpoints pull models:/pets@champion
     """
-    from shufflenet_mlflow.jobs import checkpoints as job
+    from shufflenet_mlflow.workflows import checkpoints as job
 
     from .console import ConsoleReporter, next_steps
     from .tables import print_json
@@ -192,7 +192,7 @@ def prune(
       shufflenet checkpoints prune 01234567 --keep-every 10000
     """
     from shufflenet_mlflow.checkpoints.retention import Retention
-    from shufflenet_mlflow.jobs import checkpoints as job
+    from shufflenet_mlflow.workflows import checkpoints as job
 
     from .console import ConsoleReporter, next_steps
     from .tables import print_json
@@ -243,7 +243,7 @@ def promote(
       shufflenet predict models:/pets@champion cat.jpg
       mlflow models serve -m models:/pets@champion --env-manager local
     """
-    from shufflenet_mlflow.jobs.exporting import run_promotion
+    from shufflenet_mlflow.workflows.export import run_promotion
 
     from .console import ConsoleReporter, next_steps
     from .tables import print_json

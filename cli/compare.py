@@ -40,7 +40,7 @@ def compare(runs: tuple[str, ...], out: Path | None, tracking_uri: str | None, a
       shufflenet compare 01234567 89abcdef
       shufflenet compare 01234567 89abcdef fedcba98 --out comparison
     """
-    from shufflenet_mlflow.jobs.comparing import run_comparison
+    from shufflenet_mlflow.workflows.compare import run_comparison
 
     from .console import ConsoleReporter, next_steps
     from .tables import print_json

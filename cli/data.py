@@ -81,7 +81,7 @@ def mean(
       shufflenet data mean pets/train --output pets-mean.npy
       shufflenet train --config pets.toml --mean-image pets-mean.npy
     """
-    from shufflenet_mlflow.jobs.mean import run_mean
+    from shufflenet_mlflow.workflows.data import run_mean
 
     from .console import ConsoleReporter, next_steps
     from .stopping import stop_flag

@@ -24,7 +24,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.jobs.evaluation import EvalSummary
+    from shufflenet_mlflow.workflows.eval import EvalSummary
 
 WORST_CLASSES = 3
 
@@ -81,7 +81,7 @@ def eval_(ref: str, as_json: bool, **values: Any) -> None:
       shufflenet eval runs:/01234567@best --val-dir pets/test --json
       shufflenet eval weights.pth.tar --model shufflenet_v2_x1_0 --val-dir val
     """
-    from shufflenet_mlflow.jobs.evaluation import EvalRequest, run_evaluation
+    from shufflenet_mlflow.workflows.eval import EvalRequest, run_evaluation
 
     from .console import ConsoleReporter, next_steps
     from .stopping import stop_flag

@@ -52,7 +52,7 @@ def export(ref: str, as_json: bool, **values: Any) -> None:
       shufflenet export 01234567@best --format onnx --output pets.onnx
       shufflenet export weights.pth.tar --model shufflenet_v2_x1_0 --format mlflow
     """
-    from shufflenet_mlflow.jobs.exporting import ExportRequest, run_export
+    from shufflenet_mlflow.workflows.export import ExportRequest, run_export
 
     from .console import ConsoleReporter, next_steps
     from .tables import print_json

@@ -78,7 +78,7 @@ def predict(ref: str, images: tuple[str, ...], format_: str | None, as_json: boo
     from .predictions import WRITERS, Output
 
     out = Output()
-    from shufflenet_mlflow.jobs.prediction import PredictRequest, run_prediction
+    from shufflenet_mlflow.workflows.predict import PredictRequest, run_prediction
 
     from .console import ConsoleReporter
     from .stopping import stop_flag

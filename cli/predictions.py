@@ -16,7 +16,7 @@ from .tables import printable
 if TYPE_CHECKING:
     from shufflenet_mlflow.data.pictures import Pictures
     from shufflenet_mlflow.evaluation.prediction import Prediction
-    from shufflenet_mlflow.jobs.prediction import Predictions
+    from shufflenet_mlflow.workflows.predict import Predictions
 
 SHORTEST_PATH = 16
 RUNNERS_UP = 20

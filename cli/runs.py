@@ -8,7 +8,7 @@ from .commands import Group
 from .options import common_options, config_option, json_option, option, options, run_argument, tracking_uri_option
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.jobs.runs import RunDetails
+    from shufflenet_mlflow.workflows.runs import RunDetails
 
 LIMIT = 50
 SPARE = ("started", "minutes", "status", "val/top1")
@@ -44,7 +44,7 @@ def runs(ctx: click.Context, /, as_json: bool, ascending: bool, **values: Any) -
     """
     if ctx.invoked_subcommand is not None:
         return
-    from shufflenet_mlflow.jobs.runs import DEFAULT_COLUMNS, list_runs
+    from shufflenet_mlflow.workflows.runs import DEFAULT_COLUMNS, list_runs
 
     from .console import ConsoleReporter, next_steps
     from .tables import cell, print_json, print_table
@@ -88,7 +88,7 @@ def show(run: str, tracking_uri: str | None, as_json: bool) -> None:
       shufflenet runs show 01234567
       shufflenet runs show 0123456789abcdef0123456789abcdef --json
     """
-    from shufflenet_mlflow.jobs.runs import show_run
+    from shufflenet_mlflow.workflows.runs import show_run
 
     from .console import ConsoleReporter, next_steps
     from .tables import print_json

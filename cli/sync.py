@@ -30,7 +30,7 @@ def sync(directory: Path, dry_run: bool, tracking_uri: str | None, as_json: bool
       shufflenet sync models/0123456789abcdef0123456789abcdef --dry-run
       shufflenet sync pets/models
     """
-    from shufflenet_mlflow.jobs.sync import describe_entries, run_sync
+    from shufflenet_mlflow.workflows.sync import describe_entries, run_sync
 
     from .console import ConsoleReporter, next_steps
     from .stopping import stop_flag

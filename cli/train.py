@@ -30,7 +30,7 @@ from .options import (
 from .settings import weaker_of
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.jobs.training import TrainSummary
+    from shufflenet_mlflow.workflows.train import TrainSummary
 
 REQUEST_OPTIONS = (
     "resume",
@@ -197,8 +197,8 @@ def train(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
     with stop_flag("leaving as soon as the checkpoint is safe; once more leaves at once") as stop:
         try:
             with stop.at_once():
-                from shufflenet_mlflow.jobs.training import run_training
-                from shufflenet_mlflow.start import TrainRequest
+                from shufflenet_mlflow.workflows.train import run_training
+                from shufflenet_mlflow.workflows.training.request import TrainRequest
 
                 from .console import ConsoleReporter, next_steps
                 from .tables import print_json

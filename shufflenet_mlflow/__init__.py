@@ -4,9 +4,9 @@ The names below are the public interface. They are imported when they are first 
 next to nothing, importing torch and MLflow does not.
 """
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.lazily import exports
 from shufflenet_mlflow.version import __version__
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shufflenet_mlflow.models.catalog import create_model, list_models
     from shufflenet_mlflow.tracking.resolve import get_latest_model
     from shufflenet_mlflow.tracking.resolve import get_latest_model as get_lastest_model
-    from shufflenet_mlflow.tracking.save import save_checkpoint
+    from shufflenet_mlflow.workflows.save_checkpoint import save_checkpoint
 
 __all__ = [
     "LoadReport",
@@ -37,10 +37,17 @@ _HOMES = {
     "get_latest_model": "tracking.resolve",
     "list_models": "models.catalog",
     "load_checkpoint": "checkpoints.loading",
-    "save_checkpoint": "tracking.save",
+    "save_checkpoint": "workflows.save_checkpoint",
 }
 
-__getattr__ = exports(__name__, _HOMES)
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, name_there = _HOMES[name].partition(":")
+    value = getattr(import_module(f"{__name__}.{module}"), name_there or name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

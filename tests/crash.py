@@ -25,7 +25,6 @@ from shufflenet_mlflow import get_latest_model
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_records, remove_leftovers
 from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
-from shufflenet_mlflow.jobs.sync import run_sync
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking import delivery, prune, store
@@ -35,6 +34,7 @@ from shufflenet_mlflow.tracking.journal import Spool, look
 from shufflenet_mlflow.tracking.resolve import resolve
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
+from shufflenet_mlflow.workflows.sync import run_sync
 
 RULES = Retention(keep_last=2, keep_best=1, keep_every=7)
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import Invoke
 from mlflow import MlflowClient
 
-from shufflenet_mlflow import planning
-from shufflenet_mlflow.jobs.benchmarking import EXPERIMENT
+from shufflenet_mlflow.workflows.bench import EXPERIMENT
+from shufflenet_mlflow.workflows.training import config as planning
 
 Usage = namedtuple("Usage", "total used free")
 

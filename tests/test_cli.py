@@ -372,7 +372,7 @@ def test_ctrl_c_before_anything_has_begun(monkeypatch: pytest.MonkeyPatch, shuff
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shufflenet_mlflow.jobs.run_evaluation", interrupt)
+    monkeypatch.setattr("shufflenet_mlflow.workflows.eval.run_evaluation", interrupt)
     result = shufflenet("eval", "nowhere")
     assert (result.exit_code, result.stderr) == (130, "Stopped by SIGINT.\n")
 

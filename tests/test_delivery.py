@@ -22,8 +22,6 @@ from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.errors import RefusedError, SpoolError, TrackingError
-from shufflenet_mlflow.jobs import opening
-from shufflenet_mlflow.jobs.sync import run_sync
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking import delivery
@@ -34,6 +32,8 @@ from shufflenet_mlflow.tracking.journal import Spool, look
 from shufflenet_mlflow.tracking.messages import Finish, MetricPoints, to_body
 from shufflenet_mlflow.tracking.target import RunTarget
 from shufflenet_mlflow.tracking.uris import stored_uri, uri_of_journal
+from shufflenet_mlflow.workflows.sync import run_sync
+from shufflenet_mlflow.workflows.training import run as opening
 
 
 @pytest.fixture

@@ -38,13 +38,13 @@ from shufflenet_mlflow.export import LogModels, export_file, files, log_model
 from shufflenet_mlflow.export.logged import SHA256_TAG, find_logged_model, write_model
 from shufflenet_mlflow.export.program import check_equal, example_pixels
 from shufflenet_mlflow.export.serving import Classifier, image_bytes
-from shufflenet_mlflow.jobs.sync import run_sync
 from shufflenet_mlflow.models import shufflenet_v2
 from shufflenet_mlflow.models.cost import _count
 from shufflenet_mlflow.models.loaded import Network, _body, choose_preprocess
 from shufflenet_mlflow.models.spec import Architecture
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.target import RunTarget, record_in
+from shufflenet_mlflow.workflows.sync import run_sync
 
 X0_5_OF_TORCHVISION = "torchvision/shufflenet_v2_x0_5"
 

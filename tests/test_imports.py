@@ -22,15 +22,15 @@ def imported(code: str, folder: Path) -> set[str]:
 IMPORTED = {
     "runs": set(),
     "checkpoints": set(),
-    "comparing": set(),
-    **{job: {"torch"} for job in ("sync", "evaluation", "training", "prediction", "benchmarking", "exporting")},
+    "compare": set(),
+    **{job: {"torch"} for job in ("sync", "eval", "train", "predict", "bench", "export")},
 }
-FAST = ("runs", "training", "evaluation")
+FAST = ("runs", "train", "eval")
 
 
 @pytest.mark.parametrize("job", [job if job in FAST else pytest.param(job, marks=pytest.mark.long) for job in IMPORTED])
 def test_a_job_begins_with_no_more_than_it_needs(job: str, tmp_path: Path) -> None:
-    assert imported(f"import shufflenet_mlflow.jobs.{job}", tmp_path) == IMPORTED[job]
+    assert imported(f"import shufflenet_mlflow.workflows.{job}", tmp_path) == IMPORTED[job]
 
 
 def test_a_wrong_path_is_named_at_once(tmp_path: Path) -> None:

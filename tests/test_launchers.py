@@ -17,13 +17,13 @@ from training import Reporter, assert_same_end, history, request, run, run_until
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import ConfigError, ResumeError, TrackingError, UnresolvedError
-from shufflenet_mlflow.jobs import opening
-from shufflenet_mlflow.jobs.sync import run_sync
-from shufflenet_mlflow.jobs.training import run_training
-from shufflenet_mlflow.planning import plan
 from shufflenet_mlflow.runtime.launchers import attempt, launch_name
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
-from shufflenet_mlflow.start import TrainRequest
+from shufflenet_mlflow.workflows.sync import run_sync
+from shufflenet_mlflow.workflows.train import run_training
+from shufflenet_mlflow.workflows.training import run as opening
+from shufflenet_mlflow.workflows.training.config import plan
+from shufflenet_mlflow.workflows.training.request import TrainRequest
 
 
 def runs_of(client: MlflowClient) -> list[Any]:
@@ -338,7 +338,7 @@ def test_a_warning_before_training_asks_too(images: Path, slurm: Path, monkeypat
     def interrupted(*_arguments: Any, **_named: Any) -> Any:
         signal.raise_signal(signal.SIGUSR1)
 
-    monkeypatch.setattr("shufflenet_mlflow.planning.list_images", interrupted)
+    monkeypatch.setattr("shufflenet_mlflow.workflows.training.config.list_images", interrupted)
     with StopFlag() as stop, pytest.raises(StopRequested):
         run(images, "--requeue", stop=stop)
     assert slurm.read_text() == "requeue 4711\n"
@@ -382,7 +382,7 @@ def test_without_grace_nothing_is_waited_for(images: Path, client: MlflowClient,
 
 def test_a_signal_while_the_data_is_listed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has been made by then, so it may end anywhere."""
-    import shufflenet_mlflow.planning as planning
+    import shufflenet_mlflow.workflows.training.config as planning
 
     listed = planning.list_images
 

@@ -130,9 +130,9 @@ def test_journals(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_damaged_journal_loses_no_checkpoint(seed: int, client: MlflowClient) -> None:
     """Also where their lines are gone: they are found on the disk."""
-    from shufflenet_mlflow.jobs.sync import run_sync
     from shufflenet_mlflow.runtime.progress import LoggingReporter
     from shufflenet_mlflow.runtime.signals import StopFlag
+    from shufflenet_mlflow.workflows.sync import run_sync
 
     run_id = str(client.create_run(client.create_experiment("journal")).info.run_id)
     spool = Spool(Path("models"))

@@ -31,10 +31,10 @@ from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog
 from shufflenet_mlflow.data.pictures import find_pictures
 from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.evaluation.evaluate import EvalSettings, evaluate
-from shufflenet_mlflow.jobs.loading import NetworkRequest
 from shufflenet_mlflow.runtime.devices import place
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
+from shufflenet_mlflow.workflows.loading import NetworkRequest
 
 CPU = torch.device("cpu")
 NETWORK = ("--model", "shufflenet_v2_x0_5", "--input-size", 32)

@@ -21,9 +21,9 @@ from shufflenet_mlflow.data.loader import Batch
 from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.evaluation.plots import figures_of
 from shufflenet_mlflow.evaluation.report import Observer, Outcomes, Report
-from shufflenet_mlflow.jobs import evaluation
 from shufflenet_mlflow.models.loaded import label_outputs
 from shufflenet_mlflow.runtime.serialization import to_csv, to_json
+from shufflenet_mlflow.workflows import eval as evaluation
 
 
 def report_of(labels: list[int], predicted: list[int], probability: list[float], classes: int = 3) -> Report:

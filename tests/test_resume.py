@@ -22,10 +22,10 @@ from shufflenet_mlflow.errors import (
     ResumeError,
     ShuffleNetError,
 )
-from shufflenet_mlflow.jobs.training import run_training
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
-from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.training.rng import StepRandomness
+from shufflenet_mlflow.workflows.train import run_training
+from shufflenet_mlflow.workflows.training.request import TrainRequest
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from mlflow import MlflowClient
 
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.cli.train import REQUEST_OPTIONS, train
-from shufflenet_mlflow.jobs.training import TrainSummary, run_training
 from shufflenet_mlflow.runtime.progress import LoggingReporter, Phase
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.tracking.system_metrics import PREFIX
+from shufflenet_mlflow.workflows.train import TrainSummary, run_training
+from shufflenet_mlflow.workflows.training.request import TrainRequest
 
 
 class Reporter(LoggingReporter):

@@ -16,6 +16,7 @@ from shufflenet_mlflow.tracking.journal import Spool, look
 from shufflenet_mlflow.tracking.messages import to_body
 from shufflenet_mlflow.tracking.target import RunTarget, record_in
 from shufflenet_mlflow.tracking.uris import stored_uri
+from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
 
 
 def _active_run_id() -> str | None:
@@ -96,7 +97,7 @@ def _bring(record: CheckpointRecord, run_id: str, directory: Path, tracking_uri:
             spool.append(run_id, message.kind, to_body(message))
             spool.sync()
             if failure is None:
-                deliver_now(client, spool)
+                deliver_now(client, spool, MESSAGE_KINDS)
     except (BusyError, SpoolError) as error:
         raise TrackingError(f"{failure or error}; the checkpoint {record.file_name} is on the disk") from error
     except TrackingError as error:

@@ -13,14 +13,14 @@ from shufflenet_mlflow.config import HARMLESS, TrainConfig, drift
 from shufflenet_mlflow.data.datasets import data_name
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.models.cost import model_cost
-from shufflenet_mlflow.planning import Plan
 from shufflenet_mlflow.runtime.distributed import World
-from shufflenet_mlflow.start import Start
 from shufflenet_mlflow.tracking.messages import DatasetInput, Params, TextArtifact
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
 from shufflenet_mlflow.tracking.target import Message
 from shufflenet_mlflow.training.loop import TrainData, TrainResult
+from shufflenet_mlflow.workflows.training.config import Plan
+from shufflenet_mlflow.workflows.training.resume import Start
 
 OF_PIXELS = ("torchvision", "opencv-python-headless", "simplejpeg")
 """Packages that decode and change images."""

@@ -18,20 +18,19 @@ from shufflenet_mlflow.config import (
     format_numbers,
 )
 from shufflenet_mlflow.data.augment import AUGMENTATIONS
-from shufflenet_mlflow.data.datasets import list_folder
-from shufflenet_mlflow.data.folder import require_same_classes
-from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import default_workers
 from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.data.sampler import Division, SampleOrder
-from shufflenet_mlflow.errors import ConfigError, ResumeError
+from shufflenet_mlflow.errors import ConfigError
 from shufflenet_mlflow.models.loaded import choose_preprocess
 from shufflenet_mlflow.models.spec import Architecture
 from shufflenet_mlflow.models.torchvision_v2 import published_weights
 from shufflenet_mlflow.runtime.distributed import World
-from shufflenet_mlflow.start import Init, Start, TrainRequest
 from shufflenet_mlflow.training.loop import TrainData
 from shufflenet_mlflow.training.recipe import get_recipe
+from shufflenet_mlflow.workflows.training.data import absolute_path, image_folders, list_both
+from shufflenet_mlflow.workflows.training.request import TrainRequest
+from shufflenet_mlflow.workflows.training.resume import Init, Start
 
 DISPLAY_INTERVAL = 20
 VALIDATIONS = 10
@@ -39,10 +38,6 @@ VALIDATIONS = 10
 
 DIGITS_INPUT_SIZE = 64
 DIGITS_EPOCHS = 20
-
-
-def _absolute(directory: Any) -> str | None:
-    return None if directory is None else str(Path(directory).absolute())
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
             "give one of them"
         )
     options = {**inherited, **given}
-    train_dir, val_dir = _folders(options)
+    train_dir, val_dir = image_folders(options)
     is_digits = train_dir is None
     if start is not None and options.get("model") != inherited.get("model"):
         options |= {"choices": given.get("choices"), "scales": given.get("scales")}  # those of another network
@@ -97,7 +92,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
         raise ConfigError(f"--batch-size (={batch_size}) must be at least 2: batch normalisation needs two images")
     division = _divide(batch_size, options.get("micro_batch_size"), world)
     on_bad_image = options.get("on_bad_image", "fail")
-    train, val = _list_both(train_dir, val_dir, skip_bad=on_bad_image == "skip", cache_dir=request.cache_dir)
+    train, val = list_both(train_dir, val_dir, skip_bad=on_bad_image == "skip", cache_dir=request.cache_dir)
     num_classes = options.get("num_classes", len(train.classes))
     if num_classes < len(train.classes):
         raise ConfigError(
@@ -129,7 +124,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
         "scales": format_numbers(architecture.scales) if architecture.scales else None,
         "init_from": _absolute_reference(options.get("init_from")),
         "pretrained": options.get("pretrained", False),
-        "mean_image": _absolute(options.get("mean_image")),
+        "mean_image": absolute_path(options.get("mean_image")),
         "train_dir": train_dir,
         "val_dir": val_dir,
         "num_classes": num_classes,
@@ -143,35 +138,6 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
     known = {name: value for name, value in options.items() if name in FIELDS}
     config = TrainConfig(**{**defaults, **known, **settled})
     return Plan(config, architecture, TrainData(train, val, order, division, preprocess))
-
-
-def _folders(options: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Those of the images to train and to validate on; None and None for the bundled digits.
-
-    Raises:
-        ConfigError: only one of them is given.
-    """
-    train_dir, val_dir = _absolute(options.get("train_dir")), _absolute(options.get("val_dir"))
-    if (train_dir is None) != (val_dir is None):
-        lacking = "--val-dir" if val_dir is None else "--train-dir"
-        raise ConfigError(f"{lacking} is missing; give both folders, or neither for the bundled digits")
-    return train_dir, val_dir
-
-
-def _list_both(
-    train_dir: str | None, val_dir: str | None, *, skip_bad: bool, cache_dir: Path | None
-) -> tuple[ImageListing, ImageListing]:
-    """The images to train and to validate on.
-
-    Raises:
-        DataError: see `list_folder`; or the two have different classes.
-    """
-    train, val = (
-        list_folder(directory, part, option=f"--{part}-dir", skip_bad=skip_bad, cache_dir=cache_dir)
-        for directory, part in ((train_dir, "train"), (val_dir, "val"))
-    )
-    require_same_classes(train.class_to_idx, val, expected_in=repr(str(train.root)), option="--val-dir")
-    return train, val
 
 
 def _total_iters(given: Mapping[str, Any], inherited: Mapping[str, Any], iters_per_epoch: int, epochs: int) -> int:
@@ -207,36 +173,9 @@ def _mean_image_to_read(given: Mapping[str, Any], start: Start | None) -> str | 
     path: str | None = given.get("mean_image")
     if path is None or start is None or os.path.exists(path):
         return path
-    return None if start.config.get("mean_image") == _absolute(path) else path
+    return None if start.config.get("mean_image") == absolute_path(path) else path
 
 
 def _absolute_reference(ref: str | None) -> str | None:
     """The reference, as it is understood from any folder."""
     return str(Path(ref).absolute()) if ref is not None and isinstance(parse_reference(ref), Path) else ref
-
-
-def check_same_data(start: Start, data: TrainData, *, new_run: bool) -> None:
-    """Refuse to continue on other images, or with another mean image, than the run began with.
-
-    Args:
-        new_run: the continuation is a run of its own, whose images may differ, if not its classes.
-
-    Raises:
-        DataError: the classes differ.
-        ResumeError: the training images, or the mean images, differ.
-    """
-    stored = Preprocess.from_dict(start.payload["preprocess"], repr(str(start.path)))
-    if not new_run and not data.preprocess.has_mean_of(stored):
-        raise ResumeError("--mean-image is not the one that the run began with; leave it out, or pass --new-run")
-    require_same_classes(
-        start.payload["class_to_idx"],
-        data.train,
-        expected_in=f"the checkpoint {str(start.path)!r}",
-        option="--train-dir",
-    )
-    before = start.payload.get("data", {}).get("train_digest")
-    if not new_run and isinstance(before, str) and before != data.train.digest:
-        raise ResumeError(
-            f"--train-dir {str(data.train.root)!r} does not hold the images that the run began with "
-            f"(digest {data.train.digest[:8]}, then {before[:8]}); put them back, or pass --new-run"
-        )

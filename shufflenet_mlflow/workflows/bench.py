@@ -15,13 +15,10 @@ from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.data.loader import PREFETCHED, worker_death
 from shufflenet_mlflow.errors import TrackingError
-from shufflenet_mlflow.jobs.preparing import bare_trainer
-from shufflenet_mlflow.planning import Plan, plan
 from shufflenet_mlflow.runtime.devices import choose_device, compile_failure, compiled, finish, usable_cores
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.start import TrainRequest
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.tracking.journal import Spool
@@ -29,6 +26,10 @@ from shufflenet_mlflow.tracking.run import make_run, new_run
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 from shufflenet_mlflow.training.loop import Trainer
+from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
+from shufflenet_mlflow.workflows.training.config import Plan, plan
+from shufflenet_mlflow.workflows.training.request import TrainRequest
+from shufflenet_mlflow.workflows.training.state import bare_trainer
 
 EXPERIMENT = "shufflenet-bench"
 
@@ -182,7 +183,7 @@ def _bookkeeping(request: BenchRequest, trainer: Trainer, reporter: Reporter, st
         run_id, _ = make_run(client, new_run(experiment=EXPERIMENT, name="bench", tags={}))
         try:
             with TrackingSession(
-                client, Spool(Path(scratch, "saved")), run_id, is_new=True, reporter=reporter, stop=stop
+                client, Spool(Path(scratch, "saved")), run_id, MESSAGE_KINDS, is_new=True, reporter=reporter, stop=stop
             ) as session:
                 save = _saving(trainer, session, reporter, stop)
                 metrics = TrackedMetrics(session.recorder)

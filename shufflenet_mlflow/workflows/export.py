@@ -12,10 +12,10 @@ from shufflenet_mlflow.export import Promoted, export_file, log_model, promote
 from shufflenet_mlflow.export.logged import find_logged_model, write_model
 from shufflenet_mlflow.export.program import TOLERANCE
 from shufflenet_mlflow.export.registry import check_names, checkpoint_in_run
-from shufflenet_mlflow.jobs.loading import Loaded, NetworkRequest, source_of
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.tracking.resolve import resolve, run_of_file
+from shufflenet_mlflow.workflows.loading import Loaded, NetworkRequest, source_of
 
 MLFLOW_FORMAT = "mlflow"
 """A folder that `mlflow models serve -m` takes."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shufflenet_mlflow.jobs.runs import find_run
 from shufflenet_mlflow.tracking.client import connect, prepare_environment
+from shufflenet_mlflow.workflows.runs import find_run
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.compare import Comparison

@@ -16,8 +16,6 @@ from shufflenet_mlflow.data.loader import BadImageLog, default_workers, worker_d
 from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, UnresolvedError
 from shufflenet_mlflow.evaluation.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.evaluation.report import Observer, Report
-from shufflenet_mlflow.jobs.loading import Loaded, NetworkRequest
-from shufflenet_mlflow.jobs.recording import Evaluated, record_in_new, record_in_own, record_in_source
 from shufflenet_mlflow.models.loaded import Network, label_outputs
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place
 from shufflenet_mlflow.runtime.launchers import ended_with_mlflow_run
@@ -27,6 +25,8 @@ from shufflenet_mlflow.tracking.client import connect, prepare_environment
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.remote_checkpoints import read_run
 from shufflenet_mlflow.tracking.run import AdoptedRun, adopted_run_id
+from shufflenet_mlflow.workflows.eval_results import Evaluated, record_in_new, record_in_own, record_in_source
+from shufflenet_mlflow.workflows.loading import Loaded, NetworkRequest
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import MlflowClient, Run

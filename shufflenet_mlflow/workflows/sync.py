@@ -19,6 +19,7 @@ from shufflenet_mlflow.tracking.messages import to_body
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.store import lost_checkpoints
 from shufflenet_mlflow.tracking.uris import uri_of_journal
+from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def run_sync(
             for message in lost_checkpoints(spool):
                 spool.append(spool.run, message.kind, to_body(message))
         doubtful = spool.pending - known
-        sent = max(0, _send(Deliverer(connect(uri), spool), reporter, stop) - doubtful)
+        sent = max(0, _send(Deliverer(connect(uri), spool, MESSAGE_KINDS), reporter, stop) - doubtful)
     finally:
         spool.close()
     held = look(directory)

@@ -12,11 +12,12 @@ from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
 from shufflenet_mlflow.errors import ConfigError, NoCheckpointError, ResumeError, TrackingError
 from shufflenet_mlflow.runtime.launchers import attempt, launch_name, may_restart
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.start import Start, TrainRequest
 from shufflenet_mlflow.tracking.client import impatient
 from shufflenet_mlflow.tracking.journal import SPOOL_NAME, look
 from shufflenet_mlflow.tracking.run import KnownRun, config_to_begin_with, find_job, look_up, run_to_adopt
 from shufflenet_mlflow.tracking.uris import is_server
+from shufflenet_mlflow.workflows.training.request import TrainRequest
+from shufflenet_mlflow.workflows.training.resume import Start
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import MlflowClient

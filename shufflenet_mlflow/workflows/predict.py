@@ -8,13 +8,13 @@ from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog, default_wor
 from shufflenet_mlflow.data.pictures import Pictures
 from shufflenet_mlflow.evaluation.evaluate import EvalSettings
 from shufflenet_mlflow.evaluation.prediction import Prediction, predict
-from shufflenet_mlflow.jobs.loading import NetworkRequest
 from shufflenet_mlflow.models.fuse_bn import folded
 from shufflenet_mlflow.models.loaded import Network
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.client import prepare_environment
+from shufflenet_mlflow.workflows.loading import NetworkRequest
 
 
 @dataclass(frozen=True)

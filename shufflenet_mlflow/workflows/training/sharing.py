@@ -6,7 +6,8 @@ They need no folder in common, and no access to MLflow.
 from dataclasses import replace
 
 from shufflenet_mlflow.runtime.distributed import World
-from shufflenet_mlflow.start import Init, Start, TrainRequest
+from shufflenet_mlflow.workflows.training.request import TrainRequest
+from shufflenet_mlflow.workflows.training.resume import Init, Start
 
 
 def share_beginning(world: World, request: TrainRequest, start: Start | None, init: Init | None) -> None:

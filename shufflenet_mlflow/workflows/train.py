@@ -12,24 +12,32 @@ from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_grace, check_job
 from shufflenet_mlflow.errors import CheckpointError, NoCheckpointError
 from shufflenet_mlflow.export import LogModels
-from shufflenet_mlflow.jobs.attempts import begin_again, find_attempt, may_begin_again
-from shufflenet_mlflow.jobs.describing import constants, cost, describe, describe_in_words, result_in_words
-from shufflenet_mlflow.jobs.following import NoMetrics, NoStore, QuietReporter
-from shufflenet_mlflow.jobs.opening import ending_on_error, open_run
-from shufflenet_mlflow.jobs.preparing import Prepared, prepare
-from shufflenet_mlflow.jobs.sharing import receive_beginning, share_beginning
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.launchers import Requeue, ended_with_mlflow_run
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.rendezvous import joined
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
-from shufflenet_mlflow.start import Start, TrainRequest, find_init, find_start, with_whole_ids
 from shufflenet_mlflow.tracking.client import connect, prepare_environment
 from shufflenet_mlflow.tracking.journal import Spool, is_made
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 from shufflenet_mlflow.tracking.system_metrics import SystemMetrics
 from shufflenet_mlflow.training.loop import Trainer, TrainResult, best_metrics
+from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
+from shufflenet_mlflow.workflows.training.attempts import begin_again, find_attempt, may_begin_again
+from shufflenet_mlflow.workflows.training.description import (
+    constants,
+    cost,
+    describe,
+    describe_in_words,
+    result_in_words,
+)
+from shufflenet_mlflow.workflows.training.followers import NoMetrics, NoStore, QuietReporter
+from shufflenet_mlflow.workflows.training.request import TrainRequest, with_whole_ids
+from shufflenet_mlflow.workflows.training.resume import Start, find_init, find_start
+from shufflenet_mlflow.workflows.training.run import ending_on_error, open_run
+from shufflenet_mlflow.workflows.training.sharing import receive_beginning, share_beginning
+from shufflenet_mlflow.workflows.training.state import Prepared, prepare
 
 NOTHING_TRAINED = TrainResult(iters=0, epoch=0, loss=math.nan, val_top1=None, val_top5=None, checkpoint=None)
 
@@ -142,7 +150,9 @@ def _lead(world: World, request: TrainRequest, reporter: Reporter, stop: StopFla
                 with ending_on_error(client, opened.run):
                     spool = Spool(save_dir)
             closing.pop_all()  # the session closes it
-        session = TrackingSession(client, spool, opened.run, is_new=opened.is_new, reporter=reporter, stop=stop)
+        session = TrackingSession(
+            client, spool, opened.run, MESSAGE_KINDS, is_new=opened.is_new, reporter=reporter, stop=stop
+        )
         remove_leftovers(spool.directory)
         with session:
             session.record(

@@ -11,7 +11,6 @@ from shufflenet_mlflow.config import EVALUATION_SECTION, EVALUATION_TAG
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.evaluation.report import Report
 from shufflenet_mlflow.export.logged import find_logged_model
-from shufflenet_mlflow.jobs.describing import dataset_input
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.evaluation_metrics import OfModel, log_input_model, log_results
@@ -20,6 +19,7 @@ from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
 from shufflenet_mlflow.tracking.run import AdoptedRun, make_run, new_run
 from shufflenet_mlflow.tracking.target import Message, RunTarget
+from shufflenet_mlflow.workflows.training.description import dataset_input
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import LoggedModel, MlflowClient, Run

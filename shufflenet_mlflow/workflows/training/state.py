@@ -11,18 +11,26 @@ from torch.amp.grad_scaler import GradScaler
 from shufflenet_mlflow.checkpoints.loading import load_checkpoint, weights_of
 from shufflenet_mlflow.config import check_resumable, option
 from shufflenet_mlflow.errors import ConfigError, DataError
-from shufflenet_mlflow.jobs.describing import NEEDED_FOR_EQUALITY, PARTS, constants, drift_since, environment
-from shufflenet_mlflow.jobs.following import NoMetrics, NoStore
 from shufflenet_mlflow.models.loaded import classes_in, naming_what_fits
-from shufflenet_mlflow.planning import Plan, check_same_data, plan
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.start import Init, Start, TrainRequest
 from shufflenet_mlflow.training.loop import TrainData, Trainer
 from shufflenet_mlflow.training.recipe import make_ema, make_optimizer, make_scheduler
 from shufflenet_mlflow.training.state import TrainingState
+from shufflenet_mlflow.workflows.training.config import Plan, plan
+from shufflenet_mlflow.workflows.training.data import check_same_data
+from shufflenet_mlflow.workflows.training.description import (
+    NEEDED_FOR_EQUALITY,
+    PARTS,
+    constants,
+    drift_since,
+    environment,
+)
+from shufflenet_mlflow.workflows.training.followers import NoMetrics, NoStore
+from shufflenet_mlflow.workflows.training.request import TrainRequest
+from shufflenet_mlflow.workflows.training.resume import Init, Start
 
 OF_ONE_MACHINE = ("train_dir", "val_dir", "mean_image", "init_from", "workers", "device")
 """Options in which the processes of one job may differ."""

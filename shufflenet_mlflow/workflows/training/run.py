@@ -10,10 +10,8 @@ from shufflenet_mlflow.checkpoints.references import RunReference, parse_referen
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.data.datasets import data_name
 from shufflenet_mlflow.errors import ResumeError, TrackingError
-from shufflenet_mlflow.jobs.describing import config_digest
 from shufflenet_mlflow.runtime.launchers import attempt
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.start import Init, Start, TrainRequest
 from shufflenet_mlflow.tracking.client import impatient, mlflow_errors
 from shufflenet_mlflow.tracking.journal import Spool, is_made, name_new_run
 from shufflenet_mlflow.tracking.messages import Reopen
@@ -32,6 +30,9 @@ from shufflenet_mlflow.tracking.run import (
 )
 from shufflenet_mlflow.tracking.target import Message
 from shufflenet_mlflow.tracking.uris import is_server
+from shufflenet_mlflow.workflows.training.description import config_digest
+from shufflenet_mlflow.workflows.training.request import TrainRequest
+from shufflenet_mlflow.workflows.training.resume import Init, Start
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import MlflowClient
