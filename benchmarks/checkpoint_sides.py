@@ -127,12 +127,12 @@ def run_ours(job: Job, training: Training) -> str:
     from shufflenet_mlflow.runtime.progress import LoggingReporter
     from shufflenet_mlflow.runtime.signals import StopFlag
     from shufflenet_mlflow.tracking.client import connect
-    from shufflenet_mlflow.tracking.journal import Spool
+    from shufflenet_mlflow.tracking.journal import Journal
     from shufflenet_mlflow.tracking.session import TrackingSession
     from shufflenet_mlflow.tracking.store import TrackedStore
 
     client, run_id, reporter = connect(job.uri), new_run(job), LoggingReporter()
-    session = TrackingSession(client, Spool(job.local), run_id, is_new=True, reporter=reporter, stop=StopFlag())
+    session = TrackingSession(client, Journal(job.local), run_id, is_new=True, reporter=reporter, stop=StopFlag())
     with session:
         session.iters = job.iterations
         store = TrackedStore(

@@ -29,7 +29,7 @@ from shufflenet_mlflow.data.preprocess import Preprocess, eval_transform
 from shufflenet_mlflow.evaluation.evaluate import EvalSettings
 from shufflenet_mlflow.evaluation.evaluate import evaluate as our_evaluate
 from shufflenet_mlflow.models.catalog import get_variant
-from shufflenet_mlflow.runtime.devices import keep_freed_memory, place
+from shufflenet_mlflow.runtime.devices import keep_freed_memory, move_model
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 
@@ -76,7 +76,7 @@ def measure(side: str, name: str, root: Path, device: torch.device) -> dict[str,
     if side == "reference":
         return evaluate(model, torch.utils.data.DataLoader(Prepared(root, mode), BATCH, num_workers=workers), device)
     keep_freed_memory(device)
-    model = place(model, device)
+    model = move_model(model, device)
     found: dict[str, Any] = {}
     for _ in range(2):
         began = time.perf_counter()

@@ -28,7 +28,7 @@ from torch import nn
 from shufflenet_mlflow import create_model
 from shufflenet_mlflow.evaluation.plots import figures_of, write_figure
 from shufflenet_mlflow.evaluation.report import Outcomes, Report
-from shufflenet_mlflow.runtime.devices import keep_freed_memory, place, place_input
+from shufflenet_mlflow.runtime.devices import keep_freed_memory, move_images, move_model
 from shufflenet_mlflow.training.recipe import make_optimizer
 
 CPU = torch.device("cpu")
@@ -38,9 +38,9 @@ ITERATIONS = 60
 
 def step_milliseconds(classes: int) -> float:
     """Median of a training step."""
-    model = place(create_model("shufflenet_v2_x0_5", classes), CPU)
+    model = move_model(create_model("shufflenet_v2_x0_5", classes), CPU)
     optimizer = make_optimizer(model, lr=0.01, momentum=0.9, weight_decay=4e-5, fused=True)
-    images = place_input(torch.randn(64, 3, 64, 64), CPU)
+    images = move_images(torch.randn(64, 3, 64, 64), CPU)
     labels = torch.randint(classes, (64,))
     times = []
     for _ in range(12):

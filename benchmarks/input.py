@@ -61,8 +61,8 @@ def furthest(listing: ImageListing, mode: str, reference: Callable[[Image.Image]
     """The largest difference between our pixels and the reference's, of 255."""
     dataset = ImageDataset(listing, eval_transform(Preprocess(mode, SIZE)), replace_bad=False)
     largest = 0
-    for place, sample in enumerate(listing.samples):
-        found = dataset[(0, place)].image_CHW
+    for move_model, sample in enumerate(listing.samples):
+        found = dataset[(0, move_model)].image_CHW
         assert found is not None
         expected_HWC = reference(Image.open(listing.root / sample.path).convert("RGB"))
         largest = max(largest, int(np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected_HWC).max()))

@@ -103,7 +103,7 @@ def _megabytes(size: int | None) -> str:
 def verify(ref: str, tracking_uri: str | None, cache_dir: Path | None, as_json: bool) -> None:
     """Verify REF: one checkpoint, or all in a folder or a run. The exit status is 1 if one is not sound.
 
-    Checked are every CRC in the file, and size and SHA-256 where there is a record. Those of a run are fetched.
+    Checked are every CRC in the file, and size and SHA-256 where there is a manifest. Those of a run are fetched.
 
     \b
     Examples:
@@ -206,9 +206,9 @@ def prune(
     verb = "would delete" if dry_run else "deleted"
     for item in dropped:
         where = " and ".join(word for word, holds in (("disk", item.on_disk), ("run", item.in_run)) if holds)
-        click.echo(f"{verb}  {item.record.file_name}  {_megabytes(item.record.bytes)}  ({where})")
+        click.echo(f"{verb}  {item.manifest.file_name}  {_megabytes(item.manifest.bytes)}  ({where})")
     click.echo(
-        f"{verb} {len(dropped)} checkpoints, {_megabytes(sum(item.record.bytes for item in dropped))} each place"
+        f"{verb} {len(dropped)} checkpoints, {_megabytes(sum(item.manifest.bytes for item in dropped))} each place"
     )
     next_steps("the same without --dry-run deletes them" if dry_run else f"shufflenet checkpoints ls {quote(ref)}")
 

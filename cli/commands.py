@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from shufflenet_mlflow.errors import ElsewhereError, ShuffleNetError
+from shufflenet_mlflow.errors import PeerFailedError, ShuffleNetError
 from shufflenet_mlflow.runtime.signals import EXIT_BASE, StopRequested
 
 from .options import DEBUG, Option
@@ -98,7 +98,7 @@ class Main(Group):
         warn_of_unknown_variables(self)
         try:
             return super().invoke(ctx)
-        except ElsewhereError as error:  # the first process of the job says what it was
+        except PeerFailedError as error:  # the first process of the job says what it was
             sys.exit(error.exit_status)
         except ShuffleNetError as error:
             _end(ctx, error)

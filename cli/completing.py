@@ -25,7 +25,7 @@ Found = list[tuple[str, str]]
 # Parameter types are generic in newer versions of click only: subscripting them would fail in the older ones.
 
 
-class Network(click.ParamType):  # type: ignore[type-arg]
+class NetworkName(click.ParamType):  # type: ignore[type-arg]
     """The name of a network; a wrong one is an error before anything heavy is imported."""
 
     name = "name"
@@ -80,7 +80,7 @@ class Folder(click.Path):
         return [CompletionItem(incomplete, type="dir")]
 
 
-NETWORK, RUN, REFERENCE = Network(), Run(), Reference()
+NETWORK, RUN, REFERENCE = NetworkName(), Run(), Reference()
 
 
 def _items(found: Iterable[tuple[str, str]], incomplete: str) -> list[CompletionItem]:

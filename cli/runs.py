@@ -124,9 +124,9 @@ def _lines(details: "RunDetails") -> list[str]:
             f"in {data['source']}  (digest {data['digest'][:12]})"
         )
     for title in ("latest", "best"):
-        record = document[title]
-        if record is not None:
-            lines.append(f"{title:<10}  {record['path']}  sha256 {record['sha256'][:12]}")
+        manifest = document[title]
+        if manifest is not None:
+            lines.append(f"{title:<10}  {manifest['path']}  sha256 {manifest['sha256'][:12]}")
     for model in document["models"]:
         lines.append(f"model       models:/{model['model_id']}  ({model['name']})")
     metrics = {name: value for name, value in document["metrics"].items() if not name.startswith("system/")}

@@ -52,8 +52,8 @@ def sync(directory: Path, dry_run: bool, tracking_uri: str | None, as_json: bool
     click.echo(
         f"{len(summary.pending)} entries wait for {run} in {summary.tracking_uri}: {describe_entries(summary.pending)}"
     )
-    for record in summary.uploads():
-        click.echo(f"  {record['path'].rpartition('/')[2]}  {record['bytes'] / 1e6:.1f} MB")
+    for manifest in summary.uploads():
+        click.echo(f"  {manifest['path'].rpartition('/')[2]}  {manifest['bytes'] / 1e6:.1f} MB")
     next_steps(
         f"shufflenet sync {quote(str(directory))}    "
         + ("brings it to MLflow" if dry_run else "again, once it answers")

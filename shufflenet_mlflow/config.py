@@ -276,10 +276,10 @@ class TrainConfig:
 
 FIELDS = tuple(field.name for field in fields(TrainConfig))
 
-BREAKING = ("model", "choices", "scales", "init_from", "pretrained", "num_classes", "seed", "batch_size")
+FORK_MAY_NOT_CHANGE = ("model", "choices", "scales", "init_from", "pretrained", "num_classes", "seed", "batch_size")
 """Changing one of these makes a checkpoint's continuation meaningless."""
 
-HARMLESS = (
+RESUME_MAY_CHANGE = (
     "train_dir",
     "val_dir",
     "mean_image",
@@ -311,13 +311,13 @@ def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: boo
 
     Args:
         before: the configuration of the run, or of its checkpoint.
-        new_run: the continuation is a run of its own, in which anything but `BREAKING` may change.
+        new_run: the continuation is a run of its own, in which anything but `FORK_MAY_NOT_CHANGE` may change.
 
     Raises:
         ResumeError: an option changed that may not; the message names it, both values and the way out.
     """
-    changed = {name: pair for name, pair in drift(before, now.to_dict()).items() if name not in HARMLESS}
-    breaking = {name: pair for name, pair in changed.items() if name in BREAKING}
+    changed = {name: pair for name, pair in drift(before, now.to_dict()).items() if name not in RESUME_MAY_CHANGE}
+    breaking = {name: pair for name, pair in changed.items() if name in FORK_MAY_NOT_CHANGE}
     refused = breaking or ({} if new_run else changed)
     if refused:
         listed = ", ".join(f"{option(name)} ({was} -> {is_})" for name, (was, is_) in refused.items())

@@ -128,7 +128,7 @@ _DEFINITE = {
 }
 
 
-class SpoolError(ShuffleNetError):
+class JournalError(ShuffleNetError):
     """The journal of what has not reached MLflow yet cannot be read or written."""
 
 
@@ -140,7 +140,7 @@ class LostProcessError(ShuffleNetError):
     """A process of a distributed job is gone or does not answer."""
 
 
-class ElsewhereError(ShuffleNetError):
+class PeerFailedError(ShuffleNetError):
     """A process of a distributed job has failed, and its first process says so.
 
     Args:

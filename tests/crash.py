@@ -22,7 +22,7 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 import shufflenet_mlflow.checkpoints.writing as write_module
 from shufflenet_mlflow import get_latest_model
-from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_records, remove_leftovers
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_manifests, remove_leftovers
 from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.runtime.progress import LoggingReporter
@@ -30,7 +30,7 @@ from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking import delivery, prune, store
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import connect
-from shufflenet_mlflow.tracking.journal import Spool, look
+from shufflenet_mlflow.tracking.journal import Journal, read_pending
 from shufflenet_mlflow.tracking.resolve import resolve
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
@@ -45,9 +45,9 @@ PHASES: dict[str, tuple[Any, str]] = {
     "save: renamed": (os, "replace"),
     "save: recorded": (write_module, "write_record"),
     "save: written": (store, "write_prepared"),
-    "journal: a line": (Spool, "_write_line"),
-    "journal: delivered": (Spool, "delivered"),
-    "journal: written anew": (Spool, "_rewrite"),
+    "journal: a line": (Journal, "_write_line"),
+    "journal: delivered": (Journal, "delivered"),
+    "journal: written anew": (Journal, "_rewrite"),
     "upload: file": (RunArtifacts, "put_file"),
     "upload: confirmed": (RunArtifacts, "upload"),
     "upload: record": (RunArtifacts, "write_record"),
@@ -59,11 +59,11 @@ PHASES: dict[str, tuple[Any, str]] = {
     "prune: one artifact": (LocalArtifactRepository, "delete_artifacts"),
     "prune: on the disk": (prune, "delete_checkpoint"),
     "prune: unlinked": (Path, "unlink"),
-    "resume: opened": (Spool, "set_owner"),
+    "resume: opened": (Journal, "set_owner"),
     "resume: tidied": (sys.modules[__name__], "remove_leftovers"),
     "resume: newest again": (TrackedStore, "deliver_again"),
     "end: run": (MlflowClient, "set_terminated"),
-    "end: journal": (Spool, "close"),
+    "end: journal": (Journal, "close"),
 }
 
 
@@ -172,9 +172,9 @@ class Workplace:
     def train(self, tell: Callable[[str], None], iterations: int) -> None:
         """Continue the run as training does: from the newest checkpoint that verifies."""
         _, done = get_latest_model(self.directory)
-        spool = Spool(self.directory)
+        journal = Journal(self.directory)
         session = TrackingSession(
-            connect(self.uri), spool, self.run_id, is_new=False, reporter=LoggingReporter(), stop=StopFlag()
+            connect(self.uri), journal, self.run_id, is_new=False, reporter=LoggingReporter(), stop=StopFlag()
         )
         remove_leftovers(self.directory)
         with session:
@@ -225,7 +225,7 @@ class Workplace:
 
     def check_at_rest(self) -> None:
         """After a process that ended by itself: all is delivered, once, and nothing is left lying about."""
-        assert not look(self.directory).entries
+        assert not read_pending(self.directory).entries
         refused = self.directory / delivery.REFUSED_NAME
         assert not refused.exists(), refused.read_text()
         names = {entry.name for entry in self.directory.iterdir() if entry.is_file()}
@@ -233,12 +233,12 @@ class Workplace:
         assert names == local | {f"{name}.json" for name in local} | {"spool.jsonl", "spool.lock"}, names
         client = MlflowClient(self.uri)
         artifacts = RunArtifacts(client, self.run_id)
-        there = {record.file_name: record for record in artifacts.records()}
+        there = {manifest.file_name: manifest for manifest in artifacts.manifests()}
         assert set(artifacts.sizes()) == set(there) | {f"{name}.json" for name in there}
-        assert there == {record.file_name: record for record in list_records(self.directory)}
-        for name, record in there.items():
+        assert there == {manifest.file_name: manifest for manifest in list_manifests(self.directory)}
+        for name, manifest in there.items():
             data = (Path(artifacts._local_folder() or "") / "checkpoints" / name).read_bytes()
-            assert hashlib.sha256(data).hexdigest() == record.sha256
+            assert hashlib.sha256(data).hexdigest() == manifest.sha256
         _, newest = get_latest_model(self.directory)
         assert steps(client, self.run_id, "train/loss") == list(range(1, newest + 1))
         assert len(set(steps(client, self.run_id, "loss"))) == len(steps(client, self.run_id, "loss"))
@@ -246,7 +246,7 @@ class Workplace:
         assert f'"iters": {newest},' in tags["checkpoint.latest"]
         assert "checkpoint.deleting" not in tags
         assert client.get_run(self.run_id).info.status == "FINISHED"
-        kept = {record.iters for record in there.values()}
+        kept = {manifest.iters for manifest in there.values()}
         assert {newest, newest - 1} <= kept
         assert set(range(7, newest + 1, 7)) <= kept
 

@@ -24,8 +24,8 @@ def visit(browser: Browser, client: MlflowClient, runs: Sequence[Run], pictures:
         iter(client.search_logged_models([experiment], f"source_run_id = '{first}'", max_results=1)),
     )
 
-    def seen(name: str, settle: float = 1.5) -> None:
-        time.sleep(settle)  # charts are drawn after their titles
+    def seen(name: str, raise_if_any_failed: float = 1.5) -> None:
+        time.sleep(raise_if_any_failed)  # charts are drawn after their titles
         if pictures is not None:
             browser.picture(pictures / f"{name}.png")
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from shufflenet_mlflow import load_checkpoint
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
-from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, read_record, record_path
+from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, manifest_path, read_manifest
 from shufflenet_mlflow.checkpoints.names import checkpoint_name, newest_first, parse_name
 from shufflenet_mlflow.checkpoints.plain import bare_key
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
@@ -103,22 +103,22 @@ def test_what_is_no_number_of_iterations(iters: Any, tmp_path: Path) -> None:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     state = {**small_state(), "nested": {"list": [1, 2.5, "x", None, True], "tuple": (1, torch.ones(2))}}
-    path, record = write_checkpoint(state, 7, directory=tmp_path, run_id="r" * 32, val_top1=0.5)
+    path, manifest = write_checkpoint(state, 7, directory=tmp_path, run_id="r" * 32, val_top1=0.5)
     payload = read_checkpoint(path)
     for key in state:
         assert_equal_payloads(payload[key], dict(state[key]) if key == "state_dict" else state[key])
     assert payload["format_version"] == 1
     assert (payload["iters"], payload["run_id"]) == (7, "r" * 32)
     assert payload["created_at"].endswith("+00:00")
-    assert (record.path, record.iters, record.epoch, record.loss, record.val_top1) == (
+    assert (manifest.path, manifest.iters, manifest.epoch, manifest.loss, manifest.val_top1) == (
         "checkpoints/checkpoint-000007.pth.tar",
         7,
         3,
         0.25,
         0.5,
     )
-    assert read_record(path) == record
-    assert record.bytes == path.stat().st_size
+    assert read_manifest(path) == manifest
+    assert manifest.bytes == path.stat().st_size
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.name, path.name + ".json"]
 
 
@@ -147,9 +147,9 @@ def test_a_small_view_does_not_drag_its_storage_along(tmp_path: Path) -> None:
 
 
 def test_not_finite_values_are_null_in_the_record(tmp_path: Path) -> None:
-    path, record = write_checkpoint(small_state(), 1, directory=tmp_path, loss=float("nan"), val_top1=float("inf"))
-    assert (record.loss, record.val_top1) == (None, None)
-    assert read_record(path) == record
+    path, manifest = write_checkpoint(small_state(), 1, directory=tmp_path, loss=float("nan"), val_top1=float("inf"))
+    assert (manifest.loss, manifest.val_top1) == (None, None)
+    assert read_manifest(path) == manifest
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_flipped_bits_and_truncations_are_detected_or_change_nothing(with_record
     path, _ = write_checkpoint(small_state(), 1, directory=tmp_path)
     original, payload = path.read_bytes(), read_checkpoint(path)
     if not with_record:
-        record_path(path).unlink()
+        manifest_path(path).unlink()
     generator = random.Random(0)
     detected = 0
     for trial in range(150):
@@ -281,9 +281,9 @@ def test_flipped_bits_and_truncations_are_detected_or_change_nothing(with_record
 
 
 def test_no_single_bit_of_the_directory_changes_a_tensor(tmp_path: Path) -> None:
-    """Every bit from the tensor's entry on, without a record: one there can make PyTorch read it as nothing."""
+    """Every bit from the tensor's entry on, without a manifest: one there can make PyTorch read it as nothing."""
     path, _ = write_checkpoint({"state_dict": {"w": torch.arange(4.0)}}, 1, directory=tmp_path)
-    record_path(path).unlink()
+    manifest_path(path).unlink()
     original, payload = path.read_bytes(), read_checkpoint(path)
     directory = original.rindex(b"PK\x01\x02", 0, original.rindex(b"/data/0"))
     for bit in range(8 * directory, 8 * len(original)):
@@ -296,15 +296,15 @@ def test_no_single_bit_of_the_directory_changes_a_tensor(tmp_path: Path) -> None
 
 def test_a_record_that_cannot_be_read_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, _ = write_checkpoint(small_state(), 1, directory=tmp_path)
-    record_path(path).write_text("{}")
+    manifest_path(path).write_text("{}")
     logging.getLogger("shufflenet_mlflow").propagate = True
     verify_checkpoint(path)
-    assert f"the record {record_path(path)} cannot be used" in caplog.text
+    assert f"the manifest {manifest_path(path)} cannot be used" in caplog.text
 
 
 def test_a_flipped_bit_in_a_tensor_is_named(tmp_path: Path) -> None:
     path, _ = write_checkpoint({"state_dict": {"w": torch.zeros(5000)}}, 1, directory=tmp_path)
-    record_path(path).unlink()
+    manifest_path(path).unlink()
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
@@ -320,7 +320,7 @@ def test_size_and_hash_come_from_the_record(tmp_path: Path) -> None:
     with pytest.raises(CorruptCheckpointError, match="its SHA-256 is not the recorded"):
         verify_checkpoint(first)
     first.write_bytes(second.read_bytes()[:-1])
-    with pytest.raises(CorruptCheckpointError, match="its record says"):
+    with pytest.raises(CorruptCheckpointError, match="its manifest says"):
         verify_checkpoint(first)
 
 
@@ -357,18 +357,18 @@ def test_a_tensor_of_several_names_is_stored_once(tmp_path: Path) -> None:
     weight = torch.randn(1000, 100)
     large = torch.randn(100, 1000)
     state = {"a": weight, "b": weight, "part": large[:10], "again": large[:10]}
-    path, record = write_checkpoint({"state_dict": state}, 1, directory=tmp_path)
-    assert record.bytes < 4 * (weight.numel() + large[:10].numel()) + 5_000
+    path, manifest = write_checkpoint({"state_dict": state}, 1, directory=tmp_path)
+    assert manifest.bytes < 4 * (weight.numel() + large[:10].numel()) + 5_000
     loaded = read_checkpoint(path)["state_dict"]
     assert_equal_payloads(loaded, {key: value.clone() for key, value in state.items()})
 
 
-def test_records_of_later_versions_are_read() -> None:
+def test_manifests_of_later_versions_are_read() -> None:
     """Keys that are not known here are passed over, and still covered by the checksum."""
-    record = CheckpointRecord("checkpoints/checkpoint-000003.pth.tar", 3, 1, 0.5, None, "0" * 64, 9)
-    later = {**json.loads(record.to_json()), "é": [1, 0.1]}
+    manifest = CheckpointManifest("checkpoints/checkpoint-000003.pth.tar", 3, 1, 0.5, None, "0" * 64, 9)
+    later = {**json.loads(manifest.to_json()), "é": [1, 0.1]}
     line = json.dumps({**later, "crc32": f"{zlib.crc32(json.dumps(later).encode()):08x}"})
-    assert CheckpointRecord.from_json(line) == record == CheckpointRecord.from_json(record.to_line())
+    assert CheckpointManifest.from_json(line) == manifest == CheckpointManifest.from_json(manifest.to_line())
     for damaged in (line.replace("[1, 0.1]", "[1, 0.2]"), line.replace('"bytes": 9', '"bytes": 8')):
         with pytest.raises(CheckpointError, match="a damaged checkpoint record"):
-            CheckpointRecord.from_json(damaged)
+            CheckpointManifest.from_json(damaged)

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from shufflenet_mlflow import save_checkpoint
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.tracking.commit import Checkpoint
-from shufflenet_mlflow.tracking.journal import Spool
+from shufflenet_mlflow.tracking.journal import Journal
 from shufflenet_mlflow.tracking.messages import MetricPoints, to_body
 
 
@@ -24,9 +24,9 @@ def run_id(client: MlflowClient) -> str:
     for iters in (10, 20, 30, 40):
         state = {"state_dict": {"w": torch.full((3,), float(iters))}, "epoch": iters // 10, "loss": 1 / iters}
         save_checkpoint(state, iters, val_top1={20: 0.9, 30: 0.5}.get(iters), run_id=run_id)
-    spool = Spool(Path("models"))
-    spool.set_owner(run_id, client.tracking_uri)
-    spool.close()
+    journal = Journal(Path("models"))
+    journal.set_owner(run_id, client.tracking_uri)
+    journal.close()
     return run_id
 
 
@@ -65,10 +65,10 @@ def test_ls_shows_what_is_pending_and_what_is_only_there(
 ) -> None:
     from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 
-    record = write_checkpoint({"state_dict": {"w": torch.ones(2)}}, 50, directory="models").record
-    spool = Spool(Path("models"))
-    spool.append(run_id, "checkpoint", to_body(Checkpoint.of(record)))
-    spool.close()
+    manifest = write_checkpoint({"state_dict": {"w": torch.ones(2)}}, 50, directory="models").manifest
+    journal = Journal(Path("models"))
+    journal.append(run_id, "checkpoint", to_body(Checkpoint.of(manifest)))
+    journal.close()
     Path("models/checkpoint-000010.pth.tar").unlink()
     client.create_registered_model("pets")
     client.create_model_version("pets", f"runs:/{run_id}/checkpoints/checkpoint-000030.pth.tar", run_id)
@@ -128,7 +128,7 @@ def test_verify_of_a_run_finds_what_is_damaged_or_missing_there(
     (folder / "checkpoint-000040.pth.tar").unlink()
     verdicts = {verdict["file"][11:17]: verdict for verdict in as_json("checkpoints", "verify", run_id, status=1)}
     assert {name for name, verdict in verdicts.items() if not verdict["ok"]} == {"000020", "000040"}
-    assert "its record says" in verdicts["000020"]["reason"]
+    assert "its manifest says" in verdicts["000020"]["reason"]
     assert "cannot download" in verdicts["000040"]["reason"]
 
 
@@ -186,18 +186,18 @@ def test_bad_input_is_one_line(words: list[str], status: int, message: str, run_
 
 
 def test_prune_while_a_run_is_trained_there(run_id: str, shufflenet: Invoke) -> None:
-    spool = Spool(Path("models"))
+    journal = Journal(Path("models"))
     result = shufflenet("checkpoints", "prune", "models", "--keep-last", 1)
-    spool.close()
+    journal.close()
     assert result.exit_code == 1
     assert "the folder 'models' is in use" in result.stderr
 
 
 def test_sync(run_id: str, client: MlflowClient, as_json: Callable[..., Any], shufflenet: Invoke) -> None:
     assert "nothing waits in models" in shufflenet("sync", "models").stdout
-    spool = Spool(Path("models"))
-    spool.append(run_id, "metrics", to_body(MetricPoints({"val/top1": 0.5}, 10, 1)))
-    spool.close()
+    journal = Journal(Path("models"))
+    journal.append(run_id, "metrics", to_body(MetricPoints({"val/top1": 0.5}, 10, 1)))
+    journal.close()
     waiting = as_json("sync", "models", "--dry-run")
     assert (waiting["pending"], waiting["pending_by_kind"], waiting["sent"]) == (1, {"metrics": 1}, 0)
     assert "1 entries wait for" in shufflenet("sync", "models", "--dry-run").stdout

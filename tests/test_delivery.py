@@ -17,18 +17,18 @@ from mlflow.exceptions import MlflowException, RestException
 from training import Reporter, assert_same_end, run
 
 from shufflenet_mlflow import save_checkpoint
-from shufflenet_mlflow.checkpoints.folders import list_records
+from shufflenet_mlflow.checkpoints.folders import list_manifests
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.checkpoints.writing import write_checkpoint
-from shufflenet_mlflow.errors import RefusedError, SpoolError, TrackingError
+from shufflenet_mlflow.errors import JournalError, RefusedError, TrackingError
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking import delivery
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.delivery import REFUSED_NAME, Deliverer, Delivery, deliver_now
-from shufflenet_mlflow.tracking.journal import Spool, look
+from shufflenet_mlflow.tracking.journal import Journal, read_pending
 from shufflenet_mlflow.tracking.messages import Finish, MetricPoints, to_body
 from shufflenet_mlflow.tracking.target import RunTarget
 from shufflenet_mlflow.tracking.uris import stored_uri, uri_of_journal
@@ -42,20 +42,20 @@ def run_id(client: MlflowClient) -> str:
 
 
 @pytest.fixture
-def spool(tmp_path: Path) -> Any:
-    spool = Spool(tmp_path)
-    yield spool
-    spool.close()
+def journal(tmp_path: Path) -> Any:
+    journal = Journal(tmp_path)
+    yield journal
+    journal.close()
 
 
-def put(spool: Spool, run_id: str, *messages: Any) -> None:
+def put(journal: Journal, run_id: str, *messages: Any) -> None:
     for message in messages:
-        spool.append(run_id, message.kind, to_body(message))
+        journal.append(run_id, message.kind, to_body(message))
 
 
 def checkpoint(directory: Path, iters: int, val_top1: float | None = None) -> Checkpoint:
     state = {"state_dict": {"w": torch.full((5,), float(iters))}, "epoch": 1, "loss": 0.5}
-    return Checkpoint.of(write_checkpoint(state, iters, directory=directory, val_top1=val_top1).record)
+    return Checkpoint.of(write_checkpoint(state, iters, directory=directory, val_top1=val_top1).manifest)
 
 
 def tagged(client: MlflowClient, run_id: str, tag: str) -> int | None:
@@ -151,7 +151,7 @@ def test_pointers_never_move_backwards(client: MlflowClient, run_id: str, tmp_pa
     assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (20, 20)
     checkpoint(tmp_path, 5, 0.9).send(target)
     assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (20, 5)
-    assert len(RunArtifacts(client, run_id).records()) == 4
+    assert len(RunArtifacts(client, run_id).manifests()) == 4
     Finish("KILLED", 1, 10).send(target)
     assert client.get_run(run_id).info.status == "RUNNING"
     Finish("FINISHED", 1, 20).send(target)
@@ -170,34 +170,38 @@ def test_a_pointer_that_someone_edited_is_mended(value: str, client: MlflowClien
     assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (2, 2)
 
 
-def test_a_file_that_was_damaged_while_it_waited_is_refused(client: MlflowClient, run_id: str, spool: Spool) -> None:
-    first, second = checkpoint(spool.directory, 1), checkpoint(spool.directory, 2)
-    path = spool.directory / "checkpoint-000001.pth.tar"
+def test_a_file_that_was_damaged_while_it_waited_is_refused(
+    client: MlflowClient, run_id: str, journal: Journal
+) -> None:
+    first, second = checkpoint(journal.directory, 1), checkpoint(journal.directory, 2)
+    path = journal.directory / "checkpoint-000001.pth.tar"
     path.write_bytes(path.read_bytes()[:-1])
-    put(spool, run_id, first, second)
-    deliver_now(client, spool)
+    put(journal, run_id, first, second)
+    deliver_now(client, journal)
     assert tagged(client, run_id, LATEST_TAG) == 2
-    assert [record.iters for record in RunArtifacts(client, run_id).records()] == [2]
-    refused = json.loads((spool.directory / REFUSED_NAME).read_text())
+    assert [manifest.iters for manifest in RunArtifacts(client, run_id).manifests()] == [2]
+    refused = json.loads((journal.directory / REFUSED_NAME).read_text())
     assert "is corrupt" in refused["reason"]
 
 
-def test_a_file_that_was_written_again_meanwhile_is_sent_once(client: MlflowClient, run_id: str, spool: Spool) -> None:
-    old = checkpoint(spool.directory, 1)
+def test_a_file_that_was_written_again_meanwhile_is_sent_once(
+    client: MlflowClient, run_id: str, journal: Journal
+) -> None:
+    old = checkpoint(journal.directory, 1)
     state = {"state_dict": {"w": torch.zeros(9)}}
-    new = Checkpoint.of(write_checkpoint(state, 1, directory=spool.directory).record)
-    put(spool, run_id, old, new)
-    deliver_now(client, spool)
-    [record] = RunArtifacts(client, run_id).records()
-    assert record.sha256 == new.record["sha256"]
-    assert not (spool.directory / REFUSED_NAME).exists()
+    new = Checkpoint.of(write_checkpoint(state, 1, directory=journal.directory).manifest)
+    put(journal, run_id, old, new)
+    deliver_now(client, journal)
+    [manifest] = RunArtifacts(client, run_id).manifests()
+    assert manifest.sha256 == new.manifest["sha256"]
+    assert not (journal.directory / REFUSED_NAME).exists()
 
 
 # ---------------------------------------------------------------- the order and the once
 
 
 def test_metrics_are_batched_and_each_point_is_kept_once(
-    client: MlflowClient, run_id: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+    client: MlflowClient, run_id: str, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
     original = MlflowClient.log_batch
@@ -207,43 +211,43 @@ def test_metrics_are_batched_and_each_point_is_kept_once(
         return original(me, run, metrics=metrics, **rest)
 
     monkeypatch.setattr(MlflowClient, "log_batch", counted)
-    put(spool, run_id, *(MetricPoints({"a": step, "b": -step}, step, step) for step in range(300)))
-    put(spool, run_id, *(MetricPoints({"a": 7.0}, step, 9) for step in range(290, 310)))  # a resumed run repeats some
-    deliver_now(client, spool)
+    put(journal, run_id, *(MetricPoints({"a": step, "b": -step}, step, step) for step in range(300)))
+    put(journal, run_id, *(MetricPoints({"a": 7.0}, step, 9) for step in range(290, 310)))  # a resumed run repeats some
+    deliver_now(client, journal)
     assert sorted(steps(client, run_id, "a")) == list(range(310))
     assert sorted(steps(client, run_id, "b")) == list(range(300))
     assert len(sizes) == 1
-    put(spool, run_id, MetricPoints({"a": 1.0}, 5, 1))
-    Deliverer(client, spool).send_some()  # another process: it reads what the run has
+    put(journal, run_id, MetricPoints({"a": 1.0}, 5, 1))
+    Deliverer(client, journal).send_some()  # another process: it reads what the run has
     assert len(steps(client, run_id, "a")) == 310
 
 
-def test_a_long_stretch_that_was_repeated_is_kept_once(client: MlflowClient, run_id: str, spool: Spool) -> None:
+def test_a_long_stretch_that_was_repeated_is_kept_once(client: MlflowClient, run_id: str, journal: Journal) -> None:
     """A run died and went on while the server was away: both attempts' points arrive in one request."""
-    put(spool, run_id, *(MetricPoints({"a": step}, step, 1) for step in range(200)))
-    put(spool, run_id, *(MetricPoints({"a": step}, step, 2) for step in range(50, 250)))
-    deliver_now(client, spool)
+    put(journal, run_id, *(MetricPoints({"a": step}, step, 1) for step in range(200)))
+    put(journal, run_id, *(MetricPoints({"a": step}, step, 2) for step in range(50, 250)))
+    deliver_now(client, journal)
     assert sorted(steps(client, run_id, "a")) == list(range(250))
 
 
 def test_what_mlflow_will_never_take_does_not_block_the_rest(
-    client: MlflowClient, run_id: str, spool: Spool, caplog: pytest.LogCaptureFixture
+    client: MlflowClient, run_id: str, journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = MetricPoints({"no/such\nname": 1.0}, 1, 1)
-    put(spool, run_id, MetricPoints({"a": 1.0}, 1, 1), bad, MetricPoints({"a": 2.0}, 2, 1))
-    deliver_now(client, spool)
+    put(journal, run_id, MetricPoints({"a": 1.0}, 1, 1), bad, MetricPoints({"a": 2.0}, 2, 1))
+    deliver_now(client, journal)
     assert steps(client, run_id, "a") == [1, 2]
-    assert json.loads((spool.directory / REFUSED_NAME).read_text())["body"]["values"] == {"no/such\nname": 1.0}
-    assert spool.pending == 0
+    assert json.loads((journal.directory / REFUSED_NAME).read_text())["body"]["values"] == {"no/such\nname": 1.0}
+    assert journal.pending == 0
 
 
-def test_a_deleted_run_keeps_its_entries(client: MlflowClient, run_id: str, spool: Spool) -> None:
-    put(spool, run_id, MetricPoints({"a": 1.0}, 1, 1))
+def test_a_deleted_run_keeps_its_entries(client: MlflowClient, run_id: str, journal: Journal) -> None:
+    put(journal, run_id, MetricPoints({"a": 1.0}, 1, 1))
     client.delete_run(run_id)
     with pytest.raises(TrackingError, match="must be in the 'active' state"):
-        deliver_now(client, spool)
+        deliver_now(client, journal)
     client.restore_run(run_id)
-    deliver_now(client, spool)
+    deliver_now(client, journal)
     assert steps(client, run_id, "a") == [1]
 
 
@@ -272,7 +276,7 @@ def test_which_answers_are_final(
 
 
 def test_appending_never_waits_for_a_server_that_hangs(
-    client: MlflowClient, run_id: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+    client: MlflowClient, run_id: str, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = threading.Event()
     original = MlflowClient.log_batch
@@ -283,12 +287,12 @@ def test_appending_never_waits_for_a_server_that_hangs(
 
     monkeypatch.setattr(MlflowClient, "log_batch", hang)
     reporter = Reporter()
-    thread = Delivery(Deliverer(client, spool, new_runs=[run_id]), reporter)
+    thread = Delivery(Deliverer(client, journal, new_runs=[run_id]), reporter)
     for step in range(200):  # none of these returns before the first request has
-        put(spool, run_id, MetricPoints({"a": 1.0}, step, 1))
+        put(journal, run_id, MetricPoints({"a": 1.0}, step, 1))
         thread.wake()
     assert not released.is_set()
-    assert spool.pending == 200
+    assert journal.pending == 200
     released.set()
     assert thread.wait(StopFlag())
     thread.close()
@@ -296,25 +300,25 @@ def test_appending_never_waits_for_a_server_that_hangs(
 
 
 def test_a_signal_ends_the_wait(
-    client: MlflowClient, run_id: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+    client: MlflowClient, run_id: str, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_arguments: Any, **_keywords: Any) -> Any:
         raise ConnectionError("Connection refused")
 
     monkeypatch.setattr(MlflowClient, "log_batch", away)
     monkeypatch.setattr(delivery, "GIVE_UP_SECONDS", 1e9)  # nothing but the signal ends it
-    put(spool, run_id, MetricPoints({"a": 1.0}, 1, 1))
+    put(journal, run_id, MetricPoints({"a": 1.0}, 1, 1))
     stop = StopFlag()
     stop.grace = 0.1
-    thread = Delivery(Deliverer(client, spool, new_runs=[run_id]), Reporter())
+    thread = Delivery(Deliverer(client, journal, new_runs=[run_id]), Reporter())
     threading.Timer(0.3, stop.set, [signal.SIGINT]).start()
     assert not thread.wait(stop)
     thread.close()
-    assert spool.pending == 1
+    assert journal.pending == 1
 
 
 def test_a_bug_in_sending_is_reported_and_loses_nothing(
-    client: MlflowClient, run_id: str, spool: Spool, monkeypatch: pytest.MonkeyPatch
+    client: MlflowClient, run_id: str, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, fail = MlflowClient.log_batch, True
 
@@ -326,8 +330,8 @@ def test_a_bug_in_sending_is_reported_and_loses_nothing(
     monkeypatch.setattr(MlflowClient, "log_batch", broken)
     monkeypatch.setattr(delivery, "FIRST_PAUSE", 0.02)
     reporter = Reporter()
-    thread = Delivery(Deliverer(client, spool, new_runs=[run_id]), reporter)
-    put(spool, run_id, MetricPoints({"a": 1.0}, 1, 1))
+    thread = Delivery(Deliverer(client, journal, new_runs=[run_id]), reporter)
+    put(journal, run_id, MetricPoints({"a": 1.0}, 1, 1))
     thread.wake()
     deadline = time.monotonic() + 10
     while not reporter.warnings and time.monotonic() < deadline:
@@ -378,7 +382,7 @@ def test_a_run_that_began_without_its_server(images: Path, client: MlflowClient,
     reporter = Reporter()
     summary = run(images, "--save-dir", "models", "--run-name", "offline", reporter=reporter)
     assert summary.run_id is None
-    assert summary.pending == look(Path("models")).entries[-1].seq
+    assert summary.pending == read_pending(Path("models")).entries[-1].seq
     assert any("training goes on without" in text for text in reporter.warnings)
     assert read_checkpoint("models/bnps-checkpoint-000012.pth.tar")["run_id"] is None
     with pytest.raises(TrackingError, match="entries still wait in 'models/spool.jsonl'"):
@@ -425,7 +429,7 @@ def test_the_server_comes_while_a_run_without_it_goes_on(
         if (phase, done) == ("training", 11):
             [folder] = Path("models").iterdir()
             deadline = time.monotonic() + 60
-            while look(folder).run_id is None:
+            while read_pending(folder).run_id is None:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
 
@@ -463,7 +467,7 @@ def test_a_run_is_made_once_however_often_that_is_interrupted(
         def die(*_arguments: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(Spool, "bind", die)
+        patch.setattr(Journal, "bind", die)
         sync()
     sync()
     assert len(all_runs(client)) == 1
@@ -511,12 +515,12 @@ def test_save_checkpoint_where_the_journal_cannot_be_read(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("shufflenet_mlflow.tracking.journal.SPOOL_VERSION", 2)
-        Spool(Path("models")).close()
+        Journal(Path("models")).close()
     with pytest.raises(
         TrackingError, match="has format 2, .*; the checkpoint checkpoint-000001.pth.tar is on the disk"
     ):
         save_checkpoint({"state_dict": {"w": torch.ones(3)}}, 1, run_id=run_id)
-    assert list_records(Path("models"))[0].iters == 1
+    assert list_manifests(Path("models"))[0].iters == 1
     assert tagged(client, run_id, LATEST_TAG) is None
 
 
@@ -536,12 +540,12 @@ def test_save_checkpoint_notes_what_it_could_not_bring(
     save_checkpoint(state, 3, run_id=run_id)  # in order, after what waited
     assert steps(client, run_id, "loss") == [1, 2, 3]
     assert tagged(client, run_id, LATEST_TAG) == 3
-    assert look(Path("models")).entries == ()
-    assert len(list_records(Path("models"))) == 3
+    assert read_pending(Path("models")).entries == ()
+    assert len(list_manifests(Path("models"))) == 3
 
 
 def test_sync_of_what_is_no_folder() -> None:
-    with pytest.raises(SpoolError, match="'nowhere' is not a folder; name the one that --save-dir named"):
+    with pytest.raises(JournalError, match="'nowhere' is not a folder; name the one that --save-dir named"):
         sync("nowhere")
 
 

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_map_only
 
 from shufflenet_mlflow import create_model
 from shufflenet_mlflow.config import TrainConfig
-from shufflenet_mlflow.models.fuse_bn import folded
+from shufflenet_mlflow.models.fuse_bn import fuse_bn
 from shufflenet_mlflow.runtime import devices
-from shufflenet_mlflow.runtime.devices import choose_device, memory_format_on, place, place_input
+from shufflenet_mlflow.runtime.devices import choose_device, memory_format_on, move_images, move_model
 from shufflenet_mlflow.training.recipe import make_optimizer, make_scheduler
 from shufflenet_mlflow.training.state import TrainingState
 
@@ -49,9 +49,9 @@ CONFIG = TrainConfig(
 
 
 def test_networks_and_images_are_placed_alike() -> None:
-    model = place(create_model("shufflenet_v2_x0_5", num_classes=3), CPU)
+    model = move_model(create_model("shufflenet_v2_x0_5", num_classes=3), CPU)
     assert model.first_conv[0].weight.is_contiguous(memory_format=torch.channels_last)
-    images = place_input(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), CPU)
+    images = move_images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), CPU)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert memory_format_on(torch.device("mps")) == torch.contiguous_format
 
@@ -79,7 +79,7 @@ def train(fused: bool, between: Callable[[TrainingState], TrainingState] = lambd
     state = fresh_state(fused)
     generator = torch.Generator().manual_seed(1)
     for iteration in range(4):
-        images = place_input(torch.randn(4, 3, 32, 32, generator=generator), CPU)
+        images = move_images(torch.randn(4, 3, 32, 32, generator=generator), CPU)
         state.optimizer.zero_grad()
         state.backward(state.model(images).logsumexp(1).sum())
         state.step()
@@ -90,7 +90,7 @@ def train(fused: bool, between: Callable[[TrainingState], TrainingState] = lambd
 
 def fresh_state(fused: bool) -> TrainingState:
     torch.manual_seed(0)
-    model = place(create_model("shufflenet_v2_x0_5", num_classes=3), CPU)
+    model = move_model(create_model("shufflenet_v2_x0_5", num_classes=3), CPU)
     optimizer = make_optimizer(model, lr=0.01, momentum=0.9, weight_decay=0.01, fused=fused)
     return TrainingState(model, optimizer, make_scheduler(optimizer, 100), CPU)
 
@@ -131,7 +131,7 @@ def test_folded_networks_compute_the_same(name: str) -> None:
     for _ in range(3):
         model(images)  # running statistics that are not those of a fresh network
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    network = folded(model)
+    network = fuse_bn(model)
     assert not [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.inference_mode():
         found = network(images)

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 from training import run
 
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
-from shufflenet_mlflow.data.sampler import Division, EvalBatches, ReestimationBatches, SampleOrder, TrainBatches
+from shufflenet_mlflow.data.sampler import EvalBatches, MicroBatches, ReestimationBatches, SampleOrder, TrainBatches
 from shufflenet_mlflow.errors import ConfigError
 from shufflenet_mlflow.runtime.distributed import World, loss_of_process
 from shufflenet_mlflow.runtime.rendezvous import joined, name_attempt
@@ -28,17 +28,22 @@ ORDER = SampleOrder(num_samples=53, batch_size=12, seed=3)
 
 @pytest.mark.parametrize(("processes", "micro_batch_size"), [(1, 12), (1, 3), (2, 6), (2, 3), (3, 4), (5, 12), (4, 1)])
 def test_every_division_makes_the_same_global_batches(processes: int, micro_batch_size: int) -> None:
-    divisions = [Division.of(12, micro_batch_size, rank, processes) for rank in range(processes)]
+    divisions = [MicroBatches.of(12, micro_batch_size, rank, processes) for rank in range(processes)]
     for sampler, first in (
-        (lambda division: TrainBatches(ORDER, 2, 9, division), [ORDER.batch(iters) for iters in range(2, 9)]),
-        (lambda division: ReestimationBatches(ORDER, 3, division), [ORDER.reestimation_batch(n) for n in range(3)]),
+        (lambda micro_batches: TrainBatches(ORDER, 2, 9, micro_batches), [ORDER.batch(iters) for iters in range(2, 9)]),
+        (
+            lambda micro_batches: ReestimationBatches(ORDER, 3, micro_batches),
+            [ORDER.reestimation_batch(n) for n in range(3)],
+        ),
     ):
-        by_rank = [list(sampler(division)) for division in divisions]
+        by_rank = [list(sampler(micro_batches)) for micro_batches in divisions]
         for number, expected in enumerate(first):
             parts = [
                 part
-                for division, own in zip(divisions, by_rank, strict=True)
-                for part in own[number * division.rounds : (number + 1) * division.rounds]
+                for micro_batches, own in zip(divisions, by_rank, strict=True)
+                for part in own[
+                    number * micro_batches.accumulation_steps : (number + 1) * micro_batches.accumulation_steps
+                ]
             ]
             assert [key for part in parts for key in part] == expected
             sizes = {len(part) for part in parts}
@@ -49,9 +54,9 @@ def test_every_division_makes_the_same_global_batches(processes: int, micro_batc
 
 def test_as_many_parts_in_fewer_processes_are_the_same_parts() -> None:
     def parts(processes: int) -> list[Any]:
-        divisions = [Division.of(12, 3, rank, processes) for rank in range(processes)]
-        assert divisions[0].parts == 4
-        return [part for division in divisions for part in division.cut(ORDER.batch(7))]
+        divisions = [MicroBatches.of(12, 3, rank, processes) for rank in range(processes)]
+        assert divisions[0].count == 4
+        return [part for micro_batches in divisions for part in micro_batches.cut(ORDER.batch(7))]
 
     assert parts(1) == parts(2) == parts(4)
 
@@ -62,7 +67,7 @@ def test_evaluation_counts_each_image_once(num_samples: int, processes: int) -> 
     shares = [EvalBatches(num_samples, 4, rank, processes) for rank in range(processes)]
     seen = [key for share in shares for part in share for key in part]
     assert sorted(seen) == [(0, index) for index in range(num_samples)]
-    assert max(len(share) for share in shares) == shares[0].rounds
+    assert max(len(share) for share in shares) == shares[0].max_batches
 
 
 class Together:

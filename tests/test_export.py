@@ -40,10 +40,10 @@ from shufflenet_mlflow.export.program import check_equal, example_pixels
 from shufflenet_mlflow.export.serving import Classifier, image_bytes
 from shufflenet_mlflow.models import shufflenet_v2
 from shufflenet_mlflow.models.cost import _count
-from shufflenet_mlflow.models.loaded import Network, _body, choose_preprocess
-from shufflenet_mlflow.models.spec import Architecture
+from shufflenet_mlflow.models.loaded import LoadedModel, _body, choose_preprocess
+from shufflenet_mlflow.models.spec import ModelSpec
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.tracking.target import RunTarget, record_in
+from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
 from shufflenet_mlflow.workflows.sync import run_sync
 
 X0_5_OF_TORCHVISION = "torchvision/shufflenet_v2_x0_5"
@@ -77,12 +77,12 @@ def _short(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def network(name: str = "shufflenet_v2_x0_5") -> Network:
+def network(name: str = "shufflenet_v2_x0_5") -> LoadedModel:
     torch.manual_seed(0)
-    architecture = Architecture(name)
+    architecture = ModelSpec(name)
     model = architecture.build(3).eval()
     names = {f"class {index}": index for index in range(3)}
-    return Network(model, architecture, 3, choose_preprocess(architecture, 32), names)
+    return LoadedModel(model, architecture, 3, choose_preprocess(architecture, 32), names)
 
 
 def png(seed: int = 0, size: tuple[int, int] = (40, 50)) -> bytes:
@@ -296,9 +296,9 @@ WITH_MODELS = ("--no-log-models", "false")
 def test_a_model_is_made_once_per_checkpoint(client: MlflowClient, images: Path) -> None:
     summary = run(images, *WITH_MODELS)
     stored = client.get_run(summary.run_id)
-    tags = {record_in(stored.data.tags, tag) for tag in ("checkpoint.best", "checkpoint.latest")}
+    tags = {manifest_in_tag(stored.data.tags, tag) for tag in ("checkpoint.best", "checkpoint.latest")}
     models = models_of(client, summary.run_id)
-    assert {model.tags[SHA256_TAG] for model in models} == {record.sha256 for record in tags}
+    assert {model.tags[SHA256_TAG] for model in models} == {manifest.sha256 for manifest in tags}
     assert all(str(model.status) == "READY" for model in models)
     assert {output.model_id for output in stored.outputs.model_outputs} == {model.model_id for model in models}
     # Resuming what is complete says it all once more, and makes nothing new.
@@ -313,16 +313,16 @@ def test_an_unfinished_model_is_taken_up(client: MlflowClient, images: Path) -> 
     """As a process leaves it that was killed while it uploaded; a finished one is left alone."""
     summary = run(images)
     stored = client.get_run(summary.run_id)
-    record = record_in(stored.data.tags, "checkpoint.latest")
-    tags = {SHA256_TAG: record.sha256}
+    manifest = manifest_in_tag(stored.data.tags, "checkpoint.latest")
+    tags = {SHA256_TAG: manifest.sha256}
     begun = client.create_logged_model(stored.info.experiment_id, "begun", summary.run_id, tags)
-    assert find_logged_model(client, stored, record) is None
-    made = log_model(client, stored, record, summary.result.checkpoint)
+    assert find_logged_model(client, stored, manifest) is None
+    made = log_model(client, stored, manifest, summary.result.checkpoint)
     assert [model.model_id for model in models_of(client, summary.run_id)] == [made]
     assert made == begun.model_id
     assert str(client.get_logged_model(made).status) == "READY"
     pyfunc.load_model(f"models:/{made}")
-    assert log_model(client, stored, record, summary.result.checkpoint) == made
+    assert log_model(client, stored, manifest, summary.result.checkpoint) == made
 
 
 def test_a_network_that_cannot_be_exported_holds_nothing_up(

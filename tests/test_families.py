@@ -14,7 +14,7 @@ from test_loading import FAMILIES, write_original
 from torch import nn
 
 from shufflenet_mlflow import create_model, load_checkpoint
-from shufflenet_mlflow.checkpoints.manifest import record_path
+from shufflenet_mlflow.checkpoints.manifest import manifest_path
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.config import format_numbers, parse_numbers
 from shufflenet_mlflow.errors import ConfigError, ModelError, UnsafeCheckpointError
@@ -273,8 +273,8 @@ def test_training_begins_with_a_run_and_its_network(
 
 def client_best(client: MlflowClient, document: dict[str, Any], folder: Path) -> Path:
     """The file that the run's best checkpoint is."""
-    record = json.loads(client.get_run(document["run_id"]).data.tags["checkpoint.best"])
-    return folder / "parent" / Path(record["path"]).name
+    manifest = json.loads(client.get_run(document["run_id"]).data.tags["checkpoint.best"])
+    return folder / "parent" / Path(manifest["path"]).name
 
 
 def test_weights_alone_are_taken_over(small_train: SmallTrain, images: Path, shufflenet: Invoke) -> None:
@@ -294,7 +294,7 @@ def test_a_configuration_of_before_the_option_counts_as_without_it(small_train: 
     for name in ("init_from", "pretrained", "choices", "scales", "mean_image"):
         del payload["config"][name]
     torch.save(payload, path)
-    record_path(path).unlink()
+    manifest_path(path).unlink()
     assert small_train("--resume", "models")["iters"] == 12
     for words in (["--init-from", "nowhere"], ["--pretrained"]):
         refused = shufflenet("train", "--resume", "models", "--new-run", "--save-dir", "fork", *words)

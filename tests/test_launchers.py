@@ -338,7 +338,7 @@ def test_a_warning_before_training_asks_too(images: Path, slurm: Path, monkeypat
     def interrupted(*_arguments: Any, **_named: Any) -> Any:
         signal.raise_signal(signal.SIGUSR1)
 
-    monkeypatch.setattr("shufflenet_mlflow.workflows.training.config.list_images", interrupted)
+    monkeypatch.setattr("shufflenet_mlflow.data.datasets.list_images", interrupted)
     with StopFlag() as stop, pytest.raises(StopRequested):
         run(images, "--requeue", stop=stop)
     assert slurm.read_text() == "requeue 4711\n"

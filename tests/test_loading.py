@@ -13,8 +13,8 @@ from shufflenet_mlflow import create_model, load_checkpoint
 from shufflenet_mlflow.checkpoints.loading import head_of
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, CorruptCheckpointError, MismatchError
 from shufflenet_mlflow.models import oneshot
-from shufflenet_mlflow.models.loaded import load_network
-from shufflenet_mlflow.models.spec import Architecture, guess_networks
+from shufflenet_mlflow.models.loaded import model_from_payload
+from shufflenet_mlflow.models.spec import ModelSpec, fitting_models
 
 FAMILIES = [
     "shufflenet_v1_x0_5_g3",
@@ -248,7 +248,7 @@ def test_a_head_for_other_classes_of_the_same_number_is_left_alone_on_request() 
 
 def test_the_width_of_the_head_comes_from_the_file() -> None:
     for name in FAMILIES:
-        network = load_network(create_model(name, 7).state_dict(), "x", asked=Architecture(name))
+        network = model_from_payload(create_model(name, 7).state_dict(), "x", asked=ModelSpec(name))
         assert network.num_classes == 7
         assert (network.class_to_idx, network.preprocess.input_size) == (None, 224)
 
@@ -256,16 +256,16 @@ def test_the_width_of_the_head_comes_from_the_file() -> None:
 def test_a_file_that_names_no_network_needs_one() -> None:
     weights = create_model("shufflenet_v1_x0_5_g8", 7).state_dict()
     with pytest.raises(ConfigError, match="x does not name its network; it fits --model shufflenet_v1_x0_5_g8$"):
-        load_network(weights, "x")
+        model_from_payload(weights, "x")
     with pytest.raises(ConfigError, match="x does not name its network; pass --model NAME"):
-        load_network(small_model().state_dict(), "x")
+        model_from_payload(small_model().state_dict(), "x")
     with pytest.raises(MismatchError, match="x does not fit .*; it fits --model shufflenet_v1_x0_5_g8$"):
-        load_network(weights, "x", asked=Architecture("shufflenet_v1_x0_5_g3"))
+        model_from_payload(weights, "x", asked=ModelSpec("shufflenet_v1_x0_5_g3"))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_networks_are_told_apart_by_their_keys(name: str) -> None:
-    assert guess_networks(create_model(name, 3).state_dict()) == [name]
+    assert fitting_models(create_model(name, 3).state_dict()) == [name]
 
 
 def own_payload(**model: Any) -> dict[str, Any]:
@@ -277,16 +277,16 @@ def own_payload(**model: Any) -> dict[str, Any]:
 
 
 def test_a_file_that_names_its_network_is_believed() -> None:
-    assert load_network(own_payload(), "x").architecture == Architecture("shufflenet_oneshot")
-    assert load_network(own_payload(), "x", asked=Architecture("shufflenet_oneshot")).num_classes == 2
-    published = Architecture.of("shufflenet_oneshot", oneshot.CHOICES, oneshot.SCALES)
-    assert load_network(own_payload(), "x", asked=published).num_classes == 2
+    assert model_from_payload(own_payload(), "x").architecture == ModelSpec("shufflenet_oneshot")
+    assert model_from_payload(own_payload(), "x", asked=ModelSpec("shufflenet_oneshot")).num_classes == 2
+    published = ModelSpec.of("shufflenet_oneshot", oneshot.CHOICES, oneshot.SCALES)
+    assert model_from_payload(own_payload(), "x", asked=published).num_classes == 2
     zeros, ones = [0] * 20, [1] * 20
-    assert Architecture.of("shufflenet_oneshot", zeros) == Architecture.of("shufflenet_oneshot", zeros, ones)
+    assert ModelSpec.of("shufflenet_oneshot", zeros) == ModelSpec.of("shufflenet_oneshot", zeros, ones)
     with pytest.raises(ConfigError, match="x holds shufflenet_oneshot, not --model shufflenet_v2_x0_5"):
-        load_network(own_payload(), "x", asked=Architecture("shufflenet_v2_x0_5"))
+        model_from_payload(own_payload(), "x", asked=ModelSpec("shufflenet_v2_x0_5"))
     with pytest.raises(ConfigError, match="leave --choices and --scales out"):
-        load_network(own_payload(), "x", asked=Architecture("shufflenet_oneshot", choices=(0,) * 20))
+        model_from_payload(own_payload(), "x", asked=ModelSpec("shufflenet_oneshot", choices=(0,) * 20))
 
 
 @pytest.mark.parametrize(
@@ -300,9 +300,9 @@ def test_a_file_that_names_its_network_is_believed() -> None:
 )
 def test_strange_networks_are_refused(model: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        load_network(own_payload(**model), "x")
+        model_from_payload(own_payload(**model), "x")
 
 
 def test_a_later_format_is_refused() -> None:
     with pytest.raises(CheckpointError, match="x has format 2, and 1 is the latest known here; upgrade"):
-        load_network({**own_payload(), "format_version": 2}, "x")
+        model_from_payload({**own_payload(), "format_version": 2}, "x")

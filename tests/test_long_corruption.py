@@ -1,4 +1,4 @@
-"""A thousand random bit flips and truncations each of a checkpoint, of its record and of the journal.
+"""A thousand random bit flips and truncations each of a checkpoint, of its manifest and of the journal.
 
 Every one is detected, or changes nothing that is loaded or delivered.
 """
@@ -17,13 +17,13 @@ from mlflow import MlflowClient
 from training import run
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints, newest_valid
-from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, read_record, record_path
+from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, manifest_path, read_manifest
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.delivery import deliver_now
-from shufflenet_mlflow.tracking.journal import SPOOL_NAME, Spool, look
+from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, Journal, read_pending
 from shufflenet_mlflow.tracking.messages import MetricPoints, to_body
 from shufflenet_mlflow.tracking.resolve import resolve
 
@@ -59,7 +59,7 @@ def checkpoint(images: Path) -> Path:
 def test_checkpoints(with_record: bool, checkpoint: Path) -> None:
     original, payload = checkpoint.read_bytes(), read_checkpoint(checkpoint)
     if not with_record:
-        record_path(checkpoint).unlink()
+        manifest_path(checkpoint).unlink()
     generator = random.Random(1)
     detected = fell_back = 0
     for trial in range(TRIALS):
@@ -77,46 +77,46 @@ def test_checkpoints(with_record: bool, checkpoint: Path) -> None:
     assert fell_back > 10
 
 
-def test_records(checkpoint: Path) -> None:
-    """A record that was altered is not believed: neither its figures nor its digest."""
-    path, record = record_path(checkpoint), read_record(checkpoint)
+def test_manifests(checkpoint: Path) -> None:
+    """A manifest that was altered is not believed: neither its figures nor its digest."""
+    path, manifest = manifest_path(checkpoint), read_manifest(checkpoint)
     original, payload = path.read_bytes(), read_checkpoint(checkpoint)
     generator = random.Random(2)
     disbelieved = 0
     for _ in range(TRIALS):
         path.write_bytes(damage(original, generator))
-        found = read_record(checkpoint)
-        assert found in (record, None)
+        found = read_manifest(checkpoint)
+        assert found in (manifest, None)
         disbelieved += found is None
         assert_equal_payloads(read_checkpoint(checkpoint), payload)
     assert disbelieved > 0.9 * TRIALS
 
 
-def abandon(spool: Spool) -> None:
+def abandon(journal: Journal) -> None:
     """Let go of the journal as a killed process does, without tidying it."""
-    spool._lock.release()
-    os.close(spool._descriptor)
+    journal._lock.release()
+    os.close(journal._descriptor)
 
 
 def test_journals(tmp_path: Path) -> None:
     """What comes out of a damaged journal went into it."""
-    spool = Spool(tmp_path)
+    journal = Journal(tmp_path)
     for step in range(40):
         message: Any = MetricPoints({"train/loss": step / 7}, step, 1_000 + step)
-        spool.append("a" * 32, message.kind, to_body(message))
+        journal.append("a" * 32, message.kind, to_body(message))
         if step % 10 == 0:
-            record = CheckpointRecord(f"checkpoints/checkpoint-{step:06}.pth.tar", step, 1, 0.5, None, "0" * 64, 9)
-            spool.append("a" * 32, "checkpoint", to_body(Checkpoint.of(record)))
-    abandon(spool)
-    path = tmp_path / SPOOL_NAME
+            manifest = CheckpointManifest(f"checkpoints/checkpoint-{step:06}.pth.tar", step, 1, 0.5, None, "0" * 64, 9)
+            journal.append("a" * 32, "checkpoint", to_body(Checkpoint.of(manifest)))
+    abandon(journal)
+    path = tmp_path / JOURNAL_NAME
     original = path.read_bytes()
-    entries = [(entry.run, entry.kind, entry.body) for entry in look(tmp_path).entries]
+    entries = [(entry.run, entry.kind, entry.body) for entry in read_pending(tmp_path).entries]
     assert len(entries) == 44
     generator = random.Random(3)
     for _ in range(TRIALS):
         damaged = damage(original, generator)
         path.write_bytes(damaged)
-        again = Spool(tmp_path)
+        again = Journal(tmp_path)
         found = [(entry.run, entry.kind, entry.body) for entry in again.oldest(99)]
         abandon(again)
         remaining = iter(entries)
@@ -135,16 +135,16 @@ def test_a_damaged_journal_loses_no_checkpoint(seed: int, client: MlflowClient) 
     from shufflenet_mlflow.workflows.sync import run_sync
 
     run_id = str(client.create_run(client.create_experiment("journal")).info.run_id)
-    spool = Spool(Path("models"))
-    spool.set_owner(run_id, client.tracking_uri)
+    journal = Journal(Path("models"))
+    journal.set_owner(run_id, client.tracking_uri)
     for iters in range(1, 6):
         state = {"state_dict": {"w": torch.full((9,), float(iters))}}
-        record = write_checkpoint(state, iters, directory="models", val_top1=iters / 10).record
-        spool.append(run_id, "checkpoint", to_body(Checkpoint.of(record)))
+        manifest = write_checkpoint(state, iters, directory="models", val_top1=iters / 10).manifest
+        journal.append(run_id, "checkpoint", to_body(Checkpoint.of(manifest)))
         if iters == 2:
-            deliver_now(client, spool)
-    spool.close()
-    path = Path("models") / SPOOL_NAME
+            deliver_now(client, journal)
+    journal.close()
+    path = Path("models") / JOURNAL_NAME
     head = path.read_bytes().index(b"\n") + 1  # the header names the run
     path.write_bytes(path.read_bytes()[:head] + damage(path.read_bytes()[head:], random.Random(seed)))
     run_sync(Path("models"), dry_run=False, tracking_uri=None, reporter=LoggingReporter(), stop=StopFlag())

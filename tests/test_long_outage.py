@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from processes import Process, start
 from server import Proxy, Server
 
-from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_records
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_manifests
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -90,12 +90,12 @@ def check(server: Server, run_id: str, directory: Path) -> None:
     assert steps(client, run_id, "train/loss") == list(range(2, ITERATIONS + 1, 2))
     assert steps(client, run_id, "val/top1") == [100, 200, 300]
     every = list(range(SAVE_EVERY, ITERATIONS + 1, SAVE_EVERY))
-    saved = {record.iters for record in list_records(directory)}
+    saved = {manifest.iters for manifest in list_manifests(directory)}
     assert saved >= set(every)
     assert steps(client, run_id, "loss") == sorted(saved)
     there = Path(server.folder) / "artifacts" / run.info.experiment_id / run_id / "artifacts" / "checkpoints"
-    for path, record in zip(list_checkpoints(directory), list_records(directory), strict=True):
-        assert hashlib.sha256((there / path.name).read_bytes()).hexdigest() == record.sha256
+    for path, manifest in zip(list_checkpoints(directory), list_manifests(directory), strict=True):
+        assert hashlib.sha256((there / path.name).read_bytes()).hexdigest() == manifest.sha256
     assert json.loads(run.data.tags["checkpoint.latest"])["path"].endswith("bnps-checkpoint-000300.pth.tar")
     assert len(run.inputs.dataset_inputs) == 2
 

@@ -31,10 +31,10 @@ from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog
 from shufflenet_mlflow.data.pictures import find_pictures
 from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.evaluation.evaluate import EvalSettings, evaluate
-from shufflenet_mlflow.runtime.devices import place
+from shufflenet_mlflow.runtime.devices import move_model
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.workflows.loading import NetworkRequest
+from shufflenet_mlflow.workflows.loading import ModelRequest
 
 CPU = torch.device("cpu")
 NETWORK = ("--model", "shufflenet_v2_x0_5", "--input-size", 32)
@@ -186,7 +186,7 @@ def test_an_image_on_standard_input(kind: str) -> None:
     content = encoded(kind=kind)
     pictures = find_pictures(("a.png", "-", "a.png"), lambda: io.BytesIO(content))
     assert list(pictures.paths()) == ["a.png", "-", "a.png"]
-    assert [isinstance(pictures.source(place), str) for place in range(3)] == [True, False, True]
+    assert [isinstance(pictures.source(move_model), str) for move_model in range(3)] == [True, False, True]
     assert pictures.source(1).read() == content
 
 
@@ -493,10 +493,10 @@ def test_each_image_as_in_an_evaluation(client: MlflowClient, images: Path, shuf
 def test_with_the_bits_of_an_evaluation(count: int, equal: bool, weights: Path, predict: Predict) -> None:
     """Of many images: batch normalisation is folded then. Of fewer, rounding differs."""
     put(*(f"photos/class/{number:03}.png" for number in range(count)))
-    network = NetworkRequest(str(weights), model="shufflenet_v2_x0_5", input_size=32).load().network
+    network = ModelRequest(str(weights), model="shufflenet_v2_x0_5", input_size=32).load().network
     expected: list[float] = []
     evaluate(
-        place(network.model, CPU),
+        move_model(network.model, CPU),
         list_images("photos"),
         network.preprocess,
         EvalSettings(32, 0, CPU),
@@ -551,5 +551,5 @@ def test_thousands_of_names_are_no_matter(many: Path) -> None:
     assert len(below) == 20_000
     assert found("many/**/*.jpg") == found("many/*/*.jpg") == found("many/**") == below
     pictures = find_pictures("-", lambda: io.BytesIO("\n".join(below).encode()))
-    assert list(pictures.paths()) == [pictures.path(place) for place in range(len(pictures))] == below
+    assert list(pictures.paths()) == [pictures.path(move_model) for move_model in range(len(pictures))] == below
     assert pictures.files.text.nbytes + pictures.files.ends.nbytes < 20_000 * 30

@@ -256,9 +256,9 @@ def test_what_is_not_there_says_what_is(run_id: str, client: MlflowClient, tmp_p
 
 def test_a_record_cannot_lead_out_of_the_cache(run_id: str, client: MlflowClient, tmp_path: Path) -> None:
     fill_run(run_id, tmp_path / "models")
-    record = json.loads(client.get_run(run_id).data.tags["checkpoint.latest"])
+    manifest = json.loads(client.get_run(run_id).data.tags["checkpoint.latest"])
     for path in ("checkpoints/..", "../../x", "checkpoints/.hidden"):
-        client.set_tag(run_id, "checkpoint.latest", json.dumps({**record, "path": path}))
+        client.set_tag(run_id, "checkpoint.latest", json.dumps({**manifest, "path": path}))
         with pytest.raises(UnresolvedError, match="not called like a checkpoint"):
             resolve(run_id, cache_dir=tmp_path / "cache")
 
@@ -300,9 +300,9 @@ def test_save_checkpoint_logs_to_the_active_run(client: MlflowClient, tmp_path: 
     metrics = client.get_run(run_id).data.metrics
     assert (metrics["epoch"], metrics["loss"]) == (2, 0.125)
     assert [point.step for point in client.get_metric_history(run_id, "loss")] == [40]
-    record = json.loads(client.get_run(run_id).data.tags["checkpoint.latest"])
-    assert record["path"] == "checkpoints/x-checkpoint-000040.pth.tar"
-    assert record["bytes"] == path.stat().st_size
+    manifest = json.loads(client.get_run(run_id).data.tags["checkpoint.latest"])
+    assert manifest["path"] == "checkpoints/x-checkpoint-000040.pth.tar"
+    assert manifest["bytes"] == path.stat().st_size
     assert artifact(client, run_id, path.name).read_bytes() == path.read_bytes()
     assert "checkpoint.best" not in client.get_run(run_id).data.tags
 

@@ -15,7 +15,7 @@ from training import Reporter, assert_same_end, history, run, run_until
 
 from shufflenet_mlflow import create_model, save_checkpoint
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
-from shufflenet_mlflow.checkpoints.manifest import read_record
+from shufflenet_mlflow.checkpoints.manifest import read_manifest
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.errors import (
     ConfigError,
@@ -232,12 +232,12 @@ def test_a_stop_in_validation_does_not_rewrite_what_was_committed(images: Path, 
     assert path.read_bytes() == before
     verify_checkpoint(path)
     [top1] = [p.value for p in client.get_metric_history(stopped.run_id, "val/top1") if p.step == 4]
-    record = read_record(path)
-    assert record is not None
-    assert record.val_top1 == top1
+    manifest = read_manifest(path)
+    assert manifest is not None
+    assert manifest.val_top1 == top1
     best = json.loads(client.get_run(stopped.run_id).data.tags["checkpoint.best"])
     if best["iters"] == 4:
-        assert best["sha256"] == record.sha256
+        assert best["sha256"] == manifest.sha256
 
 
 def test_a_run_is_not_rewound(images: Path, client: MlflowClient) -> None:

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from shufflenet_mlflow import save_checkpoint
 from shufflenet_mlflow.checkpoints.folders import delete_checkpoint, list_checkpoints, remove_leftovers
-from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, record_path
+from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, manifest_path
 from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.errors import UnresolvedError
 from shufflenet_mlflow.tracking.artifacts import DELETING_TAG, RunArtifacts
@@ -18,15 +18,15 @@ from shufflenet_mlflow.tracking.resolve import resolve
 from shufflenet_mlflow.tracking.target import RunTarget
 
 
-def records(*iters: int, top1: dict[int, float | None] | None = None) -> list[CheckpointRecord]:
+def manifests(*iters: int, top1: dict[int, float | None] | None = None) -> list[CheckpointManifest]:
     return [
-        CheckpointRecord(f"checkpoints/checkpoint-{n:06}.pth.tar", n, 0, 0.0, (top1 or {}).get(n), "0" * 64, 1)
+        CheckpointManifest(f"checkpoints/checkpoint-{n:06}.pth.tar", n, 0, 0.0, (top1 or {}).get(n), "0" * 64, 1)
         for n in iters
     ]
 
 
-def dropped(rules: Retention, found: list[CheckpointRecord], protected: tuple[str, ...] = ()) -> list[int]:
-    return [record.iters for record in rules.drop(found, protected)]
+def dropped(rules: Retention, found: list[CheckpointManifest], protected: tuple[str, ...] = ()) -> list[int]:
+    return [manifest.iters for manifest in rules.drop(found, protected)]
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,13 @@ def dropped(rules: Retention, found: list[CheckpointRecord], protected: tuple[st
     ],
 )
 def test_rules_without_validation(rules: Retention, gone: list[int]) -> None:
-    assert dropped(rules, records(1, 2, 3, 4, 5)) == gone
-    assert dropped(rules, records(5, 3, 1, 2, 4)) == gone  # in whatever order they are listed
+    assert dropped(rules, manifests(1, 2, 3, 4, 5)) == gone
+    assert dropped(rules, manifests(5, 3, 1, 2, 4)) == gone  # in whatever order they are listed
 
 
 def test_the_best_stay() -> None:
     top1 = {1: 0.1, 2: 0.9, 3: 0.5, 4: float("nan"), 5: None, 6: 0.2}
-    found = records(1, 2, 3, 4, 5, 6, 7, top1=top1)
+    found = manifests(1, 2, 3, 4, 5, 6, 7, top1=top1)
     assert dropped(Retention(keep_last=1), found) == [1, 3, 4, 5, 6]
     assert dropped(Retention(keep_best=2), found) == [1, 4, 5, 6]
     assert dropped(Retention(keep_best=9), found) == [4, 5]
@@ -55,16 +55,16 @@ def test_the_best_stay() -> None:
 
 
 def test_of_equal_accuracies_the_first_is_the_best() -> None:
-    assert dropped(Retention(keep_best=1), records(1, 2, 3, top1={1: 0.5, 2: 0.5})) == [2]
+    assert dropped(Retention(keep_best=1), manifests(1, 2, 3, top1={1: 0.5, 2: 0.5})) == [2]
 
 
 def test_protected_names_stay() -> None:
-    assert dropped(Retention(keep_last=1), records(1, 2, 3), ("checkpoint-000001.pth.tar",)) == [2]
+    assert dropped(Retention(keep_last=1), manifests(1, 2, 3), ("checkpoint-000001.pth.tar",)) == [2]
 
 
 def test_the_reestimated_state_is_newer_than_the_one_before() -> None:
-    final = CheckpointRecord("checkpoints/bnps-checkpoint-000003.pth.tar", 3, 0, 0.0, None, "0" * 64, 1)
-    assert [record.file_name for record in Retention(keep_last=1).drop([*records(2, 3), final])] == [
+    final = CheckpointManifest("checkpoints/bnps-checkpoint-000003.pth.tar", 3, 0, 0.0, None, "0" * 64, 1)
+    assert [manifest.file_name for manifest in Retention(keep_last=1).drop([*manifests(2, 3), final])] == [
         "checkpoint-000002.pth.tar",
         "checkpoint-000003.pth.tar",
     ]
@@ -93,14 +93,14 @@ def on_disk() -> list[int]:
 
 def in_run(client: MlflowClient, run_id: str) -> list[int]:
     artifacts = RunArtifacts(client, run_id)
-    found = sorted(record.iters for record in artifacts.records())
+    found = sorted(manifest.iters for manifest in artifacts.manifests())
     assert len(artifacts.sizes()) == 2 * len(found)
     return found
 
 
 def test_it_deletes_here_and_there(client: MlflowClient, run_id: str) -> None:
     gone = prune_run(target(client, run_id), Retention(keep_last=2))
-    assert [item.record.iters for item in gone] == [1, 2]
+    assert [item.manifest.iters for item in gone] == [1, 2]
     assert on_disk() == in_run(client, run_id) == [3, 4, 5]
     assert DELETING_TAG not in client.get_run(run_id).data.tags
 
@@ -113,10 +113,10 @@ def test_what_was_promoted_stays(client: MlflowClient, run_id: str) -> None:
 
 
 def test_what_it_did_not_write_stays(client: MlflowClient, run_id: str) -> None:
-    record_path(Path("models/checkpoint-000001.pth.tar")).unlink()
+    manifest_path(Path("models/checkpoint-000001.pth.tar")).unlink()
     other = save_checkpoint({"state_dict": {"w": torch.zeros(7)}}, 0, directory="models")  # of no run
     Path("models/checkpoint-000002.pth.tar").write_bytes(other.read_bytes())
-    Path("models/checkpoint-000002.pth.tar.json").write_bytes(record_path(other).read_bytes())
+    Path("models/checkpoint-000002.pth.tar.json").write_bytes(manifest_path(other).read_bytes())
     prune_run(target(client, run_id), Retention(keep_last=1))
     assert on_disk() == [0, 1, 2, 3, 5]
     assert in_run(client, run_id) == [3, 5]
@@ -150,7 +150,7 @@ def test_two_phases_on_the_disk(run_id: str, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(Path, "unlink", die)
         delete_checkpoint(path)
     assert on_disk() == [2, 3, 4, 5]
-    assert record_path(path).exists()
+    assert manifest_path(path).exists()
     remove_leftovers(Path("models"))
-    assert not record_path(path).exists()
+    assert not manifest_path(path).exists()
     assert len(list(Path("models").iterdir())) == 8

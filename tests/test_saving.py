@@ -14,13 +14,13 @@ from mlflow import MlflowClient
 from training import Reporter, run, run_until
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
-from shufflenet_mlflow.checkpoints.manifest import read_record
+from shufflenet_mlflow.checkpoints.manifest import read_manifest
 from shufflenet_mlflow.checkpoints.retention import Retention
-from shufflenet_mlflow.checkpoints.staging import StateBuffer
+from shufflenet_mlflow.checkpoints.staging import StagingBuffer
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.tracking import store as store_module
-from shufflenet_mlflow.tracking.journal import Spool, look
+from shufflenet_mlflow.tracking.journal import Journal, read_pending
 from shufflenet_mlflow.tracking.recorder import Recorder
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 
@@ -39,7 +39,7 @@ def some_state(value: float = 1.0) -> dict[str, Any]:
 def test_the_copy_is_equal_and_stays_so() -> None:
     state = some_state()
     expected = some_state()
-    copy = StateBuffer().take(state)
+    copy = StagingBuffer().take(state)
     for tensor in (state["state_dict"]["w"], state["optimizer_state_dict"]["state"][0]["momentum_buffer"]):
         tensor.add_(1)
     assert_equal_payloads(copy, expected)
@@ -48,7 +48,7 @@ def test_the_copy_is_equal_and_stays_so() -> None:
 
 
 def test_the_memory_is_used_again() -> None:
-    buffer = StateBuffer()
+    buffer = StagingBuffer()
     first = buffer.take(some_state(1))
     address = first["state_dict"]["w"].data_ptr()
     buffer.release()
@@ -61,7 +61,7 @@ def test_the_memory_is_used_again() -> None:
 
 
 def test_there_is_room_for_one() -> None:
-    buffer = StateBuffer()
+    buffer = StagingBuffer()
     buffer.take(some_state())
     taken = threading.Event()
 
@@ -78,7 +78,7 @@ def test_there_is_room_for_one() -> None:
 
 
 def test_a_state_that_is_not_plain_leaves_the_buffer_free() -> None:
-    buffer = StateBuffer()
+    buffer = StagingBuffer()
     for _ in range(2):
         with pytest.raises(CheckpointError, match=r"state\['x'\] holds a builtins.object"):
             buffer.take({"w": torch.ones(2), "x": object()})
@@ -90,18 +90,18 @@ def test_a_state_that_is_not_plain_leaves_the_buffer_free() -> None:
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Iterator[Recorder]:
-    spool = Spool(tmp_path / "models")
-    recorder = Recorder(spool, "r" * 32, lambda: None)
+    journal = Journal(tmp_path / "models")
+    recorder = Recorder(journal, "r" * 32, lambda: None)
     yield recorder
     recorder.close()
-    spool.close()
+    journal.close()
 
 
 def make_store(
     recorder: Recorder, *, continue_on_error: bool = False, reporter: Reporter | None = None
 ) -> TrackedStore:
     return TrackedStore(
-        recorder.spool.directory,
+        recorder.journal.directory,
         recorder,
         retention=Retention(),
         continue_on_error=continue_on_error,
@@ -139,7 +139,7 @@ def test_in_order_with_the_points_before(recorder: Recorder) -> None:
         save(store, iters)
     store.finish()
     kinds = [
-        (entry.kind, entry.body.get("step") or entry.body["record"]["iters"]) for entry in recorder.spool.oldest(99)
+        (entry.kind, entry.body.get("step") or entry.body["record"]["iters"]) for entry in recorder.journal.oldest(99)
     ]
     assert kinds == [(kind, iters) for iters in range(1, 6) for kind in ("metrics", "checkpoint")]
 
@@ -150,10 +150,10 @@ def test_the_best_is_marked_behind_its_writing(recorder: Recorder, tmp_path: Pat
     assert store.mark_best(path, 0.75)
     assert not store.mark_best(tmp_path / "checkpoint-000009.pth.tar", 0.5)
     store.finish()
-    record = read_record(path)
-    assert record is not None
-    assert record.val_top1 == 0.75
-    assert [entry.body["record"]["val_top1"] for entry in recorder.spool.oldest(9)] == [None, 0.75]
+    manifest = read_manifest(path)
+    assert manifest is not None
+    assert manifest.val_top1 == 0.75
+    assert [entry.body["record"]["val_top1"] for entry in recorder.journal.oldest(9)] == [None, 0.75]
 
 
 @pytest.fixture
@@ -224,7 +224,9 @@ def test_a_best_that_cannot_be_marked(continue_on_error: bool, recorder: Recorde
         later = save(store, 2)
         assert store.finish() == later
     else:
-        with pytest.raises(CheckpointError, match="cannot write the record .*File too large; earlier checkpoints are"):
+        with pytest.raises(
+            CheckpointError, match="cannot write the manifest .*File too large; earlier checkpoints are"
+        ):
             save(store, 2)
 
 
@@ -271,7 +273,7 @@ def test_a_disk_that_fills_up_while_training(
     assert len([text for text in reporter.warnings if "No space left" in text]) == 6
     assert statuses(client) == ["FINISHED"]
     assert summary.result.checkpoint == Path("models/bnps-checkpoint-000012.pth.tar")
-    assert not look(Path("models")).entries
+    assert not read_pending(Path("models")).entries
 
 
 def test_retention_while_training(images: Path, client: MlflowClient) -> None:

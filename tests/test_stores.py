@@ -24,7 +24,7 @@ from training import run, run_until
 
 from shufflenet_mlflow import get_latest_model
 from shufflenet_mlflow.export.logged import find_logged_model
-from shufflenet_mlflow.tracking.target import record_in
+from shufflenet_mlflow.tracking.target import manifest_in_tag
 
 Invoke = Callable[..., Result]
 
@@ -103,12 +103,12 @@ def test_the_whole_way(
 
     # Both tags have a logged model, which has the numbers of its checkpoint.
     for tag in ("checkpoint.latest", "checkpoint.best"):
-        record = record_in(stored.data.tags, tag)
-        assert record is not None
-        model = find_logged_model(client, stored, record)
+        manifest = manifest_in_tag(stored.data.tags, tag)
+        assert manifest is not None
+        model = find_logged_model(client, stored, manifest)
         assert model is not None
         found = {metric.key: metric.value for metric in model.metrics}
-        assert found["val/top1"] == record.val_top1
+        assert found["val/top1"] == manifest.val_top1
 
     # Evaluated, into that run and into one of its own below it.
     evaluated = as_json("eval", run_id)
@@ -118,8 +118,8 @@ def test_the_whole_way(
     section = f"eval/{images.name}"
     assert client.get_run(run_id).data.metrics[f"{section}/top1"] == evaluated["top1"]
     assert client.get_run(own).data.metrics["val/top1"] == evaluated["top1"]
-    record = record_in(stored.data.tags, "checkpoint.latest")
-    model = find_logged_model(client, stored, record)
+    manifest = manifest_in_tag(stored.data.tags, "checkpoint.latest")
+    model = find_logged_model(client, stored, manifest)
     assert f"{section}/top1" in {metric.key for metric in model.metrics}
     figures = {
         entry.path.rpartition("/")[2] for entry in client.list_artifacts(run_id, f"figures/{images.name}/bnps-000012")

@@ -15,7 +15,7 @@ from conftest import write_images
 from mlflow import MlflowClient
 from training import Reporter, assert_same_end, run
 
-from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_records
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_manifests
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import (
     BadImageError,
@@ -184,14 +184,14 @@ def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
 
 
 def assert_all_there(client: MlflowClient, run_id: str | None, directory: Path) -> None:
-    """Every checkpoint on the disk is among the artifacts, with its record; the tags name the right ones."""
+    """Every checkpoint on the disk is among the artifacts, with its manifest; the tags name the right ones."""
     assert run_id is not None
     there = {item.path.rpartition("/")[2] for item in client.list_artifacts(run_id, "checkpoints")}
     names = {path.name for path in list_checkpoints(directory)}
     assert there == names | {f"{name}.json" for name in names}
     tags = client.get_run(run_id).data.tags
     assert json.loads(tags["checkpoint.latest"])["path"] == "checkpoints/bnps-checkpoint-000012.pth.tar"
-    best = max(record.val_top1 for record in list_records(directory) if record.val_top1 is not None)
+    best = max(manifest.val_top1 for manifest in list_manifests(directory) if manifest.val_top1 is not None)
     assert json.loads(tags["checkpoint.best"])["val_top1"] == best
 
 

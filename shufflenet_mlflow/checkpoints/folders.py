@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, read_record, record_path
+from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, manifest_path, read_manifest
 from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
 from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, UnresolvedError
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 _RECORD_SUFFIX = ".json"
 
 
-def list_records(directory: Path) -> list[CheckpointRecord]:
-    """The records of the checkpoints in `directory`, newest first; files without one are passed over."""
-    records = (read_record(path) for path in list_checkpoints(directory))
-    return [record for record in records if record is not None]
+def list_manifests(directory: Path) -> list[CheckpointManifest]:
+    """The manifests of the checkpoints in `directory`, newest first; files without one are passed over."""
+    manifests = (read_manifest(path) for path in list_checkpoints(directory))
+    return [manifest for manifest in manifests if manifest is not None]
 
 
 def delete_checkpoint(path: Path) -> int:
-    """Delete a checkpoint and its record.
+    """Delete a checkpoint and its manifest.
 
     First it loses its name, so that nobody begins to read it; then it is removed. What a process that is killed in
     between leaves, `remove_leftovers` takes away.
@@ -40,7 +40,7 @@ def delete_checkpoint(path: Path) -> int:
     os.replace(path, nameless)
     sync_folder(path.parent)
     nameless.unlink()
-    record_path(path).unlink(missing_ok=True)
+    manifest_path(path).unlink(missing_ok=True)
     return size
 
 
@@ -53,7 +53,7 @@ def remove_leftovers(directory: Path) -> None:
         for entry in directory.iterdir():
             name = entry.name.removesuffix(_RECORD_SUFFIX)
             lonely = name != entry.name and parse_name(name) is not None and not (directory / name).exists()
-            if lonely and read_record(directory / name) is not None:
+            if lonely and read_manifest(directory / name) is not None:
                 entry.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""The record of a checkpoint: what it is, and what its bytes must be.
+"""The manifest of a checkpoint: what it is, and what its bytes must be.
 
 It stands as JSON beside the file (`<file>.json`), beside the artifact, and in the run's tags
 `checkpoint.latest` and `checkpoint.best`.
@@ -28,7 +28,7 @@ def finite(value: float | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class CheckpointRecord:
+class CheckpointManifest:
     """One checkpoint, as its writer knew it."""
 
     path: str
@@ -55,28 +55,28 @@ class CheckpointRecord:
         return json.dumps({**asdict(self), "crc32": _crc32(self.to_json())}, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "CheckpointRecord":
+    def from_json(cls, text: str) -> "CheckpointManifest":
         """The inverse of `to_json` and `to_line`; keys that a later version may add are passed over.
 
         Raises:
-            CheckpointError: the text is not such a record.
+            CheckpointError: the text is not such a manifest.
         """
         try:
             values: dict[str, Any] = json.loads(text)
-            record = cls(**{name: values[name] for name in cls.__dataclass_fields__})
+            manifest = cls(**{name: values[name] for name in cls.__dataclass_fields__})
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"not a checkpoint record: {text[:80]!r}") from error
+            raise CheckpointError(f"not a checkpoint manifest: {text[:80]!r}") from error
         if not (
-            isinstance(record.path, str)
-            and isinstance(record.sha256, str)
-            and type(record.iters) is int
-            and type(record.bytes) is int
-            and all(map(_is_number_or_none, (record.epoch, record.loss, record.val_top1)))
+            isinstance(manifest.path, str)
+            and isinstance(manifest.sha256, str)
+            and type(manifest.iters) is int
+            and type(manifest.bytes) is int
+            and all(map(_is_number_or_none, (manifest.epoch, manifest.loss, manifest.val_top1)))
         ):
-            raise CheckpointError(f"not a checkpoint record: {text[:80]!r}")
+            raise CheckpointError(f"not a checkpoint manifest: {text[:80]!r}")
         if "crc32" in values and values.pop("crc32") != _crc32(json.dumps(values)):  # of all keys, also unknown ones
-            raise CheckpointError(f"a damaged checkpoint record: {text[:80]!r}")
-        return record
+            raise CheckpointError(f"a damaged checkpoint manifest: {text[:80]!r}")
+        return manifest
 
 
 def _is_number_or_none(value: object) -> bool:
@@ -87,46 +87,46 @@ def _crc32(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-def record_path(checkpoint: Path) -> Path:
-    """Where the record of the file `checkpoint` stands."""
+def manifest_path(checkpoint: Path) -> Path:
+    """Where the manifest of the file `checkpoint` stands."""
     return checkpoint.with_name(checkpoint.name + ".json")
 
 
-def write_record(checkpoint: Path, record: CheckpointRecord) -> None:
-    """Put the record beside the file `checkpoint`."""
-    write_atomically(record_path(checkpoint), lambda file: file.write(record.to_line().encode()))
+def write_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:
+    """Put the manifest beside the file `checkpoint`."""
+    write_atomically(manifest_path(checkpoint), lambda file: file.write(manifest.to_line().encode()))
 
 
-def update_record(checkpoint: Path, *, val_top1: float) -> CheckpointRecord | None:
+def update_manifest(checkpoint: Path, *, val_top1: float) -> CheckpointManifest | None:
     """Note the validation accuracy of a checkpoint that was written before it was validated.
 
     Returns:
-        The new record; None if there was none.
+        The new manifest; None if there was none.
 
     Raises:
         CheckpointError: it cannot be written; the former one is intact.
     """
-    record = read_record(checkpoint)
-    if record is None:
+    manifest = read_manifest(checkpoint)
+    if manifest is None:
         return None
-    record = replace(record, val_top1=finite(val_top1))
+    manifest = replace(manifest, val_top1=finite(val_top1))
     try:
-        write_record(checkpoint, record)
+        write_manifest(checkpoint, manifest)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write the record {str(record_path(checkpoint))!r}: {error.strerror}; "
+            f"cannot write the manifest {str(manifest_path(checkpoint))!r}: {error.strerror}; "
             "earlier checkpoints are intact, --save-dir takes another place"
         ) from error
-    return record
+    return manifest
 
 
-def read_record(checkpoint: Path) -> CheckpointRecord | None:
-    """The record beside the file `checkpoint`; None if there is none, or none that can be read."""
-    path = record_path(checkpoint)
+def read_manifest(checkpoint: Path) -> CheckpointManifest | None:
+    """The manifest beside the file `checkpoint`; None if there is none, or none that can be read."""
+    path = manifest_path(checkpoint)
     try:
-        return CheckpointRecord.from_json(path.read_text("utf-8"))
+        return CheckpointManifest.from_json(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, CheckpointError) as error:
-        logger.warning("the record %s cannot be used, the checkpoint's CRCs have to do: %s", path, error)
+        logger.warning("the manifest %s cannot be used, the checkpoint's CRCs have to do: %s", path, error)
         return None

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
 from shufflenet_mlflow.checkpoints.names import newest_first
 from shufflenet_mlflow.config import check_keep_rules
 
@@ -31,7 +31,9 @@ class Retention:
         """Whether there is any rule."""
         return (self.keep_last, self.keep_best, self.keep_every) != (None, None, None)
 
-    def drop(self, checkpoints: Sequence[CheckpointRecord], protected: Collection[str] = ()) -> list[CheckpointRecord]:
+    def drop(
+        self, checkpoints: Sequence[CheckpointManifest], protected: Collection[str] = ()
+    ) -> list[CheckpointManifest]:
         """Those of `checkpoints` that may go, oldest first.
 
         Args:
@@ -39,16 +41,20 @@ class Retention:
         """
         if not self.is_set:
             return []
-        by_name = {record.file_name: record for record in checkpoints}
+        by_name = {manifest.file_name: manifest for manifest in checkpoints}
         newest = newest_first(by_name)
         kept = {*newest[: self.keep_last or 1], *protected}
-        kept |= {record.file_name for record in best_first(checkpoints)[: self.keep_best or 1]}
+        kept |= {manifest.file_name for manifest in best_first(checkpoints)[: self.keep_best or 1]}
         if self.keep_every is not None:
-            kept |= {name for name, record in by_name.items() if record.iters and record.iters % self.keep_every == 0}
+            kept |= {
+                name for name, manifest in by_name.items() if manifest.iters and manifest.iters % self.keep_every == 0
+            }
         return [by_name[name] for name in reversed(newest) if name not in kept]
 
 
-def best_first(checkpoints: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
+def best_first(checkpoints: Sequence[CheckpointManifest]) -> list[CheckpointManifest]:
     """Those that were validated, by accuracy; of equal ones the earliest comes first. NaN is no accuracy."""
-    validated = [record for record in checkpoints if record.val_top1 is not None and not math.isnan(record.val_top1)]
-    return sorted(validated, key=lambda record: (-(record.val_top1 or 0.0), record.iters))
+    validated = [
+        manifest for manifest in checkpoints if manifest.val_top1 is not None and not math.isnan(manifest.val_top1)
+    ]
+    return sorted(validated, key=lambda manifest: (-(manifest.val_top1 or 0.0), manifest.iters))

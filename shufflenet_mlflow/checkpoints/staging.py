@@ -10,7 +10,7 @@ from torch import Tensor
 from shufflenet_mlflow.checkpoints.plain import compact, to_plain
 
 
-class StateBuffer:
+class StagingBuffer:
     """Memory for one copy of a state, used for one copy after the other.
 
     On a GPU the memory is pinned and the copies are queued behind the work that is under way, so that neither

@@ -1,7 +1,7 @@
 """Reading a checkpoint: verified first, and never able to run code.
 
 `torch.load` does not check the CRCs of the zip file it reads, so one flipped bit would load silently. Here every
-member's CRC is checked before anything is loaded, and size and SHA-256 where a record of them exists.
+member's CRC is checked before anything is loaded, and size and SHA-256 where a manifest of them exists.
 """
 
 import collections
@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, read_record
+from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, read_manifest
 from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 from shufflenet_mlflow.runtime.files import sha256_of
 
@@ -23,33 +23,33 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)|global ([\w.]+)|class '?([\w.]+)")
 
 
-def verify_checkpoint(path: str | Path, record: CheckpointRecord | None = None) -> None:
+def verify_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None) -> None:
     """Check a checkpoint file. One in the old pickle format, which has no checksums, is read for that.
 
     Args:
-        record: what the file must be; by default the record beside the file, if there is one.
+        manifest: what the file must be; by default the manifest beside the file, if there is one.
 
     Raises:
-        CorruptCheckpointError: the file is truncated or altered, or not what the record says.
+        CorruptCheckpointError: the file is truncated or altered, or not what the manifest says.
         CheckpointError: the file cannot be opened.
     """
     path = Path(path)
     with _opened(path) as file:
-        _verify(path, file, record or read_record(path))
+        _verify(path, file, manifest or read_manifest(path))
 
 
 def has_checksums(path: str | Path) -> bool:
-    """Whether verifying a checkpoint file compares anything: it is a zip file, or has a record."""
+    """Whether verifying a checkpoint file compares anything: it is a zip file, or has a manifest."""
     path = Path(path)
     with _opened(path) as file:
-        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC or read_record(path) is not None
+        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC or read_manifest(path) is not None
 
 
-def read_checkpoint(path: str | Path, record: CheckpointRecord | None = None) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None) -> dict[str, Any]:
     """Verify a checkpoint file, then load it onto the CPU, running none of its code.
 
     Args:
-        record: as for `verify_checkpoint`.
+        manifest: as for `verify_checkpoint`.
 
     Returns:
         The dict that was saved; a bare state dict is returned as it is.
@@ -61,7 +61,7 @@ def read_checkpoint(path: str | Path, record: CheckpointRecord | None = None) ->
     """
     path = Path(path)
     with _opened(path) as file:
-        _verify(path, file, record or read_record(path))
+        _verify(path, file, manifest or read_manifest(path))
         payload = _load(path, file)
     if not isinstance(payload, dict):
         raise CheckpointError(f"{str(path)!r} holds a {type(payload).__name__}, not a checkpoint")
@@ -79,16 +79,16 @@ def _opened(path: Path) -> BinaryIO:
         raise CheckpointError(f"cannot open the checkpoint {str(path)!r}: {error.strerror}") from None
 
 
-def _verify(path: Path, file: BinaryIO, record: CheckpointRecord | None) -> None:
-    if record is not None:
+def _verify(path: Path, file: BinaryIO, manifest: CheckpointManifest | None) -> None:
+    if manifest is not None:
         size = file.seek(0, 2)
-        if size != record.bytes:
+        if size != manifest.bytes:
             raise CorruptCheckpointError(
-                f"{str(path)!r} is corrupt: it has {size} bytes, its record says {record.bytes}"
+                f"{str(path)!r} is corrupt: it has {size} bytes, its manifest says {manifest.bytes}"
             )
-        if sha256_of(file) != record.sha256:
+        if sha256_of(file) != manifest.sha256:
             raise CorruptCheckpointError(
-                f"{str(path)!r} is corrupt: its SHA-256 is not the recorded {record.sha256[:12]}…"
+                f"{str(path)!r} is corrupt: its SHA-256 is not the recorded {manifest.sha256[:12]}…"
             )
     file.seek(0)
     magic = file.read(len(_ZIP_MAGIC))

@@ -12,7 +12,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from shufflenet_mlflow.checkpoints.manifest import ARTIFACT_FOLDER, CheckpointRecord, finite, record_path, write_record
+from shufflenet_mlflow.checkpoints.manifest import (
+    ARTIFACT_FOLDER,
+    CheckpointManifest,
+    finite,
+    manifest_path,
+    write_manifest,
+)
 from shufflenet_mlflow.checkpoints.names import checkpoint_name
 from shufflenet_mlflow.checkpoints.plain import bare_state_dict, to_plain
 from shufflenet_mlflow.checkpoints.schema import EMA_STATE_DICT, FORMAT_VERSION, STATE_DICT
@@ -26,7 +32,7 @@ class WrittenCheckpoint(NamedTuple):
     """A checkpoint that is on the disk."""
 
     path: Path
-    record: CheckpointRecord
+    manifest: CheckpointManifest
 
 
 class _HashingWriter:
@@ -124,7 +130,7 @@ def write_checkpoint(
     directory: str | Path = "./models",
     run_id: str | None = None,
 ) -> WrittenCheckpoint:
-    """Write `state` to `directory` as `{tag}checkpoint-{iters:06}.pth.tar`, with its record beside it.
+    """Write `state` to `directory` as `{tag}checkpoint-{iters:06}.pth.tar`, with its manifest beside it.
 
     The file appears under its name only when it is whole, flushed to the disk and read back equal.
 
@@ -132,7 +138,7 @@ def write_checkpoint(
         state: the training state; holds at least `state_dict`.
         epoch: completed epochs; by default `state["epoch"]`.
         loss: the training loss; by default `state["loss"]`.
-        val_top1: top-1 accuracy of this state on the validation set, 0..1; stands in the record only.
+        val_top1: top-1 accuracy of this state on the validation set, 0..1; stands in the manifest only.
         run_id: the MLflow run it belongs to.
 
     Raises:
@@ -155,8 +161,8 @@ def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> Writt
     path = directory / prepared.file_name
     writers: list[_HashingWriter] = []
 
-    def record() -> CheckpointRecord:
-        return CheckpointRecord(
+    def manifest() -> CheckpointManifest:
+        return CheckpointManifest(
             path=f"{ARTIFACT_FOLDER}/{path.name}",
             iters=prepared.iters,
             epoch=payload["epoch"],
@@ -174,23 +180,23 @@ def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> Writt
         with open(file.name, "rb") as copy:
             if sha256_of(copy) != writer.digest.hexdigest():
                 raise CheckpointError(f"{str(path)!r} did not read back as it was written")
-        if not replaces:  # a process that is killed now leaves a record without a file, never the reverse
-            write_record(path, record())
+        if not replaces:  # a process that is killed now leaves a manifest without a file, never the reverse
+            write_manifest(path, manifest())
 
     replaces = os.path.exists(path)  # unlike Path.exists, never raises
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if replaces and record_path(path).exists():
-            # A record of other bytes must never stand beside the new file.
-            record_path(path).unlink()
+        if replaces and manifest_path(path).exists():
+            # A manifest of other bytes must never stand beside the new file.
+            manifest_path(path).unlink()
             sync_folder(directory)
         write_atomically(path, write)
         if replaces:
-            write_record(path, record())
+            write_manifest(path, manifest())
     except BaseException as error:
         if not replaces and not os.path.exists(path):
             with contextlib.suppress(OSError):
-                record_path(path).unlink(missing_ok=True)
+                manifest_path(path).unlink(missing_ok=True)
         failure = writers[0].failure if writers else None
         failure = failure or (error if isinstance(error, OSError) else None)
         if failure is None or not isinstance(error, (OSError, RuntimeError)):
@@ -199,6 +205,6 @@ def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> Writt
             f"cannot write the checkpoint {str(path)!r}: {failure.strerror}; "
             "earlier checkpoints are intact, --save-dir takes another place"
         ) from error
-    written = record()
+    written = manifest()
     logger.debug("wrote %s, %.1f MB, SHA-256 %s…", path, written.bytes / 1e6, written.sha256[:12])
     return WrittenCheckpoint(path, written)

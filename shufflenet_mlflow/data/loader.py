@@ -50,7 +50,7 @@ class Batch(NamedTuple):
     """uint8, in channels-last format."""
     labels_N: Tensor
     """int64."""
-    places_N: Tensor
+    indices_N: Tensor
     """int64, where in the listing each image stands."""
     shift_NC: Tensor | None
     """float32, what the augmentation adds to all pixels of an image; None if it adds nothing."""
@@ -63,7 +63,7 @@ class Item(NamedTuple):
 
     image_CHW: Tensor | None
     label: int
-    place: int
+    position: int
     shift_C: Tensor | None
     bad: tuple[BadImage, ...]
 
@@ -121,13 +121,13 @@ def collate(items: list[Item]) -> Batch:
     bad = tuple(entry for item in items for entry in item.bad)
     images_HWC = [item.image_CHW.permute(1, 2, 0) for item in items if item.image_CHW is not None]
     labels = [item.label for item in items if item.image_CHW is not None]
-    places = [item.place for item in items if item.image_CHW is not None]
+    indices = [item.position for item in items if item.image_CHW is not None]
     shifts = [item.shift_C for item in items if item.shift_C is not None]
     images_NHWC = default_collate(images_HWC) if images_HWC else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
     return Batch(
         images_NHWC.permute(0, 3, 1, 2),
         torch.tensor(labels, dtype=torch.int64),
-        torch.tensor(places, dtype=torch.int64),
+        torch.tensor(indices, dtype=torch.int64),
         torch.stack(shifts) if shifts else None,
         bad,
     )

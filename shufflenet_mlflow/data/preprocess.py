@@ -17,7 +17,7 @@ from torch import Tensor
 from shufflenet_mlflow.checkpoints.plain import is_plain_tensor
 from shufflenet_mlflow.data.decode import CentreCrop, Pixels
 from shufflenet_mlflow.errors import CheckpointError, ConfigError
-from shufflenet_mlflow.runtime.devices import place_input
+from shufflenet_mlflow.runtime.devices import move_images
 
 REFERENCE_SIZE = 224
 """The input size that the published figures belong to."""
@@ -161,7 +161,7 @@ class ToInput:
         Args:
             shift_NC: added to all pixels of an image before, on the 0-255 scale.
         """
-        x_NCHW = place_input(images_NCHW, self._device).float()
+        x_NCHW = move_images(images_NCHW, self._device).float()
         if shift_NC is not None:
             x_NCHW = x_NCHW + shift_NC.to(self._device, non_blocking=True)[:, :, None, None]
         if self._mean is not None:

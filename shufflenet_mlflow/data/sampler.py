@@ -87,7 +87,7 @@ class SampleOrder:
 
 
 @dataclass(frozen=True)
-class Division:
+class MicroBatches:
     """How an iteration's batch is divided: into parts, one after the other in each process.
 
     The parts lie in the batch in order, of equal size but for one image, and each process has as many consecutive
@@ -98,63 +98,63 @@ class Division:
     batch_size: int
     rank: int = 0
     processes: int = 1
-    rounds: int = 1
+    accumulation_steps: int = 1
     """Parts per process."""
 
     @classmethod
-    def of(cls, batch_size: int, micro_batch_size: int, rank: int, processes: int) -> "Division":
+    def of(cls, batch_size: int, micro_batch_size: int, rank: int, processes: int) -> "MicroBatches":
         """The fewest parts of at most `micro_batch_size` images, as many in each process."""
         return cls(batch_size, rank, processes, -(-batch_size // (micro_batch_size * processes)))
 
     @property
-    def parts(self) -> int:
+    def count(self) -> int:
         """In all processes together."""
-        return self.processes * self.rounds
+        return self.processes * self.accumulation_steps
 
     @property
     def smallest(self) -> int:
         """Images in the smallest part."""
-        return self.batch_size // self.parts
+        return self.batch_size // self.count
 
     @property
-    def own(self) -> range:
+    def local_indices(self) -> range:
         """The numbers of this process's parts."""
-        return range(self.rank * self.rounds, (self.rank + 1) * self.rounds)
+        return range(self.rank * self.accumulation_steps, (self.rank + 1) * self.accumulation_steps)
 
     def cut(self, batch: list[Key]) -> Iterator[Part]:
         """This process's parts of a batch."""
-        for part in self.own:
-            yield batch[part * len(batch) // self.parts : (part + 1) * len(batch) // self.parts]
+        for part in self.local_indices:
+            yield batch[part * len(batch) // self.count : (part + 1) * len(batch) // self.count]
 
 
 class TrainBatches(Sampler[Part]):
     """This process's parts of the batches from iteration `start` up to, not including, iteration `stop`."""
 
-    def __init__(self, order: SampleOrder, start: int, stop: int, division: Division | None = None) -> None:
+    def __init__(self, order: SampleOrder, start: int, stop: int, micro_batches: MicroBatches | None = None) -> None:
         self.order, self.start, self.stop = order, start, stop
-        self.division = division or Division(order.batch_size)
+        self.micro_batches = micro_batches or MicroBatches(order.batch_size)
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start) * self.division.rounds
+        return max(0, self.stop - self.start) * self.micro_batches.accumulation_steps
 
     def __iter__(self) -> Iterator[Part]:
         for iters in range(self.start, self.stop):
-            yield from self.division.cut(self.order.batch(iters))
+            yield from self.micro_batches.cut(self.order.batch(iters))
 
 
 class ReestimationBatches(Sampler[Part]):
     """This process's parts of `count` batches, at most an epoch's worth, in a permutation of their own."""
 
-    def __init__(self, order: SampleOrder, count: int, division: Division | None = None) -> None:
+    def __init__(self, order: SampleOrder, count: int, micro_batches: MicroBatches | None = None) -> None:
         self.order, self.count = order, min(count, order.iters_per_epoch)
-        self.division = division or Division(order.batch_size)
+        self.micro_batches = micro_batches or MicroBatches(order.batch_size)
 
     def __len__(self) -> int:
-        return self.count * self.division.rounds
+        return self.count * self.micro_batches.accumulation_steps
 
     def __iter__(self) -> Iterator[Part]:
         for position in range(self.count):
-            yield from self.division.cut(self.order.reestimation_batch(position))
+            yield from self.micro_batches.cut(self.order.reestimation_batch(position))
 
 
 class EvalBatches(Sampler[Part]):
@@ -165,7 +165,7 @@ class EvalBatches(Sampler[Part]):
         self.rank, self.processes = rank, processes
 
     @property
-    def rounds(self) -> int:
+    def max_batches(self) -> int:
         """The most batches that any process has."""
         return -(-self.num_samples // (self.batch_size * self.processes))
 

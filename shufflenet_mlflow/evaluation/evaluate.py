@@ -12,7 +12,7 @@ from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transfor
 from shufflenet_mlflow.data.sampler import EvalBatches
 from shufflenet_mlflow.errors import DataError
 from shufflenet_mlflow.evaluation.metrics import count_correct
-from shufflenet_mlflow.models.fuse_bn import folded
+from shufflenet_mlflow.models.fuse_bn import fuse_bn
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
@@ -76,7 +76,7 @@ def evaluate(
     correct = torch.zeros(2, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), device=device)
     n = skipped = 0
-    network = folded(model)
+    network = fuse_bn(model)
 
     def fetch() -> Batch | None:
         batch = next(fetched, None)
@@ -84,8 +84,8 @@ def evaluate(
             reporter.warn(f"left out: {bad}")
         return batch
 
-    with torch.inference_mode(), reporter.phase("validating", batches.rounds) as phase:
-        for batch in world.agreed(stop, batches.rounds, fetch):
+    with torch.inference_mode(), reporter.phase("validating", batches.max_batches) as phase:
+        for batch in world.synced_batches(stop, batches.max_batches, fetch):
             if batch is not None:
                 skipped += len(batch.bad)
                 size = len(batch.labels_N)

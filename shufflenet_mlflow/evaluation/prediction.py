@@ -14,8 +14,8 @@ from shufflenet_mlflow.data.preprocess import ToInput, Transform, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches, Key
 from shufflenet_mlflow.evaluation.evaluate import EvalSettings
 from shufflenet_mlflow.evaluation.ranking import rank
-from shufflenet_mlflow.models.loaded import Network
-from shufflenet_mlflow.runtime.devices import place
+from shufflenet_mlflow.models.loaded import LoadedModel
+from shufflenet_mlflow.runtime.devices import move_model
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 
@@ -58,15 +58,15 @@ class PictureDataset(Dataset[Item]):
         return len(self.pictures)
 
     def __getitem__(self, key: Key) -> Item:
-        _epoch, place = key
+        _epoch, index = key
         try:
-            return Item(self.transform(decode(self.pictures.source(place))), 0, place, None, ())
+            return Item(self.transform(decode(self.pictures.source(index))), 0, index, None, ())
         except UnreadableImageError as error:
-            return Item(None, -1, -1, None, (BadImage(self.pictures.path(place), str(error)),))
+            return Item(None, -1, -1, None, (BadImage(self.pictures.path(index), str(error)),))
 
 
 def predict(
-    network: Network,
+    network: LoadedModel,
     pictures: Pictures,
     settings: EvalSettings,
     *,
@@ -88,17 +88,17 @@ def predict(
     batches = EvalBatches(len(pictures), settings.batch_size)
     loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")
     to_input, labels = ToInput(network.preprocess, settings.device), network.labels
-    model = place(network.model, settings.device).eval()
+    model = move_model(network.model, settings.device).eval()
     with reporter.phase("predicting", len(batches)) as phase:
         for batch in batches_of(loader):
             stop.check()
             for bad in bad_images.new_in(batch):
                 reporter.warn(f"left out: {bad}")
-            if len(batch.places_N):
+            if len(batch.indices_N):
                 with torch.inference_mode():
                     ranked = rank(model(to_input(batch.images_NCHW)), labels, top)
-                places = batch.places_N.tolist()
+                indices = batch.indices_N.tolist()
                 yield [
-                    Prediction(pictures.path(number), tuple(row)) for number, row in zip(places, ranked, strict=True)
+                    Prediction(pictures.path(number), tuple(row)) for number, row in zip(indices, ranked, strict=True)
                 ]
             phase.advance()

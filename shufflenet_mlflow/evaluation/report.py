@@ -66,7 +66,7 @@ class Observer:
         probability_N, predicted_N = probabilities_NC.max(1)
         labels_N = batch.labels_N.to(logits_NC.device)
         of_label_N = probabilities_NC.gather(1, labels_N[:, None])[:, 0]
-        self._places.append(batch.places_N)
+        self._places.append(batch.indices_N)
         columns = (labels_N.double(), predicted_N.double(), probability_N.double(), of_label_N.double())
         self._columns.append(torch.stack(columns))
 

@@ -21,13 +21,13 @@ from shufflenet_mlflow.export.program import (
     settings_of,
 )
 from shufflenet_mlflow.export.quiet import quiet
-from shufflenet_mlflow.models.loaded import Network
+from shufflenet_mlflow.models.loaded import LoadedModel
 
 SETTINGS_FILE = "classifier.json"
 """The extra file of a `.pt2`, and the metadata entry of an `.onnx`, that holds `settings_of`."""
 
 
-def export_file(network: Network, target: Path, form: str) -> float:
+def export_file(network: LoadedModel, target: Path, form: str) -> float:
     """Write the network to `target`, in a format of `FORMATS`, and compare it with the checkpoint before it counts.
 
     Returns:
@@ -55,7 +55,7 @@ def export_file(network: Network, target: Path, form: str) -> float:
     return difference
 
 
-def write_pt2(network: Network, path: Path) -> None:
+def write_pt2(network: LoadedModel, path: Path) -> None:
     """What `torch.export.load` reads."""
     torch.export.save(export_program(network), path, extra_files={SETTINGS_FILE: json.dumps(settings_of(network))})
 
@@ -66,7 +66,7 @@ def load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
     return program
 
 
-def _write_onnx(network: Network, path: Path) -> None:
+def _write_onnx(network: LoadedModel, path: Path) -> None:
     onnx = _needed("onnx")
     _needed("onnxscript")
     with quiet("torch.onnx", "onnxscript", "onnx_ir"):  # the exporter tells of its own deprecations
@@ -102,7 +102,7 @@ def _needed(package: str) -> Any:
         ) from error
 
 
-FORMATS: dict[str, tuple[Callable[[Network, Path], None], Callable[[Path], Callable[[Tensor], Tensor]]]] = {
+FORMATS: dict[str, tuple[Callable[[LoadedModel, Path], None], Callable[[Path], Callable[[Tensor], Tensor]]]] = {
     "pt2": (write_pt2, load_pt2),
     "onnx": (_write_onnx, _load_onnx),
 }

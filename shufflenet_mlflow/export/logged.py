@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointManifest
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.data import decode
 from shufflenet_mlflow.errors import RefusedError, ShuffleNetError, TrackingError
@@ -27,10 +27,10 @@ from shufflenet_mlflow.export.bundle import bundle
 from shufflenet_mlflow.export.files import load_pt2, write_pt2
 from shufflenet_mlflow.export.program import check_equal, settings_of
 from shufflenet_mlflow.export.quiet import quiet
-from shufflenet_mlflow.models.loaded import Network, load_network
+from shufflenet_mlflow.models.loaded import LoadedModel, model_from_payload
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.remote_checkpoints import MODEL_VERSION_TAG
-from shufflenet_mlflow.tracking.target import RunTarget, record_in
+from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,50 +67,50 @@ class LogModels:
         run = target.read()
         if run.info.lifecycle_stage != "active":
             raise TrackingError(f"run {target.run_id} was deleted; `mlflow runs restore` brings it back")
-        named = (record_in(run.data.tags, tag) for tag in (BEST_TAG, LATEST_TAG))
-        for record in dict.fromkeys(record for record in named if record is not None):
+        named = (manifest_in_tag(run.data.tags, tag) for tag in (BEST_TAG, LATEST_TAG))
+        for manifest in dict.fromkeys(manifest for manifest in named if manifest is not None):
             try:
-                if find_logged_model(target.client, run, record) is None:
-                    with _local_copy(target, record) as path:
-                        log_model(target.client, run, record, path)
+                if find_logged_model(target.client, run, manifest) is None:
+                    with _local_copy(target, manifest) as path:
+                        log_model(target.client, run, manifest, path)
             except Exception as error:  # whatever the exporter raises, what waits behind must not wait for ever
                 if isinstance(error, TrackingError) and not error.answered:
                     raise
                 reason = str(error) if isinstance(error, ShuffleNetError) else f"{type(error).__name__}: {error}"
-                raise RefusedError(f"no logged model of {record.file_name}: {reason}") from error
+                raise RefusedError(f"no logged model of {manifest.file_name}: {reason}") from error
 
 
 @contextlib.contextmanager
-def _local_copy(target: RunTarget, record: CheckpointRecord) -> Iterator[Path]:
+def _local_copy(target: RunTarget, manifest: CheckpointManifest) -> Iterator[Path]:
     """The checkpoint's file: the one in the run's folder, or else fetched."""
-    path = target.directory / record.file_name
+    path = target.directory / manifest.file_name
     with tempfile.TemporaryDirectory() as scratch:
         if not path.exists():
-            path = target.artifacts.download(record.path, Path(scratch))
-        verify_checkpoint(path, record)
+            path = target.artifacts.download(manifest.path, Path(scratch))
+        verify_checkpoint(path, manifest)
         yield path
 
 
-def find_logged_model(client: "MlflowClient", run: "Run", record: CheckpointRecord) -> "LoggedModel | None":
+def find_logged_model(client: "MlflowClient", run: "Run", manifest: CheckpointManifest) -> "LoggedModel | None":
     """The logged model of that checkpoint; None if there is none.
 
     Raises:
         TrackingError: MLflow did not answer.
     """
-    ready = [model for model in _models_of(client, run, record) if str(model.status) == "READY"]
+    ready = [model for model in _models_of(client, run, manifest) if str(model.status) == "READY"]
     return ready[0] if ready else None
 
 
-def _models_of(client: "MlflowClient", run: "Run", record: CheckpointRecord) -> "Sequence[LoggedModel]":
+def _models_of(client: "MlflowClient", run: "Run", manifest: CheckpointManifest) -> "Sequence[LoggedModel]":
     with mlflow_errors(f"look for logged models of run {run.info.run_id}"):
         found: Sequence[LoggedModel] = client.search_logged_models(
             [run.info.experiment_id],
-            f"source_run_id = '{run.info.run_id}' AND tags.`{SHA256_TAG}` = '{record.sha256}'",
+            f"source_run_id = '{run.info.run_id}' AND tags.`{SHA256_TAG}` = '{manifest.sha256}'",
         )
     return found
 
 
-def log_model(client: "MlflowClient", run: "Run", record: CheckpointRecord, path: Path) -> str:
+def log_model(client: "MlflowClient", run: "Run", manifest: CheckpointManifest, path: Path) -> str:
     """Make a logged model of a checkpoint, with the metrics that belong to it; one that is there already is returned.
 
     Args:
@@ -124,20 +124,20 @@ def log_model(client: "MlflowClient", run: "Run", record: CheckpointRecord, path
         ExportError: its program differs from it.
         TrackingError: MLflow did not answer; what was begun is taken up the next time.
     """
-    known = _models_of(client, run, record)
+    known = _models_of(client, run, manifest)
     for model in known:
         if str(model.status) == "READY":
             return str(model.model_id)
-    network = load_network(read_checkpoint(path), repr(str(path)))
-    doing = f"make a logged model of {record.file_name}"
+    network = model_from_payload(read_checkpoint(path), repr(str(path)))
+    doing = f"make a logged model of {manifest.file_name}"
     with mlflow_errors(doing):
         # An unfinished one was left by a process that was killed, or by a server that went away.
-        model = known[0] if known else _begin_model(client, run, record, network)
-        _link(client, run, model.model_id, record)
+        model = known[0] if known else _begin_model(client, run, manifest, network)
+        _link(client, run, model.model_id, manifest)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         try:
-            write_model(network, folder, run_id=run.info.run_id, model=model, metadata=asdict(record))
+            write_model(network, folder, run_id=run.info.run_id, model=model, metadata=asdict(manifest))
         except Exception:
             with contextlib.suppress(Exception):  # why it could not be written is what matters
                 client.finalize_logged_model(model.model_id, "FAILED")
@@ -148,30 +148,32 @@ def log_model(client: "MlflowClient", run: "Run", record: CheckpointRecord, path
     return str(model.model_id)
 
 
-def _begin_model(client: "MlflowClient", run: "Run", record: CheckpointRecord, network: Network) -> "LoggedModel":
+def _begin_model(
+    client: "MlflowClient", run: "Run", manifest: CheckpointManifest, network: LoadedModel
+) -> "LoggedModel":
     return client.create_logged_model(
         run.info.experiment_id,
-        name=_name(network, record),
+        name=_name(network, manifest),
         source_run_id=run.info.run_id,
-        tags={SHA256_TAG: record.sha256, MODEL_VERSION_TAG: record.to_json()},
+        tags={SHA256_TAG: manifest.sha256, MODEL_VERSION_TAG: manifest.to_json()},
         params={
             "network": network.architecture.name,
             "num_classes": str(network.num_classes),
             "input_size": str(network.preprocess.input_size),
-            "iters": str(record.iters),
+            "iters": str(manifest.iters),
         },
         model_type="image classifier",
     )
 
 
-def _name(network: Network, record: CheckpointRecord) -> str:
+def _name(network: LoadedModel, manifest: CheckpointManifest) -> str:
     """MLflow takes no slashes, colons, dots, percent signs or quotes in names of logged models."""
-    stem = record.file_name.removesuffix(".pth.tar").replace("checkpoint-", "")
+    stem = manifest.file_name.removesuffix(".pth.tar").replace("checkpoint-", "")
     return f"{network.architecture.name}-{stem}".translate(str.maketrans("/:.%\"'", "------"))
 
 
 def write_model(
-    network: Network,
+    network: LoadedModel,
     folder: Path,
     *,
     run_id: str | None = None,
@@ -240,21 +242,21 @@ def _requirements() -> list[str]:
     return lines
 
 
-def _link(client: "MlflowClient", run: "Run", model_id: str, record: CheckpointRecord) -> None:
+def _link(client: "MlflowClient", run: "Run", model_id: str, manifest: CheckpointManifest) -> None:
     """Name the model among the run's outputs, and the run's metrics at its step among the model's."""
     from mlflow.entities import LoggedModelOutput, Metric
 
     run_id = run.info.run_id
     outputs = run.outputs.model_outputs if run.outputs is not None else []
     if model_id not in {output.model_id for output in outputs}:
-        client.log_outputs(run_id, [LoggedModelOutput(model_id, record.iters)])
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, manifest.iters)])
     inputs = run.inputs.dataset_inputs if run.inputs is not None else []
     validation = [entry.dataset for entry in inputs if any(tag.value == "validation" for tag in entry.tags)]
     metrics = []
     for name in _LINKED:
         if name not in run.data.metrics:
             continue
-        points = [point for point in client.get_metric_history(run_id, name) if point.step == record.iters]
+        points = [point for point in client.get_metric_history(run_id, name) if point.step == manifest.iters]
         dataset = validation[0] if validation and name.startswith("val/") else None
         metrics += [
             # The same point once more, now as the model's: the run has it already, and keeps it once.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from shufflenet_mlflow.data.preprocess import ToInput, eval_transform
 from shufflenet_mlflow.errors import ExportError
-from shufflenet_mlflow.models.loaded import Network
+from shufflenet_mlflow.models.loaded import LoadedModel
 
 INPUT, OUTPUT = "images", "logits"
 """Names of what a program takes and gives."""
@@ -24,7 +24,7 @@ _BATCHES = (2, 1, 5)
 class PixelsToLogits(nn.Module):
     """uint8 (N, 3, S, S) in the preprocessing's channel order -> float32 (N, classes)."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: LoadedModel) -> None:
         super().__init__()
         self.network = network.model.cpu().eval()
         self._to_input = ToInput(network.preprocess, torch.device("cpu"))
@@ -34,14 +34,14 @@ class PixelsToLogits(nn.Module):
         return logits
 
 
-def example_pixels(network: Network, images: int = 2) -> Tensor:
+def example_pixels(network: LoadedModel, images: int = 2) -> Tensor:
     """Random pixels of the right shape; the same at each call."""
     generator = torch.Generator().manual_seed(images)
     size = network.preprocess.input_size
     return torch.randint(256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
-def export_program(network: Network) -> torch.export.ExportedProgram:
+def export_program(network: LoadedModel) -> torch.export.ExportedProgram:
     """The network in evaluation mode as a program for batches of any size."""
     module = PixelsToLogits(network)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def export_program(network: Network) -> torch.export.ExportedProgram:
         )
 
 
-def settings_of(network: Network) -> dict[str, Any]:
+def settings_of(network: LoadedModel) -> dict[str, Any]:
     """What a program's inputs and outputs mean, as plain values: labels, and the way from an image to its pixels.
 
     `classifier.Classifier` works with it.
@@ -64,7 +64,7 @@ def settings_of(network: Network) -> dict[str, Any]:
     }
 
 
-def check_equal(network: Network, run: Callable[[Tensor], Tensor], what: str) -> float:
+def check_equal(network: LoadedModel, run: Callable[[Tensor], Tensor], what: str) -> float:
     """Compare a program with the network on batches of several sizes.
 
     Returns:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import mlflow_errors
@@ -40,7 +40,13 @@ class Promoted:
 
 
 def promote(
-    client: "MlflowClient", record: CheckpointRecord, *, run_id: str, model_id: str, name: str, aliases: Sequence[str]
+    client: "MlflowClient",
+    manifest: CheckpointManifest,
+    *,
+    run_id: str,
+    model_id: str,
+    name: str,
+    aliases: Sequence[str],
 ) -> Promoted:
     """Register the logged model of a checkpoint as a version of `name`, or find that version, and set the aliases.
 
@@ -59,7 +65,7 @@ def promote(
             version
             for version in client.search_model_versions(f"name = '{name}'")
             if str(version.source) == f"models:/{model_id}"
-            and _stands_for(version.tags.get(MODEL_VERSION_TAG, ""), record)
+            and _stands_for(version.tags.get(MODEL_VERSION_TAG, ""), manifest)
         ]
         version = (
             known[0]
@@ -69,8 +75,8 @@ def promote(
                 f"models:/{model_id}",
                 run_id=run_id,
                 model_id=model_id,
-                tags={MODEL_VERSION_TAG: record.to_json()},
-                description=_description(record, run_id),
+                tags={MODEL_VERSION_TAG: manifest.to_json()},
+                description=_description(manifest, run_id),
             )
         )
     for alias in aliases:
@@ -82,15 +88,15 @@ def promote(
         tuple(aliases),
         model_id,
         run_id,
-        record.file_name,
-        record.iters,
-        record.val_top1,
+        manifest.file_name,
+        manifest.iters,
+        manifest.val_top1,
     )
 
 
-def _stands_for(tag: str, record: CheckpointRecord) -> bool:
+def _stands_for(tag: str, manifest: CheckpointManifest) -> bool:
     try:
-        return CheckpointRecord.from_json(tag).sha256 == record.sha256
+        return CheckpointManifest.from_json(tag).sha256 == manifest.sha256
     except CheckpointError:
         return False
 
@@ -106,21 +112,21 @@ def check_names(name: str, aliases: Sequence[str]) -> None:
             )
 
 
-def _description(record: CheckpointRecord, run_id: str) -> str:
-    accuracy = "" if record.val_top1 is None else f", validation accuracy {record.val_top1:.4f}"
-    return f"{record.file_name} of run {run_id}: iteration {record.iters}{accuracy}"
+def _description(manifest: CheckpointManifest, run_id: str) -> str:
+    accuracy = "" if manifest.val_top1 is None else f", validation accuracy {manifest.val_top1:.4f}"
+    return f"{manifest.file_name} of run {run_id}: iteration {manifest.iters}{accuracy}"
 
 
-def checkpoint_in_run(client: "MlflowClient", run_id: str, name: str) -> CheckpointRecord:
-    """The record of the run's artifact `name`.
+def checkpoint_in_run(client: "MlflowClient", run_id: str, name: str) -> CheckpointManifest:
+    """The manifest of the run's artifact `name`.
 
     Raises:
         TrackingError: it is not there, or MLflow did not answer.
     """
-    record = RunArtifacts(client, run_id).record_of(name)
-    if record is None:
+    manifest = RunArtifacts(client, run_id).manifest_of(name)
+    if manifest is None:
         raise TrackingError(
             f"run {run_id} has no checkpoint {name} yet; `shufflenet sync FOLDER` brings it there",
             "RESOURCE_DOES_NOT_EXIST",
         )
-    return record
+    return manifest

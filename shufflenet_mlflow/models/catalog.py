@@ -49,7 +49,7 @@ class Variant:
 
     def build(self, num_classes: int, **options: Any) -> "nn.Module":
         """The network, freshly initialised. Only here torch is imported: the table is read by who must not wait."""
-        model: nn.Module = import_module(f"{__name__}.{FAMILIES[self.family]}").build(self.name, num_classes, **options)
+        model: nn.Module = import_module(f"{__package__}.{FAMILIES[self.family]}").build(self.name, num_classes, **options)
         return model
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
-def folded(model: nn.Module) -> nn.Module:
+def fuse_bn(model: nn.Module) -> nn.Module:
     """A copy of `model` in evaluation mode that computes the same, but for rounding, with fewer layers.
 
     Wherever a convolution is followed by batch normalisation in an `nn.Sequential`, which is how all networks of the

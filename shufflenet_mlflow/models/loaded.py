@@ -19,19 +19,19 @@ from shufflenet_mlflow.data.mean import read_mean_image
 from shufflenet_mlflow.data.preprocess import MODES, REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, MismatchError, ModelError
 from shufflenet_mlflow.models.catalog import VARIANTS, get_variant
-from shufflenet_mlflow.models.spec import ARCHITECTURE, Architecture, guess_networks
+from shufflenet_mlflow.models.spec import SPEC_ARGUMENTS, ModelSpec, fitting_models
 
 
 @dataclass(frozen=True)
-class Described:
+class ModelDescription:
     """What a checkpoint says about its network; None where it says nothing."""
 
-    architecture: Architecture | None
+    architecture: ModelSpec | None
     preprocess: Preprocess | None
     class_to_idx: Mapping[str, int] | None
 
 
-def describe(payload: Mapping[str, Any], source: str) -> Described:
+def describe(payload: Mapping[str, Any], source: str) -> ModelDescription:
     """What the checkpoint says about its network.
 
     Args:
@@ -42,30 +42,30 @@ def describe(payload: Mapping[str, Any], source: str) -> Described:
         CheckpointError: it says something that is not understood.
     """
     if not is_own(payload):
-        return Described(None, None, None)
+        return ModelDescription(None, None, None)
     check_payload(payload, ("state_dict",), source)
-    return Described(
+    return ModelDescription(
         architecture=_architecture(payload["model"], source) if "model" in payload else None,
         preprocess=Preprocess.from_dict(payload["preprocess"], source) if "preprocess" in payload else None,
         class_to_idx=payload.get("class_to_idx"),
     )
 
 
-def _architecture(model: Mapping[str, Any], source: str) -> Architecture:
+def _architecture(model: Mapping[str, Any], source: str) -> ModelSpec:
     kwargs = {key: value for key, value in model["kwargs"].items() if key != "num_classes"}
-    if unknown := sorted(set(map(str, kwargs)) - set(ARCHITECTURE)):
+    if unknown := sorted(set(map(str, kwargs)) - set(SPEC_ARGUMENTS)):
         raise CheckpointError(f"{source}: its network has the arguments {unknown}, which are not understood")
     if not all(isinstance(value, (list, tuple)) for value in kwargs.values()):
         raise CheckpointError(f"{source}: its network's arguments are not lists")
     try:
-        return Architecture.of(model["name"], **kwargs)
+        return ModelSpec.of(model["name"], **kwargs)
     except ModelError as error:
         raise CheckpointError(f"{source}: its network cannot be built: {error}") from error
 
 
 def identify(
-    described: Architecture | None, asked: Architecture | None, payload: Mapping[str, Any], source: str
-) -> Architecture:
+    described: ModelSpec | None, asked: ModelSpec | None, payload: Mapping[str, Any], source: str
+) -> ModelSpec:
     """The network that the checkpoint or the user names.
 
     Args:
@@ -80,10 +80,10 @@ def identify(
     if described is None:
         if asked is not None:
             return asked
-        fitting = guess_networks(weights_of(payload, source))
+        fitting = fitting_models(weights_of(payload, source))
         hint = f"it fits --model {' or '.join(fitting)}" if fitting else "pass --model NAME (see `shufflenet models`)"
         raise ConfigError(f"{source} does not name its network; {hint}")
-    if asked is None or asked in (described, Architecture(described.name)):  # the bare name is enough
+    if asked is None or asked in (described, ModelSpec(described.name)):  # the bare name is enough
         return described
     if asked.name != described.name:
         raise ConfigError(f"{source} holds {described.name}, not --model {asked.name}; leave --model out")
@@ -91,7 +91,7 @@ def identify(
 
 
 @contextmanager
-def naming_what_fits(weights: Mapping[str, Tensor], source: str, architecture: Architecture) -> Iterator[None]:
+def suggest_fitting_models(weights: Mapping[str, Tensor], source: str, architecture: ModelSpec) -> Iterator[None]:
     """Where loading `weights` into `architecture` fails and other networks of the table would do, name those.
 
     Raises:
@@ -100,7 +100,7 @@ def naming_what_fits(weights: Mapping[str, Tensor], source: str, architecture: A
     try:
         yield
     except MismatchError as error:
-        fitting = [name for name in guess_networks(weights) if name != architecture.name]
+        fitting = [name for name in fitting_models(weights) if name != architecture.name]
         if not fitting:
             raise
         raise MismatchError(
@@ -108,7 +108,7 @@ def naming_what_fits(weights: Mapping[str, Tensor], source: str, architecture: A
         ) from error
 
 
-def classes_in(weights: Mapping[str, Tensor], architecture: Architecture) -> int:
+def classes_in(weights: Mapping[str, Tensor], architecture: ModelSpec) -> int:
     """The width of the classifier among `weights`; 1000 if it has none."""
     with torch.device("meta"):
         head = head_of(architecture.build(1))
@@ -117,11 +117,11 @@ def classes_in(weights: Mapping[str, Tensor], architecture: Architecture) -> int
 
 
 @dataclass(frozen=True)
-class Network:
+class LoadedModel:
     """A network with its weights, and what belongs to it."""
 
     model: nn.Module
-    architecture: Architecture
+    architecture: ModelSpec
     num_classes: int
     preprocess: Preprocess
     class_to_idx: Mapping[str, int] | None
@@ -140,14 +140,14 @@ def label_outputs(names: Mapping[int, str], outputs: int) -> list[str]:
     return [names.get(index, number) for index, number in enumerate(numbers)]
 
 
-def load_network(
+def model_from_payload(
     payload: Mapping[str, Any],
     source: str,
     *,
-    asked: Architecture | None = None,
+    asked: ModelSpec | None = None,
     input_size: int | None = None,
     mean_image: str | None = None,
-) -> Network:
+) -> LoadedModel:
     """Build the network that a checkpoint belongs to, with its weights, on the CPU.
 
     Args:
@@ -173,13 +173,13 @@ def load_network(
         stored=described.preprocess,
     )
     model = architecture.build(num_classes)
-    with naming_what_fits(weights, source, architecture):
+    with suggest_fitting_models(weights, source, architecture):
         load_checkpoint(model, weights, strict=False, source=source)
-    return Network(model, architecture, num_classes, preprocess, described.class_to_idx)
+    return LoadedModel(model, architecture, num_classes, preprocess, described.class_to_idx)
 
 
 def choose_preprocess(
-    architecture: Architecture,
+    architecture: ModelSpec,
     input_size: int,
     *,
     mean_image: str | None = None,

@@ -14,12 +14,12 @@ from shufflenet_mlflow.errors import ConfigError
 from shufflenet_mlflow.models import oneshot
 from shufflenet_mlflow.models.catalog import VARIANTS, create_model
 
-ARCHITECTURE = ("choices", "scales")
+SPEC_ARGUMENTS = ("choices", "scales")
 """Arguments of `create_model` that make another network of it."""
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ModelSpec:
     """Which network it is, but for the width of its classifier; `of` makes equal ones equal."""
 
     name: str
@@ -27,7 +27,7 @@ class Architecture:
     scales: Sequence[float] | None = None
 
     @classmethod
-    def asked(cls, options: Mapping[str, Any]) -> "Architecture | None":
+    def asked(cls, options: Mapping[str, Any]) -> "ModelSpec | None":
         """The network that the options `model`, `choices` and `scales` name; None where they name none.
 
         Raises:
@@ -46,9 +46,7 @@ class Architecture:
         return cls.of(model, choices, scales)
 
     @classmethod
-    def of(
-        cls, name: str, choices: Sequence[int] | None = None, scales: Sequence[float] | None = None
-    ) -> "Architecture":
+    def of(cls, name: str, choices: Sequence[int] | None = None, scales: Sequence[float] | None = None) -> "ModelSpec":
         """The network, with choices and scales both or, where they are the published ones, neither.
 
         Raises:
@@ -76,7 +74,7 @@ class Architecture:
         return create_model(self.name, num_classes, **self.kwargs(), pretrained=pretrained)
 
 
-def guess_networks(weights: Mapping[str, Tensor]) -> list[str]:
+def fitting_models(weights: Mapping[str, Tensor]) -> list[str]:
     """The networks of the table that `weights` fit, but for the classifiers and auxiliary heads."""
     shapes = {(key, tuple(tensor.shape)) for key, tensor in weights.items()}
     return [name for name in VARIANTS if _body(name) <= shapes]

@@ -37,12 +37,12 @@ def memory_format_on(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type in ("cpu", "cuda") else torch.contiguous_format
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
+def move_model(model: nn.Module, device: torch.device) -> nn.Module:
     """Move `model` to `device`, in the memory format that suits it."""
     return model.to(device=device, memory_format=memory_format_on(device))  # type: ignore[call-overload, no-any-return]
 
 
-def place_input(images_NCHW: Tensor, device: torch.device) -> Tensor:
+def move_images(images_NCHW: Tensor, device: torch.device) -> Tensor:
     """The same for a batch of images, of any type; a copy from pinned memory is not waited for."""
     return images_NCHW.contiguous(memory_format=memory_format_on(device)).to(device, non_blocking=True)
 

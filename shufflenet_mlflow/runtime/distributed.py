@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shufflenet_mlflow import errors
-from shufflenet_mlflow.errors import ConfigError, ElsewhereError, LostProcessError, ShuffleNetError
+from shufflenet_mlflow.errors import ConfigError, LostProcessError, PeerFailedError, ShuffleNetError
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 
 Value = TypeVar("Value")
@@ -120,10 +120,10 @@ class World:
         return wrapped
 
     @contextmanager
-    def together(self, stop: StopFlag, *, signals: bool = True) -> Iterator[None]:
+    def sync_errors(self, stop: StopFlag, *, signals: bool = True) -> Iterator[None]:
         """If the block fails or is stopped in one process, that happens in all of them.
 
-        The leader then raises an error that it can report; another process raises `ElsewhereError`.
+        The leader then raises an error that it can report; another process raises `PeerFailedError`.
 
         Args:
             signals: also if a signal has arrived meanwhile; otherwise that is left to the next time.
@@ -134,15 +134,15 @@ class World:
         except StopRequested:
             if self.size == 1:
                 raise
-        except (LostProcessError, ElsewhereError):
+        except (LostProcessError, PeerFailedError):
             raise
         except ShuffleNetError as error:
             if self.size == 1:
                 raise
             problem = error
-        self.settle(stop, problem, signals=signals)
+        self.raise_if_any_failed(stop, problem, signals=signals)
 
-    def part(self) -> None:
+    def barrier_before_exit(self) -> None:
         """Wait for each other at the end of a job that was stopped.
 
         A launcher ends all processes once one of them has left, and the leader has to deliver first.
@@ -150,7 +150,9 @@ class World:
         with suppress(LostProcessError):  # it has left with an error of its own
             self.gather(None)
 
-    def settle(self, stop: StopFlag, problem: ShuffleNetError | None = None, *, signals: bool = True) -> None:
+    def raise_if_any_failed(
+        self, stop: StopFlag, problem: ShuffleNetError | None = None, *, signals: bool = True
+    ) -> None:
         """Go on, unless a process has been told to stop or has failed: then none does.
 
         Args:
@@ -176,21 +178,21 @@ class World:
         rank, (kind, text, status, host) = next((rank, what) for rank, what in enumerate(said) if what is not None)
         if self.is_leader:
             raise _rebuilt(kind, f"process {rank} on {host}: {text}")
-        raise ElsewhereError(text, status) from problem
+        raise PeerFailedError(text, status) from problem
 
-    def agreed(self, stop: StopFlag, rounds: int, fetch: Callable[[], Value]) -> Iterator[Value]:
+    def synced_batches(self, stop: StopFlag, rounds: int, fetch: Callable[[], Value]) -> Iterator[Value]:
         """What `fetch` returns, `rounds` times, as long as no process has a reason to stop."""
         for _ in range(rounds):
             problem, value = None, None
             try:
                 value = fetch()
-            except (LostProcessError, ElsewhereError):
+            except (LostProcessError, PeerFailedError):
                 raise
             except ShuffleNetError as error:
                 problem = error
-            self.settle(stop, problem)
+            self.raise_if_any_failed(stop, problem)
             yield value  # type: ignore[misc]  # fetched, or settling has raised
-        self.settle(stop)
+        self.raise_if_any_failed(stop)
 
     def device(self, name: str) -> str:
         """The device that this process is to use where the user named `name`.

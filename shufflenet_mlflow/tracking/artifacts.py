@@ -1,4 +1,4 @@
-"""The checkpoints among a run's artifacts: listing, records, uploading with proof, deleting."""
+"""The checkpoints among a run's artifacts: listing, manifests, uploading with proof, deleting."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.checkpoints.manifest import ARTIFACT_FOLDER, CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import ARTIFACT_FOLDER, CheckpointManifest
 from shufflenet_mlflow.checkpoints.names import newest_first
 from shufflenet_mlflow.errors import CheckpointError, TrackingError
 from shufflenet_mlflow.runtime.files import sha256_of
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _READERS = 8
-"""Threads that fetch records: each takes little more than the way to the store and back."""
+"""Threads that fetch manifests: each takes little more than the way to the store and back."""
 
 DELETING_TAG = "checkpoint.deleting"
 """Names of checkpoints that are being deleted, as a JSON list: from now on nobody resolves them."""
@@ -42,17 +42,17 @@ class RunArtifacts:
     def __init__(self, client: "MlflowClient", run_id: str) -> None:
         self.client = client
         self.run_id = run_id
-        self._records: dict[str, CheckpointRecord] = {}
+        self._manifests: dict[str, CheckpointManifest] = {}
         self._repository: Any = None
 
     def sizes(self) -> dict[str, int | None]:
-        """File name -> bytes, where the store knows them; records included."""
+        """File name -> bytes, where the store knows them; manifests included."""
         with mlflow_errors(f"list the checkpoints of run {self.run_id}"):
             found = self._artifact_repository().list_artifacts(ARTIFACT_FOLDER)
         return {artifact.path.rpartition("/")[2]: artifact.file_size for artifact in found}
 
-    def record_of(self, name: str) -> CheckpointRecord | None:
-        """The record beside the artifact `name`; None if it has none.
+    def manifest_of(self, name: str) -> CheckpointManifest | None:
+        """The manifest beside the artifact `name`; None if it has none.
 
         Raises:
             TrackingError: MLflow did not answer.
@@ -65,25 +65,25 @@ class RunArtifacts:
                     raise
                 return None
             try:
-                return CheckpointRecord.from_json(path.read_text("utf-8"))
+                return CheckpointManifest.from_json(path.read_text("utf-8"))
             except (CheckpointError, UnicodeDecodeError) as error:
-                logger.warning("run %s: the record of %s cannot be used: %s", self.run_id, name, error)
+                logger.warning("run %s: the manifest of %s cannot be used: %s", self.run_id, name, error)
                 return None
 
-    def records(self) -> list[CheckpointRecord]:
-        """The records of the checkpoints that are there, newest first; each is read once."""
+    def manifests(self) -> list[CheckpointManifest]:
+        """The manifests of the checkpoints that are there, newest first; each is read once."""
         names = newest_first(self.sizes())
-        unread = [name for name in names if name not in self._records]
+        unread = [name for name in names if name not in self._manifests]
         if unread:
             self._artifact_repository()  # made once, before several threads ask for it
             with ThreadPoolExecutor(_READERS) as readers:
-                for name, record in zip(unread, readers.map(self.record_of, unread), strict=True):
-                    if record is not None:
-                        self._records[name] = record
-        return [self._records[name] for name in names if name in self._records]
+                for name, manifest in zip(unread, readers.map(self.manifest_of, unread), strict=True):
+                    if manifest is not None:
+                        self._manifests[name] = manifest
+        return [self._manifests[name] for name in names if name in self._manifests]
 
-    def lonely_records(self) -> list[str]:
-        """Names of checkpoints that are gone but for their records: a deletion was cut short."""
+    def orphaned_manifests(self) -> list[str]:
+        """Names of checkpoints that are gone but for their manifests: a deletion was cut short."""
         names = self.sizes()
         ends = [name.removesuffix(".json") for name in names if name.endswith(".json")]
         return [name for name in ends if name not in names and newest_first([name])]
@@ -96,7 +96,7 @@ class RunArtifacts:
         with mlflow_errors(f"download {artifact} of run {self.run_id}"):
             return Path(self._artifact_repository().download_artifacts(artifact, str(folder)))
 
-    def upload(self, path: Path, record: CheckpointRecord) -> None:
+    def upload(self, path: Path, manifest: CheckpointManifest) -> None:
         """Upload a checkpoint and confirm what arrived: its content where the store is a folder, else its size.
 
         Raises:
@@ -107,31 +107,32 @@ class RunArtifacts:
         if folder is not None:
             with open(folder / ARTIFACT_FOLDER / path.name, "rb") as file:
                 arrived = sha256_of(file)
-            if arrived != record.sha256:
+            if arrived != manifest.sha256:
                 raise TrackingError(f"{path.name} did not arrive whole: its SHA-256 there is {arrived[:12]}…")
             return
         sizes = self.sizes()
         if path.name not in sizes:
             raise TrackingError(f"{path.name} did not arrive: run {self.run_id} does not list it")
-        if sizes[path.name] not in (None, record.bytes):
+        if sizes[path.name] not in (None, manifest.bytes):
             raise TrackingError(
-                f"{path.name} did not arrive whole: {sizes[path.name]} of {record.bytes} bytes are in run {self.run_id}"
+                f"{path.name} did not arrive whole: {sizes[path.name]} of {manifest.bytes} bytes are in run "
+                f"{self.run_id}"
             )
 
     def put_file(self, path: Path) -> None:
         """Put one file into the folder, unconfirmed; not through the client, as in `download`."""
         self._artifact_repository().log_artifact(str(path), ARTIFACT_FOLDER)
 
-    def write_record(self, record: CheckpointRecord) -> None:
-        """Put the record beside its artifact."""
+    def write_manifest(self, manifest: CheckpointManifest) -> None:
+        """Put the manifest beside its artifact."""
         with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / f"{record.file_name}.json"
-            path.write_text(record.to_line(), "utf-8")
+            path = Path(scratch) / f"{manifest.file_name}.json"
+            path.write_text(manifest.to_line(), "utf-8")
             self.put_file(path)
-        self._records[record.file_name] = record
+        self._manifests[manifest.file_name] = manifest
 
     def delete(self, name: str) -> None:
-        """Delete a checkpoint, then its record; what is gone already is no error.
+        """Delete a checkpoint, then its manifest; what is gone already is no error.
 
         Raises:
             TrackingError: the store refused, or did not answer.
@@ -143,7 +144,7 @@ class RunArtifacts:
             except TrackingError:
                 if part in self.sizes():
                     raise
-        self._records.pop(name, None)
+        self._manifests.pop(name, None)
 
     def _artifact_repository(self) -> Any:
         """MLflow's own access to the artifacts; deleting is not among the client's calls."""

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointRecord, read_record
+from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointManifest, read_manifest
 from shufflenet_mlflow.checkpoints.names import newest_first
 from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, RefusedError
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.messages import MetricPoints, now_ms, send_points
-from shufflenet_mlflow.tracking.target import JustWritten, RunTarget, is_trusted, record_in
+from shufflenet_mlflow.tracking.target import JustWritten, RunTarget, is_trusted, manifest_in_tag
 
 if TYPE_CHECKING:
     pass
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint file with its record: the artifacts, the metrics `epoch` and `loss`, then the tags.
+    """A checkpoint file with its manifest: the artifacts, the metrics `epoch` and `loss`, then the tags.
 
     The tags are set last: they are the commit, and never name what is not there. `checkpoint.latest` never moves
     to an earlier iteration, `checkpoint.best` never to a lower accuracy.
@@ -34,68 +34,68 @@ class Checkpoint:
     """Not if the run's latest checkpoint is a newer one: then it had this, and it was pruned."""
 
     @classmethod
-    def of(cls, record: CheckpointRecord, *, again: bool = False, unless_passed: bool = False) -> "Checkpoint":
+    def of(cls, manifest: CheckpointManifest, *, again: bool = False, unless_passed: bool = False) -> "Checkpoint":
         """The message for a checkpoint that is on the disk."""
-        return cls(asdict(record), now_ms(), again, unless_passed)
+        return cls(asdict(manifest), now_ms(), again, unless_passed)
 
     def send(self, target: RunTarget) -> None:
-        """Upload, confirm, record, then commit."""
-        record = CheckpointRecord(**self.record)
-        artifacts, name = target.artifacts, record.file_name
+        """Upload and confirm the file, write its manifest, then commit."""
+        manifest = CheckpointManifest(**self.record)
+        artifacts, name = target.artifacts, manifest.file_name
         gone = self.again and not (target.directory / name).exists()  # pruned since this was noted
         if self.unless_passed or gone:
-            latest = record_in(target.read().data.tags, LATEST_TAG)
+            latest = manifest_in_tag(target.read().data.tags, LATEST_TAG)
             if latest is not None and newest_first({latest.file_name, name})[0] == latest.file_name:
                 return
-        there = artifacts.record_of(name) if self.again else None
-        if there is None or there.sha256 != record.sha256:
+        there = artifacts.manifest_of(name) if self.again else None
+        if there is None or there.sha256 != manifest.sha256:
             path = target.directory / name
-            if not _is_to_be_sent(path, record, target.just_written):
+            if not _is_to_be_sent(path, manifest, target.just_written):
                 return
             with mlflow_errors(f"upload the checkpoint {name}"):
-                artifacts.upload(path, record)
-        if there != record:
-            with mlflow_errors(f"upload the record of {name}"):
-                artifacts.write_record(record)
-        values = {"epoch": record.epoch, "loss": record.loss}
+                artifacts.upload(path, manifest)
+        if there != manifest:
+            with mlflow_errors(f"upload the manifest of {name}"):
+                artifacts.write_manifest(manifest)
+        values = {"epoch": manifest.epoch, "loss": manifest.loss}
         points = {key: float(value) for key, value in values.items() if value is not None}
-        tags = self._pointers(target, record)
-        send_points(target, [MetricPoints(points, record.iters, self.timestamp)], tags)
+        tags = self._pointers(target, manifest)
+        send_points(target, [MetricPoints(points, manifest.iters, self.timestamp)], tags)
 
-    def _pointers(self, target: RunTarget, record: CheckpointRecord) -> dict[str, str]:
+    def _pointers(self, target: RunTarget, manifest: CheckpointManifest) -> dict[str, str]:
         """The tags that are to name this checkpoint from now on."""
         tags = target.read().data.tags
-        latest, best = record_in(tags, LATEST_TAG), record_in(tags, BEST_TAG)
+        latest, best = manifest_in_tag(tags, LATEST_TAG), manifest_in_tag(tags, BEST_TAG)
         moved = {}
-        if is_better(record, best):
-            moved[BEST_TAG] = record.to_json()
-        if latest != record and (latest is None or latest.iters <= record.iters):
-            moved[LATEST_TAG] = record.to_json()
+        if is_better(manifest, best):
+            moved[BEST_TAG] = manifest.to_json()
+        if latest != manifest and (latest is None or latest.iters <= manifest.iters):
+            moved[LATEST_TAG] = manifest.to_json()
         return moved
 
 
-def _is_to_be_sent(path: Path, record: CheckpointRecord, just_written: JustWritten) -> bool:
-    """Whether the file is what its record says; False if a later one has taken its name.
+def _is_to_be_sent(path: Path, manifest: CheckpointManifest, just_written: JustWritten) -> bool:
+    """Whether the file is what its manifest says; False if a later one has taken its name.
 
     Raises:
         RefusedError: it is damaged, or gone.
     """
-    if is_trusted(record, just_written) and path.exists():
+    if is_trusted(manifest, just_written) and path.exists():
         return True
     try:
-        verify_checkpoint(path, record)
+        verify_checkpoint(path, manifest)
     except CheckpointError as error:
-        now = read_record(path)
-        if now is not None and now.sha256 != record.sha256:
+        now = read_manifest(path)
+        if now is not None and now.sha256 != manifest.sha256:
             return False  # it was written again, and that one waits behind this
         raise RefusedError(f"the checkpoint cannot be sent to the run: {error}") from error
     return True
 
 
-def is_better(record: CheckpointRecord, best: CheckpointRecord | None) -> bool:
-    """Whether `checkpoint.best` is to move to `record`."""
-    if best is not None and best.path == record.path:
-        return best != record
-    if record.val_top1 is None:
+def is_better(manifest: CheckpointManifest, best: CheckpointManifest | None) -> bool:
+    """Whether `checkpoint.best` is to move to `manifest`."""
+    if best is not None and best.path == manifest.path:
+        return best != manifest
+    if manifest.val_top1 is None:
         return False
-    return best is None or best.val_top1 is None or record.val_top1 > best.val_top1
+    return best is None or best.val_top1 is None or manifest.val_top1 > best.val_top1

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from shufflenet_mlflow.errors import RefusedError, TrackingError
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.tracking.journal import Entry, Spool, is_made
+from shufflenet_mlflow.tracking.journal import Entry, Journal, is_created
 from shufflenet_mlflow.tracking.messages import Create, MetricPoints, from_body, send_points
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run import make_run
@@ -55,11 +55,11 @@ class Deliverer:
     """
 
     def __init__(
-        self, client: "MlflowClient", spool: Spool, kinds: Mapping[str, type[Any]], *, new_runs: Sequence[str] = ()
+        self, client: "MlflowClient", journal: Journal, kinds: Mapping[str, type[Any]], *, new_runs: Sequence[str] = ()
     ) -> None:
         self.client = client
         self._kinds = kinds
-        self.spool = spool
+        self.journal = journal
         self.just_written: JustWritten = {}
         """What this process wrote itself: see `JustWritten`."""
         self._targets: dict[str, RunTarget] = {}
@@ -67,7 +67,7 @@ class Deliverer:
             self._add_target(run_id, is_new=True)
 
     def _add_target(self, run_id: str, *, is_new: bool) -> None:
-        target = RunTarget(self.client, run_id, self.spool.directory, is_new=is_new)
+        target = RunTarget(self.client, run_id, self.journal.directory, is_new=is_new)
         target.just_written = self.just_written
         self._targets[run_id] = target
 
@@ -80,7 +80,7 @@ class Deliverer:
         Raises:
             TrackingError: the first of them did not arrive; it is still pending.
         """
-        entries = self.spool.oldest(_BATCH)
+        entries = self.journal.oldest(_BATCH)
         if not entries:
             return 0
         points = _leading_points(entries)
@@ -90,7 +90,7 @@ class Deliverer:
             except RefusedError:
                 pass  # one of them is to blame: they are sent one by one
             else:
-                self.spool.delivered(entries[len(points) - 1].seq)
+                self.journal.delivered(entries[len(points) - 1].seq)
                 return len(points)
         entry = entries[0]
         began = time.monotonic()
@@ -99,34 +99,34 @@ class Deliverer:
             logger.debug("sent to MLflow: %s, %.2f s", entry.kind, time.monotonic() - began)
         except RefusedError as error:
             self._set_aside(entry, str(error))
-        self.spool.delivered(entry.seq)
+        self.journal.delivered(entry.seq)
         return 1
 
     def _send(self, entry: Entry, message: Message) -> None:
         if isinstance(message, Create):
-            if not is_made(self.spool.run_id_of(entry.run)):
-                run_id, is_new = make_run(self.client, message, spool_id=entry.run)
-                self.spool.bind(entry.run, run_id)
+            if not is_created(self.journal.run_id_of(entry.run)):
+                run_id, is_new = make_run(self.client, message, journal_id=entry.run)
+                self.journal.bind(entry.run, run_id)
                 self._add_target(run_id, is_new=is_new)
             return
         message.send(self._target(entry.run))
 
     def _target(self, run: str) -> RunTarget:
-        run_id = self.spool.run_id_of(run)
-        if not is_made(run_id):
+        run_id = self.journal.run_id_of(run)
+        if not is_created(run_id):
             raise RefusedError("the entry that says which run to make is missing from the journal")
         if run_id not in self._targets:
             self._add_target(run_id, is_new=False)
         return self._targets[run_id]
 
     def _set_aside(self, entry: Entry, reason: str) -> None:
-        line = {"run": self.spool.run_id_of(entry.run), "kind": entry.kind, "body": entry.body, "reason": reason}
+        line = {"run": self.journal.run_id_of(entry.run), "kind": entry.kind, "body": entry.body, "reason": reason}
         try:
-            with open(self.spool.directory / REFUSED_NAME, "a", encoding="utf-8") as file:
+            with open(self.journal.directory / REFUSED_NAME, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise TrackingError(f"{reason}, and it cannot be set aside: {error.strerror}") from error
-        logger.warning("%s; set aside in %s", reason, self.spool.directory / REFUSED_NAME)
+        logger.warning("%s; set aside in %s", reason, self.journal.directory / REFUSED_NAME)
 
 
 def _leading_points(entries: Sequence[Entry]) -> list[MetricPoints]:
@@ -148,7 +148,7 @@ class Delivery:
 
     def __init__(self, deliverer: Deliverer, reporter: Reporter) -> None:
         self._deliverer, self._reporter = deliverer, reporter
-        self.spool = deliverer.spool
+        self.journal = deliverer.journal
         self._changed = threading.Condition()
         self._woken = self._closing = False
         self._failing_since: float | None = None
@@ -171,7 +171,7 @@ class Delivery:
         """How many entries wait, if some have waited for longer than a moment."""
         since = self._behind_since
         late = since is not None and time.monotonic() - since > BACKLOG_SECONDS
-        return self.spool.pending if late or self.reason else 0
+        return self.journal.pending if late or self.reason else 0
 
     def _work(self) -> None:
         yield_to_training()  # the thread that writes files does not: the next save waits for it
@@ -204,7 +204,7 @@ class Delivery:
             self._fails(f"{type(error).__name__}: {redact(str(error))}")
             return False
         with self._changed:
-            if self.spool.pending == 0:
+            if self.journal.pending == 0:
                 self._behind_since = None
                 self._reporter.waiting(0)
             self._changed.notify_all()
@@ -237,11 +237,11 @@ class Delivery:
         """
         self.wake()
         began = time.monotonic()
-        before = self.spool.pending
+        before = self.journal.pending
         if before == 0:
             return True
         with self._reporter.phase("sending to MLflow", before) as phase:
-            while (pending := self.spool.pending) > 0:
+            while (pending := self.journal.pending) > 0:
                 for _ in range(before - pending):
                     phase.advance()
                 before = pending
@@ -264,13 +264,13 @@ class Delivery:
         self._thread.join(timeout=1.0)  # a request that hangs ends with the process
 
 
-def deliver_now(client: "MlflowClient", spool: Spool, kinds: Mapping[str, type[Any]]) -> None:
+def deliver_now(client: "MlflowClient", journal: Journal, kinds: Mapping[str, type[Any]]) -> None:
     """Send everything, without a thread.
 
     Raises:
         TrackingError: something did not arrive; it and what follows are still pending.
     """
-    deliverer = Deliverer(client, spool, kinds)
+    deliverer = Deliverer(client, journal, kinds)
     while deliverer.send_some():
         pass
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
 from shufflenet_mlflow.errors import BusyError
 from shufflenet_mlflow.runtime.locks import FileLock
 from shufflenet_mlflow.runtime.progress import Reporter
@@ -19,14 +19,16 @@ _LOCK = "lock"
 
 
 @contextlib.contextmanager
-def shown(reporter: Reporter | None, scratch: Path, artifact: str, record: CheckpointRecord | None) -> Iterator[None]:
+def shown(
+    reporter: Reporter | None, scratch: Path, artifact: str, manifest: CheckpointManifest | None
+) -> Iterator[None]:
     """Show how far a download has come: MLflow does not say, but the file grows."""
-    if reporter is None or record is None:
+    if reporter is None or manifest is None:
         yield
         return
     name = artifact.rpartition("/")[2]
     ended = threading.Event()
-    with reporter.phase(f"fetching {name}, MiB", -(-record.bytes // _MIB)) as phase:
+    with reporter.phase(f"fetching {name}, MiB", -(-manifest.bytes // _MIB)) as phase:
 
         def watch() -> None:
             told = 0

@@ -1,6 +1,6 @@
 """What has yet to reach MLflow: a journal on the disk, beside the checkpoints.
 
-`spool.jsonl` is only ever appended to, one line per entry: the CRC-32 of the JSON that follows it, and that JSON.
+`journal.jsonl` is only ever appended to, one line per entry: the CRC-32 of the JSON that follows it, and that JSON.
 Entries are numbered. A line of the kind `delivered` says that everything up to its number has arrived; `bound` says
 which MLflow run a run became that began while the server was away. A process that is killed while it appends leaves
 half a line at the end, which the next one cuts off. Where everything has arrived, the file is written anew with
@@ -22,16 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.errors import SpoolError
+from shufflenet_mlflow.errors import JournalError
 from shufflenet_mlflow.runtime.files import sync_folder, write_atomically
 from shufflenet_mlflow.runtime.locks import FileLock
 
 logger = logging.getLogger(__name__)
 
-SPOOL_NAME = "spool.jsonl"
+JOURNAL_NAME = "spool.jsonl"
 DAMAGED_NAME = "spool.damaged.jsonl"
 LOCK_NAME = "spool.lock"
-SPOOL_VERSION = 1
+JOURNAL_VERSION = 1
 
 _HEADER, _DELIVERED, _BOUND = "spool", "delivered", "bound"
 _ABOUT_ITSELF = (_HEADER, _DELIVERED, _BOUND)
@@ -44,12 +44,12 @@ _CLOSED = -1
 _UNMADE = "new-"
 
 
-def name_new_run() -> str:
+def new_provisional_id() -> str:
     """What to call a run that MLflow has not made yet: it has no ID then."""
     return _UNMADE + secrets.token_hex(16)
 
 
-def is_made(run: str) -> bool:
+def is_created(run: str) -> bool:
     """Whether this is the ID of a run rather than its name before MLflow made it."""
     return not run.startswith(_UNMADE)
 
@@ -121,9 +121,9 @@ def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
             if entry is None:
                 content.damaged.append(line)
             elif entry.kind == _HEADER:
-                if entry.body.get("version") != SPOOL_VERSION:
-                    raise SpoolError(
-                        f"the journal {str(path)!r} has format {entry.body.get('version')!r}, and {SPOOL_VERSION} is "
+                if entry.body.get("version") != JOURNAL_VERSION:
+                    raise JournalError(
+                        f"the journal {str(path)!r} has format {entry.body.get('version')!r}, and {JOURNAL_VERSION} is "
                         "the only one known here; upgrade this package"
                     )
                 content.uri, content.run = entry.body.get("uri"), entry.run or None
@@ -146,7 +146,7 @@ def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
     return content
 
 
-class Spool:
+class Journal:
     """The journal of one folder, open for appending and for delivery; safe to use from several threads.
 
     One process at a time: the folder is locked.
@@ -161,7 +161,7 @@ class Spool:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.path = directory / SPOOL_NAME
+        self.path = directory / JOURNAL_NAME
         self._mutex = threading.RLock()
         self._unwritten: deque[Entry] = deque()
         self.failure: str | None = None
@@ -179,7 +179,7 @@ class Spool:
 
     def _open(self) -> None:
         if not self.path.exists():
-            write_atomically(self.path, lambda file: file.write(_encode(0, "", _HEADER, {"version": SPOOL_VERSION})))
+            write_atomically(self.path, lambda file: file.write(_encode(0, "", _HEADER, {"version": JOURNAL_VERSION})))
         content = _scan(self.path)
         self.uri, self.run, self.bound = content.uri, content.run, content.bound
         self._last_seq, self._delivered = content.last_seq, content.delivered
@@ -223,13 +223,13 @@ class Spool:
                 except OSError as error:
                     raise self._unusable(error) from error
 
-    def _unusable(self, error: OSError) -> SpoolError:
-        return SpoolError(
+    def _unusable(self, error: OSError) -> JournalError:
+        return JournalError(
             f"cannot keep a journal in {str(self.directory)!r}: {error.strerror}; --save-dir takes another place"
         )
 
     def _header(self) -> bytes:
-        body = {"version": SPOOL_VERSION, "uri": self.uri}
+        body = {"version": JOURNAL_VERSION, "uri": self.uri}
         # The number is that of the last entry that has arrived: the next ones follow it without a gap.
         header = _encode(self._delivered, self.run or "", _HEADER, body)
         return header + b"".join(_encode(0, key, _BOUND, {"run_id": run_id}) for key, run_id in self.bound.items())
@@ -405,21 +405,21 @@ class Pending:
     entries: tuple[Entry, ...]
 
 
-def look(directory: Path) -> Pending:
+def read_pending(directory: Path) -> Pending:
     """What is pending in a folder, also while another process works there; nothing where there is no journal.
 
     Raises:
         SpoolError: the journal cannot be read.
     """
-    path = directory / SPOOL_NAME
+    path = directory / JOURNAL_NAME
     if not os.path.isfile(path):  # unlike Path.is_file, never raises
         return Pending(None, None, ())
     try:
         content = _scan(path, keep_entries=True)
     except OSError as error:
-        raise SpoolError(f"cannot read the journal {str(path)!r}: {error.strerror}") from error
+        raise JournalError(f"cannot read the journal {str(path)!r}: {error.strerror}") from error
     run = content.bound.get(content.run, content.run) if content.run is not None else None
-    made = run is not None and is_made(run)
+    made = run is not None and is_created(run)
     return Pending(
         run if made else None, content.uri, tuple(entry for _, entry in content.waiting if entry is not None)
     )

@@ -16,12 +16,12 @@ from shufflenet_mlflow.errors import RefusedError
 from shufflenet_mlflow.runtime.serialization import to_json
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.redaction import redact
-from shufflenet_mlflow.tracking.target import Message, RunTarget, record_in
+from shufflenet_mlflow.tracking.target import Message, RunTarget, manifest_in_tag
 
 RESOLVED_PREFIX = "resolved/"
 """Put before a parameter that `mlflow run` had logged in another spelling before the run began."""
 
-SPOOL_TAG = "spool.id"
+JOURNAL_ID_TAG = "spool.id"
 """Tag of a run that began while the server was away: what it was called then."""
 
 MOST_POINTS = 1000
@@ -209,7 +209,7 @@ class Finish:
     iters: int
 
     def send(self, target: RunTarget) -> None:
-        latest = record_in(target.read().data.tags, LATEST_TAG)
+        latest = manifest_in_tag(target.read().data.tags, LATEST_TAG)
         if latest is not None and latest.iters > self.iters:
             return
         with mlflow_errors(f"end run {target.run_id}"):

@@ -1,7 +1,7 @@
 """Deleting the checkpoints that a retention policy drops, in a run and on the disk.
 
 In two phases: first the run's tag `checkpoint.deleting` names them, from when on nobody resolves them; then files
-and records are deleted, and the tag is cleared. Where that is cut short, the next time completes it.
+and manifests are deleted, and the tag is cleared. Where that is cut short, the next time completes it.
 """
 
 import json
@@ -11,17 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from shufflenet_mlflow.checkpoints.folders import delete_checkpoint, list_records
-from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointRecord, read_record
+from shufflenet_mlflow.checkpoints.folders import delete_checkpoint, list_manifests
+from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointManifest, read_manifest
 from shufflenet_mlflow.checkpoints.names import newest_first
 from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.tracking.artifacts import DELETING_TAG, being_deleted
 from shufflenet_mlflow.tracking.client import mlflow_errors
-from shufflenet_mlflow.tracking.journal import look
+from shufflenet_mlflow.tracking.journal import read_pending
 from shufflenet_mlflow.tracking.remote_checkpoints import promoted_names
-from shufflenet_mlflow.tracking.target import JustWritten, RunTarget, is_trusted, record_in
+from shufflenet_mlflow.tracking.target import JustWritten, RunTarget, is_trusted, manifest_in_tag
 
 if TYPE_CHECKING:
     pass
@@ -34,20 +34,20 @@ logger = logging.getLogger(__name__)
 class Dropped:
     """A checkpoint that a policy drops."""
 
-    record: CheckpointRecord
+    manifest: CheckpointManifest
     on_disk: bool
     in_run: bool
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of `checkpoints prune --json`."""
-        return {**asdict(self.record), "file": self.record.file_name, "on_disk": self.on_disk, "in_run": self.in_run}
+        return {**asdict(self.manifest), "file": self.manifest.file_name, "on_disk": self.on_disk, "in_run": self.in_run}
 
 
 def pending_names(directory: Path) -> set[str]:
     """The checkpoints in `directory` that wait for their upload."""
     return {
         str(entry.body["record"]["path"]).rpartition("/")[2]
-        for entry in look(directory).entries
+        for entry in read_pending(directory).entries
         if entry.kind == "checkpoint"
     }
 
@@ -62,7 +62,7 @@ def choose_dropped(
     """What `retention` drops of the checkpoints in a folder and in its run, oldest first.
 
     Never among them: the newest one that verifies, the best, a promoted one, one that waits for its upload, or a
-    file without a record of this project.
+    file without a manifest of this project.
 
     Args:
         target: the run; None for a folder that has none.
@@ -71,29 +71,29 @@ def choose_dropped(
     Raises:
         TrackingError: MLflow did not answer.
     """
-    local = {record.file_name: record for record in (list_records(directory) if directory else [])}
-    remote: dict[str, CheckpointRecord] = {}
+    local = {manifest.file_name: manifest for manifest in (list_manifests(directory) if directory else [])}
+    remote: dict[str, CheckpointManifest] = {}
     protected = set(waiting)
     if target is not None:
-        remote = {record.file_name: record for record in target.artifacts.records()}
+        remote = {manifest.file_name: manifest for manifest in target.artifacts.manifests()}
         tags = target.read().data.tags
-        named = (record_in(tags, LATEST_TAG), record_in(tags, BEST_TAG))
-        protected |= {record.file_name for record in named if record is not None}
+        named = (manifest_in_tag(tags, LATEST_TAG), manifest_in_tag(tags, BEST_TAG))
+        protected |= {manifest.file_name for manifest in named if manifest is not None}
         protected |= promoted_names(target.client, target.run_id)
     just_written = target.just_written if target is not None else {}
     protected |= _newest_valid_name(directory, local, remote, just_written)
     dropped = retention.drop(list({**local, **remote}.values()), protected)
     return [
-        Dropped(record, on_disk=on_disk, in_run=record.file_name in remote)
-        for record in dropped
-        if (on_disk := _is_ours(directory, record, local, remote, target)) or record.file_name in remote
+        Dropped(manifest, on_disk=on_disk, in_run=manifest.file_name in remote)
+        for manifest in dropped
+        if (on_disk := _is_ours(directory, manifest, local, remote, target)) or manifest.file_name in remote
     ]
 
 
 def _newest_valid_name(
     directory: Path | None,
-    local: dict[str, CheckpointRecord],
-    remote: dict[str, CheckpointRecord],
+    local: dict[str, CheckpointManifest],
+    remote: dict[str, CheckpointManifest],
     just_written: JustWritten,
 ) -> set[str]:
     """The newest checkpoint that can be relied on: it stays, whatever the rules say."""
@@ -111,13 +111,13 @@ def _newest_valid_name(
 
 def _is_ours(
     directory: Path | None,
-    record: CheckpointRecord,
-    local: dict[str, CheckpointRecord],
-    remote: dict[str, CheckpointRecord],
+    manifest: CheckpointManifest,
+    local: dict[str, CheckpointManifest],
+    remote: dict[str, CheckpointManifest],
     target: RunTarget | None,
 ) -> bool:
     """Whether the file on the disk is the run's: nothing else that lies in the folder is deleted."""
-    name = record.file_name
+    name = manifest.file_name
     if directory is None or name not in local:
         return False
     if target is None:
@@ -139,7 +139,7 @@ def prune_run(target: RunTarget, retention: Retention) -> list[Dropped]:
     _complete(target)
     dropped = choose_dropped(target.directory, retention, target=target, waiting=pending_names(target.directory))
     delete(dropped, target.directory, target)
-    for name in target.artifacts.lonely_records():
+    for name in target.artifacts.orphaned_manifests():
         target.artifacts.delete(name)
     return dropped
 
@@ -150,13 +150,13 @@ def delete(dropped: Collection[Dropped], directory: Path | None, target: RunTarg
     Raises:
         TrackingError: MLflow did not answer.
     """
-    names = [item.record.file_name for item in dropped if item.in_run]
+    names = [item.manifest.file_name for item in dropped if item.in_run]
     if target is not None and names:
         target.set_tag(DELETING_TAG, json.dumps(names))
         _delete_in_run(target, names)
     for item in dropped:
         if directory is not None and item.on_disk:
-            _delete_on_disk(directory / item.record.file_name)
+            _delete_on_disk(directory / item.manifest.file_name)
 
 
 def _delete_on_disk(path: Path) -> None:
@@ -178,16 +178,18 @@ def _delete_in_run(target: RunTarget, names: Collection[str]) -> None:
 def _complete(target: RunTarget) -> None:
     """Finish a deletion that was cut short."""
     tags = target.read().data.tags
-    named = {record.file_name for tag in (LATEST_TAG, BEST_TAG) if (record := record_in(tags, tag)) is not None}
+    named = {
+        manifest.file_name for tag in (LATEST_TAG, BEST_TAG) if (manifest := manifest_in_tag(tags, tag)) is not None
+    }
     kept = named | pending_names(target.directory)  # a rewound run may have written one of them again
     names = [name for name in being_deleted(tags) if name not in kept]
     if DELETING_TAG not in tags:
         return
-    doomed = {name: target.artifacts.record_of(name) for name in names}
+    doomed = {name: target.artifacts.manifest_of(name) for name in names}
     _delete_in_run(target, names)
-    for name, record in doomed.items():
-        local = read_record(target.directory / name)
-        if record is not None and local is not None and local.sha256 == record.sha256:
+    for name, manifest in doomed.items():
+        local = read_manifest(target.directory / name)
+        if manifest is not None and local is not None and local.sha256 == manifest.sha256:
             _delete_on_disk(target.directory / name)
 
 

@@ -5,7 +5,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from shufflenet_mlflow.tracking.journal import Spool
+from shufflenet_mlflow.tracking.journal import Journal
 from shufflenet_mlflow.tracking.messages import to_body
 from shufflenet_mlflow.tracking.target import JustWritten, Message
 
@@ -24,9 +24,9 @@ class Recorder:
     """
 
     def __init__(
-        self, spool: Spool, run: str, wake: Callable[[], None], just_written: JustWritten | None = None
+        self, journal: Journal, run: str, wake: Callable[[], None], just_written: JustWritten | None = None
     ) -> None:
-        self.spool, self.run, self._wake = spool, run, wake
+        self.journal, self.run, self._wake = journal, run, wake
         self.just_written = just_written if just_written is not None else {}
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.failure: BaseException | None = None
@@ -37,7 +37,7 @@ class Recorder:
     @property
     def run_id(self) -> str:
         """The run's ID, or what it is called until it has one."""
-        return self.spool.run_id_of(self.run)
+        return self.journal.run_id_of(self.run)
 
     def record(self, message: Message) -> None:
         """Put it into the journal, behind what was given before."""
@@ -49,9 +49,9 @@ class Recorder:
         Args:
             durable: safe from a loss of power too, with everything before it.
         """
-        self.spool.append(self.run, message.kind, to_body(message))
+        self.journal.append(self.run, message.kind, to_body(message))
         if durable:
-            self.spool.sync()
+            self.journal.sync()
         self._wake()
 
     def do(self, job: Job) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints in MLflow, fetched into a cache folder.
 
 `checkpoint.latest` and `checkpoint.best` each name one artifact, so nothing is listed on the usual path. A file
-gets its name in the cache only after it was verified against its record, and is not fetched again.
+gets its name in the cache only after it was verified against its manifest, and is not fetched again.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from shufflenet_mlflow.checkpoints.manifest import (
     ARTIFACT_FOLDER,
     BEST_TAG,
     LATEST_TAG,
-    CheckpointRecord,
-    read_record,
-    record_path,
-    write_record,
+    CheckpointManifest,
+    manifest_path,
+    read_manifest,
+    write_manifest,
 )
 from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
 from shufflenet_mlflow.checkpoints.references import ModelReference, RunReference, is_run_id
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_VERSION_TAG = "checkpoint"
-"""Tag of a registered model's version: the record of the checkpoint it stands for."""
+"""Tag of a registered model's version: the manifest of the checkpoint it stands for."""
 
 _NAMED = 8
 
@@ -93,8 +93,8 @@ class RemoteCheckpoints:
         self.name = run.info.run_name
         self.tags: dict[str, str] = run.data.tags
 
-    def tagged(self, tag: str) -> CheckpointRecord:
-        """The record in `checkpoint.latest` or `checkpoint.best`.
+    def tagged(self, tag: str) -> CheckpointManifest:
+        """The manifest in `checkpoint.latest` or `checkpoint.best`.
 
         Raises:
             UnresolvedError: the run has no such tag.
@@ -102,7 +102,7 @@ class RemoteCheckpoints:
         if tag not in self.tags:
             raise self._without(tag)
         try:
-            return CheckpointRecord.from_json(self.tags[tag])
+            return CheckpointManifest.from_json(self.tags[tag])
         except CheckpointError as error:
             raise UnresolvedError(f"run {self.run_id}: its tag {tag} is {error}") from error
 
@@ -137,16 +137,16 @@ class RemoteCheckpoints:
             + listed
         )
 
-    def record_of(self, name: str) -> CheckpointRecord | None:
-        """The record of the artifact `name`; None if it has none."""
+    def manifest_of(self, name: str) -> CheckpointManifest | None:
+        """The manifest of the artifact `name`; None if it has none."""
         for tag in (LATEST_TAG, BEST_TAG):
             with contextlib.suppress(CheckpointError):
-                record = CheckpointRecord.from_json(self.tags.get(tag, ""))
-                if record.file_name == name:
-                    return record
-        return self.artifacts.record_of(name)
+                manifest = CheckpointManifest.from_json(self.tags.get(tag, ""))
+                if manifest.file_name == name:
+                    return manifest
+        return self.artifacts.manifest_of(name)
 
-    def fetch(self, artifact: str, record: CheckpointRecord | None) -> Path:
+    def fetch(self, artifact: str, manifest: CheckpointManifest | None) -> Path:
         """The file of an artifact in the cache, verified; downloaded unless it is there already.
 
         A download that breaks off, or does not verify, begins anew; what is in the cache was whole.
@@ -162,9 +162,9 @@ class RemoteCheckpoints:
                 f"run {self.run_id}: {artifact!r} is not called like a checkpoint, {{tag}}checkpoint-{{iters}}.pth.tar"
             )
         target = self.folder / name
-        if record is not None and read_record(target) == record:
+        if manifest is not None and read_manifest(target) == manifest:
             try:
-                verify_checkpoint(target, record)
+                verify_checkpoint(target, manifest)
             except CheckpointError as error:
                 logger.warning("fetching again: %s", error)
             else:
@@ -173,7 +173,7 @@ class RemoteCheckpoints:
         logger.info("fetching %s of run %s", name, self.run_id)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                self._fetch_once(artifact, record, target)
+                self._fetch_once(artifact, manifest, target)
                 return target
             except OSError as error:
                 raise self._unusable_cache(name, error) from error
@@ -183,18 +183,18 @@ class RemoteCheckpoints:
                 logger.info("fetching %s again: %s", name, error)
         raise AssertionError("the last attempt raises or returns")
 
-    def _fetch_once(self, artifact: str, record: CheckpointRecord | None, target: Path) -> None:
+    def _fetch_once(self, artifact: str, manifest: CheckpointManifest | None, target: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(self.folder) as scratch:
-            with shown(self._reporter, scratch, artifact, record):
+            with shown(self._reporter, scratch, artifact, manifest):
                 arrived = self.artifacts.download(artifact, scratch)
-            verify_checkpoint(arrived, record)
+            verify_checkpoint(arrived, manifest)
             with open(arrived, "rb") as file:
                 os.fsync(file.fileno())
-            record_path(target).unlink(missing_ok=True)
+            manifest_path(target).unlink(missing_ok=True)
             os.replace(arrived, target)
-        if record is not None:
-            write_record(target, record)
+        if manifest is not None:
+            write_manifest(target, manifest)
 
     def verify(self, name: str) -> None:
         """Verify one checkpoint, which is fetched for that and not kept.
@@ -204,11 +204,11 @@ class RemoteCheckpoints:
             TrackingError: it could not be downloaded.
             UnresolvedError: the cache folder cannot be used.
         """
-        record = self.record_of(name)
+        manifest = self.manifest_of(name)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with scratch_folder(self.folder) as scratch:
-                verify_checkpoint(self.artifacts.download(f"{ARTIFACT_FOLDER}/{name}", scratch), record)
+                verify_checkpoint(self.artifacts.download(f"{ARTIFACT_FOLDER}/{name}", scratch), manifest)
         except OSError as error:
             raise self._unusable_cache(name, error) from error
 
@@ -225,9 +225,9 @@ class RemoteCheckpoints:
             UnresolvedError: none of the run's checkpoints verifies; NoCheckpointError: it has none.
         """
         failures: list[str] = []
-        for artifact, record in self._newest_first():
+        for artifact, manifest in self._newest_first():
             try:
-                path = self.fetch(artifact, record)
+                path = self.fetch(artifact, manifest)
             except (CorruptCheckpointError, TrackingError) as error:
                 if isinstance(error, TrackingError) and not self._reachable():
                     raise
@@ -241,11 +241,11 @@ class RemoteCheckpoints:
             f"run {self.run_id}: none of its {len(failures)} checkpoints verifies; the newest: {failures[0]}"
         )
 
-    def _newest_first(self) -> Iterator[tuple[str, CheckpointRecord | None]]:
+    def _newest_first(self) -> Iterator[tuple[str, CheckpointManifest | None]]:
         """What the tag names, which lists nothing; then the others."""
         if LATEST_TAG not in self.tags:
             raise self._without(LATEST_TAG)
-        latest: CheckpointRecord | None = None
+        latest: CheckpointManifest | None = None
         try:
             latest = self.tagged(LATEST_TAG)
             yield latest.path, latest
@@ -253,7 +253,7 @@ class RemoteCheckpoints:
             logger.warning("passed over: %s", error)
         for name in self.list_names():
             if latest is None or name != latest.file_name:
-                yield f"{ARTIFACT_FOLDER}/{name}", self.record_of(name)
+                yield f"{ARTIFACT_FOLDER}/{name}", self.manifest_of(name)
 
     def _reachable(self) -> bool:
         try:
@@ -275,26 +275,26 @@ class RemoteCheckpoints:
             UnresolvedError: there is none such; the message says what there is.
             CorruptCheckpointError: a checkpoint that was named exactly does not verify.
         """
-        artifact, record = self.locate(reference)
+        artifact, manifest = self.locate(reference)
         if artifact is None:
             return self.newest_valid()
-        return self.resolved(self.fetch(artifact, record))
+        return self.resolved(self.fetch(artifact, manifest))
 
-    def locate(self, reference: RunReference) -> tuple[str | None, CheckpointRecord | None]:
-        """The artifact path and record of what was named exactly; (None, None) for the latest, which may fall back.
+    def locate(self, reference: RunReference) -> tuple[str | None, CheckpointManifest | None]:
+        """The artifact path and manifest of what was named exactly; (None, None) for the latest, which may fall back.
 
         Raises:
             UnresolvedError: there is none such.
         """
         if reference.artifact is not None:
-            return reference.artifact, self.record_of(reference.artifact.rpartition("/")[2])
+            return reference.artifact, self.manifest_of(reference.artifact.rpartition("/")[2])
         if reference.which == "latest":
             return None, None
         if reference.which == "best":
-            record = self.tagged(BEST_TAG)
-            return record.path, record
+            manifest = self.tagged(BEST_TAG)
+            return manifest.path, manifest
         name = self.at(reference.which)
-        return f"{ARTIFACT_FOLDER}/{name}", self.record_of(name)
+        return f"{ARTIFACT_FOLDER}/{name}", self.manifest_of(name)
 
 
 def promoted_names(client: "MlflowClient", run_id: str) -> set[str]:
@@ -308,7 +308,7 @@ def promoted_names(client: "MlflowClient", run_id: str) -> set[str]:
     names = set()
     for version in versions:
         with contextlib.suppress(CheckpointError):
-            names.add(CheckpointRecord.from_json(version.tags.get(MODEL_VERSION_TAG, "")).file_name)
+            names.add(CheckpointManifest.from_json(version.tags.get(MODEL_VERSION_TAG, "")).file_name)
         names.add(str(version.source).rpartition("/")[2])
     return names
 
@@ -321,11 +321,11 @@ def resolve_run(
     return RemoteCheckpoints(client, reference.run_id, cache_dir, reporter).resolve(reference)
 
 
-def latest_of_run(run_id: str, *, tracking_uri: str | None) -> CheckpointRecord | None:
+def latest_of_run(run_id: str, *, tracking_uri: str | None) -> CheckpointManifest | None:
     """What `checkpoint.latest` says; None if the run has no such tag, or it is damaged."""
     run = RemoteCheckpoints(connect(tracking_uri), run_id, default_cache_dir())
     try:
-        return CheckpointRecord.from_json(run.tags.get(LATEST_TAG, ""))
+        return CheckpointManifest.from_json(run.tags.get(LATEST_TAG, ""))
     except CheckpointError:
         return None
 
@@ -351,10 +351,10 @@ def resolve_model(
         if not _missing(error):
             raise
         raise UnresolvedError(_registry_hint(client, reference, asked)) from error
-    run_id, record = _checkpoint_of(client, version)
-    if record is not None and run_id:
+    run_id, manifest = _checkpoint_of(client, version)
+    if manifest is not None and run_id:
         run = RemoteCheckpoints(client, run_id, cache_dir, reporter)
-        return run.resolved(run.fetch(record.path, record))
+        return run.resolved(run.fetch(manifest.path, manifest))
     source = str(version.source).removeprefix("runs:/")
     run_id, _, artifact = source.partition("/")
     if is_run_id(run_id) and parse_name(artifact.rpartition("/")[2]):
@@ -365,17 +365,17 @@ def resolve_model(
     )
 
 
-def _checkpoint_of(client: "MlflowClient", version: "ModelVersion") -> tuple[str | None, CheckpointRecord | None]:
-    """The run and the record that a version stands for: its own tag says so, or that of its logged model."""
+def _checkpoint_of(client: "MlflowClient", version: "ModelVersion") -> tuple[str | None, CheckpointManifest | None]:
+    """The run and the manifest that a version stands for: its own tag says so, or that of its logged model."""
     with contextlib.suppress(CheckpointError):
-        return version.run_id, CheckpointRecord.from_json(version.tags.get(MODEL_VERSION_TAG, ""))
+        return version.run_id, CheckpointManifest.from_json(version.tags.get(MODEL_VERSION_TAG, ""))
     model_id = getattr(version, "model_id", None) or str(version.source).removeprefix("models:/")
     if not str(model_id).startswith("m-"):
         return None, None
     try:
         with mlflow_errors(f"read the logged model {model_id}"):
             model = client.get_logged_model(model_id)
-        return model.source_run_id, CheckpointRecord.from_json(model.tags.get(MODEL_VERSION_TAG, ""))
+        return model.source_run_id, CheckpointManifest.from_json(model.tags.get(MODEL_VERSION_TAG, ""))
     except CheckpointError:
         return None, None
     except TrackingError as error:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from shufflenet_mlflow.checkpoints.folders import Resolved, newest_valid, resolve_file
-from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
 from shufflenet_mlflow.checkpoints.references import FORMS, ModelReference, RunReference, parse_reference
 from shufflenet_mlflow.checkpoints.schema import is_own
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import UnresolvedError
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.tracking.journal import look
+from shufflenet_mlflow.tracking.journal import read_pending
 from shufflenet_mlflow.tracking.run_ids import beginning_of, complete, find_run_ids
 
 __all__ = [
@@ -73,8 +73,8 @@ def resolve(
     return resolve_model(reference, tracking_uri=tracking_uri, cache_dir=folder, reporter=reporter)
 
 
-def latest_of_run(run_id: str, tracking_uri: str | None = None) -> CheckpointRecord | None:
-    """The record of what a run names as its newest checkpoint, which is not fetched; None if it has none.
+def latest_of_run(run_id: str, tracking_uri: str | None = None) -> CheckpointManifest | None:
+    """The manifest of what a run names as its newest checkpoint, which is not fetched; None if it has none.
 
     Raises:
         UnresolvedError: there is no such run.
@@ -121,7 +121,7 @@ def get_latest_model(
 def run_of(path: Path, payload: Mapping[str, Any]) -> str | None:
     """The run that a checkpoint file belongs to, also if MLflow made it after the file was written."""
     run_id: str | None = payload.get("run_id") if is_own(payload) else None
-    return run_id or look(path.parent).run_id
+    return run_id or read_pending(path.parent).run_id
 
 
 def run_of_file(path: Path) -> str | None:

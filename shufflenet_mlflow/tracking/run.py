@@ -13,10 +13,10 @@ from shufflenet_mlflow.config import DEFAULT_EXPERIMENT
 from shufflenet_mlflow.errors import ResumeError, TrackingError
 from shufflenet_mlflow.runtime.signals import StopRequested
 from shufflenet_mlflow.tracking.client import mlflow_errors
-from shufflenet_mlflow.tracking.messages import SPOOL_TAG, Create, Reopen, now_ms
+from shufflenet_mlflow.tracking.messages import JOURNAL_ID_TAG, Create, Reopen, now_ms
 from shufflenet_mlflow.tracking.provenance import DIRTY_TAG, provenance_tags
 from shufflenet_mlflow.tracking.redaction import redact
-from shufflenet_mlflow.tracking.target import Message, RunTarget, record_in
+from shufflenet_mlflow.tracking.target import Message, RunTarget, manifest_in_tag
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ RUN_ID_VARIABLE = "MLFLOW_RUN_ID"
 """How `mlflow run` tells its child which run it made for it."""
 
 
-def run_to_adopt() -> str | None:
+def peek_mlflow_run_id() -> str | None:
     """The run that `mlflow run` made for this process, as long as nobody has adopted it."""
     return os.environ.get(RUN_ID_VARIABLE)
 
 
-def adopted_run_id() -> str | None:
+def take_mlflow_run_id() -> str | None:
     """The run that `mlflow run` made for this process; asked once, so that no child adopts it too."""
     return os.environ.pop(RUN_ID_VARIABLE, None)
 
@@ -105,7 +105,7 @@ def new_run(*, experiment: str | None, name: str, tags: Mapping[str, str]) -> Cr
     return Create(experiment, experiment_id, name, {**provenance_tags(), **tags}, now_ms())
 
 
-def make_run(client: "MlflowClient", create: Create, *, spool_id: str | None = None) -> tuple[str, bool]:
+def make_run(client: "MlflowClient", create: Create, *, journal_id: str | None = None) -> tuple[str, bool]:
     """Make a run.
 
     Args:
@@ -120,9 +120,9 @@ def make_run(client: "MlflowClient", create: Create, *, spool_id: str | None = N
     experiment_id = create.experiment_id or get_experiment_id(client, create.experiment or DEFAULT_EXPERIMENT)
     tags = dict(create.tags)
     with mlflow_errors("create a run"):
-        if spool_id is not None:
-            tags[SPOOL_TAG] = spool_id
-            found = client.search_runs([experiment_id], filter_string=f"tags.`{SPOOL_TAG}` = '{spool_id}'")
+        if journal_id is not None:
+            tags[JOURNAL_ID_TAG] = journal_id
+            found = client.search_runs([experiment_id], filter_string=f"tags.`{JOURNAL_ID_TAG}` = '{journal_id}'")
             if found:
                 return str(found[0].info.run_id), False
         run = client.create_run(experiment_id, run_name=create.name, tags=tags, start_time=create.start_time)
@@ -193,7 +193,7 @@ def config_to_begin_with(client: "MlflowClient", run_id: str) -> dict[str, Any] 
     return config if isinstance(config, dict) else None
 
 
-def adopted_tags(name: str | None, tags: Mapping[str, str]) -> dict[str, str]:
+def tags_for_mlflow_run(name: str | None, tags: Mapping[str, str]) -> dict[str, str]:
     """Tags for the run that `mlflow run` made; what it knows of source and commit stands."""
     own = {
         key: value
@@ -227,7 +227,7 @@ def require_not_beyond(client: "MlflowClient", run_id: str, iters: int) -> None:
     """
     with mlflow_errors(f"continue run {run_id} in {redact(client.tracking_uri)}"):
         tags = client.get_run(run_id).data.tags
-    latest = record_in(tags, LATEST_TAG)
+    latest = manifest_in_tag(tags, LATEST_TAG)
     if latest is not None and latest.iters > iters:
         raise ResumeError(
             f"run {run_id} has gone on to iteration {latest.iters}, this checkpoint is of {iters}; "
@@ -242,7 +242,7 @@ def status_after(kind: type[BaseException] | None) -> Status:
     return "KILLED" if issubclass(kind, (StopRequested, KeyboardInterrupt)) else "FAILED"
 
 
-class AdoptedRun:
+class WrapperRun:
     """The run that `mlflow run` made, written to directly. As a context manager it ends the run with the status
     that is true: FINISHED at the end of the block, or `status`; FAILED after an exception, KILLED after an
     interruption.
@@ -251,7 +251,7 @@ class AdoptedRun:
     def __init__(self, client: "MlflowClient", run_id: str, *, tags: Mapping[str, str]) -> None:
         self.target = RunTarget(client, run_id, Path())
         self.status: Status = "FINISHED"
-        reopen_run(client, run_id, adopted_tags(None, tags))
+        reopen_run(client, run_id, tags_for_mlflow_run(None, tags))
 
     def send(self, message: Message) -> None:
         """Send it now.
@@ -261,7 +261,7 @@ class AdoptedRun:
         """
         message.send(self.target)
 
-    def __enter__(self) -> "AdoptedRun":
+    def __enter__(self) -> "WrapperRun":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:

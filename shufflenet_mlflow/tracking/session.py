@@ -10,7 +10,7 @@ from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.delivery import Deliverer, Delivery
-from shufflenet_mlflow.tracking.journal import Spool, is_made
+from shufflenet_mlflow.tracking.journal import Journal, is_created
 from shufflenet_mlflow.tracking.messages import Finish, now_ms
 from shufflenet_mlflow.tracking.recorder import Recorder
 from shufflenet_mlflow.tracking.run import Status, status_after
@@ -39,7 +39,7 @@ class TrackingSession:
     def __init__(
         self,
         client: "MlflowClient",
-        spool: Spool,
+        journal: Journal,
         run: str,
         kinds: Mapping[str, type[Any]],
         *,
@@ -48,24 +48,24 @@ class TrackingSession:
         stop: StopFlag,
     ) -> None:
         self._client = client
-        self.spool, self.run = spool, run
+        self.journal, self.run = journal, run
         self.status: Status = "FINISHED"
         self.iters = 0
         """How far the run has come."""
         self._reporter, self._stop = reporter, stop
-        spool.set_owner(run, stored_uri(client.tracking_uri))
-        deliverer = Deliverer(client, spool, kinds, new_runs=[run] if is_new else [])
+        journal.set_owner(run, stored_uri(client.tracking_uri))
+        deliverer = Deliverer(client, journal, kinds, new_runs=[run] if is_new else [])
         self.delivery = Delivery(deliverer, reporter)
-        self.recorder = Recorder(spool, run, self.delivery.wake, deliverer.just_written)
-        if spool.pending:
-            reporter.note(f"{spool.pending} entries from before wait for MLflow in {spool.path}")
+        self.recorder = Recorder(journal, run, self.delivery.wake, deliverer.just_written)
+        if journal.pending:
+            reporter.note(f"{journal.pending} entries from before wait for MLflow in {journal.path}")
             self.delivery.wake()
 
     @property
     def run_id(self) -> str | None:
         """The run's ID; None as long as MLflow has not made it."""
         run_id = self.recorder.run_id
-        return run_id if is_made(run_id) else None
+        return run_id if is_created(run_id) else None
 
     def record(self, *messages: Message) -> None:
         """Bring them to the run, in order with everything else."""
@@ -82,10 +82,10 @@ class TrackingSession:
             self.recorder.close()
             if not self.delivery.wait(self._stop):
                 self._mark(status)
-            self._say_what_is_left(self.spool.directory)
+            self._say_what_is_left(self.journal.directory)
         finally:
             self.delivery.close()
-            self.spool.close()
+            self.journal.close()
 
     def _mark(self, status: Status) -> None:
         """Say how the run ended ahead of what still waits, so that nobody takes it for running."""
@@ -98,11 +98,11 @@ class TrackingSession:
             logger.warning("%s", error)
 
     def _say_what_is_left(self, directory: Path) -> None:
-        if pending := self.spool.pending:
+        if pending := self.journal.pending:
             self._reporter.warn(
-                f"{pending} entries have not reached MLflow and are kept in {self.spool.path}"
+                f"{pending} entries have not reached MLflow and are kept in {self.journal.path}"
                 + (f" ({self.delivery.reason})" if self.delivery.reason else "")
                 + f"; `shufflenet sync {directory}` brings them there, and so does the next run in that folder"
             )
-        if self.spool.failure:
-            self._reporter.warn(self.spool.failure)
+        if self.journal.failure:
+            self._reporter.warn(self.journal.failure)

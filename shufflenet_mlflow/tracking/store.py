@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoints.folders import list_records
-from shufflenet_mlflow.checkpoints.manifest import read_record, update_record
+from shufflenet_mlflow.checkpoints.folders import list_manifests
+from shufflenet_mlflow.checkpoints.manifest import read_manifest, update_manifest
 from shufflenet_mlflow.checkpoints.retention import Retention
-from shufflenet_mlflow.checkpoints.staging import StateBuffer
+from shufflenet_mlflow.checkpoints.staging import StagingBuffer
 from shufflenet_mlflow.checkpoints.writing import PreparedCheckpoint, prepare_checkpoint, write_prepared
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.commit import Checkpoint
-from shufflenet_mlflow.tracking.journal import Spool, is_made
+from shufflenet_mlflow.tracking.journal import Journal, is_created
 from shufflenet_mlflow.tracking.messages import MetricPoints, now_ms
 from shufflenet_mlflow.tracking.prune import Prune, pending_names
 from shufflenet_mlflow.tracking.recorder import Recorder
@@ -56,7 +56,7 @@ class TrackedStore:
         self._retention = retention
         self._continue_on_error = continue_on_error
         self._reporter = reporter
-        self._buffer = StateBuffer()
+        self._buffer = StagingBuffer()
         self._submitted: set[Path] = set()
         self._newest: Path | None = None
         self._failure: CheckpointError | None = None
@@ -74,7 +74,7 @@ class TrackedStore:
             iters,
             tag,
             val_top1=val_top1,
-            run_id=run_id if is_made(run_id) else None,
+            run_id=run_id if is_created(run_id) else None,
             as_plain=self._buffer.take,
         )
         self._recorder.do(lambda: self._write(prepared))
@@ -85,16 +85,16 @@ class TrackedStore:
     def _write(self, prepared: PreparedCheckpoint) -> None:
         try:
             self._buffer.wait_until_copied()
-            self._recorder.spool.sync()  # the points before a checkpoint are as safe as it is
-            path, record = write_prepared(prepared, self.directory)
+            self._recorder.journal.sync()  # the points before a checkpoint are as safe as it is
+            path, manifest = write_prepared(prepared, self.directory)
         except CheckpointError as error:
             self._fails(error)
             return
         finally:
             self._buffer.release()
         self._newest, self._failure = path, None
-        self._recorder.just_written[path.name] = (record.sha256, time.monotonic())
-        self._recorder.append(Checkpoint.of(record), durable=True)
+        self._recorder.just_written[path.name] = (manifest.sha256, time.monotonic())
+        self._recorder.append(Checkpoint.of(manifest), durable=True)
         if self._retention.is_set:
             rules = self._retention
             self._recorder.append(Prune(rules.keep_last, rules.keep_best, rules.keep_every))
@@ -106,17 +106,17 @@ class TrackedStore:
 
     def mark_best(self, checkpoint: Path, val_top1: float) -> bool:
         """See `shufflenet_mlflow.training.loop.CheckpointStore`."""
-        if checkpoint not in self._submitted and read_record(checkpoint) is None:
+        if checkpoint not in self._submitted and read_manifest(checkpoint) is None:
             return False
 
         def mark() -> None:
             try:
-                record = update_record(checkpoint, val_top1=val_top1)
+                manifest = update_manifest(checkpoint, val_top1=val_top1)
             except CheckpointError as error:
                 self._fails(error)
                 return
-            if record is not None:
-                self._recorder.append(Checkpoint.of(record, again=True), durable=True)
+            if manifest is not None:
+                self._recorder.append(Checkpoint.of(manifest, again=True), durable=True)
 
         self._recorder.do(mark)
         return True
@@ -145,20 +145,20 @@ class TrackedStore:
 
     def deliver_again(self) -> None:
         """Bring to the run what the journal may not know of; see `lost_checkpoints`."""
-        for message in lost_checkpoints(self._recorder.spool):
+        for message in lost_checkpoints(self._recorder.journal):
             self._recorder.record(message)
 
 
-def lost_checkpoints(spool: Spool) -> list[Checkpoint]:
+def lost_checkpoints(journal: Journal) -> list[Checkpoint]:
     """Messages for the checkpoints in a folder that its journal may not know of, oldest first.
 
     The writer of the newest may have been killed before it noted that, and a journal can lose its end. Of older
     ones, those count that the run cannot have had; where lines of the journal were damaged, all.
     """
-    waiting = pending_names(spool.directory)
-    records = list_records(spool.directory)
+    waiting = pending_names(journal.directory)
+    manifests = list_manifests(journal.directory)
     return [
-        Checkpoint.of(record, again=True, unless_passed=record != records[0] and not spool.was_damaged)
-        for record in reversed(records)
-        if record.file_name not in waiting
+        Checkpoint.of(manifest, again=True, unless_passed=manifest != manifests[0] and not journal.was_damaged)
+        for manifest in reversed(manifests)
+        if manifest.file_name not in waiting
     ]

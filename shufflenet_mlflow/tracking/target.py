@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import mlflow_errors
@@ -89,15 +89,15 @@ class Message(Protocol):
         """
 
 
-def is_trusted(record: CheckpointRecord, just_written: JustWritten) -> bool:
+def is_trusted(manifest: CheckpointManifest, just_written: JustWritten) -> bool:
     """Whether this process read the file back a moment ago."""
-    sha256, when = just_written.get(record.file_name, ("", 0.0))
-    return sha256 == record.sha256 and time.monotonic() - when < TRUST_SECONDS
+    sha256, when = just_written.get(manifest.file_name, ("", 0.0))
+    return sha256 == manifest.sha256 and time.monotonic() - when < TRUST_SECONDS
 
 
-def record_in(tags: Mapping[str, str], tag: str) -> CheckpointRecord | None:
-    """What `checkpoint.latest` or `checkpoint.best` says; None if it is not there, or not a record."""
+def manifest_in_tag(tags: Mapping[str, str], tag: str) -> CheckpointManifest | None:
+    """What `checkpoint.latest` or `checkpoint.best` says; None if it is not there, or not a manifest."""
     try:
-        return CheckpointRecord.from_json(tags[tag]) if tag in tags else None
+        return CheckpointManifest.from_json(tags[tag]) if tag in tags else None
     except CheckpointError:  # someone edited the tag: the next commit mends it
         return None

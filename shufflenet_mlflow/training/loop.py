@@ -30,13 +30,13 @@ from shufflenet_mlflow.data.loader import (
 from shufflenet_mlflow.data.preprocess import MODES, Preprocess, ToInput
 from shufflenet_mlflow.data.sampler import (
     REESTIMATION_EPOCH,
-    Division,
+    MicroBatches,
     ReestimationBatches,
     SampleOrder,
     TrainBatches,
     derive_seed,
 )
-from shufflenet_mlflow.errors import DataError, ElsewhereError, NonFiniteLossError
+from shufflenet_mlflow.errors import DataError, NonFiniteLossError, PeerFailedError
 from shufflenet_mlflow.evaluation.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.evaluation.metrics import count_correct
 from shufflenet_mlflow.runtime.devices import compile_failure, compiled, lack_of_memory
@@ -97,7 +97,7 @@ class TrainData:
     train: ImageListing
     val: ImageListing
     order: SampleOrder
-    division: Division
+    micro_batches: MicroBatches
     preprocess: Preprocess
 
 
@@ -140,7 +140,7 @@ class Trainer:
         self.bad_images = BadImageLog(skip=self.config.on_bad_image == "skip")
         self._to_input = ToInput(self.data.preprocess, self.state.device)
         self._loss_function = make_loss(self.config.label_smooth)
-        self._statistics = RunningStatistics(self.state.model, self.world, self.data.division.rounds)
+        self._statistics = RunningStatistics(self.state.model, self.world, self.data.micro_batches.accumulation_steps)
         self.saved: Path | None = None
         self._resumed_from: Path | None = None
         self._saved_iters: int | None = None
@@ -165,7 +165,7 @@ class Trainer:
         if resumed_from is not None:
             self.saved, self._saved_iters = resumed_from, self.state.iters
         try:
-            self.world.settle(self.stop)
+            self.world.raise_if_any_failed(self.stop)
             if self._validation_is_due() and self.state.validated_iters < self.state.iters:
                 self._validate_and_keep_best()  # a signal had cut it short
             self._train()
@@ -173,7 +173,7 @@ class Trainer:
         except StopRequested as stop:
             self._save_once()
             return self._result(stopped_by=stop.signum)
-        except (DataError, ElsewhereError):
+        except (DataError, PeerFailedError):
             self._save_once()
             raise
         except RuntimeError as error:
@@ -185,7 +185,7 @@ class Trainer:
             raise problem from error
         except NonFiniteLossError as error:
             if not self.world.is_leader:
-                raise ElsewhereError(str(error)) from error
+                raise PeerFailedError(str(error)) from error
             saved = self.store.newest() or self._resumed_from
             kept = f"the last good checkpoint is {str(saved)!r}" if saved else "no checkpoint yet"
             raise NonFiniteLossError(f"{error}; {kept}") from error
@@ -206,7 +206,7 @@ class Trainer:
         clock = _Clock(state.iters)
         with self.reporter.phase("training", config.total_iters, state.iters) as phase:
             rounds = config.total_iters - state.iters
-            for parts in self.world.agreed(self.stop, rounds, lambda: self.fetch(fetched)):
+            for parts in self.world.synced_batches(self.stop, rounds, lambda: self.fetch(fetched)):
                 lr = state.lr
                 self.step(network, parts)
                 phase.advance()
@@ -223,8 +223,8 @@ class Trainer:
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """This process's parts of the batches from iteration `start` up to, not including, iteration `stop`."""
-        order, division = self.data.order, self.data.division
-        return self._loaded(TrainBatches(order, start, stop, division))
+        order, micro_batches = self.data.order, self.data.micro_batches
+        return self._loaded(TrainBatches(order, start, stop, micro_batches))
 
     def _loaded(self, batches: TrainBatches | ReestimationBatches) -> Iterator[Batch]:
         loader = make_loader(
@@ -237,7 +237,7 @@ class Trainer:
 
     def fetch(self, fetched: Iterator[Batch]) -> list[Batch]:
         """This process's parts of the next batch, of what `batches` gives."""
-        parts = [next(fetched) for _ in self.data.division.own]
+        parts = [next(fetched) for _ in self.data.micro_batches.local_indices]
         for part in parts:
             for bad in self.bad_images.new_in(part):
                 self.reporter.warn(f"another image stands in for it: {bad}")
@@ -247,22 +247,22 @@ class Trainer:
 
     def step(self, network: nn.Module, parts: Sequence[Batch]) -> None:
         """One iteration: gradients of all parts in all processes, then one step."""
-        state, division = self.state, self.data.division
+        state, micro_batches = self.state, self.data.micro_batches
         self._mid_step = True
         state.randomness.begin_iteration()
         state.optimizer.zero_grad(set_to_none=True)
-        for number, batch in zip(division.own, parts, strict=True):
+        for number, batch in zip(micro_batches.local_indices, parts, strict=True):
             size = len(batch.labels_N)
             labels = batch.labels_N.to(state.device, non_blocking=True)
             images = self.to_input(batch)
             state.randomness.begin_part(number)
-            with _gradients_kept_here(network) if number != division.own[-1] else nullcontext():
+            with _gradients_kept_here(network) if number != micro_batches.local_indices[-1] else nullcontext():
                 with self._autocast():
                     with self._statistics.part():
                         outputs = network(images)
                     loss, logits = training_loss(outputs, labels, self._loss_function)
                 # The mean over the batch, as the processes' gradients are averaged.
-                share = size * self.world.size / division.batch_size
+                share = size * self.world.size / micro_batches.batch_size
                 state.backward(loss if share == 1 else loss * share)
             state.meter.update(state.iters + 1, loss, *count_correct(logits.detach(), labels), size)
         self._statistics.combine()
@@ -306,10 +306,10 @@ class Trainer:
         return min(most, self.data.order.iters_per_epoch)
 
     def _reestimation_inputs(self, advance: Callable[[], None]) -> Iterator[Tensor]:
-        batches, division = self._reestimation_batches(), self.data.division
-        fetched = self._loaded(ReestimationBatches(self.data.order, batches, division))
-        for position, parts in enumerate(self.world.agreed(self.stop, batches, lambda: self.fetch(fetched))):
-            for number, batch in zip(division.own, parts, strict=True):
+        batches, micro_batches = self._reestimation_batches(), self.data.micro_batches
+        fetched = self._loaded(ReestimationBatches(self.data.order, batches, micro_batches))
+        for position, parts in enumerate(self.world.synced_batches(self.stop, batches, lambda: self.fetch(fetched))):
+            for number, batch in zip(micro_batches.local_indices, parts, strict=True):
                 torch.manual_seed(derive_seed(self.config.seed, REESTIMATION_EPOCH, position, number))
                 yield self.to_input(batch)
             advance()

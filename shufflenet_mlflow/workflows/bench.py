@@ -21,7 +21,7 @@ from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
-from shufflenet_mlflow.tracking.journal import Spool
+from shufflenet_mlflow.tracking.journal import Journal
 from shufflenet_mlflow.tracking.run import make_run, new_run
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
@@ -183,7 +183,13 @@ def _bookkeeping(request: BenchRequest, trainer: Trainer, reporter: Reporter, st
         run_id, _ = make_run(client, new_run(experiment=EXPERIMENT, name="bench", tags={}))
         try:
             with TrackingSession(
-                client, Spool(Path(scratch, "saved")), run_id, MESSAGE_KINDS, is_new=True, reporter=reporter, stop=stop
+                client,
+                Journal(Path(scratch, "saved")),
+                run_id,
+                MESSAGE_KINDS,
+                is_new=True,
+                reporter=reporter,
+                stop=stop,
             ) as session:
                 save = _saving(trainer, session, reporter, stop)
                 metrics = TrackedMetrics(session.recorder)
@@ -196,15 +202,15 @@ def _bookkeeping(request: BenchRequest, trainer: Trainer, reporter: Reporter, st
         finally:
             with suppress(TrackingError), mlflow_errors(f"delete run {run_id}"):
                 artifacts = RunArtifacts(client, run_id)
-                for record in artifacts.records():
-                    artifacts.delete(record.file_name)
+                for manifest in artifacts.manifests():
+                    artifacts.delete(manifest.file_name)
                 client.delete_run(run_id)
     return save, {"log": logged, "deliver": delivered}
 
 
 def _saving(trainer: Trainer, session: TrackingSession, reporter: Reporter, stop: StopFlag) -> Sizes:
     store = TrackedStore(
-        session.spool.directory, session.recorder, retention=Retention(), continue_on_error=False, reporter=reporter
+        session.journal.directory, session.recorder, retention=Retention(), continue_on_error=False, reporter=reporter
     )
     stalls, whole, size = [], [], 0
     for number in range(1, _SAVES + 1):

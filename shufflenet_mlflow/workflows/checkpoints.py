@@ -13,10 +13,10 @@ from shufflenet_mlflow.checkpoints.folders import Resolved, list_checkpoints
 from shufflenet_mlflow.checkpoints.manifest import (
     BEST_TAG,
     LATEST_TAG,
-    CheckpointRecord,
-    read_record,
-    record_path,
-    write_record,
+    CheckpointManifest,
+    manifest_path,
+    read_manifest,
+    write_manifest,
 )
 from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
 from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference
@@ -27,12 +27,12 @@ from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError
 from shufflenet_mlflow.runtime.files import write_atomically
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.client import connect, prepare_environment
-from shufflenet_mlflow.tracking.journal import SPOOL_NAME, Spool, look
+from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, Journal, read_pending
 from shufflenet_mlflow.tracking.prune import Dropped, choose_dropped, delete, pending_names
 from shufflenet_mlflow.tracking.remote_checkpoints import RemoteCheckpoints, promoted_names
 from shufflenet_mlflow.tracking.resolve import resolve
 from shufflenet_mlflow.tracking.run_ids import complete
-from shufflenet_mlflow.tracking.target import RunTarget, record_in
+from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
 from shufflenet_mlflow.tracking.uris import uri_of_journal
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Place:
         return connect(self.tracking_uri)
 
 
-def find_place(ref: str, tracking_uri: str | None) -> Place:
+def find_location(ref: str, tracking_uri: str | None) -> Place:
     """The folder or run that `ref` names.
 
     Raises:
@@ -67,7 +67,7 @@ def find_place(ref: str, tracking_uri: str | None) -> Place:
         return Place(ref, None, reference.run_id, tracking_uri)
     if not isinstance(reference, Path) or not os.path.isdir(reference):
         raise UnresolvedError(f"{ref!r} is neither a folder of checkpoints nor a run ID")
-    held = look(reference)
+    held = read_pending(reference)
     return Place(ref, reference, held.run_id, uri_of_journal(held.uri, tracking_uri))
 
 
@@ -99,7 +99,7 @@ class CheckpointRow:
 
 @dataclass
 class _InRun:
-    records: dict[str, CheckpointRecord | None]
+    manifests: dict[str, CheckpointManifest | None]
     sizes: Mapping[str, int | None]
     latest: str | None
     best: str | None
@@ -109,9 +109,9 @@ class _InRun:
 def _look_into_run(place: Place) -> _InRun:
     assert place.run_id is not None  # noqa: S101 - the caller looked
     remote = RemoteCheckpoints(place.client(), place.run_id, default_cache_dir())
-    named = {tag: record_in(remote.tags, tag) for tag in (LATEST_TAG, BEST_TAG)}
-    latest, best = (record.file_name if record is not None else None for record in named.values())
-    known = {record.file_name: record for record in remote.artifacts.records()}
+    named = {tag: manifest_in_tag(remote.tags, tag) for tag in (LATEST_TAG, BEST_TAG)}
+    latest, best = (manifest.file_name if manifest is not None else None for manifest in named.values())
+    known = {manifest.file_name: manifest for manifest in remote.artifacts.manifests()}
     return _InRun(
         {name: known.get(name) for name in remote.list_names()},
         remote.artifacts.sizes(),
@@ -130,7 +130,7 @@ def list_rows(ref: str, *, tracking_uri: str | None, reporter: Reporter) -> list
         UnresolvedError: there is no such folder or run.
         TrackingError: a run was asked for, and MLflow did not answer.
     """
-    place = find_place(ref, tracking_uri)
+    place = find_location(ref, tracking_uri)
     in_run: _InRun | None = None
     if place.run_id is not None:
         try:
@@ -140,25 +140,25 @@ def list_rows(ref: str, *, tracking_uri: str | None, reporter: Reporter) -> list
                 raise
             reporter.warn(f"{error}; what is in the run is not shown")
     paths = {path.name: path for path in list_checkpoints(place.directory)} if place.directory else {}
-    records = {name: read_record(path) for name, path in paths.items()}
+    manifests = {name: read_manifest(path) for name, path in paths.items()}
     waiting = pending_names(place.directory) if place.directory else set()
-    latest, best = _marks(records, in_run)
+    latest, best = _marks(manifests, in_run)
     rows = []
-    for name in newest_first({*paths, *(in_run.records if in_run else ())}):
-        record = records.get(name) or (in_run.records.get(name) if in_run else None)
+    for name in newest_first({*paths, *(in_run.manifests if in_run else ())}):
+        manifest = manifests.get(name) or (in_run.manifests.get(name) if in_run else None)
         parsed = parse_name(name)
         size = paths[name].stat().st_size if name in paths else in_run.sizes.get(name) if in_run else None
         rows.append(
             CheckpointRow(
                 file=name,
                 iters=parsed.iters if parsed else 0,
-                epoch=record.epoch if record else None,
-                loss=record.loss if record else None,
-                val_top1=record.val_top1 if record else None,
+                epoch=manifest.epoch if manifest else None,
+                loss=manifest.loss if manifest else None,
+                val_top1=manifest.val_top1 if manifest else None,
                 bytes=size,
-                sha256=record.sha256 if record else None,
+                sha256=manifest.sha256 if manifest else None,
                 local=name in paths,
-                remote=name in in_run.records if in_run else None,
+                remote=name in in_run.manifests if in_run else None,
                 pending=name in waiting,
                 latest=name == latest,
                 best=name == best,
@@ -168,12 +168,12 @@ def list_rows(ref: str, *, tracking_uri: str | None, reporter: Reporter) -> list
     return rows
 
 
-def _marks(records: Mapping[str, CheckpointRecord | None], in_run: _InRun | None) -> tuple[str | None, str | None]:
+def _marks(manifests: Mapping[str, CheckpointManifest | None], in_run: _InRun | None) -> tuple[str | None, str | None]:
     """The names of the latest and the best: what the run says, or else what the folder amounts to."""
     if in_run is not None:
         return in_run.latest, in_run.best
-    ranked = best_first([record for record in records.values() if record is not None])
-    return next(iter(newest_first(records)), None), ranked[0].file_name if ranked else None
+    ranked = best_first([manifest for manifest in manifests.values() if manifest is not None])
+    return next(iter(newest_first(manifests)), None), ranked[0].file_name if ranked else None
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def verify_all(ref: str, *, tracking_uri: str | None, cache_dir: Path | None, re
     whole_run = isinstance(reference, RunReference) and reference.artifact is None and "@" not in ref
     if not whole_run and not (isinstance(reference, Path) and os.path.isdir(reference)):
         return [_verify_one(ref, tracking_uri, cache_dir)]
-    place = find_place(ref, tracking_uri)
+    place = find_location(ref, tracking_uri)
     checks = _checks_in_run(place, cache_dir) if place.directory is None else _checks_in_folder(place.directory)
     if not checks:
         raise UnresolvedError(f"{ref!r} holds no checkpoints; name the folder that --save-dir named, or models/RUN_ID")
@@ -239,8 +239,8 @@ def _checks_in_run(place: Place, cache_dir: Path | None) -> dict[str, Callable[[
     def check(name: str) -> Callable[[], object]:
         return lambda: remote.verify(name)
 
-    named = (record_in(remote.tags, tag) for tag in (LATEST_TAG, BEST_TAG))
-    names = {*remote.list_names(), *(record.file_name for record in named if record is not None)}
+    named = (manifest_in_tag(remote.tags, tag) for tag in (LATEST_TAG, BEST_TAG))
+    names = {*remote.list_names(), *(manifest.file_name for manifest in named if manifest is not None)}
     return {name: check(name) for name in newest_first(names)}
 
 
@@ -273,19 +273,19 @@ def pull(
     target = output / resolved.path.name
     if target.exists() and resolved.path.exists() and target.samefile(resolved.path):
         return resolved
-    record = read_record(resolved.path)
+    manifest = read_manifest(resolved.path)
     try:
         output.mkdir(parents=True, exist_ok=True)
         with open(resolved.path, "rb") as source:
-            record_path(target).unlink(missing_ok=True)
+            manifest_path(target).unlink(missing_ok=True)
             write_atomically(target, lambda file: shutil.copyfileobj(source, file, 1 << 20))
-        if record is not None:
-            write_record(target, record)
+        if manifest is not None:
+            write_manifest(target, manifest)
     except OSError as error:
         raise UnresolvedError(
             f"cannot write {str(target)!r}: {error.strerror}; --output names another folder"
         ) from error
-    verify_checkpoint(target, record)
+    verify_checkpoint(target, manifest)
     return Resolved(target, resolved.iters, resolved.run_id)
 
 
@@ -300,7 +300,7 @@ def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | 
     """
     if not retention.is_set:
         raise ConfigError("there is no rule; give --keep-last, --keep-best or --keep-every")
-    place = find_place(ref, tracking_uri)
+    place = find_location(ref, tracking_uri)
     with _alone_in(place.directory) if not dry_run else nullcontext():
         target = None
         if place.run_id is not None:
@@ -316,11 +316,11 @@ def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | 
 @contextmanager
 def _alone_in(directory: Path | None) -> Iterator[None]:
     """Nobody trains in the folder meanwhile."""
-    if directory is None or not (directory / SPOOL_NAME).exists():
+    if directory is None or not (directory / JOURNAL_NAME).exists():
         yield
         return
-    spool = Spool(directory)
+    journal = Journal(directory)
     try:
         yield
     finally:
-        spool.close()
+        journal.close()

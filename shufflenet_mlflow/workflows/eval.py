@@ -16,24 +16,24 @@ from shufflenet_mlflow.data.loader import BadImageLog, default_workers, worker_d
 from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, UnresolvedError
 from shufflenet_mlflow.evaluation.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.evaluation.report import Observer, Report
-from shufflenet_mlflow.models.loaded import Network, label_outputs
-from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place
+from shufflenet_mlflow.models.loaded import LoadedModel, label_outputs
+from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, move_model
 from shufflenet_mlflow.runtime.launchers import ended_with_mlflow_run
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.client import connect, prepare_environment
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.remote_checkpoints import read_run
-from shufflenet_mlflow.tracking.run import AdoptedRun, adopted_run_id
+from shufflenet_mlflow.tracking.run import WrapperRun, take_mlflow_run_id
 from shufflenet_mlflow.workflows.eval_results import Evaluated, record_in_new, record_in_own, record_in_source
-from shufflenet_mlflow.workflows.loading import Loaded, NetworkRequest
+from shufflenet_mlflow.workflows.loading import LoadedCheckpoint, ModelRequest
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import MlflowClient, Run
 
 
 @dataclass(frozen=True)
-class EvalRequest(NetworkRequest):
+class EvalRequest(ModelRequest):
     """What to evaluate, and on what; None means as the checkpoint says."""
 
     val_dir: str | None = None
@@ -110,10 +110,10 @@ def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) 
 
 
 def _run(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummary:
-    adopted = adopted_run_id()
+    adopted = take_mlflow_run_id()
     where = request.log_to or _default_place(request.ref, adopted)
     client = connect(request.tracking_uri) if adopted is not None or where != "none" else None
-    made = AdoptedRun(client, adopted, tags={}) if client is not None and adopted is not None else None
+    made = WrapperRun(client, adopted, tags={}) if client is not None and adopted is not None else None
     with made or nullcontext():
         loaded = request.load(reporter)
         source = _source(client, loaded, where) if client is not None and where != "none" else None
@@ -156,7 +156,7 @@ def _default_place(ref: str, adopted: str | None) -> str:
     return "none" if isinstance(parse_reference(ref), Path) else "source"
 
 
-def _source(client: "MlflowClient", loaded: Loaded, where: str) -> "Run | None":
+def _source(client: "MlflowClient", loaded: LoadedCheckpoint, where: str) -> "Run | None":
     """The run that the checkpoint belongs to; None if there is none, or this store does not have it.
 
     Raises:
@@ -186,7 +186,7 @@ def _usable_config(payload: Mapping[str, Any]) -> dict[str, Any]:
     return config if usable else {}
 
 
-def _val_dir(request: EvalRequest, loaded: Loaded) -> str | None:
+def _val_dir(request: EvalRequest, loaded: LoadedCheckpoint) -> str | None:
     """The images to evaluate on; None for the bundled digits.
 
     Raises:
@@ -200,7 +200,7 @@ def _val_dir(request: EvalRequest, loaded: Loaded) -> str | None:
 
 
 def _evaluate(
-    request: EvalRequest, loaded: Loaded, val_dir: str | None, reporter: Reporter, stop: StopFlag
+    request: EvalRequest, loaded: LoadedCheckpoint, val_dir: str | None, reporter: Reporter, stop: StopFlag
 ) -> tuple[EvalSummary, ImageListing]:
     network, source = loaded.network, loaded.source
     trained = _usable_config(loaded.payload)
@@ -220,7 +220,7 @@ def _evaluate(
     began = time.perf_counter()
     with worker_deaths_reported():
         result = evaluate(
-            place(network.model, device),
+            move_model(network.model, device),
             listing,
             network.preprocess,
             settings,
@@ -243,7 +243,7 @@ def _evaluate(
     return summary, listing
 
 
-def _check_classes(network: Network, listing: ImageListing, source: str, reporter: Reporter) -> None:
+def _check_classes(network: LoadedModel, listing: ImageListing, source: str, reporter: Reporter) -> None:
     """Refuse a folder whose classes are not the network's; say so where that cannot be known.
 
     Raises:

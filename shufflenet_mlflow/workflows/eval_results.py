@@ -17,7 +17,7 @@ from shufflenet_mlflow.tracking.evaluation_metrics import OfModel, log_input_mod
 from shufflenet_mlflow.tracking.messages import Params, Tags, TextArtifact
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
-from shufflenet_mlflow.tracking.run import AdoptedRun, make_run, new_run
+from shufflenet_mlflow.tracking.run import WrapperRun, make_run, new_run
 from shufflenet_mlflow.tracking.target import Message, RunTarget
 from shufflenet_mlflow.workflows.training.description import dataset_input
 
@@ -132,12 +132,12 @@ def record_in_new(
     if source is not None and experiment is None:
         create = replace(create, experiment_id=source.info.experiment_id)
     run_id, _ = make_run(client, create)
-    with AdoptedRun(client, run_id, tags={}) as run:
+    with WrapperRun(client, run_id, tags={}) as run:
         record_in_own(run, source, evaluated)
     return run_id
 
 
-def record_in_own(run: AdoptedRun, source: "Run | None", evaluated: Evaluated) -> None:
+def record_in_own(run: WrapperRun, source: "Run | None", evaluated: Evaluated) -> None:
     """Log to a run that is the evaluation's own.
 
     Raises:
@@ -196,5 +196,5 @@ def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "Logge
 
 def _logged_model(client: "MlflowClient", source: "Run", evaluated: Evaluated) -> "LoggedModel | None":
     """The logged model of the checkpoint, if there is one."""
-    record = RunArtifacts(client, source.info.run_id).record_of(evaluated.checkpoint)
-    return find_logged_model(client, source, record) if record is not None else None
+    manifest = RunArtifacts(client, source.info.run_id).manifest_of(evaluated.checkpoint)
+    return find_logged_model(client, source, manifest) if manifest is not None else None

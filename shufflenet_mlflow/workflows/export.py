@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoints.manifest import read_record
+from shufflenet_mlflow.checkpoints.manifest import read_manifest
 from shufflenet_mlflow.errors import ExportError, UnresolvedError
 from shufflenet_mlflow.export import Promoted, export_file, log_model, promote
 from shufflenet_mlflow.export.logged import find_logged_model, write_model
@@ -15,14 +15,14 @@ from shufflenet_mlflow.export.registry import check_names, checkpoint_in_run
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.tracking.resolve import resolve, run_of_file
-from shufflenet_mlflow.workflows.loading import Loaded, NetworkRequest, source_of
+from shufflenet_mlflow.workflows.loading import LoadedCheckpoint, ModelRequest, source_of
 
 MLFLOW_FORMAT = "mlflow"
 """A folder that `mlflow models serve -m` takes."""
 
 
 @dataclass(frozen=True)
-class ExportRequest(NetworkRequest):
+class ExportRequest(ModelRequest):
     """What to export; None means as the checkpoint says."""
 
     format: str = "pt2"
@@ -35,7 +35,7 @@ class ExportSummary:
 
     path: Path
     format: str
-    loaded: Loaded
+    loaded: LoadedCheckpoint
     difference: float
     """The largest one between logits of the export and of the checkpoint, as a part of the largest logit."""
 
@@ -59,7 +59,7 @@ def run_export(request: ExportRequest, *, reporter: Reporter) -> ExportSummary:
 
     Raises:
         ExportError: it cannot be written, or is not equal.
-        ShuffleNetError: as `NetworkRequest.load` does.
+        ShuffleNetError: as `ModelRequest.load` does.
     """
     prepare_environment()
     loaded = request.load(reporter)
@@ -114,15 +114,15 @@ def run_promotion(
     client = connect(tracking_uri)
     with mlflow_errors(f"read run {run_id}"):
         run = client.get_run(run_id)
-    record = checkpoint_in_run(client, run_id, resolved.path.name)
-    here = read_record(resolved.path)
-    if here is not None and here.sha256 != record.sha256:
+    manifest = checkpoint_in_run(client, run_id, resolved.path.name)
+    here = read_manifest(resolved.path)
+    if here is not None and here.sha256 != manifest.sha256:
         raise UnresolvedError(
             f"{source_of(resolved.path)} is not the one that run {run_id} has under that name; "
-            f"promote runs:/{run_id}@{record.iters} instead"
+            f"promote runs:/{run_id}@{manifest.iters} instead"
         )
-    known = find_logged_model(client, run, record)
+    known = find_logged_model(client, run, manifest)
     if known is None:
-        reporter.note(f"making a logged model of {record.file_name}")
-    model_id = known.model_id if known is not None else log_model(client, run, record, resolved.path)
-    return promote(client, record, run_id=run_id, model_id=model_id, name=name, aliases=aliases)
+        reporter.note(f"making a logged model of {manifest.file_name}")
+    model_id = known.model_id if known is not None else log_model(client, run, manifest, resolved.path)
+    return promote(client, manifest, run_id=run_id, model_id=model_id, name=name, aliases=aliases)

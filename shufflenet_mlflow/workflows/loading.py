@@ -7,17 +7,17 @@ from typing import Any
 
 from shufflenet_mlflow.checkpoints.schema import is_own
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
-from shufflenet_mlflow.models.loaded import Network, load_network
-from shufflenet_mlflow.models.spec import Architecture
+from shufflenet_mlflow.models.loaded import LoadedModel, model_from_payload
+from shufflenet_mlflow.models.spec import ModelSpec
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.resolve import resolve, run_of
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedCheckpoint:
     """A checkpoint's network, on the CPU, and where it is from."""
 
-    network: Network
+    network: LoadedModel
     payload: Mapping[str, Any]
     """The rest of what the checkpoint says, without its tensors."""
     path: Path
@@ -37,7 +37,7 @@ def source_of(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class NetworkRequest:
+class ModelRequest:
     """Which network, and where it is kept; None means as the checkpoint says."""
 
     ref: str
@@ -49,16 +49,16 @@ class NetworkRequest:
     tracking_uri: str | None = None
     cache_dir: Path | None = None
 
-    def load(self, reporter: Reporter | None = None) -> Loaded:
+    def load(self, reporter: Reporter | None = None) -> LoadedCheckpoint:
         """The network of the checkpoint that `ref` means.
 
         Raises:
-            ShuffleNetError: as `resolve`, `read_checkpoint` and `load_network` do.
+            ShuffleNetError: as `resolve`, `read_checkpoint` and `model_from_payload` do.
         """
-        asked = Architecture.asked(vars(self))
+        asked = ModelSpec.asked(vars(self))
         resolved = resolve(self.ref, tracking_uri=self.tracking_uri, cache_dir=self.cache_dir, reporter=reporter)
         payload = read_checkpoint(resolved.path)
-        network = load_network(
+        network = model_from_payload(
             payload,
             source_of(resolved.path),
             asked=asked,
@@ -66,7 +66,7 @@ class NetworkRequest:
             mean_image=self.mean_image,
         )
         own = is_own(payload)
-        return Loaded(
+        return LoadedCheckpoint(
             network,
             {key: value for key, value in payload.items() if not key.endswith("state_dict")} if own else {},
             resolved.path,

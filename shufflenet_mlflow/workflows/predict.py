@@ -8,17 +8,17 @@ from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog, default_wor
 from shufflenet_mlflow.data.pictures import Pictures
 from shufflenet_mlflow.evaluation.evaluate import EvalSettings
 from shufflenet_mlflow.evaluation.prediction import Prediction, predict
-from shufflenet_mlflow.models.fuse_bn import folded
-from shufflenet_mlflow.models.loaded import Network
+from shufflenet_mlflow.models.fuse_bn import fuse_bn
+from shufflenet_mlflow.models.loaded import LoadedModel
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.client import prepare_environment
-from shufflenet_mlflow.workflows.loading import NetworkRequest
+from shufflenet_mlflow.workflows.loading import ModelRequest
 
 
 @dataclass(frozen=True)
-class PredictRequest(NetworkRequest):
+class PredictRequest(ModelRequest):
     """With what to predict; None means as the checkpoint says."""
 
     top: int = 5
@@ -58,14 +58,14 @@ def run_prediction(request: PredictRequest, pictures: Pictures, *, reporter: Rep
 
 
 def _predict(
-    request: PredictRequest, network: Network, pictures: Pictures, top: int, reporter: Reporter, stop: StopFlag
+    request: PredictRequest, network: LoadedModel, pictures: Pictures, top: int, reporter: Reporter, stop: StopFlag
 ) -> Generator[list[Prediction], None, None]:
     device = choose_device(request.device)
     keep_freed_memory(device)
     if len(pictures) >= WORKERS_FROM:
         # As in an evaluation, with the same bits. For fewer images folding takes longer than it saves; and one alone
         # is then answered with the bits of a served model.
-        network = replace(network, model=folded(network.model))
+        network = replace(network, model=fuse_bn(network.model))
     batch_size = request.batch_size or DEFAULT_BATCH_SIZE
     workers = default_workers(len(pictures), batch_size, network.preprocess.input_size)
     settings = EvalSettings(

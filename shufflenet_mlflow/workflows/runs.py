@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointManifest
 from shufflenet_mlflow.checkpoints.references import is_run_id
 from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
@@ -18,7 +18,7 @@ from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.remote_checkpoints import read_run
 from shufflenet_mlflow.tracking.run import CONFIG_TAG, wanted_experiment
 from shufflenet_mlflow.tracking.run_ids import complete
-from shufflenet_mlflow.tracking.target import record_in
+from shufflenet_mlflow.tracking.target import manifest_in_tag
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import MlflowClient, Run
@@ -151,8 +151,8 @@ class RunDetails:
 
     run: "Run"
     experiment: str
-    latest: CheckpointRecord | None
-    best: CheckpointRecord | None
+    latest: CheckpointManifest | None
+    best: CheckpointManifest | None
     models: tuple[tuple[str, str], ...]
     """IDs and names of its logged models."""
     reproduce: tuple[str, ...] | None
@@ -247,8 +247,8 @@ def show_run(ref: str, *, tracking_uri: str | None) -> RunDetails:
     return RunDetails(
         run,
         experiment,
-        record_in(tags, LATEST_TAG),
-        record_in(tags, BEST_TAG),
+        manifest_in_tag(tags, LATEST_TAG),
+        manifest_in_tag(tags, BEST_TAG),
         tuple((str(model.model_id), str(model.name)) for model in models),
         tuple(command_of(config)) if "model" in config else None,
     )

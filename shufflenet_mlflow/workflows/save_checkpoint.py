@@ -6,15 +6,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from shufflenet_mlflow.checkpoints.manifest import LATEST_TAG, CheckpointRecord
+from shufflenet_mlflow.checkpoints.manifest import LATEST_TAG, CheckpointManifest
 from shufflenet_mlflow.checkpoints.writing import write_checkpoint
-from shufflenet_mlflow.errors import BusyError, SpoolError, TrackingError
+from shufflenet_mlflow.errors import BusyError, JournalError, TrackingError
 from shufflenet_mlflow.tracking.client import connect
 from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.delivery import deliver_now
-from shufflenet_mlflow.tracking.journal import Spool, look
+from shufflenet_mlflow.tracking.journal import Journal, read_pending
 from shufflenet_mlflow.tracking.messages import to_body
-from shufflenet_mlflow.tracking.target import RunTarget, record_in
+from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
 from shufflenet_mlflow.tracking.uris import stored_uri
 from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
 
@@ -68,7 +68,7 @@ def save_checkpoint(
             `directory`: the next call, or `shufflenet sync`, brings it to the run.
     """
     run_id = run_id or _active_run_id()
-    path, record = write_checkpoint(
+    path, manifest = write_checkpoint(
         state,
         iters,
         tag,
@@ -79,43 +79,43 @@ def save_checkpoint(
         run_id=run_id,
     )
     if run_id is not None:
-        _bring(record, run_id, Path(directory), tracking_uri)
+        _bring(manifest, run_id, Path(directory), tracking_uri)
     return path
 
 
-def _bring(record: CheckpointRecord, run_id: str, directory: Path, tracking_uri: str | None) -> None:
+def _bring(manifest: CheckpointManifest, run_id: str, directory: Path, tracking_uri: str | None) -> None:
     client = connect(tracking_uri)
-    message = Checkpoint.of(record)
+    message = Checkpoint.of(manifest)
     failure: TrackingError | None = None
     try:
-        if not look(directory).entries:  # what waits there comes first
-            failure = _try_at_once(message, record, RunTarget(client, run_id, directory))
+        if not read_pending(directory).entries:  # what waits there comes first
+            failure = _try_at_once(message, manifest, RunTarget(client, run_id, directory))
             if failure is None:
                 return
-        with closing(Spool(directory)) as spool:
-            spool.set_owner(run_id, stored_uri(client.tracking_uri))
-            spool.append(run_id, message.kind, to_body(message))
-            spool.sync()
+        with closing(Journal(directory)) as journal:
+            journal.set_owner(run_id, stored_uri(client.tracking_uri))
+            journal.append(run_id, message.kind, to_body(message))
+            journal.sync()
             if failure is None:
-                deliver_now(client, spool, MESSAGE_KINDS)
-    except (BusyError, SpoolError) as error:
-        raise TrackingError(f"{failure or error}; the checkpoint {record.file_name} is on the disk") from error
+                deliver_now(client, journal, MESSAGE_KINDS)
+    except (BusyError, JournalError) as error:
+        raise TrackingError(f"{failure or error}; the checkpoint {manifest.file_name} is on the disk") from error
     except TrackingError as error:
         failure = error
     if failure is not None:
         raise TrackingError(
-            f"{failure}; the checkpoint {record.file_name} is on the disk, and `shufflenet sync {directory}` brings "
+            f"{failure}; the checkpoint {manifest.file_name} is on the disk, and `shufflenet sync {directory}` brings "
             "it to the run",
             failure.code,
         ) from failure
 
 
-def _try_at_once(message: Checkpoint, record: CheckpointRecord, target: RunTarget) -> TrackingError | None:
+def _try_at_once(message: Checkpoint, manifest: CheckpointManifest, target: RunTarget) -> TrackingError | None:
     """Send it past the journal; why it did not arrive, if it did not."""
     try:
-        latest = record_in(target.read().data.tags, LATEST_TAG)
+        latest = manifest_in_tag(target.read().data.tags, LATEST_TAG)
         # The history of all points need not be read: only this iteration's matter.
-        target.seen = {} if latest is None or latest.iters != record.iters else _points_of(record.iters)
+        target.seen = {} if latest is None or latest.iters != manifest.iters else _points_of(manifest.iters)
         message.send(target)
     except TrackingError as error:
         return error

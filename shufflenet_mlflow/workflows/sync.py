@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from shufflenet_mlflow.checkpoints.folders import remove_leftovers
-from shufflenet_mlflow.errors import SpoolError, TrackingError
+from shufflenet_mlflow.errors import JournalError, TrackingError
 from shufflenet_mlflow.export import LogModels
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.client import connect, prepare_environment
 from shufflenet_mlflow.tracking.delivery import Deliverer
-from shufflenet_mlflow.tracking.journal import SPOOL_NAME, Entry, Spool, look
+from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, Entry, Journal, read_pending
 from shufflenet_mlflow.tracking.messages import to_body
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.store import lost_checkpoints
@@ -71,36 +71,36 @@ def run_sync(
     """
     prepare_environment()
     if not os.path.isdir(directory):  # unlike Path.is_dir, never raises
-        raise SpoolError(f"{str(directory)!r} is not a folder; name the one that --save-dir named, or models/RUN_ID")
-    held = look(directory)
+        raise JournalError(f"{str(directory)!r} is not a folder; name the one that --save-dir named, or models/RUN_ID")
+    held = read_pending(directory)
     uri = uri_of_journal(held.uri, tracking_uri)
-    if dry_run or not (directory / SPOOL_NAME).exists():
+    if dry_run or not (directory / JOURNAL_NAME).exists():
         return SyncSummary(directory, held.run_id, redact(uri or ""), 0, held.entries)
-    spool = Spool(directory)
+    journal = Journal(directory)
     try:
         remove_leftovers(directory)
-        known = spool.pending
-        if spool.run is not None:
-            for message in lost_checkpoints(spool):
-                spool.append(spool.run, message.kind, to_body(message))
-        doubtful = spool.pending - known
-        sent = max(0, _send(Deliverer(connect(uri), spool, MESSAGE_KINDS), reporter, stop) - doubtful)
+        known = journal.pending
+        if journal.run is not None:
+            for message in lost_checkpoints(journal):
+                journal.append(journal.run, message.kind, to_body(message))
+        doubtful = journal.pending - known
+        sent = max(0, _send(Deliverer(connect(uri), journal, MESSAGE_KINDS), reporter, stop) - doubtful)
     finally:
-        spool.close()
-    held = look(directory)
+        journal.close()
+    held = read_pending(directory)
     return SyncSummary(directory, held.run_id, redact(uri or ""), sent, held.entries)
 
 
 def _send(deliverer: Deliverer, reporter: Reporter, stop: StopFlag) -> int:
-    sent, spool = 0, deliverer.spool
-    with reporter.phase("sending to MLflow", spool.pending) as phase:
+    sent, journal = 0, deliverer.journal
+    with reporter.phase("sending to MLflow", journal.pending) as phase:
         while True:
             stop.check()
             try:
                 arrived = deliverer.send_some()
             except TrackingError as error:
                 raise TrackingError(
-                    f"{error}; {spool.pending} entries still wait in {str(spool.path)!r}", error.code
+                    f"{error}; {journal.pending} entries still wait in {str(journal.path)!r}", error.code
                 ) from error
             if not arrived:
                 return sent

@@ -18,7 +18,7 @@ from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.rendezvous import joined
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 from shufflenet_mlflow.tracking.client import connect, prepare_environment
-from shufflenet_mlflow.tracking.journal import Spool, is_made
+from shufflenet_mlflow.tracking.journal import Journal, is_created
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 from shufflenet_mlflow.tracking.system_metrics import SystemMetrics
@@ -34,7 +34,7 @@ from shufflenet_mlflow.workflows.training.description import (
 )
 from shufflenet_mlflow.workflows.training.followers import NoMetrics, NoStore, QuietReporter
 from shufflenet_mlflow.workflows.training.request import TrainRequest, with_whole_ids
-from shufflenet_mlflow.workflows.training.resume import Start, find_init, find_start
+from shufflenet_mlflow.workflows.training.resume import ResumePoint, find_initial_weights, find_resume_point
 from shufflenet_mlflow.workflows.training.run import ending_on_error, open_run
 from shufflenet_mlflow.workflows.training.sharing import receive_beginning, share_beginning
 from shufflenet_mlflow.workflows.training.state import Prepared, prepare
@@ -97,11 +97,11 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
                 summary = work(world, request, to_tell, stop)
             except StopRequested:
                 another.ask_if_warned(stop)
-                world.part()
+                world.barrier_before_exit()
                 raise
             if summary.result.stopped_by is not None:
                 another.ask_if_warned(stop)
-                world.part()
+                world.barrier_before_exit()
             return summary
     finally:
         another.ask_if_warned(stop)
@@ -109,51 +109,51 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
 
 def _lead(world: World, request: TrainRequest, reporter: Reporter, stop: StopFlag) -> TrainSummary:
     client = connect(request.tracking_uri)
-    with world.together(stop), stop.at_once():
+    with world.sync_errors(stop), stop.at_once():
         request = with_whole_ids(request)
         request, begun = find_attempt(client, request, reporter)
         try:
-            start = find_start(request)
+            start = find_resume_point(request)
         except NoCheckpointError as error:
             start = None
             request, begun = begin_again(client, request, error)
             reporter.note(f"run {begun[0]} has no checkpoint yet: it begins again")
-        init = find_init(request) if start is None else None
+        init = find_initial_weights(request) if start is None else None
     share_beginning(world, request, start, init)
     prepared = prepare(world, request, start, init, reporter, stop)
     start = start.without_tensors() if start is not None else None
     with ExitStack() as stack:
         # From here on there is a run to be ended: the session hears of a signal, no sooner.
-        with world.together(stop, signals=False), ExitStack() as closing:
+        with world.sync_errors(stop, signals=False), ExitStack() as closing:
             save_dir = _save_dir(request, start)
-            spool = Spool(save_dir) if save_dir is not None else None  # nobody else may be at work there
-            if spool is not None:
-                closing.callback(spool.close)
-                if spool.run is not None:
-                    begun = [*begun, spool.run_id_of(spool.run)]
+            journal = Journal(save_dir) if save_dir is not None else None  # nobody else may be at work there
+            if journal is not None:
+                closing.callback(journal.close)
+                if journal.run is not None:
+                    begun = [*begun, journal.run_id_of(journal.run)]
             opened = open_run(
                 client,
                 request,
                 prepared.planned.config,
                 start,
                 init,
-                spool,
+                journal,
                 reporter,
-                begun=[run for run in begun if is_made(run)] if may_begin_again(request, start) else [],
+                begun=[run for run in begun if is_created(run)] if may_begin_again(request, start) else [],
                 drifted=prepared.drifted,
             )
             init = None  # its weights have been copied
             if opened.made is not None:
                 stack.enter_context(opened.made)
-            if spool is None:
+            if journal is None:
                 save_dir = Path(DEFAULT_SAVE_ROOT) / opened.run
                 with ending_on_error(client, opened.run):
-                    spool = Spool(save_dir)
+                    journal = Journal(save_dir)
             closing.pop_all()  # the session closes it
         session = TrackingSession(
-            client, spool, opened.run, MESSAGE_KINDS, is_new=opened.is_new, reporter=reporter, stop=stop
+            client, journal, opened.run, MESSAGE_KINDS, is_new=opened.is_new, reporter=reporter, stop=stop
         )
-        remove_leftovers(spool.directory)
+        remove_leftovers(journal.directory)
         with session:
             session.record(
                 *opened.first,
@@ -164,13 +164,17 @@ def _lead(world: World, request: TrainRequest, reporter: Reporter, stop: StopFla
         if summary.result.stopped_by is not None and opened.made is not None:
             opened.made.status = "KILLED"
     return replace(
-        summary, run_id=session.run_id, run_name=opened.name, experiment_id=opened.experiment_id, pending=spool.pending
+        summary,
+        run_id=session.run_id,
+        run_name=opened.name,
+        experiment_id=opened.experiment_id,
+        pending=journal.pending,
     )
 
 
 def _follow(world: World, request: TrainRequest, reporter: Reporter, stop: StopFlag) -> TrainSummary:
     """The work of a process that neither writes nor tracks."""
-    with world.together(stop):
+    with world.sync_errors(stop):
         pass  # the leader finds out what is continued
     request, start, init = receive_beginning(world, request)
     prepared = prepare(world, request, start, init, reporter, stop)
@@ -178,7 +182,7 @@ def _follow(world: World, request: TrainRequest, reporter: Reporter, stop: StopF
     if start is not None:
         start = start.without_tensors()
         continued = None if request.new_run else start
-    with world.together(stop, signals=False):
+    with world.sync_errors(stop, signals=False):
         pass  # the leader opens the run
     summary = TrainSummary(None, "", Path(), is_leader=False)
     config = prepared.planned.config
@@ -204,13 +208,13 @@ def _train(
     session: TrackingSession,
     request: TrainRequest,
     prepared: Prepared,
-    start: Start | None,
+    start: ResumePoint | None,
     reporter: Reporter,
     stop: StopFlag,
     client_uri: str,
 ) -> TrainSummary:
     planned, state = prepared.planned, prepared.state
-    config, directory = planned.config, session.spool.directory
+    config, directory = planned.config, session.journal.directory
     metrics = TrackedMetrics(session.recorder)
     metrics.log(cost(planned), 0)
     store = TrackedStore(
@@ -286,7 +290,7 @@ def _warn_of_failed_saves(store: TrackedStore, error: BaseException, reporter: R
             reporter.warn(str(failure))
 
 
-def _save_dir(request: TrainRequest, start: Start | None) -> Path | None:
+def _save_dir(request: TrainRequest, start: ResumePoint | None) -> Path | None:
     """Where checkpoints go; None if that is called after the run that is yet to be made."""
     if request.save_dir is not None:
         return request.save_dir
@@ -298,7 +302,7 @@ def _save_dir(request: TrainRequest, start: Start | None) -> Path | None:
     return None
 
 
-def _result_of(start: Start) -> TrainResult:
+def _result_of(start: ResumePoint) -> TrainResult:
     payload = start.payload
     return TrainResult(
         iters=start.iters,

@@ -13,11 +13,11 @@ from shufflenet_mlflow.errors import ConfigError, NoCheckpointError, ResumeError
 from shufflenet_mlflow.runtime.launchers import attempt, launch_name, may_restart
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.client import impatient
-from shufflenet_mlflow.tracking.journal import SPOOL_NAME, look
-from shufflenet_mlflow.tracking.run import KnownRun, config_to_begin_with, find_job, look_up, run_to_adopt
+from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, read_pending
+from shufflenet_mlflow.tracking.run import KnownRun, config_to_begin_with, find_job, look_up, peek_mlflow_run_id
 from shufflenet_mlflow.tracking.uris import is_server
 from shufflenet_mlflow.workflows.training.request import TrainRequest
-from shufflenet_mlflow.workflows.training.resume import Start
+from shufflenet_mlflow.workflows.training.resume import ResumePoint
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import MlflowClient
@@ -57,7 +57,11 @@ def find_attempt(client: "MlflowClient", request: TrainRequest, reporter: Report
         return request, []
     if not known.has_checkpoint:
         return request, [known.run_id]
-    if not has_folder and request.save_dir is not None and look(request.save_dir).run_id not in (None, known.run_id):
+    if (
+        not has_folder
+        and request.save_dir is not None
+        and read_pending(request.save_dir).run_id not in (None, known.run_id)
+    ):
         request = replace(request, save_dir=None)  # it belongs to the run that this one was forked from
     return replace(request, resume=known.run_id, new_run=False), []
 
@@ -81,7 +85,7 @@ def _holds_checkpoints(directory: Path | None) -> bool:
 
 def _was_used(directory: Path | None) -> bool:
     """Whether an earlier attempt has worked there."""
-    return _holds_checkpoints(directory) or (directory is not None and os.path.exists(directory / SPOOL_NAME))
+    return _holds_checkpoints(directory) or (directory is not None and os.path.exists(directory / JOURNAL_NAME))
 
 
 def _look_up(client: "MlflowClient", request: TrainRequest, *, by_name: bool) -> KnownRun | None:
@@ -90,7 +94,7 @@ def _look_up(client: "MlflowClient", request: TrainRequest, *, by_name: bool) ->
     Raises:
         TrackingError: the store does not answer.
     """
-    adopted = run_to_adopt() if request.resume == "auto" and not request.new_run else None
+    adopted = peek_mlflow_run_id() if request.resume == "auto" and not request.new_run else None
     by_name = by_name and request.job is not None
     if not by_name and adopted is None:
         return None
@@ -130,7 +134,7 @@ def begin_again(
     return replace(request, resume="auto", inherited=config), [error.run_id]
 
 
-def may_begin_again(request: TrainRequest, start: Start | None) -> bool:
+def may_begin_again(request: TrainRequest, start: ResumePoint | None) -> bool:
     """Whether a run that has no checkpoint yet may be this one: it was begun by the same command."""
     if start is None:
         return request.resume == "auto" and not request.new_run

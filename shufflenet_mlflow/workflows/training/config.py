@@ -20,17 +20,17 @@ from shufflenet_mlflow.config import (
 from shufflenet_mlflow.data.augment import AUGMENTATIONS
 from shufflenet_mlflow.data.loader import default_workers
 from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
-from shufflenet_mlflow.data.sampler import Division, SampleOrder
+from shufflenet_mlflow.data.sampler import MicroBatches, SampleOrder
 from shufflenet_mlflow.errors import ConfigError
 from shufflenet_mlflow.models.loaded import choose_preprocess
-from shufflenet_mlflow.models.spec import Architecture
+from shufflenet_mlflow.models.spec import ModelSpec
 from shufflenet_mlflow.models.torchvision_v2 import published_weights
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.training.loop import TrainData
 from shufflenet_mlflow.training.recipe import get_recipe
 from shufflenet_mlflow.workflows.training.data import absolute_path, image_folders, list_both
 from shufflenet_mlflow.workflows.training.request import TrainRequest
-from shufflenet_mlflow.workflows.training.resume import Init, Start
+from shufflenet_mlflow.workflows.training.resume import InitialWeights, ResumePoint
 
 DISPLAY_INTERVAL = 20
 VALIDATIONS = 10
@@ -45,11 +45,13 @@ class Plan:
     """A training run with nothing left open."""
 
     config: TrainConfig
-    architecture: Architecture
+    architecture: ModelSpec
     data: TrainData
 
 
-def plan(request: TrainRequest, start: Start | None, init: Init | None = None, world: World | None = None) -> Plan:
+def plan(
+    request: TrainRequest, start: ResumePoint | None, init: InitialWeights | None = None, world: World | None = None
+) -> Plan:
     """Fill in what was not given, and list the data.
 
     Args:
@@ -74,7 +76,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
     is_digits = train_dir is None
     if start is not None and options.get("model") != inherited.get("model"):
         options |= {"choices": given.get("choices"), "scales": given.get("scales")}  # those of another network
-    architecture = init.architecture if init else Architecture.asked(options) or Architecture(DEFAULT_MODEL)
+    architecture = init.architecture if init else ModelSpec.asked(options) or ModelSpec(DEFAULT_MODEL)
     if options.get("pretrained"):
         published_weights(architecture.name)
     recipe = get_recipe(architecture.name)
@@ -90,7 +92,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
     batch_size = options.get("batch_size", DEFAULT_BATCH_SIZE)
     if batch_size < 2:
         raise ConfigError(f"--batch-size (={batch_size}) must be at least 2: batch normalisation needs two images")
-    division = _divide(batch_size, options.get("micro_batch_size"), world)
+    micro_batches = _divide(batch_size, options.get("micro_batch_size"), world)
     on_bad_image = options.get("on_bad_image", "fail")
     train, val = list_both(train_dir, val_dir, skip_bad=on_bad_image == "skip", cache_dir=request.cache_dir)
     num_classes = options.get("num_classes", len(train.classes))
@@ -137,7 +139,7 @@ def plan(request: TrainRequest, start: Start | None, init: Init | None = None, w
     }
     known = {name: value for name, value in options.items() if name in FIELDS}
     config = TrainConfig(**{**defaults, **known, **settled})
-    return Plan(config, architecture, TrainData(train, val, order, division, preprocess))
+    return Plan(config, architecture, TrainData(train, val, order, micro_batches, preprocess))
 
 
 def _total_iters(given: Mapping[str, Any], inherited: Mapping[str, Any], iters_per_epoch: int, epochs: int) -> int:
@@ -149,23 +151,23 @@ def _total_iters(given: Mapping[str, Any], inherited: Mapping[str, Any], iters_p
     return total_iters
 
 
-def _divide(batch_size: int, micro_batch_size: int | None, world: World) -> Division:
+def _divide(batch_size: int, micro_batch_size: int | None, world: World) -> MicroBatches:
     """How each iteration's batch is divided among the processes.
 
     Raises:
         ConfigError: a part would be too small for batch normalisation.
     """
-    division = Division.of(batch_size, max(2, micro_batch_size or batch_size), world.rank, world.size)
-    if division.smallest < 2:
-        way_out = "raise --micro-batch-size" if division.rounds > 1 else "begin with fewer processes"
+    micro_batches = MicroBatches.of(batch_size, max(2, micro_batch_size or batch_size), world.rank, world.size)
+    if micro_batches.smallest < 2:
+        way_out = "raise --micro-batch-size" if micro_batches.accumulation_steps > 1 else "begin with fewer processes"
         raise ConfigError(
-            f"--batch-size (={batch_size}) is divided into {division.parts} parts, and batch normalisation needs two "
-            f"images in each; raise it to {2 * division.parts}, or {way_out}"
+            f"--batch-size (={batch_size}) is divided into {micro_batches.count} micro-batches, and batch normalisation "
+            f"needs two images in each; raise it to {2 * micro_batches.count}, or {way_out}"
         )
-    return division
+    return micro_batches
 
 
-def _mean_image_to_read(given: Mapping[str, Any], start: Start | None) -> str | None:
+def _mean_image_to_read(given: Mapping[str, Any], start: ResumePoint | None) -> str | None:
     """The file that `--mean-image` names; None where the image in the checkpoint is the same one.
 
     It is taken for the same if the file is gone: the same command, repeated, continues the run.

@@ -10,7 +10,7 @@ from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.preprocess import Preprocess
 from shufflenet_mlflow.errors import ConfigError, ResumeError
 from shufflenet_mlflow.training.loop import TrainData
-from shufflenet_mlflow.workflows.training.resume import Start
+from shufflenet_mlflow.workflows.training.resume import ResumePoint
 
 
 def image_folders(options: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -42,7 +42,7 @@ def list_both(
     return train, val
 
 
-def check_same_data(start: Start, data: TrainData, *, new_run: bool) -> None:
+def check_same_data(start: ResumePoint, data: TrainData, *, new_run: bool) -> None:
     """Refuse to continue on other images, or with another mean image, than the run began with.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shufflenet_mlflow.config import HARMLESS, TrainConfig, drift
+from shufflenet_mlflow.config import RESUME_MAY_CHANGE, TrainConfig, drift
 from shufflenet_mlflow.data.datasets import data_name
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.models.cost import model_cost
@@ -20,7 +20,7 @@ from shufflenet_mlflow.tracking.provenance import command_line
 from shufflenet_mlflow.tracking.target import Message
 from shufflenet_mlflow.training.loop import TrainData, TrainResult
 from shufflenet_mlflow.workflows.training.config import Plan
-from shufflenet_mlflow.workflows.training.resume import Start
+from shufflenet_mlflow.workflows.training.resume import ResumePoint
 
 OF_PIXELS = ("torchvision", "opencv-python-headless", "simplejpeg")
 """Packages that decode and change images."""
@@ -34,7 +34,7 @@ PARTS = "parts"
 
 def config_digest(config: Mapping[str, Any]) -> str:
     """What two runs have in common that differ in nothing but what may change when one is resumed."""
-    values = {name: value for name, value in config.items() if name not in HARMLESS}
+    values = {name: value for name, value in config.items() if name not in RESUME_MAY_CHANGE}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -108,7 +108,7 @@ def environment(planned: Plan, device: torch.device, world: World) -> dict[str, 
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "processes": world.size,
-        PARTS: planned.data.division.parts,
+        PARTS: planned.data.micro_batches.count,
     }
 
 
@@ -126,7 +126,7 @@ def constants(planned: Plan, surroundings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def drift_since(start: Start, config: TrainConfig, surroundings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def drift_since(start: ResumePoint, config: TrainConfig, surroundings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What has changed since the checkpoint was written: name -> (then, now)."""
     then = start.payload.get("environment")
     changed = {} if then is None else drift(then, surroundings)

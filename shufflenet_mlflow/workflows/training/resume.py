@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from shufflenet_mlflow.checkpoints.folders import Resolved, newest_valid
-from shufflenet_mlflow.checkpoints.manifest import CheckpointRecord, read_record
+from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, read_manifest
 from shufflenet_mlflow.checkpoints.names import FINAL_TAG, newest_first, parse_name
 from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference
 from shufflenet_mlflow.checkpoints.schema import RESUME_KEYS, check_payload, is_own
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, ResumeError, TrackingError, UnresolvedError
-from shufflenet_mlflow.models.loaded import Described, describe, identify
-from shufflenet_mlflow.models.spec import Architecture
+from shufflenet_mlflow.models.loaded import ModelDescription, describe, identify
+from shufflenet_mlflow.models.spec import ModelSpec
 from shufflenet_mlflow.tracking.resolve import latest_of_run, resolve, run_of, run_of_file
 from shufflenet_mlflow.workflows.training.request import TrainRequest
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """The checkpoint that training continues from."""
 
     path: Path
@@ -33,7 +33,7 @@ class Start:
     run_id: str | None = None
     """The run that it belongs to; None if MLflow has not made it yet."""
 
-    def without_tensors(self) -> "Start":
+    def without_tensors(self) -> "ResumePoint":
         """The same without what is loaded by now: for a large network these are gigabytes."""
         heavy = ("state_dict", "ema_state_dict", "optimizer_state_dict")
         return replace(self, payload={key: value for key, value in self.payload.items() if key not in heavy})
@@ -53,13 +53,13 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Init:
+class InitialWeights:
     """The checkpoint whose weights training begins with."""
 
     path: Path
     payload: Mapping[str, Any]
-    architecture: Architecture
-    described: Described
+    architecture: ModelSpec
+    described: ModelDescription
     run_id: str | None
     """The run that it belongs to."""
 
@@ -69,7 +69,7 @@ class Init:
         return named is None or dict(named) == dict(class_to_idx)
 
 
-def find_init(request: TrainRequest) -> Init | None:
+def find_initial_weights(request: TrainRequest) -> InitialWeights | None:
     """The checkpoint that `--init-from` names; None without one.
 
     Raises:
@@ -86,12 +86,12 @@ def find_init(request: TrainRequest) -> Init | None:
     payload = read_checkpoint(resolved.path)
     source = repr(str(resolved.path))
     described = describe(payload, source)
-    architecture = identify(described.architecture, Architecture.asked(options), payload, source)
+    architecture = identify(described.architecture, ModelSpec.asked(options), payload, source)
     run_id = payload.get("run_id") if is_own(payload) else None
-    return Init(resolved.path, payload, architecture, described, run_id or resolved.run_id)
+    return InitialWeights(resolved.path, payload, architecture, described, run_id or resolved.run_id)
 
 
-def find_start(request: TrainRequest) -> Start | None:
+def find_resume_point(request: TrainRequest) -> ResumePoint | None:
     """The checkpoint to continue from; None for a fresh start.
 
     Raises:
@@ -143,14 +143,14 @@ def _resolve(request: TrainRequest) -> Resolved:
     return local
 
 
-def _is_up_to_date(local: Resolved, latest: CheckpointRecord | None) -> bool:
+def _is_up_to_date(local: Resolved, latest: CheckpointManifest | None) -> bool:
     """Whether a checkpoint on this disk is the one that the run names as its latest, or a newer one."""
     if latest is None:
         return True
     name = local.path.name
     if name == latest.file_name:
-        record = read_record(local.path)
-        return record is not None and record.sha256 == latest.sha256
+        manifest = read_manifest(local.path)
+        return manifest is not None and manifest.sha256 == latest.sha256
     return newest_first([name, latest.file_name])[0] == name
 
 
@@ -163,7 +163,7 @@ def _newest_of_run(directory: Path, run_id: str) -> Resolved | None:
     return found if found is not None and run_of_file(found.path) == run_id else None
 
 
-def _load_start(path: Path, fetched_from: str | None) -> Start:
+def _load_start(path: Path, fetched_from: str | None) -> ResumePoint:
     payload = read_checkpoint(path)
     source = repr(str(path))
     check_payload(payload, RESUME_KEYS, source)
@@ -171,4 +171,4 @@ def _load_start(path: Path, fetched_from: str | None) -> Start:
         check_types(payload["config"])
     except ConfigError as error:
         raise CheckpointError(f"{source}: its configuration is not understood: {error}") from error
-    return Start(path, payload, fetched_from is not None, run_of(path, payload) or fetched_from)
+    return ResumePoint(path, payload, fetched_from is not None, run_of(path, payload) or fetched_from)

@@ -13,26 +13,26 @@ from shufflenet_mlflow.errors import ResumeError, TrackingError
 from shufflenet_mlflow.runtime.launchers import attempt
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.client import impatient, mlflow_errors
-from shufflenet_mlflow.tracking.journal import Spool, is_made, name_new_run
+from shufflenet_mlflow.tracking.journal import Journal, is_created, new_provisional_id
 from shufflenet_mlflow.tracking.messages import Reopen
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run import (
     CONFIG_TAG,
     JOB_TAG,
-    AdoptedRun,
-    adopted_run_id,
-    adopted_tags,
+    WrapperRun,
     config_to_begin_with,
     make_run,
     new_run,
     reopen_run,
     require_not_beyond,
+    tags_for_mlflow_run,
+    take_mlflow_run_id,
 )
 from shufflenet_mlflow.tracking.target import Message
 from shufflenet_mlflow.tracking.uris import is_server
 from shufflenet_mlflow.workflows.training.description import config_digest
 from shufflenet_mlflow.workflows.training.request import TrainRequest
-from shufflenet_mlflow.workflows.training.resume import Init, Start
+from shufflenet_mlflow.workflows.training.resume import InitialWeights, ResumePoint
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import MlflowClient
@@ -53,7 +53,7 @@ class OpenedRun:
     is_new: bool = False
     name: str = ""
     experiment_id: str = ""
-    made: AdoptedRun | None = None
+    made: WrapperRun | None = None
     """The run that `mlflow run` made if that is another one: it ends as this one does."""
 
 
@@ -63,7 +63,7 @@ def ending_on_error(client: "MlflowClient", run: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if is_made(run):
+        if is_created(run):
             with suppress(TrackingError), mlflow_errors(f"end run {run}"):
                 client.set_terminated(run, "FAILED")
         raise
@@ -73,9 +73,9 @@ def open_run(
     client: "MlflowClient",
     request: TrainRequest,
     config: TrainConfig,
-    start: Start | None,
-    init: Init | None,
-    spool: Spool | None,
+    start: ResumePoint | None,
+    init: InitialWeights | None,
+    journal: Journal | None,
     reporter: Reporter,
     *,
     begun: Sequence[str] = (),
@@ -92,17 +92,23 @@ def open_run(
         ResumeError: the run has gone on beyond the checkpoint, or is not there any more.
         TrackingError: the store refuses.
     """
-    adopted = adopted_run_id()
+    adopted = take_mlflow_run_id()
     tags = _first_tags(config, init)
     name = request.run_name or f"{config.model} {data_name(config.train_dir)} {config.input_size}px"
     known, create = adopted, None
     if start is not None and request.new_run and start.run_id is not None:
         tags |= {"resumed.from_run": start.run_id, "resumed.from_iters": str(start.iters)}
-    elif start is not None and not request.new_run and (start.run_id is not None or (spool and spool.run)):
-        known = start.run_id or (spool.run if spool else None)
+    elif start is not None and not request.new_run and (start.run_id is not None or (journal and journal.run)):
+        known = start.run_id or (journal.run if journal else None)
         tags = {"resumed.from_iters": str(start.iters)}
-    elif start is None and attempt() and spool is not None and spool.run and not is_made(spool.run_id_of(spool.run)):
-        known = spool.run  # MLflow was away then, too
+    elif (
+        start is None
+        and attempt()
+        and journal is not None
+        and journal.run
+        and not is_created(journal.run_id_of(journal.run))
+    ):
+        known = journal.run  # MLflow was away then, too
     if start is not None and drifted:
         tags[f"drift.{start.iters}"] = redact(json.dumps(drifted))[:LONGEST_TAG]
     if request.job is not None:
@@ -111,8 +117,8 @@ def open_run(
     if known is None:
         create = new_run(experiment=request.experiment, name=name, tags=tags)
     elif known == adopted:
-        tags = adopted_tags(request.run_name, tags)
-    if known is not None and not is_made(known):  # the journal is still to make it
+        tags = tags_for_mlflow_run(request.run_name, tags)
+    if known is not None and not is_created(known):  # the journal is still to make it
         return OpenedRun(known, (Reopen(tags),), name=name)
     try:
         with impatient() if is_server(client.tracking_uri) else nullcontext():
@@ -125,16 +131,16 @@ def open_run(
             run = client.get_run(run_id)
             made = None
             if adopted is not None and adopted != run_id:
-                made = AdoptedRun(client, adopted, tags={"continues.run": run_id})
+                made = WrapperRun(client, adopted, tags={"continues.run": run_id})
         return OpenedRun(run_id, (), is_new, run.info.run_name, run.info.experiment_id, made)
     except TrackingError as error:
         if error.answered or not is_server(client.tracking_uri):
             raise
         reporter.warn(f"{error}; training goes on without, and what belongs to MLflow is kept and sent later")
-    return OpenedRun(known or name_new_run(), (create or Reopen(tags),), name=name)
+    return OpenedRun(known or new_provisional_id(), (create or Reopen(tags),), name=name)
 
 
-def _first_tags(config: TrainConfig, init: Init | None) -> dict[str, str]:
+def _first_tags(config: TrainConfig, init: InitialWeights | None) -> dict[str, str]:
     """What a run is told when it is made."""
     tags = {"network": config.model, CONFIG_TAG: redact(json.dumps(config.to_dict()))}
     if len(tags[CONFIG_TAG]) > LONGEST_TAG:  # paths of thousands of characters
@@ -159,7 +165,7 @@ def _continue(
     run_id: str,
     tags: dict[str, str],
     request: TrainRequest,
-    start: Start | None,
+    start: ResumePoint | None,
     adopted: str | None,
 ) -> str:
     try:

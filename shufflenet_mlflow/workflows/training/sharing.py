@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.workflows.training.request import TrainRequest
-from shufflenet_mlflow.workflows.training.resume import Init, Start
+from shufflenet_mlflow.workflows.training.resume import InitialWeights, ResumePoint
 
 
-def share_beginning(world: World, request: TrainRequest, start: Start | None, init: Init | None) -> None:
+def share_beginning(
+    world: World, request: TrainRequest, start: ResumePoint | None, init: InitialWeights | None
+) -> None:
     """Send the others what was found; the counterpart of `receive_beginning`."""
     if world.size == 1:
         return
@@ -19,7 +21,9 @@ def share_beginning(world: World, request: TrainRequest, start: Start | None, in
         world.payload_from_leader(found.payload if found is not None else None)
 
 
-def receive_beginning(world: World, request: TrainRequest) -> tuple[TrainRequest, Start | None, Init | None]:
+def receive_beginning(
+    world: World, request: TrainRequest
+) -> tuple[TrainRequest, ResumePoint | None, InitialWeights | None]:
     """What the leader found, with the request as it understood it."""
     own = (request.resume, request.new_run, request.inherited, _NO_START, _NO_INIT)
     resume, new_run, inherited, start, init = world.from_leader(own)
@@ -33,10 +37,10 @@ def receive_beginning(world: World, request: TrainRequest) -> tuple[TrainRequest
     return request, start, init
 
 
-_NO_START: Start | None = None
-_NO_INIT: Init | None = None
+_NO_START: ResumePoint | None = None
+_NO_INIT: InitialWeights | None = None
 
 
-def _light(found: "Start | Init | None") -> "Start | Init | None":
+def _light(found: "ResumePoint | InitialWeights | None") -> "ResumePoint | InitialWeights | None":
     """Without the checkpoint's content, which is sent on its own."""
     return None if found is None else replace(found, payload={})

@@ -11,8 +11,8 @@ from torch.amp.grad_scaler import GradScaler
 from shufflenet_mlflow.checkpoints.loading import load_checkpoint, weights_of
 from shufflenet_mlflow.config import check_resumable, option
 from shufflenet_mlflow.errors import ConfigError, DataError
-from shufflenet_mlflow.models.loaded import classes_in, naming_what_fits
-from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, place
+from shufflenet_mlflow.models.loaded import classes_in, suggest_fitting_models
+from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, move_model
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
@@ -30,7 +30,7 @@ from shufflenet_mlflow.workflows.training.description import (
 )
 from shufflenet_mlflow.workflows.training.followers import NoMetrics, NoStore
 from shufflenet_mlflow.workflows.training.request import TrainRequest
-from shufflenet_mlflow.workflows.training.resume import Init, Start
+from shufflenet_mlflow.workflows.training.resume import InitialWeights, ResumePoint
 
 OF_ONE_MACHINE = ("train_dir", "val_dir", "mean_image", "init_from", "workers", "device")
 """Options in which the processes of one job may differ."""
@@ -49,7 +49,12 @@ class Prepared:
 
 
 def prepare(
-    world: World, request: TrainRequest, start: Start | None, init: Init | None, reporter: Reporter, stop: StopFlag
+    world: World,
+    request: TrainRequest,
+    start: ResumePoint | None,
+    init: InitialWeights | None,
+    reporter: Reporter,
+    stop: StopFlag,
 ) -> Prepared:
     """Options, data and state of this process, which fit those of the others.
 
@@ -58,7 +63,7 @@ def prepare(
         ResumeError: the checkpoint's run cannot be continued with them.
         CheckpointError: the weights to begin with do not fit the network.
     """
-    with world.together(stop), stop.at_once():
+    with world.sync_errors(stop), stop.at_once():
         planned = plan(request, start, init, world)
         config, data = planned.config, planned.data
         if len(data.train.classes) == 1:
@@ -77,9 +82,9 @@ def prepare(
         if config.amp == "fp16" and device.type == "mps":
             raise ConfigError("--amp fp16 needs CUDA or a CPU, and the device is mps; use bf16 or leave it out")
         surroundings = environment(planned, device, world)
-    with world.together(stop):
+    with world.sync_errors(stop):
         _require_same_as_leader(world, planned)
-    with world.together(stop), stop.at_once():
+    with world.sync_errors(stop), stop.at_once():
         drifted: dict[str, tuple[Any, Any]] = {}
         state = fresh_state(planned, device, world, first_weights=start is None)
         if start is not None:
@@ -130,7 +135,7 @@ def fresh_state(planned: Plan, device: torch.device, world: World, *, first_weig
     torch.manual_seed(config.seed)
     pretrained = first_weights and config.pretrained
     model = planned.architecture.build(config.num_classes, pretrained=pretrained)
-    model = place(model, device)
+    model = move_model(model, device)
     if config.sync_bn and world.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     optimizer = make_optimizer(
@@ -152,7 +157,7 @@ def fresh_state(planned: Plan, device: torch.device, world: World, *, first_weig
     )
 
 
-def _load_first_weights(state: TrainingState, init: Init, data: TrainData, reporter: Reporter) -> None:
+def _load_first_weights(state: TrainingState, init: InitialWeights, data: TrainData, reporter: Reporter) -> None:
     """Take over the weights of `init`, but for a classifier of other classes.
 
     Raises:
@@ -161,7 +166,7 @@ def _load_first_weights(state: TrainingState, init: Init, data: TrainData, repor
     same = init.fits_classes(data.train.class_to_idx)
     source = repr(str(init.path))
     weights = weights_of(init.payload, source)
-    with naming_what_fits(weights, source, init.architecture):
+    with suggest_fitting_models(weights, source, init.architecture):
         report = load_checkpoint(
             state.model, init.payload, strict=False, reset_head=True if same else "always", source=source
         )
