@@ -20,9 +20,10 @@ test: $(VENV)/.installed  ## the fast tests, two files at a time
 long: $(VENV)/.installed  ## the tests that take minutes: servers, `mlflow run`, killed processes
 	$(BIN)/python -m pytest -m long
 
-lint: $(VENV)/.installed  ## style, formatting, types
+lint: $(VENV)/.installed  ## style, formatting, who imports whom, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 $(VENV)/.installed-docs: $(VENV)/.installed

@@ -1,6 +1,7 @@
 """How every command looks and ends: help in sections, suggestions, one line for an error, exit statuses."""
 
 import errno
+import json
 import os
 import re
 import sys
@@ -10,10 +11,12 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from shufflenet_mlflow.errors import PeerFailedError, ShuffleNetError
 from shufflenet_mlflow.runtime.signals import EXIT_BASE, StopRequested
 
+from .errors import UsageError
 from .options import DEBUG, Option
 from .settings import note_sources, sources, warn_of_unknown_variables
 
@@ -68,19 +71,26 @@ class Group(click.Group):
         if self.get_command(ctx, name) is None and not ctx.resilient_parsing and not name.startswith("-"):
             near = get_close_matches(name, self.commands, n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(self.list_commands(ctx))}"
-            ctx.fail(f"there is no command {name!r}; {hint}")
+            raise UsageError(f"there is no command {name!r}; {hint}", ctx, code="unknown-command")
         return super().resolve_command(ctx, args)
 
 
 class Main(Group):
     """The whole command line: ends with the exit status that is documented for what happened."""
 
+    as_json = False
+    """Errors are printed as JSON on stdout as well."""
+
     def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **named: Any) -> Any:  # type: ignore[override]
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **named)
+        words = list(sys.argv[1:] if args is None else args)
+        self.as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
         try:
             status = super().main(args, standalone_mode=False, **named)
         except click.ClickException as error:
+            if self.as_json and not isinstance(error, NoArgsIsHelpError):
+                _print_json_error(getattr(error, "code", "usage"), error.format_message())
             _show_usage_error(error)
             sys.exit(error.exit_code)
         except click.Abort:
@@ -101,6 +111,8 @@ class Main(Group):
         except PeerFailedError as error:  # the first process of the job says what it was
             sys.exit(error.exit_status)
         except ShuffleNetError as error:
+            if self.as_json:
+                _print_json_error(error.code, str(error))
             _end(ctx, error)
         except StopRequested as stop:
             if os.environ.get("RANK", "0") == "0":
@@ -121,6 +133,13 @@ def _end(ctx: click.Context, error: ShuffleNetError) -> NoReturn:
     sys.exit(error.exit_status)
 
 
+def _print_json_error(code: str, message: str) -> None:
+    """Print the error where a program that asked for JSON reads it."""
+    from shufflenet_mlflow.tracking.redaction import redact
+
+    click.echo(json.dumps({"error": {"code": code, "message": redact(message)}}))
+
+
 def _with_sources(text: str) -> str:
     """The message, with the origin of the options in it that stood somewhere else than in the command."""
     named = set(re.findall(r"--[a-z][a-z-]+", text))
@@ -129,7 +148,7 @@ def _with_sources(text: str) -> str:
 
 def _show_usage_error(error: click.ClickException) -> None:
     """What is wrong, and where to read more; click takes four lines for that."""
-    if type(error).__name__ == "NoArgsIsHelpError" or not isinstance(error, click.UsageError):
+    if isinstance(error, NoArgsIsHelpError) or not isinstance(error, click.UsageError):
         error.show()
         return
     click.echo(f"Error: {_one_line(error.format_message())}", err=True)

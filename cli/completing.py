@@ -13,6 +13,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 import click
 from click.shell_completion import CompletionItem
 
+from .errors import BadParameter
+
 SECONDS = 2.0
 """A server may take to answer."""
 MOST = 50
@@ -37,7 +39,7 @@ class NetworkName(click.ParamType):  # type: ignore[type-arg]
         try:
             return get_variant(value).name
         except ModelError as error:
-            self.fail(str(error), param, ctx)
+            raise BadParameter(str(error), ctx, param, code=error.code) from error
 
     def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from shufflenet_mlflow.models.catalog import list_models

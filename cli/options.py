@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from .completing import NETWORK, REFERENCE, RUN, Folder
+from .errors import UsageError
 
 DEBUG = "shufflenet_mlflow.debug"
 VERBOSITY = "shufflenet_mlflow.verbosity"
@@ -107,7 +108,9 @@ def _set_verbosity(ctx: click.Context, parameter: click.Parameter, value: bool |
             if spelling(known) in LEVELS_OF_SPEECH
         ]
         origin = "".join(f" ({name} is from {source})" for name, source in sources if source is not None)
-        raise click.UsageError(f"--verbose and --quiet exclude each other; give one of them{origin}", ctx)
+        raise UsageError(
+            f"--verbose and --quiet exclude each other; give one of them{origin}", ctx, code="verbose-and-quiet"
+        )
     ctx.meta[VERBOSITY] = spelling(parameter)
 
 

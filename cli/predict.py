@@ -10,6 +10,7 @@ import click
 from shufflenet_mlflow.config import MAX_WORKERS
 
 from .commands import Command
+from .errors import UsageError
 from .options import (
     bad_image_option,
     cache_dir_option,
@@ -68,9 +69,11 @@ def predict(ref: str, images: tuple[str, ...], format_: str | None, as_json: boo
       curl -s https://example.org/cat.jpg | shufflenet predict 01234567 -
     """
     if not images:
-        raise click.UsageError("Missing argument 'IMAGE...': a file, a folder, a pattern, or - for standard input.")
+        raise UsageError(
+            "Missing argument 'IMAGE...': a file, a folder, a pattern, or - for standard input.", code="no-images-named"
+        )
     if as_json and format_ not in (None, "json"):
-        raise click.UsageError(f"--json and --format {format_} exclude each other.")
+        raise UsageError(f"--json and --format {format_} exclude each other.", code="json-and-format")
     from shufflenet_mlflow.data.pictures import find_pictures
 
     pictures = find_pictures(images, _stdin)  # before torch is imported: a wrong path is named at once

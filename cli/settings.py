@@ -14,6 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from .errors import BadParameter
 from .options import CONFIG, PREFIX, Option, spelling
 
 if sys.version_info >= (3, 11):
@@ -47,7 +48,7 @@ def read_config(ctx: click.Context, path: Path) -> dict[str, Any]:
         if key not in known and not isinstance(value, dict):
             near = get_close_matches(key, known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else "keys are options without their hyphens, as batch_size"
-            raise click.BadParameter(f"{path}: there is no option {written!r}; {hint}")
+            raise BadParameter(f"{path}: there is no option {written!r}; {hint}", code="unknown-key")
         text = _as_text(value, f"{path}: {written}")
         if key in own and text is not None:
             values[str(own[key].name)] = text
@@ -59,12 +60,14 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text("utf-8")
         document = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
-        raise click.BadParameter(f"cannot read {str(path)!r}: {error.strerror}") from error
+        raise BadParameter(f"cannot read {str(path)!r}: {error.strerror}", code="config-file-unreadable") from error
     except ValueError as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
-        raise click.BadParameter(f"{path} is not {kind}: {error}") from error
+        raise BadParameter(f"{path} is not {kind}: {error}", code="config-file-syntax") from error
     if not isinstance(document, dict):
-        raise click.BadParameter(f"{path} holds no options; it is to be an object, as a run's config.json is")
+        raise BadParameter(
+            f"{path} holds no options; it is to be an object, as a run's config.json is", code="config-file-not-object"
+        )
     return document
 
 
@@ -73,7 +76,9 @@ def _as_text(value: Any, where: str) -> str | None:
     if value is None:
         return None
     if isinstance(value, str) and "\0" in value:
-        raise click.BadParameter(f"{where} (={value!r}) holds a null character; no text that can be typed has one")
+        raise BadParameter(
+            f"{where} (={value!r}) holds a null character; no text that can be typed has one", code="null-character"
+        )
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (str, int, float)):
@@ -81,8 +86,8 @@ def _as_text(value: Any, where: str) -> str | None:
     if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
         return ",".join(map(str, value))
     if isinstance(value, dict):
-        raise click.BadParameter(f"{where} is a table; options stand at the top of the file")
-    raise click.BadParameter(f"{where} is neither text, a number, true or false, nor a list of them")
+        raise BadParameter(f"{where} is a table; options stand at the top of the file", code="value-is-table")
+    raise BadParameter(f"{where} is neither text, a number, true or false, nor a list of them", code="value-type")
 
 
 def _commands(command: click.Command) -> Iterator[click.Command]:

@@ -12,6 +12,7 @@ from shufflenet_mlflow.runtime.signals import StopRequested, exit_status
 
 from .commands import Command
 from .completing import NETWORK, REFERENCE, Folder, Reference
+from .errors import BadParameter
 from .options import (
     architecture_options,
     bad_image_option,
@@ -230,7 +231,9 @@ def _check_numbers(given: dict[str, Any]) -> None:
     """What is wrong whatever the data: reported before anything heavy is imported."""
     for name in ("num_classes", "epochs", "total_iters"):
         if name in given and given[name] < 1:
-            raise click.BadParameter(f"{given[name]} is not at least 1", param_hint=f"--{name.replace('_', '-')}")
+            raise BadParameter(
+                f"{given[name]} is not at least 1", param_hint=f"--{name.replace('_', '-')}", code="count-below-one"
+            )
 
 
 def _result_lines(summary: "TrainSummary") -> list[str]:

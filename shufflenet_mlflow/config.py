@@ -75,7 +75,7 @@ def command_of(config: Mapping[str, Any]) -> list[str]:
 
 def _require(condition: bool, field: str, value: object, rule: str) -> None:
     if not condition:
-        raise ConfigError(f"{option(field)} (={value}) must be {rule}")
+        raise ConfigError(f"{option(field)} (={value}) must be {rule}", code=f"option-{field.replace('_', '-')}")
 
 
 def parse_numbers(text: str, field: str, kind: type[Number]) -> tuple[Number, ...]:
@@ -92,7 +92,9 @@ def parse_numbers(text: str, field: str, kind: type[Number]) -> tuple[Number, ..
         numbers = tuple(kind(word) for word in words)
     except ValueError as error:
         what = "whole numbers" if kind is int else "numbers"
-        raise ConfigError(f"{option(field)} (={text}) must be {what} with commas between them") from error
+        raise ConfigError(
+            f"{option(field)} (={text}) must be {what} with commas between them", code="numbers-invalid"
+        ) from error
     _require(bool(numbers), field, text, "numbers with commas between them")
     return numbers
 
@@ -326,4 +328,6 @@ def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: boo
             if breaking
             else "leave them as they were, or pass --new-run to continue as a run of its own"
         )
-        raise ResumeError(f"the run cannot be continued with changed {listed}; {way_out}")
+        raise ResumeError(
+            f"the run cannot be continued with changed {listed}; {way_out}", code="resume-options-changed"
+        )

@@ -27,9 +27,19 @@ with status 1, or 2 for `ConfigError` and `ModelError`, which mean wrong usage.
 
 
 class ShuffleNetError(Exception):
-    """Base class: catch this to catch everything the project raises on purpose."""
+    """Base class: catch this to catch everything the project raises on purpose.
+
+    Args:
+        code: names the error in `--json` and in tests; it stays when the message changes.
+    """
 
     exit_status = 1
+    code = "error"
+
+    def __init__(self, message: str = "", *, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
 
 
 class ConfigError(ShuffleNetError, ValueError):
@@ -71,8 +81,8 @@ class MismatchError(CheckpointError):
         report: the `LoadReport` that lists every tensor which was missing, unexpected or of another shape.
     """
 
-    def __init__(self, message: str, report: object = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, report: object = None, *, code: str | None = None) -> None:
+        super().__init__(message, code=code)
         self.report = report
 
 
@@ -87,8 +97,8 @@ class NoCheckpointError(UnresolvedError):
         run_id: that run.
     """
 
-    def __init__(self, message: str, run_id: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, run_id: str = "", *, code: str | None = None) -> None:
+        super().__init__(message, code=code)
         self.run_id = run_id
 
 
@@ -104,17 +114,17 @@ class TrackingError(ShuffleNetError):
     """The MLflow store refused a request or did not answer.
 
     Args:
-        code: MLflow's own error code, such as `RESOURCE_DOES_NOT_EXIST`, if it answered.
+        mlflow_code: MLflow's own error code, such as `RESOURCE_DOES_NOT_EXIST`, if it answered.
     """
 
-    def __init__(self, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.code = code
+    def __init__(self, message: str, mlflow_code: str | None = None, *, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.mlflow_code = mlflow_code
 
     @property
     def answered(self) -> bool:
         """Whether the store gave a definite answer: trying again will not help."""
-        return self.code in _DEFINITE
+        return self.mlflow_code in _DEFINITE
 
 
 class RefusedError(TrackingError):
@@ -147,8 +157,8 @@ class PeerFailedError(ShuffleNetError):
         exit_status: of that failure.
     """
 
-    def __init__(self, message: str, exit_status: int = 1) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, exit_status: int = 1, *, code: str | None = None) -> None:
+        super().__init__(message, code=code)
         self.exit_status = exit_status
 
 

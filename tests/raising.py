@@ -20,12 +20,10 @@ PACKAGE = Path(shufflenet_mlflow.__file__).parent
 CLI = Path(shufflenet_mlflow.cli.__file__).parent
 MAKERS = {
     *(name for name, found in vars(errors).items() if isinstance(found, type) and issubclass(found, ShuffleNetError)),
-    *("BadParameter", "UsageError", "ClickException", "fail"),
+    *("BadParameter", "UsageError"),
     "_require",  # of config.py: a rule for an option
 }
-"""What a call of it makes an error."""
-WORDS = 7
-"""Of its message, that tell a place from others in the same function."""
+"""Calls of these make an error."""
 
 
 @dataclass(frozen=True)
@@ -36,36 +34,36 @@ class Site:
     first: int
     last: int
     key: str
-    """`module.function: the message's first words`, with {} where a value stands."""
+    """The error's code, which no other call has."""
 
 
 def find_sites() -> dict[str, Site]:
-    """Every site of the package, by its key."""
+    """Every call of the package that makes an error, by its code."""
     found: dict[str, Site] = {}
-    for prefix, folder in (("", PACKAGE), ("cli.", CLI)):
+    for folder in (PACKAGE, CLI):
         for path in sorted(folder.rglob("*.py")):
-            if prefix or CLI not in (path.parent, path.parent.resolve()):  # the command line may lie in the package
-                module = prefix + ".".join(path.relative_to(folder).with_suffix("").parts)
-                for site in _sites_in(path, module.removesuffix(".__init__")):
-                    key, number = site.key, 2
-                    while key in found:
-                        key, number = f"{site.key} #{number}", number + 1
+            if folder == CLI or CLI not in (path.parent, path.parent.resolve()):  # it may lie in the package
+                for site in _sites_in(path):
+                    key = site.key
+                    if key.startswith("option-"):  # an option can have several rules, all of one code
+                        number = sum(known.partition(" ")[0] == key for known in found)
+                        key = f"{key} {number + 1}" if number else key
+                    assert key not in found, f"{site.path}:{site.first}: the code {key} is taken"
                     found[key] = Site(site.path, site.first, site.last, key)
     return found
 
 
-def _sites_in(path: Path, module: str) -> Iterator[Site]:
+def _sites_in(path: Path) -> Iterator[Site]:
     def visit(node: ast.AST, inside: str) -> Iterator[Site]:
         for child in ast.iter_child_nodes(node):
             name = inside
             if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
-                name = f"{inside}.{child.name}"
-            elif isinstance(child, ast.Call) and _makes_error(child, node) and not inside.endswith("._require"):
-                key = f"{inside}: {_first_words(child)}"
-                yield Site(path.resolve(), child.lineno, child.end_lineno or child.lineno, key)
+                name = child.name
+            elif isinstance(child, ast.Call) and _makes_error(child, node) and inside != "_require":
+                yield Site(path.resolve(), child.lineno, child.end_lineno or child.lineno, _code_of(child, path))
             yield from visit(child, name)
 
-    yield from visit(ast.parse(path.read_text("utf-8")), module)
+    yield from visit(ast.parse(path.read_text("utf-8")), "")
 
 
 def _makes_error(call: ast.Call, parent: ast.AST) -> bool:
@@ -77,18 +75,15 @@ def _makes_error(call: ast.Call, parent: ast.AST) -> bool:
     return name in MAKERS
 
 
-def _first_words(call: ast.Call) -> str:
+def _code_of(call: ast.Call, path: Path) -> str:
     if isinstance(call.func, ast.Name) and call.func.id == "_require":
-        named = call.args[1]
-        return str(named.value) if isinstance(named, ast.Constant) else f"{{{ast.unparse(named)}}}"
-    for argument in call.args:
-        for node in ast.walk(argument):
-            if isinstance(node, ast.JoinedStr):
-                parts = [str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values]
-                return " ".join("".join(parts).split()[:WORDS])
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                return " ".join(node.value.split()[:WORDS])
-    return ", ".join(map(ast.unparse, call.args))
+        field = call.args[1]
+        return f"option-{field.value if isinstance(field, ast.Constant) else ast.unparse(field)}".replace("_", "-")
+    [code] = [keyword.value for keyword in call.keywords if keyword.arg == "code"] or [None]
+    if isinstance(code, ast.Attribute):  # another error's, in other words
+        return f"{ast.unparse(code)} in {path.stem}"
+    assert isinstance(code, ast.Constant), f"{path}:{call.lineno}: an error without a code"
+    return str(code.value)
 
 
 @dataclass

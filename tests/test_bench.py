@@ -9,8 +9,8 @@ import pytest
 from conftest import Invoke
 from mlflow import MlflowClient
 
+from shufflenet_mlflow.data import loader
 from shufflenet_mlflow.workflows.bench import EXPERIMENT
-from shufflenet_mlflow.workflows.training import config as planning
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -76,8 +76,8 @@ def test_a_mistake_is_named(shufflenet: Invoke) -> None:
 def test_workers(
     images: int, cores: int, local: str, free: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "usable_cores", lambda: cores)
-    monkeypatch.setattr(planning, "SHARED_MEMORY", Path(os.sep))
+    monkeypatch.setattr(loader, "usable_cores", lambda: cores)
+    monkeypatch.setattr(loader, "SHARED_MEMORY", Path(os.sep))
     monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage(0, 0, free))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    assert planning.default_workers(images, batch_size=64, input_size=224) == expected
+    assert loader.default_workers(images, batch_size=64, input_size=224) == expected

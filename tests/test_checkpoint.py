@@ -370,5 +370,5 @@ def test_manifests_of_later_versions_are_read() -> None:
     line = json.dumps({**later, "crc32": f"{zlib.crc32(json.dumps(later).encode()):08x}"})
     assert CheckpointManifest.from_json(line) == manifest == CheckpointManifest.from_json(manifest.to_line())
     for damaged in (line.replace("[1, 0.1]", "[1, 0.2]"), line.replace('"bytes": 9', '"bytes": 8')):
-        with pytest.raises(CheckpointError, match="a damaged checkpoint record"):
+        with pytest.raises(CheckpointError, match="a damaged checkpoint manifest"):
             CheckpointManifest.from_json(damaged)

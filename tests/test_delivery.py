@@ -29,6 +29,7 @@ from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.delivery import REFUSED_NAME, Deliverer, Delivery, deliver_now
 from shufflenet_mlflow.tracking.journal import Journal, read_pending
+from shufflenet_mlflow.tracking.kinds import TRACKING_KINDS
 from shufflenet_mlflow.tracking.messages import Finish, MetricPoints, to_body
 from shufflenet_mlflow.tracking.target import RunTarget
 from shufflenet_mlflow.tracking.uris import stored_uri, uri_of_journal
@@ -89,7 +90,7 @@ def test_file_then_record_then_points_then_pointers(
 
 @pytest.mark.parametrize(
     ("owner", "broken"),
-    [(RunArtifacts, "put_file"), (RunArtifacts, "write_record"), (MlflowClient, "log_batch")],
+    [(RunArtifacts, "put_file"), (RunArtifacts, "write_manifest"), (MlflowClient, "log_batch")],
 )
 def test_no_pointer_moves_before_its_payload(
     owner: Any, broken: str, client: MlflowClient, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,7 +178,7 @@ def test_a_file_that_was_damaged_while_it_waited_is_refused(
     path = journal.directory / "checkpoint-000001.pth.tar"
     path.write_bytes(path.read_bytes()[:-1])
     put(journal, run_id, first, second)
-    deliver_now(client, journal)
+    deliver_now(client, journal, TRACKING_KINDS)
     assert tagged(client, run_id, LATEST_TAG) == 2
     assert [manifest.iters for manifest in RunArtifacts(client, run_id).manifests()] == [2]
     refused = json.loads((journal.directory / REFUSED_NAME).read_text())
@@ -191,9 +192,9 @@ def test_a_file_that_was_written_again_meanwhile_is_sent_once(
     state = {"state_dict": {"w": torch.zeros(9)}}
     new = Checkpoint.of(write_checkpoint(state, 1, directory=journal.directory).manifest)
     put(journal, run_id, old, new)
-    deliver_now(client, journal)
+    deliver_now(client, journal, TRACKING_KINDS)
     [manifest] = RunArtifacts(client, run_id).manifests()
-    assert manifest.sha256 == new.manifest["sha256"]
+    assert manifest.sha256 == new.record["sha256"]
     assert not (journal.directory / REFUSED_NAME).exists()
 
 
@@ -213,12 +214,12 @@ def test_metrics_are_batched_and_each_point_is_kept_once(
     monkeypatch.setattr(MlflowClient, "log_batch", counted)
     put(journal, run_id, *(MetricPoints({"a": step, "b": -step}, step, step) for step in range(300)))
     put(journal, run_id, *(MetricPoints({"a": 7.0}, step, 9) for step in range(290, 310)))  # a resumed run repeats some
-    deliver_now(client, journal)
+    deliver_now(client, journal, TRACKING_KINDS)
     assert sorted(steps(client, run_id, "a")) == list(range(310))
     assert sorted(steps(client, run_id, "b")) == list(range(300))
     assert len(sizes) == 1
     put(journal, run_id, MetricPoints({"a": 1.0}, 5, 1))
-    Deliverer(client, journal).send_some()  # another process: it reads what the run has
+    Deliverer(client, journal, TRACKING_KINDS).send_some()  # another process: it reads what the run has
     assert len(steps(client, run_id, "a")) == 310
 
 
@@ -226,7 +227,7 @@ def test_a_long_stretch_that_was_repeated_is_kept_once(client: MlflowClient, run
     """A run died and went on while the server was away: both attempts' points arrive in one request."""
     put(journal, run_id, *(MetricPoints({"a": step}, step, 1) for step in range(200)))
     put(journal, run_id, *(MetricPoints({"a": step}, step, 2) for step in range(50, 250)))
-    deliver_now(client, journal)
+    deliver_now(client, journal, TRACKING_KINDS)
     assert sorted(steps(client, run_id, "a")) == list(range(250))
 
 
@@ -235,7 +236,7 @@ def test_what_mlflow_will_never_take_does_not_block_the_rest(
 ) -> None:
     bad = MetricPoints({"no/such\nname": 1.0}, 1, 1)
     put(journal, run_id, MetricPoints({"a": 1.0}, 1, 1), bad, MetricPoints({"a": 2.0}, 2, 1))
-    deliver_now(client, journal)
+    deliver_now(client, journal, TRACKING_KINDS)
     assert steps(client, run_id, "a") == [1, 2]
     assert json.loads((journal.directory / REFUSED_NAME).read_text())["body"]["values"] == {"no/such\nname": 1.0}
     assert journal.pending == 0
@@ -245,9 +246,9 @@ def test_a_deleted_run_keeps_its_entries(client: MlflowClient, run_id: str, jour
     put(journal, run_id, MetricPoints({"a": 1.0}, 1, 1))
     client.delete_run(run_id)
     with pytest.raises(TrackingError, match="must be in the 'active' state"):
-        deliver_now(client, journal)
+        deliver_now(client, journal, TRACKING_KINDS)
     client.restore_run(run_id)
-    deliver_now(client, journal)
+    deliver_now(client, journal, TRACKING_KINDS)
     assert steps(client, run_id, "a") == [1]
 
 
@@ -287,7 +288,7 @@ def test_appending_never_waits_for_a_server_that_hangs(
 
     monkeypatch.setattr(MlflowClient, "log_batch", hang)
     reporter = Reporter()
-    thread = Delivery(Deliverer(client, journal, new_runs=[run_id]), reporter)
+    thread = Delivery(Deliverer(client, journal, TRACKING_KINDS, new_runs=[run_id]), reporter)
     for step in range(200):  # none of these returns before the first request has
         put(journal, run_id, MetricPoints({"a": 1.0}, step, 1))
         thread.wake()
@@ -310,7 +311,7 @@ def test_a_signal_ends_the_wait(
     put(journal, run_id, MetricPoints({"a": 1.0}, 1, 1))
     stop = StopFlag()
     stop.grace = 0.1
-    thread = Delivery(Deliverer(client, journal, new_runs=[run_id]), Reporter())
+    thread = Delivery(Deliverer(client, journal, TRACKING_KINDS, new_runs=[run_id]), Reporter())
     threading.Timer(0.3, stop.set, [signal.SIGINT]).start()
     assert not thread.wait(stop)
     thread.close()
@@ -330,7 +331,7 @@ def test_a_bug_in_sending_is_reported_and_loses_nothing(
     monkeypatch.setattr(MlflowClient, "log_batch", broken)
     monkeypatch.setattr(delivery, "FIRST_PAUSE", 0.02)
     reporter = Reporter()
-    thread = Delivery(Deliverer(client, journal, new_runs=[run_id]), reporter)
+    thread = Delivery(Deliverer(client, journal, TRACKING_KINDS, new_runs=[run_id]), reporter)
     put(journal, run_id, MetricPoints({"a": 1.0}, 1, 1))
     thread.wake()
     deadline = time.monotonic() + 10
@@ -514,7 +515,7 @@ def test_save_checkpoint_where_the_journal_cannot_be_read(
     client: MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("shufflenet_mlflow.tracking.journal.SPOOL_VERSION", 2)
+        patch.setattr("shufflenet_mlflow.tracking.journal.JOURNAL_VERSION", 2)
         Journal(Path("models")).close()
     with pytest.raises(
         TrackingError, match="has format 2, .*; the checkpoint checkpoint-000001.pth.tar is on the disk"

@@ -40,8 +40,8 @@ from shufflenet_mlflow.export.program import check_equal, example_pixels
 from shufflenet_mlflow.export.serving import Classifier, image_bytes
 from shufflenet_mlflow.models import shufflenet_v2
 from shufflenet_mlflow.models.cost import _count
-from shufflenet_mlflow.models.loaded import LoadedModel, _body, choose_preprocess
-from shufflenet_mlflow.models.spec import ModelSpec
+from shufflenet_mlflow.models.loaded import LoadedModel, choose_preprocess
+from shufflenet_mlflow.models.spec import ModelSpec, _body
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
 from shufflenet_mlflow.workflows.sync import run_sync

@@ -157,13 +157,13 @@ def test_what_arrives_after_the_end_is_written_nowhere(tmp_path: Path) -> None:
     journal.bind(new_provisional_id(), RUN)
     before = journal.oldest()[0]
     journal.close()
-    journal = (tmp_path / JOURNAL_NAME).read_bytes()
+    written = (tmp_path / JOURNAL_NAME).read_bytes()
     with contextlib.ExitStack() as files:
         others = [files.enter_context(open(tmp_path / f"{number}", "wb", buffering=0)) for number in range(9)]
         journal.delivered(before.seq)
         journal.bind(new_provisional_id(), RUN)
         assert [Path(file.name).stat().st_size for file in others] == [0] * 9
-    assert (tmp_path / JOURNAL_NAME).read_bytes() == journal
+    assert (tmp_path / JOURNAL_NAME).read_bytes() == written
 
 
 def test_looking_does_not_disturb(journal: Journal, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_full_disk_when_a_run_takes_the_folder(journal: Journal, tmp_path: Pat
 
 def test_a_journal_of_a_later_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("shufflenet_mlflow.tracking.journal.SPOOL_VERSION", 2)
+        patch.setattr("shufflenet_mlflow.tracking.journal.JOURNAL_VERSION", 2)
         Journal(tmp_path).close()
     before = (tmp_path / JOURNAL_NAME).read_bytes()
     for read in (Journal, read_pending, Journal):

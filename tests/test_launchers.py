@@ -382,7 +382,7 @@ def test_without_grace_nothing_is_waited_for(images: Path, client: MlflowClient,
 
 def test_a_signal_while_the_data_is_listed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has been made by then, so it may end anywhere."""
-    import shufflenet_mlflow.workflows.training.config as planning
+    import shufflenet_mlflow.data.datasets as planning
 
     listed = planning.list_images
 

@@ -24,6 +24,7 @@ from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.delivery import deliver_now
 from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, Journal, read_pending
+from shufflenet_mlflow.tracking.kinds import TRACKING_KINDS
 from shufflenet_mlflow.tracking.messages import MetricPoints, to_body
 from shufflenet_mlflow.tracking.resolve import resolve
 
@@ -142,7 +143,7 @@ def test_a_damaged_journal_loses_no_checkpoint(seed: int, client: MlflowClient) 
         manifest = write_checkpoint(state, iters, directory="models", val_top1=iters / 10).manifest
         journal.append(run_id, "checkpoint", to_body(Checkpoint.of(manifest)))
         if iters == 2:
-            deliver_now(client, journal)
+            deliver_now(client, journal, TRACKING_KINDS)
     journal.close()
     path = Path("models") / JOURNAL_NAME
     head = path.read_bytes().index(b"\n") + 1  # the header names the run

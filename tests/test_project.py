@@ -1,11 +1,9 @@
 """What holds between the project's files: MLproject and the CLI, conda.yaml and pyproject.toml, who imports whom."""
 
-import ast
 import json
 import re
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import yaml
 from mlflow.projects._project_spec import load_project
 
+import shufflenet_mlflow
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.cli.train import train
 
@@ -85,78 +84,6 @@ def test_mlproject_mirrors_the_command(name: str) -> None:
     assert command.make_context(name, words).params == command.make_context(name, ref).params
 
 
-# ---------------------------------------------------------------- layers
-
-LAYERS = [
-    {"errors", "classifier", "csvtext", "jsontext", "lazily"},
-    {"config", "stopping", "reporting", "devices"},
-    {"models", "data", "checkpoint", "client", "locks", "priority", "distributed", "joining", "launcher"},
-    {"spool"},
-    {"recipe", "batchnorm", "folding", "resolve", "network"},
-    {"evaluate", "state", "start"},
-    {"train", "predict", "report"},
-    {"figures"},
-    {"compare"},
-    {"tracking", "planning"},
-    {"export"},
-    {"jobs"},
-]
-"""From the bottom up; a module may import its own layer and those below."""
-
-LAZY = ("checkpoint", "jobs", "tracking")
-"""Packages that import what is used of them."""
-
-HEAVY = {
-    "mlflow": {"client", "resolve", "tracking", "export", "classifier"},
-    "click": set(),
-    "rich": set(),
-}
-"""Package -> the parts of the library that may import it."""
-
-
-def part_of(path: Path) -> str:
-    return path.relative_to(LIBRARY).parts[0].removesuffix(".py")
-
-
-def imports_of(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def modules() -> list[Path]:
-    return [path for path in sorted(LIBRARY.rglob("*.py")) if part_of(path) not in ("__init__", "__main__")]
-
-
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(LIBRARY)))
-def test_direction_of_imports(path: Path) -> None:
-    height = {part: number for number, parts in enumerate(LAYERS) for part in parts}
-    own = part_of(path)
-    assert own in height, f"{own} has no place in LAYERS"
-    for name in imports_of(path):
-        words = name.split(".")
-        if words[0] == "shufflenet_mlflow" and len(words) > 1 and words[1] in height:
-            assert height[words[1]] <= height[own], f"{own} imports {name}"
-        assert words[:2] != ["shufflenet_mlflow", "cli"]
-        if words[0] in HEAVY:
-            assert own in HEAVY[words[0]], f"{own} imports {name}"
-
-
-def test_the_loop_does_not_know_mlflow() -> None:
-    for name in ("train.py", "state.py", "evaluate.py"):
-        assert not {word for word in imports_of(LIBRARY / name) if "tracking" in word or "client" in word}
-
-
-def test_config_imports_nothing_heavy() -> None:
-    for name in ("config.py", "errors.py"):
-        assert not {word.split(".")[0] for word in imports_of(LIBRARY / name)} & {"torch", "mlflow", "click", "numpy"}
-
-
 # ---------------------------------------------------------------- packaging
 
 
@@ -166,14 +93,18 @@ def test_every_package_is_listed() -> None:
     assert listed == found | {"shufflenet_mlflow.cli"}
 
 
-@pytest.mark.parametrize("package", ["shufflenet_mlflow", *(f"shufflenet_mlflow.{name}" for name in LAZY)])
-def test_every_exported_name_is_there(package: str) -> None:
-    module = import_module(package)
-    assert set(module.__all__) - {"__version__"} == set(module._HOMES)
-    for name in module.__all__:
-        assert getattr(module, name) is not None
-    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
-        module.nothing  # noqa: B018
+def test_every_exported_name_is_there() -> None:
+    assert set(shufflenet_mlflow.__all__) - {"__version__"} == set(shufflenet_mlflow._HOMES)
+    for name in shufflenet_mlflow.__all__:
+        assert getattr(shufflenet_mlflow, name) is not None
+    with pytest.raises(AttributeError, match="module 'shufflenet_mlflow' has no attribute 'nothing'"):
+        shufflenet_mlflow.nothing  # noqa: B018
+
+
+def test_the_root_of_the_package_holds_nothing_loose() -> None:
+    assert {path.name for path in LIBRARY.iterdir() if path.is_file()} == {
+        *("__init__.py", "__main__.py", "config.py", "errors.py", "version.py", "py.typed")
+    }
 
 
 def test_tracked_files_name_no_machine() -> None:

@@ -68,7 +68,9 @@ def list_checkpoints(directory: Path) -> list[Path]:
     try:
         names = [entry.name for entry in directory.iterdir() if entry.is_file()]
     except OSError as error:
-        raise CheckpointError(f"cannot look into the folder {str(directory)!r}: {error.strerror}") from error
+        raise CheckpointError(
+            f"cannot look into the folder {str(directory)!r}: {error.strerror}", code="folder-unreadable"
+        ) from error
     return [directory / name for name in newest_first(names)]
 
 
@@ -114,6 +116,7 @@ def newest_valid(directory: Path) -> Resolved | None:
         return resolved
     if failures:
         raise UnresolvedError(
-            f"{str(directory)!r}: none of its {len(failures)} checkpoints verifies; the newest: {failures[0]}"
+            f"{str(directory)!r}: none of its {len(failures)} checkpoints verifies; the newest: {failures[0]}",
+            code="none-verifies",
         )
     return None

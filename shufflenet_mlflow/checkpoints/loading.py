@@ -78,16 +78,23 @@ def weights_of(payload: Mapping[str, Any], source: str, *, ema: bool = True) -> 
     has_ema = ema and is_own(payload) and EMA_STATE_DICT in payload
     state_dict = payload[EMA_STATE_DICT] if has_ema else payload.get(STATE_DICT, payload)
     if not isinstance(state_dict, Mapping) or not any(isinstance(value, Tensor) for value in state_dict.values()):
-        raise CheckpointError(f"{source} holds no state dict; it has {sorted(map(str, payload))[:8]}")
+        raise CheckpointError(
+            f"{source} holds no state dict; it has {sorted(map(str, payload))[:8]}", code="no-state-dict"
+        )
     for key, value in state_dict.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"{source}: its state dict has the key {key!r}, which is not text")
+            raise CheckpointError(
+                f"{source}: its state dict has the key {key!r}, which is not text", code="state-dict-key"
+            )
         if not is_plain_tensor(value):
-            raise CheckpointError(f"{source}: {_shortened(key)!r} in its state dict is not a plain tensor of numbers")
+            raise CheckpointError(
+                f"{source}: {_shortened(key)!r} in its state dict is not a plain tensor of numbers",
+                code="state-dict-value",
+            )
     try:
         return bare_state_dict(state_dict)
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+        raise CheckpointError(f"{source}: {error}", code="state-dict-prefixes") from error
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
@@ -193,7 +200,7 @@ def load_checkpoint(
             f"; {name} is {tuple(given[name].shape)} in the checkpoint, {tuple(own[name][1].shape)} here"
             for name in faults.reshaped[:1]
         )
-        raise MismatchError(f"{source} does not fit the network: {faults}{shapes}", report)
+        raise MismatchError(f"{source} does not fit the network: {faults}{shapes}", report, code="tensors-mismatch")
     if not report.is_complete:
         logger.warning("%s was loaded in part: %s", source, report)
     model.load_state_dict({**model.state_dict(), **{own[key][0]: given[key] for key in report.loaded}})

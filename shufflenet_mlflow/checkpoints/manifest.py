@@ -65,7 +65,7 @@ class CheckpointManifest:
             values: dict[str, Any] = json.loads(text)
             manifest = cls(**{name: values[name] for name in cls.__dataclass_fields__})
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"not a checkpoint manifest: {text[:80]!r}") from error
+            raise CheckpointError(f"not a checkpoint manifest: {text[:80]!r}", code="manifest-syntax") from error
         if not (
             isinstance(manifest.path, str)
             and isinstance(manifest.sha256, str)
@@ -73,9 +73,9 @@ class CheckpointManifest:
             and type(manifest.bytes) is int
             and all(map(_is_number_or_none, (manifest.epoch, manifest.loss, manifest.val_top1)))
         ):
-            raise CheckpointError(f"not a checkpoint manifest: {text[:80]!r}")
+            raise CheckpointError(f"not a checkpoint manifest: {text[:80]!r}", code="manifest-types")
         if "crc32" in values and values.pop("crc32") != _crc32(json.dumps(values)):  # of all keys, also unknown ones
-            raise CheckpointError(f"a damaged checkpoint manifest: {text[:80]!r}")
+            raise CheckpointError(f"a damaged checkpoint manifest: {text[:80]!r}", code="manifest-damaged")
         return manifest
 
 
@@ -115,7 +115,8 @@ def update_manifest(checkpoint: Path, *, val_top1: float) -> CheckpointManifest 
     except OSError as error:
         raise CheckpointError(
             f"cannot write the manifest {str(manifest_path(checkpoint))!r}: {error.strerror}; "
-            "earlier checkpoints are intact, --save-dir takes another place"
+            "earlier checkpoints are intact, --save-dir takes another place",
+            code="manifest-unwritable",
         ) from error
     return manifest
 

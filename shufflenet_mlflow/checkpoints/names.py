@@ -28,9 +28,12 @@ def checkpoint_name(iters: int, tag: str = "") -> str:
         ConfigError: `iters` is negative, or no whole number, or `tag` holds what does not belong into a file name.
     """
     if not isinstance(iters, int) or iters < 0:
-        raise ConfigError(f"iters (={iters}) must be a whole number, and not negative")
+        raise ConfigError(f"iters (={iters}) must be a whole number, and not negative", code="iters-invalid")
     if not _TAG.fullmatch(tag) or tag.startswith("."):
-        raise ConfigError(f"the tag {tag!r} may hold letters, digits and '_', '-', '+', '.', and not begin with '.'")
+        raise ConfigError(
+            f"the tag {tag!r} may hold letters, digits and '_', '-', '+', '.', and not begin with '.'",
+            code="tag-invalid",
+        )
     return f"{tag}checkpoint-{iters:06}{SUFFIX}"
 
 

@@ -45,7 +45,7 @@ def bare_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """
     bare = {bare_key(key): value for key, value in state_dict.items()}
     if len(bare) != len(state_dict):
-        raise CheckpointError("two entries of the state dict differ only in their prefix")
+        raise CheckpointError("two entries of the state dict differ only in their prefix", code="duplicate-bare-names")
     return bare
 
 
@@ -84,7 +84,7 @@ def to_plain(value: Any, where: str = "state", *, hold: Callable[[Tensor], Tenso
     try:
         return _plain(value, hold_once)
     except _NotPlainError:
-        raise CheckpointError(_find_what_is_not_plain(value, where)) from None
+        raise CheckpointError(_find_what_is_not_plain(value, where) or where, code="state-not-plain") from None
 
 
 def _are_one_view(first: Tensor, second: Tensor) -> bool:

@@ -63,7 +63,7 @@ def parse_reference(ref: str | Path) -> Reference:
         UnresolvedError: it is empty, or begins like a URI but is none of the known forms.
     """
     if not str(ref):
-        raise UnresolvedError(f"the checkpoint is empty text; a checkpoint is {FORMS}")
+        raise UnresolvedError(f"the checkpoint is empty text; a checkpoint is {FORMS}", code="reference-empty")
     if isinstance(ref, Path) or os.path.exists(ref):
         return Path(ref)
     match = _RUN.fullmatch(ref)
@@ -73,9 +73,11 @@ def parse_reference(ref: str | Path) -> Reference:
             return RunReference(match["id"], which, match["path"])  # type: ignore[arg-type]
         if which.isdecimal() and len(which) <= LONGEST_NUMBER:
             return RunReference(match["id"], int(which))
-        raise UnresolvedError(f"{ref!r}: behind @ stands latest, best or a number of iterations")
+        raise UnresolvedError(
+            f"{ref!r}: behind @ stands latest, best or a number of iterations", code="reference-selector"
+        )
     if match := _MODEL.fullmatch(ref):
         return ModelReference(match["name"], match["alias"], match["version"] or "")
     if ref.startswith(("runs:", "models:")):
-        raise UnresolvedError(f"{ref!r} is not understood; a checkpoint is {FORMS}")
+        raise UnresolvedError(f"{ref!r} is not understood; a checkpoint is {FORMS}", code="reference-syntax")
     return Path(ref)

@@ -58,26 +58,36 @@ def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: s
     version = payload.get("format_version", FORMAT_VERSION)
     if not _is(version, (int,)) or version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{source} has format {version!r}, and {FORMAT_VERSION} is the latest known here; upgrade this package"
+            f"{source} has format {version!r}, and {FORMAT_VERSION} is the latest known here; upgrade this package",
+            code="format-unknown",
         )
     if missing := [key for key in needed if key not in payload]:
         listed = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
         way_out = "; --init-from begins a training with its weights" if "state_dict" in payload else ""
-        raise CheckpointError(f"{source} was not written by this project's training: it lacks {listed}{way_out}")
+        raise CheckpointError(
+            f"{source} was not written by this project's training: it lacks {listed}{way_out}", code="entries-missing"
+        )
     for key, types in _TYPES.items():
         if key in payload and not _is(payload[key], types):
-            raise CheckpointError(f"{source}: its {key!r} is a {type(payload[key]).__name__}, which is not understood")
+            raise CheckpointError(
+                f"{source}: its {key!r} is a {type(payload[key]).__name__}, which is not understood", code="entry-type"
+            )
     for name, label in payload.get("class_to_idx", {}).items():
         if not (isinstance(name, str) and _is(label, (int,))):
-            raise CheckpointError(f"{source}: its 'class_to_idx' holds {name!r}: {label!r}, which is not understood")
+            raise CheckpointError(
+                f"{source}: its 'class_to_idx' holds {name!r}: {label!r}, which is not understood",
+                code="class-names-invalid",
+            )
     model = payload.get("model")
     if model is not None and not (isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), dict)):
-        raise CheckpointError(f"{source}: its 'model' does not name a network")
+        raise CheckpointError(f"{source}: its 'model' does not name a network", code="model-entry-invalid")
     if payload.get("iters", 0) < 0:
-        raise CheckpointError(f"{source}: its 'iters' is {payload['iters']}, which is not understood")
+        raise CheckpointError(
+            f"{source}: its 'iters' is {payload['iters']}, which is not understood", code="iters-entry-invalid"
+        )
     best = payload.get("best")
     if best is not None and not (_is(best.get("val_top1"), (float, int)) and _is(best.get("iters"), (int,))):
-        raise CheckpointError(f"{source}: its 'best' is {best!r}, which is not understood")
+        raise CheckpointError(f"{source}: its 'best' is {best!r}, which is not understood", code="best-entry-invalid")
 
 
 def is_own(payload: Mapping[str, Any]) -> bool:

@@ -64,19 +64,23 @@ def read_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None
         _verify(path, file, manifest or read_manifest(path))
         payload = _load(path, file)
     if not isinstance(payload, dict):
-        raise CheckpointError(f"{str(path)!r} holds a {type(payload).__name__}, not a checkpoint")
+        raise CheckpointError(
+            f"{str(path)!r} holds a {type(payload).__name__}, not a checkpoint", code="payload-not-dict"
+        )
     return payload
 
 
 def _opened(path: Path) -> BinaryIO:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-            raise CheckpointError(f"the checkpoint {str(path)!r} is not a file")
+            raise CheckpointError(f"the checkpoint {str(path)!r} is not a file", code="checkpoint-not-file")
         return open(path, "rb")
     except FileNotFoundError:
-        raise CheckpointError(f"the checkpoint {str(path)!r} does not exist") from None
+        raise CheckpointError(f"the checkpoint {str(path)!r} does not exist", code="checkpoint-missing") from None
     except OSError as error:
-        raise CheckpointError(f"cannot open the checkpoint {str(path)!r}: {error.strerror}") from None
+        raise CheckpointError(
+            f"cannot open the checkpoint {str(path)!r}: {error.strerror}", code="checkpoint-unreadable"
+        ) from None
 
 
 def _verify(path: Path, file: BinaryIO, manifest: CheckpointManifest | None) -> None:
@@ -84,11 +88,13 @@ def _verify(path: Path, file: BinaryIO, manifest: CheckpointManifest | None) -> 
         size = file.seek(0, 2)
         if size != manifest.bytes:
             raise CorruptCheckpointError(
-                f"{str(path)!r} is corrupt: it has {size} bytes, its manifest says {manifest.bytes}"
+                f"{str(path)!r} is corrupt: it has {size} bytes, its manifest says {manifest.bytes}",
+                code="size-mismatch",
             )
         if sha256_of(file) != manifest.sha256:
             raise CorruptCheckpointError(
-                f"{str(path)!r} is corrupt: its SHA-256 is not the recorded {manifest.sha256[:12]}…"
+                f"{str(path)!r} is corrupt: its SHA-256 is not the recorded {manifest.sha256[:12]}…",
+                code="sha256-mismatch",
             )
     file.seek(0)
     magic = file.read(len(_ZIP_MAGIC))
@@ -96,7 +102,7 @@ def _verify(path: Path, file: BinaryIO, manifest: CheckpointManifest | None) -> 
     if magic == _ZIP_MAGIC:
         _verify_zip(path, file)
     elif not magic:
-        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: it is empty")
+        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: it is empty", code="checkpoint-empty")
     else:
         _load(path, file)  # the old pickle format holds no checksums: that it can be read is all that can be checked
         file.seek(0)
@@ -110,11 +116,13 @@ def _verify_zip(path: Path, file: BinaryIO) -> None:
     except Exception as error:
         whole = str(error) != "File is not a zip file"  # whose directory stands at its end
         reason = str(error) if whole else "it was cut short; fetch or copy it again"
-        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: {reason}") from error
+        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: {reason}", code="zip-damaged") from error
     if strange is not None:
-        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: PyTorch does not write a member like {strange!r}")
+        raise CorruptCheckpointError(
+            f"{str(path)!r} is corrupt: PyTorch does not write a member like {strange!r}", code="zip-member-invalid"
+        )
     if bad is not None:
-        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: the CRC of {bad!r} is wrong")
+        raise CorruptCheckpointError(f"{str(path)!r} is corrupt: the CRC of {bad!r} is wrong", code="crc-mismatch")
     file.seek(0)
 
 
@@ -143,14 +151,18 @@ def _load(path: Path, file: BinaryIO) -> Any:
         match = _GLOBAL.search(str(error))
         if match is None:
             raise CorruptCheckpointError(
-                f"{str(path)!r} is no readable checkpoint: it is damaged, or not a file that torch.save wrote"
+                f"{str(path)!r} is no readable checkpoint: it is damaged, or not a file that torch.save wrote",
+                code="not-a-torch-file",
             ) from error
         culprit = next(group for group in match.groups() if group)
         raise UnsafeCheckpointError(
             f"{str(path)!r} is refused: it holds a {culprit}, which is more than tensors and plain "
-            "containers; save it again as {'state_dict': model.state_dict()}"
+            "containers; save it again as {'state_dict': model.state_dict()}",
+            code="unsafe-content",
         ) from error
     except Exception as error:
         told = isinstance(error, (RuntimeError, EOFError)) and str(error)
         reason = str(error).splitlines()[0] if told else "it is damaged, or not a file that torch.save wrote"
-        raise CorruptCheckpointError(f"{str(path)!r} is no readable checkpoint: {reason}") from error
+        raise CorruptCheckpointError(
+            f"{str(path)!r} is no readable checkpoint: {reason}", code="torch-load-failed"
+        ) from error

@@ -97,13 +97,17 @@ def prepare_checkpoint(
         ConfigError: see `checkpoint_name`.
     """
     if not isinstance(state.get(STATE_DICT), Mapping):
-        raise CheckpointError(f"a checkpoint needs a {STATE_DICT!r}; this state has {sorted(state)}")
+        raise CheckpointError(
+            f"a checkpoint needs a {STATE_DICT!r}; this state has {sorted(state)}", code="state-without-state-dict"
+        )
     checkpoint_name(iters, tag)  # raises
     epoch = state.get("epoch") if epoch is None else epoch
     loss = state.get("loss") if loss is None else loss
     for name, value in (("epoch", epoch), ("loss", loss), ("val_top1", val_top1)):
         if not isinstance(value, (int, float, type(None))):
-            raise CheckpointError(f"{name} is a {type(value).__name__}; give a number, such as {name}.item()")
+            raise CheckpointError(
+                f"{name} is a {type(value).__name__}; give a number, such as {name}.item()", code="value-not-number"
+            )
     payload = as_plain(
         {
             **state,
@@ -179,7 +183,7 @@ def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> Writt
         file.flush()
         with open(file.name, "rb") as copy:
             if sha256_of(copy) != writer.digest.hexdigest():
-                raise CheckpointError(f"{str(path)!r} did not read back as it was written")
+                raise CheckpointError(f"{str(path)!r} did not read back as it was written", code="read-back-differs")
         if not replaces:  # a process that is killed now leaves a manifest without a file, never the reverse
             write_manifest(path, manifest())
 
@@ -203,7 +207,8 @@ def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> Writt
             raise
         raise CheckpointError(
             f"cannot write the checkpoint {str(path)!r}: {failure.strerror}; "
-            "earlier checkpoints are intact, --save-dir takes another place"
+            "earlier checkpoints are intact, --save-dir takes another place",
+            code="checkpoint-unwritable",
         ) from error
     written = manifest()
     logger.debug("wrote %s, %.1f MB, SHA-256 %s…", path, written.bytes / 1e6, written.sha256[:12])

@@ -124,9 +124,14 @@ def compare_runs(client: "MlflowClient", runs: "Sequence[Run]", *, curves: bool 
     """
     ids = [run.info.run_id for run in runs]
     if len(ids) < 2:
-        raise ConfigError(f"comparing {ids[0] if ids else 'none'} takes two runs or more; `shufflenet runs` lists them")
+        raise ConfigError(
+            f"comparing {ids[0] if ids else 'none'} takes two runs or more; `shufflenet runs` lists them",
+            code="compare-needs-two-runs",
+        )
     if repeated := sorted({run_id for run_id in ids if ids.count(run_id) > 1}):
-        raise ConfigError(f"run {repeated[0]} is given twice; name another one to compare it with")
+        raise ConfigError(
+            f"run {repeated[0]} is given twice; name another one to compare it with", code="run-given-twice"
+        )
     columns = tuple(
         RunColumn(
             run.info.run_id,

@@ -61,7 +61,7 @@ def write_page(comparison: Comparison, directory: Path) -> list[Path]:
             written[-1].write_text(text, "utf-8", "backslashreplace")
     except OSError as error:
         raise ExportError(
-            f"cannot write to {str(directory)!r}: {error.strerror}; --out names another folder"
+            f"cannot write to {str(directory)!r}: {error.strerror}; --out names another folder", code="page-unwritable"
         ) from error
     return written
 

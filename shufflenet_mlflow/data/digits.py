@@ -49,7 +49,9 @@ def write_digits(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DataError(f"{str(folder)!r} exists and is not empty; name a new folder")
+            raise DataError(
+                f"{str(folder)!r} exists and is not empty; name a new folder", code="digits-folder-not-empty"
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
@@ -59,7 +61,10 @@ def write_digits(folder: str | Path) -> Path:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise DataError(f"cannot write the digits to {str(folder)!r}: {error.strerror}; name another folder") from error
+        raise DataError(
+            f"cannot write the digits to {str(folder)!r}: {error.strerror}; name another folder",
+            code="digits-unwritable",
+        ) from error
     return folder
 
 

@@ -71,7 +71,9 @@ def _files_below(root: str, folder: str) -> list[_File]:
                     elif entry.name.lower() not in IGNORED_NAMES:
                         found.append(_File(below, _size_of(entry)))
         except OSError as error:
-            raise DataError(f"the folder {path!r} cannot be read: {error.strerror}") from None
+            raise DataError(
+                f"the folder {path!r} cannot be read: {error.strerror}", code="image-subfolder-unreadable"
+            ) from None
     found.sort()
     return found
 
@@ -136,7 +138,8 @@ def list_images(root: str | Path, *, option: str = "folder") -> ImageListing:
             without_images.append(name)
     if without_images:
         raise DataError(
-            f"{option} {str(root)!r}: no image in class {name_some(without_images)}; add images or remove the folder"
+            f"{option} {str(root)!r}: no image in class {name_some(without_images)}; add images or remove the folder",
+            code="class-without-images",
         )
     listing = ImageListing(root, classes, Samples.of(samples), tuple(foreign))
     logger.debug("%s: %d images of %d classes", root, len(listing), len(classes))
@@ -155,21 +158,28 @@ def _class_folders(root: Path, option: str) -> tuple[str, ...]:
             shown = [entry for entry in entries if not entry.name.startswith(".")]
     except FileNotFoundError:
         raise DataError(
-            f"{option} {str(root)!r} does not exist; it needs one folder per class, such as cat/0001.jpg"
+            f"{option} {str(root)!r} does not exist; it needs one folder per class, such as cat/0001.jpg",
+            code="image-folder-missing",
         ) from None
     except NotADirectoryError:
-        raise DataError(f"{option} {str(root)!r} is a file, not a folder of classes") from None
+        raise DataError(
+            f"{option} {str(root)!r} is a file, not a folder of classes", code="image-folder-is-file"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: it holds a NUL
         reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{option} {str(root)[:200]!r} cannot be read: {reason}") from None
+        raise DataError(
+            f"{option} {str(root)[:200]!r} cannot be read: {reason}", code="image-folder-unreadable"
+        ) from None
     if lost := sorted(entry.name for entry in shown if entry.is_symlink() and not os.path.exists(entry.path)):
         raise DataError(
-            f"{option} {str(root)!r}: the link {name_some(lost)} leads nowhere; put its folder back or remove the link"
+            f"{option} {str(root)!r}: the link {name_some(lost)} leads nowhere; put its folder back or remove the link",
+            code="class-link-broken",
         )
     names = sorted(entry.name for entry in shown if _is_folder(entry))
     if not names:
         raise DataError(
-            f"{option} {str(root)!r} has no class folders; it needs one folder per class, such as cat/0001.jpg"
+            f"{option} {str(root)!r} has no class folders; it needs one folder per class, such as cat/0001.jpg",
+            code="no-class-folders",
         )
     return tuple(names)
 
@@ -189,7 +199,8 @@ def require_images_only(listing: ImageListing, *, option: str) -> None:
     if listing.foreign:
         raise DataError(
             f"{option} {str(listing.root)!r} holds files that are not images: "
-            f"{name_some(listing.foreign)}; remove them or pass --on-bad-image skip"
+            f"{name_some(listing.foreign)}; remove them or pass --on-bad-image skip",
+            code="files-not-images",
         )
 
 
@@ -213,5 +224,6 @@ def require_same_classes(expected: Mapping[str, int], listing: ImageListing, *, 
         differences.append(f"it alone has {name_some(extra)}")
     raise DataError(
         f"{option} {str(listing.root)!r} does not have the classes of {expected_in}: "
-        f"{'; '.join(differences) or 'the labels are in another order'}"
+        f"{'; '.join(differences) or 'the labels are in another order'}",
+        code="classes-differ",
     )

@@ -181,7 +181,7 @@ class BadImageLog:
         """
         new = [bad for bad in dict.fromkeys(batch.bad) if bad.path not in self.seen]
         if new and not self.skip:
-            raise BadImageError(f"{new[0]}; remove it or pass --on-bad-image skip")
+            raise BadImageError(f"{new[0]}; remove it or pass --on-bad-image skip", code="image-unreadable")
         self.seen.update(new)
         return new
 
@@ -217,7 +217,8 @@ def worker_death(error: RuntimeError) -> DataError | None:
         return None
     return DataError(
         f"a data loading process died ({str(error).splitlines()[0]}); if memory ran out, lower --workers or "
-        "--batch-size"
+        "--batch-size",
+        code="worker-died",
     )
 
 

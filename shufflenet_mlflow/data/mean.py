@@ -59,14 +59,18 @@ def mean_image(
                 n += len(batch.labels_N)
             phase.advance()
     if not n:
-        raise DataError(f"none of the files in {str(listing.root)!r} is a readable image")
+        raise DataError(
+            f"none of the files in {str(listing.root)!r} is a readable image", code="mean-no-readable-image"
+        )
     return (total / n).permute(1, 2, 0).numpy().astype(np.float32)
 
 
 def check_suffix(path: Path) -> None:
     """Raise ConfigError unless the file's name says one of the two formats."""
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"the mean image {str(path)!r} must be called .npy, or .xml for OpenCV's format")
+        raise ConfigError(
+            f"the mean image {str(path)!r} must be called .npy, or .xml for OpenCV's format", code="mean-image-suffix"
+        )
 
 
 def check_output(path: Path) -> None:
@@ -80,15 +84,22 @@ def check_output(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot write the mean image {str(path)!r}: {_reason(error)}") from error
+        raise DataError(
+            f"cannot write the mean image {str(path)!r}: {_reason(error)}", code="mean-image-output"
+        ) from error
     if path.is_dir():
-        raise DataError(f"cannot write the mean image {str(path)!r}: it is a folder")
+        raise DataError(
+            f"cannot write the mean image {str(path)!r}: it is a folder", code="mean-image-output-is-folder"
+        )
 
 
 def _check_scale(path: Path, mean_HWC: NDArray[Any]) -> None:
     low, high = float(mean_HWC.min()), float(mean_HWC.max())
     if not (low >= 0 and 1 < high <= 255):  # NaN fails as well
-        raise DataError(f"the mean image {str(path)!r} spans {low:g} to {high:g}; it must be on the 0-255 scale")
+        raise DataError(
+            f"the mean image {str(path)!r} spans {low:g} to {high:g}; it must be on the 0-255 scale",
+            code="mean-image-scale",
+        )
 
 
 def write_mean_image(path: Path, mean_HWC: NDArray[np.float32]) -> None:
@@ -112,7 +123,9 @@ def write_mean_image(path: Path, mean_HWC: NDArray[np.float32]) -> None:
         read_mean_image(aside)  # OpenCV does not report a full disk
         os.replace(aside, path)
     except (OSError, cv2.error, SystemError) as error:
-        raise DataError(f"cannot write the mean image {str(path)!r}: {_reason(error)}") from error
+        raise DataError(
+            f"cannot write the mean image {str(path)!r}: {_reason(error)}", code="mean-image-unwritable"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -131,18 +144,23 @@ def read_mean_image(path: Path) -> Tensor:
     check_suffix(path)
     if not path.is_file():
         lacking = "is not a file" if path.exists() else "does not exist"
-        raise DataError(f"the mean image {str(path)!r} {lacking}; `shufflenet data mean DIR` makes one")
+        raise DataError(
+            f"the mean image {str(path)!r} {lacking}; `shufflenet data mean DIR` makes one", code="mean-image-invalid"
+        )
     try:
         mean_HWC = _read_npy(path) if path.suffix.lower() == ".npy" else _read_xml(path)
     except OSError as error:
-        raise DataError(f"the mean image {str(path)!r} cannot be read: {_reason(error)}") from error
+        raise DataError(
+            f"the mean image {str(path)!r} cannot be read: {_reason(error)}", code="mean-image-unreadable"
+        ) from error
     if mean_HWC is None:
         what = "an array of numbers" if path.suffix.lower() == ".npy" else f"OpenCV XML with a matrix {XML_NAME!r}"
-        raise DataError(f"the mean image {str(path)!r} does not hold {what}")
+        raise DataError(f"the mean image {str(path)!r} does not hold {what}", code="mean-image-entry-missing")
     if mean_HWC.ndim != 3 or mean_HWC.shape[2] != 3 or not mean_HWC.size or mean_HWC.dtype.kind not in "fiu":
         raise DataError(
             f"the mean image {str(path)!r} is {mean_HWC.dtype} of shape {mean_HWC.shape}, not numbers of "
-            "(height, width, 3)"
+            "(height, width, 3)",
+            code="mean-image-shape",
         )
     mean_HWC = mean_HWC.astype(np.float32)
     _check_scale(path, mean_HWC)

@@ -67,7 +67,7 @@ def find_pictures(named: Sequence[str], stdin: Callable[[], BinaryIO]) -> Pictur
         DataError: something does not exist, or holds no image.
     """
     if list(named).count(STDIN) > 1:
-        raise ConfigError("standard input (-) can be named only once")
+        raise ConfigError("standard input (-) can be named only once", code="stdin-twice")
     paths: list[str] = []
     piped, place = None, -1
     for word in named:
@@ -96,7 +96,7 @@ def _named(word: str) -> list[str]:
         if glob.has_magic(word) and not os.path.exists(word):
             found = sorted(_matching(word))
             if not found:
-                raise DataError(f"no image matches the pattern {word!r}")
+                raise DataError(f"no image matches the pattern {word!r}", code="pattern-without-match")
             return found
     return _existing(word)
 
@@ -113,10 +113,10 @@ def _existing(path: str, where: str = "") -> list[str]:
     if os.path.isdir(path):
         found = image_files(path)
         if not found:
-            raise DataError(f"the folder {path!r} holds no images{where}")
+            raise DataError(f"the folder {path!r} holds no images{where}", code="folder-without-images")
         return found
     if not os.path.exists(path):
-        raise DataError(f"the image {path!r} does not exist{where}")
+        raise DataError(f"the image {path!r} does not exist{where}", code="image-missing")
     return [path]
 
 
@@ -166,7 +166,9 @@ def _entries(content: bytes) -> list[tuple[int, str]] | None:
     separator = b"\0" if b"\0" in content else b"\n"
     first = next((entry for entry in content[: 1 << 16].split(separator) if _text(entry)), b"")
     if not first and not content.strip(b"\0\r\n"):
-        raise DataError("standard input is empty; - takes the bytes of an image, or paths, one a line")
+        raise DataError(
+            "standard input is empty; - takes the bytes of an image, or paths, one a line", code="stdin-empty"
+        )
     if not os.path.lexists(_text(first)) and _is_image(content):
         return None
     entries = enumerate(map(_text, content.split(separator)), 1)

@@ -71,21 +71,28 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ConfigError(f"there is no preprocessing mode {self.mode!r}; there is {', '.join(MODES)}")
+            raise ConfigError(
+                f"there is no preprocessing mode {self.mode!r}; there is {', '.join(MODES)}",
+                code="preprocess-mode-unknown",
+            )
         size = self.input_size
         if not STRIDE <= size <= LARGEST_INPUT or size % STRIDE:
             raise ConfigError(
-                f"--input-size (={size}) must be a multiple of {STRIDE}, from {STRIDE} to {LARGEST_INPUT}"
+                f"--input-size (={size}) must be a multiple of {STRIDE}, from {STRIDE} to {LARGEST_INPUT}",
+                code="input-size-invalid",
             )
         if self.mean_image is None:
             return
         if not MODES[self.mode].takes_mean_image:
-            raise ConfigError(f"a mean image is for networks with bgr255_mean input, not {self.mode}")
+            raise ConfigError(
+                f"a mean image is for networks with bgr255_mean input, not {self.mode}", code="mean-image-not-taken"
+            )
         if tuple(self.mean_image.shape) != (3, size, size):
             _, height, width = self.mean_image.shape
             raise ConfigError(
                 f"the mean image has {width}x{height} pixels, the input {size}x{size}; "
-                f"`shufflenet data mean DIR --input-size {size}` makes a fitting one"
+                f"`shufflenet data mean DIR --input-size {size}` makes a fitting one",
+                code="mean-image-size",
             )
 
     @property
@@ -128,7 +135,9 @@ class Preprocess:
             return cls(mode, input_size, mean_image)
         except (KeyError, TypeError, ValueError) as error:
             plain = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-            raise CheckpointError(f"{source}: its preprocessing {plain!r} is not understood: {error}") from error
+            raise CheckpointError(
+                f"{source}: its preprocessing {plain!r} is not understood: {error}", code="preprocess-entry-invalid"
+            ) from error
 
 
 Transform = Callable[[Pixels], Tensor]

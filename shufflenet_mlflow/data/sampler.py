@@ -54,7 +54,8 @@ class SampleOrder:
         if self.num_samples < self.batch_size:
             way_out = f"use --batch-size {self.num_samples} or less" if self.num_samples > 1 else "add images"
             raise DataError(
-                f"the training set has {self.num_samples} images, fewer than one batch of {self.batch_size}; {way_out}"
+                f"the training set has {self.num_samples} images, fewer than one batch of {self.batch_size}; {way_out}",
+                code="too-few-images",
             )
 
     @property

@@ -102,5 +102,7 @@ def evaluate(
     top1, top5, n, skipped = world.sum(counts).tolist()
     loss = world.sum(loss_sum.cpu().double()).item()
     if not n:
-        raise DataError(f"none of the {skipped} files in {str(listing.root)!r} is a readable image")
+        raise DataError(
+            f"none of the {skipped} files in {str(listing.root)!r} is a readable image", code="eval-no-readable-image"
+        )
     return EvalResult(top1=top1 / n, top5=top5 / n, loss=loss / n, n=n, skipped=skipped)

@@ -45,10 +45,14 @@ def export_file(network: LoadedModel, target: Path, form: str) -> float:
             os.fsync(file.fileno())
         os.replace(part, target)
     except OSError as error:
-        raise ExportError(f"cannot write {str(target)!r}: {error.strerror}; --output names another file") from error
+        raise ExportError(
+            f"cannot write {str(target)!r}: {error.strerror}; --output names another file", code="export-unwritable"
+        ) from error
     except RuntimeError as error:  # PyTorch's writer, and its exporter
         reason = str(error).strip().splitlines()[0]
-        raise ExportError(f"cannot write {str(target)!r}: {reason}; --output names another file") from error
+        raise ExportError(
+            f"cannot write {str(target)!r}: {reason}; --output names another file", code="export-failed"
+        ) from error
     finally:
         with contextlib.suppress(OSError):  # what went wrong before is what matters
             part.unlink(missing_ok=True)
@@ -98,7 +102,8 @@ def _needed(package: str) -> Any:
         return import_module(package)
     except ImportError as error:
         raise ExportError(
-            f"--format onnx needs the package {package}; pip install 'shufflenet-mlflow[export]'"
+            f"--format onnx needs the package {package}; pip install 'shufflenet-mlflow[export]'",
+            code="export-package-missing",
         ) from error
 
 

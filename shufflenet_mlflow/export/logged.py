@@ -66,7 +66,10 @@ class LogModels:
         """
         run = target.read()
         if run.info.lifecycle_stage != "active":
-            raise TrackingError(f"run {target.run_id} was deleted; `mlflow runs restore` brings it back")
+            raise TrackingError(
+                f"run {target.run_id} was deleted; `mlflow runs restore` brings it back",
+                code="logged-model-run-deleted",
+            )
         named = (manifest_in_tag(run.data.tags, tag) for tag in (BEST_TAG, LATEST_TAG))
         for manifest in dict.fromkeys(manifest for manifest in named if manifest is not None):
             try:
@@ -77,7 +80,9 @@ class LogModels:
                 if isinstance(error, TrackingError) and not error.answered:
                     raise
                 reason = str(error) if isinstance(error, ShuffleNetError) else f"{type(error).__name__}: {error}"
-                raise RefusedError(f"no logged model of {manifest.file_name}: {reason}") from error
+                raise RefusedError(
+                    f"no logged model of {manifest.file_name}: {reason}", code="logged-model-refused"
+                ) from error
 
 
 @contextlib.contextmanager

@@ -79,12 +79,16 @@ def check_equal(network: LoadedModel, run: Callable[[Tensor], Tensor], what: str
         with torch.inference_mode():
             expected, found = module(pixels), run(pixels)
         if found.shape != expected.shape:
-            raise ExportError(f"{what} gives {tuple(found.shape)} for {size} images, the checkpoint {expected.shape}")
+            raise ExportError(
+                f"{what} gives {tuple(found.shape)} for {size} images, the checkpoint {expected.shape}",
+                code="export-shape-differs",
+            )
         scale = max(1e-12, expected.abs().max().item())
         difference = (found - expected).abs().max().item() / scale
         if not difference <= TOLERANCE:  # what is no number is not equal either
             raise ExportError(
-                f"{what} differs from the checkpoint by {difference:.2e} of the largest logit (> {TOLERANCE:g})"
+                f"{what} differs from the checkpoint by {difference:.2e} of the largest logit (> {TOLERANCE:g})",
+                code="export-logits-differ",
             )
         largest = max(largest, difference)
     return largest

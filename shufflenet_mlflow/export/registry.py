@@ -104,11 +104,15 @@ def _stands_for(tag: str, manifest: CheckpointManifest) -> bool:
 def check_names(name: str, aliases: Sequence[str]) -> None:
     """Raise ConfigError for a name or an alias that MLflow refuses, or that no reference could hold."""
     if not re.fullmatch(r"[^/:@'\s][^/:@']{0,99}", name):
-        raise ConfigError(f"--name (={name}) must be a name without / : @ and quotes, of at most 100 letters")
+        raise ConfigError(
+            f"--name (={name}) must be a name without / : @ and quotes, of at most 100 letters",
+            code="model-name-invalid",
+        )
     for alias in aliases:
         if not re.fullmatch(r"(?!v\d+$|latest$)[A-Za-z0-9_-]{1,100}", alias, re.IGNORECASE):
             raise ConfigError(
-                f"--alias (={alias}) must be letters, digits, _ and -, and neither latest nor a version such as v1"
+                f"--alias (={alias}) must be letters, digits, _ and -, and neither latest nor a version such as v1",
+                code="alias-invalid",
             )
 
 
@@ -128,5 +132,6 @@ def checkpoint_in_run(client: "MlflowClient", run_id: str, name: str) -> Checkpo
         raise TrackingError(
             f"run {run_id} has no checkpoint {name} yet; `shufflenet sync FOLDER` brings it there",
             "RESOURCE_DOES_NOT_EXIST",
+            code="checkpoint-not-in-run",
         )
     return manifest

@@ -171,7 +171,8 @@ def require_splittable(in_channels: int, out_channels: int) -> None:
     if in_channels != out_channels or in_channels % 4:
         raise ModelError(
             f"a stride-1 unit needs in_channels (={in_channels}) equal to out_channels "
-            f"(={out_channels}) and divisible by 4"
+            f"(={out_channels}) and divisible by 4",
+            code="unit-channels",
         )
 
 

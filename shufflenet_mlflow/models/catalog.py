@@ -49,7 +49,9 @@ class Variant:
 
     def build(self, num_classes: int, **options: Any) -> "nn.Module":
         """The network, freshly initialised. Only here torch is imported: the table is read by who must not wait."""
-        model: nn.Module = import_module(f"{__package__}.{FAMILIES[self.family]}").build(self.name, num_classes, **options)
+        model: nn.Module = import_module(f"{__package__}.{FAMILIES[self.family]}").build(
+            self.name, num_classes, **options
+        )
         return model
 
 
@@ -105,7 +107,7 @@ def get_variant(name: str) -> Variant:
     except KeyError:
         near = difflib.get_close_matches(_spelled_as_here(name), VARIANTS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "`shufflenet models` lists them."
-        raise ModelError(f"there is no network {name!r}; {hint}") from None
+        raise ModelError(f"there is no network {name!r}; {hint}", code="model-unknown") from None
 
 
 def _spelled_as_here(name: str) -> str:
@@ -144,13 +146,17 @@ def create_model(
     variant = get_variant(name)
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or not 1 <= num_classes <= MOST_CLASSES:
         raise ModelError(
-            f"num_classes (={num_classes!r}) must be a whole number, at least 1 and at most {MOST_CLASSES}"
+            f"num_classes (={num_classes!r}) must be a whole number, at least 1 and at most {MOST_CLASSES}",
+            code="num-classes-invalid",
         )
     options: dict[str, Any] = {"choices": choices, "scales": scales}
     given = {key: value for key, value in options.items() if value is not None}
     if foreign := [key for key in given if key not in variant.options]:
         takers = [other.name for other in VARIANTS.values() if foreign[0] in other.options]
-        raise ModelError(f"{name} has no {' and no '.join(foreign)} to choose; only {', '.join(takers)} has")
+        raise ModelError(
+            f"{name} has no {' and no '.join(foreign)} to choose; only {', '.join(takers)} has",
+            code="model-option-unknown",
+        )
     if not pretrained:
         return variant.build(num_classes, **given)
     from shufflenet_mlflow.checkpoints.loading import load_checkpoint

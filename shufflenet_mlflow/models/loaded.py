@@ -54,13 +54,18 @@ def describe(payload: Mapping[str, Any], source: str) -> ModelDescription:
 def _architecture(model: Mapping[str, Any], source: str) -> ModelSpec:
     kwargs = {key: value for key, value in model["kwargs"].items() if key != "num_classes"}
     if unknown := sorted(set(map(str, kwargs)) - set(SPEC_ARGUMENTS)):
-        raise CheckpointError(f"{source}: its network has the arguments {unknown}, which are not understood")
+        raise CheckpointError(
+            f"{source}: its network has the arguments {unknown}, which are not understood",
+            code="model-arguments-unknown",
+        )
     if not all(isinstance(value, (list, tuple)) for value in kwargs.values()):
-        raise CheckpointError(f"{source}: its network's arguments are not lists")
+        raise CheckpointError(f"{source}: its network's arguments are not lists", code="model-arguments-not-lists")
     try:
         return ModelSpec.of(model["name"], **kwargs)
     except ModelError as error:
-        raise CheckpointError(f"{source}: its network cannot be built: {error}") from error
+        raise CheckpointError(
+            f"{source}: its network cannot be built: {error}", code="model-entry-unbuildable"
+        ) from error
 
 
 def identify(
@@ -82,12 +87,17 @@ def identify(
             return asked
         fitting = fitting_models(weights_of(payload, source))
         hint = f"it fits --model {' or '.join(fitting)}" if fitting else "pass --model NAME (see `shufflenet models`)"
-        raise ConfigError(f"{source} does not name its network; {hint}")
+        raise ConfigError(f"{source} does not name its network; {hint}", code="model-not-named")
     if asked is None or asked in (described, ModelSpec(described.name)):  # the bare name is enough
         return described
     if asked.name != described.name:
-        raise ConfigError(f"{source} holds {described.name}, not --model {asked.name}; leave --model out")
-    raise ConfigError(f"{source} holds {described.name} with other choices or scales; leave --choices and --scales out")
+        raise ConfigError(
+            f"{source} holds {described.name}, not --model {asked.name}; leave --model out", code="model-differs"
+        )
+    raise ConfigError(
+        f"{source} holds {described.name} with other choices or scales; leave --choices and --scales out",
+        code="model-arguments-differ",
+    )
 
 
 @contextmanager
@@ -104,7 +114,9 @@ def suggest_fitting_models(weights: Mapping[str, Tensor], source: str, architect
         if not fitting:
             raise
         raise MismatchError(
-            f"{source} does not fit {architecture.name}; it fits --model {' or '.join(fitting)}", error.report
+            f"{source} does not fit {architecture.name}; it fits --model {' or '.join(fitting)}",
+            error.report,
+            code="model-does-not-fit",
         ) from error
 
 
@@ -203,6 +215,7 @@ def choose_preprocess(
         takers = [variant.name for variant in VARIANTS.values() if MODES[variant.preprocess].takes_mean_image]
         raise ConfigError(
             f"--mean-image {str(mean_image)!r} is for {', '.join(takers)}; {architecture.name} has no use for one, "
-            "leave it out"
+            "leave it out",
+            code="mean-image-not-for-model",
         )
     return Preprocess(mode, input_size, read_mean_image(Path(mean_image)))

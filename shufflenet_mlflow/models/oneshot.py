@@ -69,23 +69,26 @@ class ShuffleNetOneShot(nn.Module):
 def check_choices(choices: Sequence[int]) -> None:
     """Raise ModelError unless `choices` holds 20 integers of 0..3."""
     if len(choices) != UNITS:
-        raise ModelError(f"choices: there are {len(choices)}, not {UNITS}, one per unit")
+        raise ModelError(f"choices: there are {len(choices)}, not {UNITS}, one per unit", code="choices-count")
     for choice in choices:
         if type(choice) is not int or choice not in range(len(KERNELS)):
-            raise ModelError(f"choices: {choice!r} is none of 0, 1, 2 (kernels 3, 5, 7) and 3 (Xception)")
+            raise ModelError(
+                f"choices: {choice!r} is none of 0, 1, 2 (kernels 3, 5, 7) and 3 (Xception)", code="choices-value"
+            )
 
 
 def check_scales(scales: Sequence[float]) -> None:
     """Raise ModelError unless `scales` holds 20 factors that leave each unit some width."""
     if len(scales) != UNITS:
-        raise ModelError(f"scales: there are {len(scales)}, not {UNITS}, one per unit")
+        raise ModelError(f"scales: there are {len(scales)}, not {UNITS}, one per unit", code="scales-count")
     narrowest = STAGE_WIDTHS[0] // 2
     for scale in scales:
         number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
         if not number or not 1 / narrowest <= scale <= LARGEST_SCALE:
             raise ModelError(
                 f"scales: {scale!r} is not a factor of {1 / narrowest} to {LARGEST_SCALE}; the search space has "
-                "0.2, 0.4 … 1.6 (the factors themselves, not their indices)"
+                "0.2, 0.4 … 1.6 (the factors themselves, not their indices)",
+                code="scales-value",
             )
 
 

@@ -56,10 +56,14 @@ class GroupedUnit(nn.Module):
         first_groups = first_groups or groups
         if stride == 1 and in_channels != out_channels:
             raise ModelError(
-                f"a stride-1 unit needs in_channels (={in_channels}) equal to out_channels (={out_channels})"
+                f"a stride-1 unit needs in_channels (={in_channels}) equal to out_channels (={out_channels})",
+                code="grouped-unit-channels",
             )
         if in_channels % first_groups or mid % groups or mid % first_groups or added % groups:
-            raise ModelError(f"{in_channels} -> {out_channels} channels cannot be divided into {groups} groups")
+            raise ModelError(
+                f"{in_channels} -> {out_channels} channels cannot be divided into {groups} groups",
+                code="groups-indivisible",
+            )
         self.groups = groups
         self.branch_main_1 = nn.Sequential(
             *conv_bn_act(in_channels, mid, 1, groups=first_groups),

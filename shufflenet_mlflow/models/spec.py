@@ -39,7 +39,7 @@ class ModelSpec:
         if model is None:
             if given:
                 name, value = next(iter(given.items()))
-                raise ConfigError(f"--{name} (={value}) needs --model shufflenet_oneshot")
+                raise ConfigError(f"--{name} (={value}) needs --model shufflenet_oneshot", code="choices-without-model")
             return None
         choices = parse_numbers(given["choices"], "choices", int) if "choices" in given else None
         scales = parse_numbers(given["scales"], "scales", float) if "scales" in given else None

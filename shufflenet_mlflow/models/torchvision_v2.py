@@ -47,7 +47,8 @@ def published_weights(name: str) -> "WeightsEnum":
     if not name.startswith(PREFIX):
         raise ModelError(
             f"there are no published weights of {name} to fetch; download the release's file and begin from it "
-            f"(--init-from FILE), or take a {PREFIX} network"
+            f"(--init-from FILE), or take a {PREFIX} network",
+            code="no-published-weights",
         )
     from torchvision.models import get_model_weights
 
@@ -83,14 +84,16 @@ def fetch_weights(name: str) -> dict[str, Tensor]:
         line = str(reason).splitlines()[0] if str(reason) else type(error).__name__
         if cached:
             raise CheckpointError(
-                f"the published weights in {str(path)!r} cannot be used ({line}); {_REMOVE}"
+                f"the published weights in {str(path)!r} cannot be used ({line}); {_REMOVE}",
+                code="published-weights-damaged",
             ) from error
         raise CheckpointError(
             f"the published weights of {name} could not be fetched ({line}); put {path.name}, fetched elsewhere, into "
-            f"{str(path.parent)!r}, or train without --pretrained"
+            f"{str(path.parent)!r}, or train without --pretrained",
+            code="published-weights-not-fetched",
         ) from error
     if not isinstance(state_dict, dict):
-        raise CheckpointError(f"{str(path)!r} holds no state dict; {_REMOVE}")
+        raise CheckpointError(f"{str(path)!r} holds no state dict; {_REMOVE}", code="published-weights-empty")
     return state_dict
 
 
@@ -102,7 +105,7 @@ def _check_cached(path: Path) -> None:
     try:
         verify_checkpoint(path)
     except CheckpointError as error:
-        raise type(error)(f"{error}; {_REMOVE}") from error
+        raise type(error)(f"{error}; {_REMOVE}", code="published-weights-cache") from error
     with open(path, "rb") as file:
         digest = sha256_of(file)
     published = path.stem.rpartition("-")[2]

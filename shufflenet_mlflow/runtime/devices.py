@@ -22,13 +22,16 @@ def choose_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"--device (={device}) must be auto, cpu, mps, cuda or cuda:N") from error
+        raise ConfigError(
+            f"--device (={device}) must be auto, cpu, mps, cuda or cuda:N", code="device-unknown"
+        ) from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu"
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu",
+            code="cuda-missing",
         )
     if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("--device mps: there is no Apple GPU here; use auto or cpu")
+        raise ConfigError("--device mps: there is no Apple GPU here; use auto or cpu", code="mps-missing")
     return chosen
 
 
@@ -84,7 +87,9 @@ def compiled(network: nn.Module) -> nn.Module:
     try:
         return torch.compile(network, dynamic=False)  # type: ignore[return-value]
     except RuntimeError as error:
-        raise ConfigError(f"--compile: {str(error).splitlines()[0]}; leave it out") from error
+        raise ConfigError(
+            f"--compile: {str(error).splitlines()[0]}; leave it out", code="compile-unavailable"
+        ) from error
 
 
 def compile_failure(error: RuntimeError) -> ConfigError | None:
@@ -92,7 +97,9 @@ def compile_failure(error: RuntimeError) -> ConfigError | None:
     if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return None
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ConfigError(f"--compile: the network cannot be compiled here ({reason}); leave it out")
+    return ConfigError(
+        f"--compile: the network cannot be compiled here ({reason}); leave it out", code="compile-failed"
+    )
 
 
 def lack_of_memory(error: RuntimeError) -> ConfigError | None:
@@ -102,7 +109,8 @@ def lack_of_memory(error: RuntimeError) -> ConfigError | None:
         return None
     return ConfigError(
         f"memory ran out ({text.splitlines()[0][:200]}); lower --batch-size, --input-size, or --micro-batch-size, "
-        "which computes a batch in parts"
+        "which computes a batch in parts",
+        code="out-of-memory",
     )
 
 

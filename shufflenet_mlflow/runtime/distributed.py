@@ -164,21 +164,23 @@ class World:
             ElsewhereError: this process is another, and one has failed.
         """
         signum = (stop.signum or 0) if signals else 0
-        code = self.highest(signum if problem is None or signum else _ERROR)
-        if code == 0:
+        highest = self.highest(signum if problem is None or signum else _ERROR)
+        if highest == 0:
             return
-        if code < _ERROR:
-            stop.set(code)
-            raise StopRequested(code)
+        if highest < _ERROR:
+            stop.set(highest)
+            raise StopRequested(highest)
         if self.size == 1 and problem is not None:
             raise problem
         said = self.gather(_described(problem))
         if problem is not None and self.is_leader:
             raise problem
-        rank, (kind, text, status, host) = next((rank, what) for rank, what in enumerate(said) if what is not None)
+        rank, (kind, code, text, status, host) = next(
+            (rank, what) for rank, what in enumerate(said) if what is not None
+        )
         if self.is_leader:
-            raise _rebuilt(kind, f"process {rank} on {host}: {text}")
-        raise PeerFailedError(text, status) from problem
+            raise _rebuilt(kind, code, f"process {rank} on {host}: {text}")
+        raise PeerFailedError(text, status, code="peer-failed") from problem
 
     def synced_batches(self, stop: StopFlag, rounds: int, fetch: Callable[[], Value]) -> Iterator[Value]:
         """What `fetch` returns, `rounds` times, as long as no process has a reason to stop."""
@@ -203,7 +205,10 @@ class World:
         if self.size == 1 or name in ("cpu", "mps"):
             return name
         if ":" in name:
-            raise ConfigError(f"--device {name} is one device, and there are {self.size} processes; use cuda")
+            raise ConfigError(
+                f"--device {name} is one device, and there are {self.size} processes; use cuda",
+                code="one-device-many-processes",
+            )
         if name == "auto" and not torch.cuda.is_available():
             return "cpu"
         return f"cuda:{self.local_rank}"
@@ -218,7 +223,8 @@ def loss_of_process(error: RuntimeError) -> LostProcessError | None:
     first = text.splitlines()[0] if text else type(error).__name__
     return LostProcessError(
         f"process {os.environ.get('RANK', '0')} has lost another process of this job ({first[:200]}); what was trained "
-        "since the last checkpoint is trained again when the job is started again"
+        "since the last checkpoint is trained again when the job is started again",
+        code="process-lost",
     )
 
 
@@ -240,12 +246,12 @@ def _packed(payload: Mapping[str, Any]) -> Tensor:
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
-def _described(problem: ShuffleNetError | None) -> tuple[str, str, int, str] | None:
+def _described(problem: ShuffleNetError | None) -> tuple[str, str, str, int, str] | None:
     if problem is None:
         return None
-    return type(problem).__name__, str(problem), problem.exit_status, socket.gethostname()
+    return type(problem).__name__, problem.code, str(problem), problem.exit_status, socket.gethostname()
 
 
-def _rebuilt(kind: str, text: str) -> ShuffleNetError:
-    error: ShuffleNetError = getattr(errors, kind)(text)
+def _rebuilt(kind: str, code: str, text: str) -> ShuffleNetError:
+    error: ShuffleNetError = getattr(errors, kind)(text, code=code)
     return error

@@ -25,7 +25,9 @@ class FileLock:
     def __init__(self, path: Path, what: str) -> None:
         self._name = os.path.realpath(path)
         if self._name in _held:
-            raise BusyError(f"{what} is in use by this very process; close what has it open")
+            raise BusyError(
+                f"{what} is in use by this very process; close what has it open", code="locked-by-this-process"
+            )
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         if sys.platform != "win32":  # no record locks there: other processes are not kept out
             import fcntl
@@ -37,7 +39,10 @@ class FileLock:
                 os.close(self._descriptor)
                 if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks, most likely
                     raise
-                raise BusyError(f"{what} is in use by process {holder or '?'}; wait for it, or stop it") from error
+                raise BusyError(
+                    f"{what} is in use by process {holder or '?'}; wait for it, or stop it",
+                    code="locked-by-other-process",
+                ) from error
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
         _held.add(self._name)

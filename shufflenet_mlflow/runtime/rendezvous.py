@@ -68,10 +68,13 @@ def _announced() -> World:
         int(os.environ["MASTER_PORT"])  # PyTorch reads it
     except ValueError as error:
         names = "RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT"
-        raise ConfigError(f"the environment's {names} is no number ({error}); {_WAY_OUT}") from error
+        raise ConfigError(
+            f"the environment's {names} is no number ({error}); {_WAY_OUT}", code="launcher-variable-not-number"
+        ) from error
     if not 0 <= rank < size:
         raise ConfigError(
-            f"the environment's RANK (={rank}) must be at least 0 and below its WORLD_SIZE (={size}); {_WAY_OUT}"
+            f"the environment's RANK (={rank}) must be at least 0 and below its WORLD_SIZE (={size}); {_WAY_OUT}",
+            code="launcher-rank-invalid",
         )
     return World(rank, size, local_rank)
 
@@ -127,6 +130,7 @@ def name_attempt(store: Store, rank: int, size: int, stop: StopFlag) -> str:
         if time.monotonic() > deadline:
             raise LostProcessError(
                 f"process {rank}: the others of this job have not come within {TIMEOUT}; see what became of them, then "
-                "start the job again"
+                "start the job again",
+                code="rendezvous-timed-out",
             )
         time.sleep(_POLL_SECONDS)

@@ -108,15 +108,21 @@ class RunArtifacts:
             with open(folder / ARTIFACT_FOLDER / path.name, "rb") as file:
                 arrived = sha256_of(file)
             if arrived != manifest.sha256:
-                raise TrackingError(f"{path.name} did not arrive whole: its SHA-256 there is {arrived[:12]}…")
+                raise TrackingError(
+                    f"{path.name} did not arrive whole: its SHA-256 there is {arrived[:12]}…",
+                    code="upload-sha256-differs",
+                )
             return
         sizes = self.sizes()
         if path.name not in sizes:
-            raise TrackingError(f"{path.name} did not arrive: run {self.run_id} does not list it")
+            raise TrackingError(
+                f"{path.name} did not arrive: run {self.run_id} does not list it", code="upload-not-listed"
+            )
         if sizes[path.name] not in (None, manifest.bytes):
             raise TrackingError(
                 f"{path.name} did not arrive whole: {sizes[path.name]} of {manifest.bytes} bytes are in run "
-                f"{self.run_id}"
+                f"{self.run_id}",
+                code="upload-size-differs",
             )
 
     def put_file(self, path: Path) -> None:

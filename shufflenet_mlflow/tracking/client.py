@@ -6,6 +6,7 @@ when a client is asked for, not before.
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -84,7 +85,9 @@ def mlflow_errors(doing: str) -> Iterator[None]:
         # A run that was deleted can be brought back: what is meant for it waits.
         refused = code in _REFUSALS and "must be in the 'active' state" not in str(error)
         # Not chained: what these say holds addresses with their credentials.
-        raise (RefusedError if refused else TrackingError)(f"cannot {doing}: {_reason(error)}", code) from None
+        raise (RefusedError if refused else TrackingError)(
+            f"cannot {doing}: {_reason(error)}", code, code="mlflow"
+        ) from None
 
 
 def prepare_environment() -> None:
@@ -131,3 +134,13 @@ def connect(tracking_uri: str | None = None) -> "MlflowClient":
 
     with mlflow_errors(f"open the tracking store {redact(uri)}"):
         return MlflowClient(tracking_uri=tracking_uri)
+
+
+def active_run_id() -> str | None:
+    """Return the run that `mlflow.start_run()` opened; there can be none before `mlflow` is imported."""
+    if "mlflow" not in sys.modules:
+        return None
+    import mlflow
+
+    active = mlflow.active_run()
+    return active.info.run_id if active else None

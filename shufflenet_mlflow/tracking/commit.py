@@ -88,7 +88,9 @@ def _is_to_be_sent(path: Path, manifest: CheckpointManifest, just_written: JustW
         now = read_manifest(path)
         if now is not None and now.sha256 != manifest.sha256:
             return False  # it was written again, and that one waits behind this
-        raise RefusedError(f"the checkpoint cannot be sent to the run: {error}") from error
+        raise RefusedError(
+            f"the checkpoint cannot be sent to the run: {error}", code="checkpoint-not-sendable"
+        ) from error
     return True
 
 

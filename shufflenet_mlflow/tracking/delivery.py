@@ -114,7 +114,9 @@ class Deliverer:
     def _target(self, run: str) -> RunTarget:
         run_id = self.journal.run_id_of(run)
         if not is_created(run_id):
-            raise RefusedError("the entry that says which run to make is missing from the journal")
+            raise RefusedError(
+                "the entry that says which run to make is missing from the journal", code="journal-entry-without-run"
+            )
         if run_id not in self._targets:
             self._add_target(run_id, is_new=False)
         return self._targets[run_id]
@@ -125,7 +127,9 @@ class Deliverer:
             with open(self.journal.directory / REFUSED_NAME, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise TrackingError(f"{reason}, and it cannot be set aside: {error.strerror}") from error
+            raise TrackingError(
+                f"{reason}, and it cannot be set aside: {error.strerror}", code="refused-entry-not-kept"
+            ) from error
         logger.warning("%s; set aside in %s", reason, self.journal.directory / REFUSED_NAME)
 
 

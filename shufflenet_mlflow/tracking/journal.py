@@ -124,7 +124,8 @@ def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
                 if entry.body.get("version") != JOURNAL_VERSION:
                     raise JournalError(
                         f"the journal {str(path)!r} has format {entry.body.get('version')!r}, and {JOURNAL_VERSION} is "
-                        "the only one known here; upgrade this package"
+                        "the only one known here; upgrade this package",
+                        code="journal-format",
                     )
                 content.uri, content.run = entry.body.get("uri"), entry.run or None
                 content.last_seq = content.delivered = max(content.last_seq, entry.seq)
@@ -225,7 +226,8 @@ class Journal:
 
     def _unusable(self, error: OSError) -> JournalError:
         return JournalError(
-            f"cannot keep a journal in {str(self.directory)!r}: {error.strerror}; --save-dir takes another place"
+            f"cannot keep a journal in {str(self.directory)!r}: {error.strerror}; --save-dir takes another place",
+            code="journal-unwritable",
         )
 
     def _header(self) -> bytes:
@@ -417,7 +419,9 @@ def read_pending(directory: Path) -> Pending:
     try:
         content = _scan(path, keep_entries=True)
     except OSError as error:
-        raise JournalError(f"cannot read the journal {str(path)!r}: {error.strerror}") from error
+        raise JournalError(
+            f"cannot read the journal {str(path)!r}: {error.strerror}", code="journal-unreadable"
+        ) from error
     run = content.bound.get(content.run, content.run) if content.run is not None else None
     made = run is not None and is_created(run)
     return Pending(

@@ -234,6 +234,7 @@ def from_body(kinds: Mapping[str, type[Any]], kind: str, body: Mapping[str, Any]
         message: Message = kinds[kind](**body)
     except (KeyError, TypeError) as error:
         raise RefusedError(
-            f"the journal holds a {kind!r} entry that is not understood; upgrade this package"
+            f"the journal holds a {kind!r} entry that is not understood; upgrade this package",
+            code="journal-entry-unknown",
         ) from error
     return message

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 
-import shufflenet_mlflow
 from shufflenet_mlflow.tracking.redaction import redact_word
 from shufflenet_mlflow.version import __version__
 
@@ -39,7 +38,7 @@ def git_tags() -> dict[str, str]:
         import git
     except ImportError:  # it raises that where there is no git executable
         return {}
-    for folder in (Path(shufflenet_mlflow.__file__).parent, Path.cwd()):
+    for folder in (Path(__file__).parent, Path.cwd()):
         try:
             with git.Repo(folder, search_parent_directories=True) as repository:
                 tags = {

@@ -40,7 +40,12 @@ class Dropped:
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of `checkpoints prune --json`."""
-        return {**asdict(self.manifest), "file": self.manifest.file_name, "on_disk": self.on_disk, "in_run": self.in_run}
+        return {
+            **asdict(self.manifest),
+            "file": self.manifest.file_name,
+            "on_disk": self.on_disk,
+            "in_run": self.in_run,
+        }
 
 
 def pending_names(directory: Path) -> set[str]:

@@ -57,7 +57,7 @@ _ATTEMPTS = 3
 
 def _missing(error: TrackingError) -> bool:
     """Whether MLflow answered that a thing does not exist, rather than not at all."""
-    return error.code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+    return error.mlflow_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def read_run(client: "MlflowClient", run_id: str) -> "Run":
@@ -76,7 +76,8 @@ def read_run(client: "MlflowClient", run_id: str) -> "Run":
             raise
         like = may_have_been(run_id, client.tracking_uri)
         raise UnresolvedError(
-            f"there is no {with_uri}{like}; --tracking-uri or MLFLOW_TRACKING_URI names another store"
+            f"there is no {with_uri}{like}; --tracking-uri or MLFLOW_TRACKING_URI names another store",
+            code="run-missing",
         ) from error
 
 
@@ -104,14 +105,18 @@ class RemoteCheckpoints:
         try:
             return CheckpointManifest.from_json(self.tags[tag])
         except CheckpointError as error:
-            raise UnresolvedError(f"run {self.run_id}: its tag {tag} is {error}") from error
+            raise UnresolvedError(f"run {self.run_id}: its tag {tag} is {error}", code="tag-invalid-in-run") from error
 
     def _without(self, tag: str) -> UnresolvedError:
         found = self.list_names()
         text = f"run {self.run_id} ({self.name}) has no {tag}; among its artifacts are " + (
             f"the checkpoints {', '.join(found[:_NAMED])}" if found else "no checkpoints"
         )
-        return NoCheckpointError(text, self.run_id) if tag == LATEST_TAG else UnresolvedError(text)
+        return (
+            NoCheckpointError(text, self.run_id, code="run-without-checkpoint")
+            if tag == LATEST_TAG
+            else UnresolvedError(text, code="run-without-tag")
+        )
 
     def list_names(self) -> list[str]:
         """Names of the checkpoints among the run's artifacts, newest first, but for those being deleted."""
@@ -134,7 +139,8 @@ class RemoteCheckpoints:
         raise UnresolvedError(
             f"run {self.run_id} has no checkpoint at iteration {iters}; it has: "
             + ("…, " if len(steps) > _NAMED else "")
-            + listed
+            + listed,
+            code="iteration-not-in-run",
         )
 
     def manifest_of(self, name: str) -> CheckpointManifest | None:
@@ -159,7 +165,8 @@ class RemoteCheckpoints:
         name = artifact.rpartition("/")[2]
         if parse_name(name) is None:
             raise UnresolvedError(
-                f"run {self.run_id}: {artifact!r} is not called like a checkpoint, {{tag}}checkpoint-{{iters}}.pth.tar"
+                f"run {self.run_id}: {artifact!r} is not called like a checkpoint, {{tag}}checkpoint-{{iters}}.pth.tar",
+                code="artifact-name",
             )
         target = self.folder / name
         if manifest is not None and read_manifest(target) == manifest:
@@ -215,7 +222,8 @@ class RemoteCheckpoints:
     def _unusable_cache(self, name: str, error: OSError) -> UnresolvedError:
         return UnresolvedError(
             f"cannot keep {name} in the cache folder {str(self.folder)!r}: {error.strerror}; --cache-dir or "
-            "SHUFFLENET_CACHE_DIR names another"
+            "SHUFFLENET_CACHE_DIR names another",
+            code="cache-unusable",
         )
 
     def newest_valid(self) -> Resolved:
@@ -238,7 +246,8 @@ class RemoteCheckpoints:
         if not failures:
             raise self._without(LATEST_TAG)
         raise UnresolvedError(
-            f"run {self.run_id}: none of its {len(failures)} checkpoints verifies; the newest: {failures[0]}"
+            f"run {self.run_id}: none of its {len(failures)} checkpoints verifies; the newest: {failures[0]}",
+            code="none-verifies-in-run",
         )
 
     def _newest_first(self) -> Iterator[tuple[str, CheckpointManifest | None]]:
@@ -350,7 +359,7 @@ def resolve_model(
     except TrackingError as error:
         if not _missing(error):
             raise
-        raise UnresolvedError(_registry_hint(client, reference, asked)) from error
+        raise UnresolvedError(_registry_hint(client, reference, asked), code="registered-model-missing") from error
     run_id, manifest = _checkpoint_of(client, version)
     if manifest is not None and run_id:
         run = RemoteCheckpoints(client, run_id, cache_dir, reporter)
@@ -361,7 +370,8 @@ def resolve_model(
         run = RemoteCheckpoints(client, run_id, cache_dir, reporter)
         return run.resolve(RunReference(run_id, artifact=artifact))
     raise UnresolvedError(
-        f"{asked} is version {version.version} from {redact(str(version.source))!r}, which is no checkpoint"
+        f"{asked} is version {version.version} from {redact(str(version.source))!r}, which is no checkpoint",
+        code="registered-model-no-checkpoint",
     )
 
 

@@ -58,12 +58,13 @@ def resolve(
             if found is None:
                 raise UnresolvedError(
                     f"{str(ref)!r} is a folder without checkpoints; name the one that --save-dir named, or "
-                    "models/RUN_ID"
+                    "models/RUN_ID",
+                    code="folder-without-checkpoints",
                 )
             return found
         if os.path.exists(reference):
             return resolve_file(reference)
-        raise UnresolvedError(f"{str(ref)!r} does not exist; a checkpoint is {FORMS}")
+        raise UnresolvedError(f"{str(ref)!r} does not exist; a checkpoint is {FORMS}", code="reference-missing")
 
     from shufflenet_mlflow.tracking.remote_checkpoints import resolve_model, resolve_run  # only when MLflow is needed
 

@@ -68,6 +68,7 @@ def get_experiment_id(client: "MlflowClient", name: str) -> str:
             f"the experiment {name!r} was deleted; `mlflow experiments restore -x "
             f"{experiment.experiment_id}` brings it back, --experiment names another",
             "INVALID_STATE",
+            code="experiment-deleted",
         )
     return str(experiment.experiment_id)
 
@@ -213,7 +214,9 @@ def reopen_run(client: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> 
         run = client.get_run(run_id)
     if run.info.lifecycle_stage != "active":
         raise TrackingError(
-            f"run {run_id} was deleted; `mlflow runs restore` brings it back", "RESOURCE_DOES_NOT_EXIST"
+            f"run {run_id} was deleted; `mlflow runs restore` brings it back",
+            "RESOURCE_DOES_NOT_EXIST",
+            code="run-deleted",
         )
     Reopen(tags).send(RunTarget(client, run_id, Path()))
 
@@ -231,7 +234,8 @@ def require_not_beyond(client: "MlflowClient", run_id: str, iters: int) -> None:
     if latest is not None and latest.iters > iters:
         raise ResumeError(
             f"run {run_id} has gone on to iteration {latest.iters}, this checkpoint is of {iters}; "
-            f"--resume {run_id} continues it, --new-run with another --save-dir forks it here"
+            f"--resume {run_id} continues it, --new-run with another --save-dir forks it here",
+            code="run-gone-on",
         )
 
 

@@ -36,11 +36,15 @@ def complete(ref: str | Path, tracking_uri: str | None) -> str | Path:
         like = may_have_been(beginning, tracking_uri)
         raise UnresolvedError(
             f"{str(ref)!r} {also}begins no run's ID in {store}{like}; `shufflenet runs` lists them, --tracking-uri or "
-            "MLFLOW_TRACKING_URI names another store"
+            "MLFLOW_TRACKING_URI names another store",
+            code="run-id-unknown",
         )
     listed = ", ".join(f"{run_id} ({name})" for run_id, name in list(found.items())[:_NAMED])
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    raise UnresolvedError(f"{str(ref)!r} begins several runs' IDs in {store}: {listed}{more}; give more characters")
+    raise UnresolvedError(
+        f"{str(ref)!r} begins several runs' IDs in {store}: {listed}{more}; give more characters",
+        code="run-id-ambiguous",
+    )
 
 
 def beginning_of(ref: str | Path) -> str | None:

@@ -56,9 +56,13 @@ def _check_database_file(uri: str) -> None:
         _check_address(uri)
         return
     if path.is_dir():
-        raise TrackingError(f"the tracking store {uri} is a folder; name a file in it, such as {uri}/mlflow.db")
+        raise TrackingError(
+            f"the tracking store {uri} is a folder; name a file in it, such as {uri}/mlflow.db", code="store-is-folder"
+        )
     if not path.parent.is_dir():
-        raise TrackingError(f"the tracking store {uri} lies in a folder that does not exist; make it first")
+        raise TrackingError(
+            f"the tracking store {uri} lies in a folder that does not exist; make it first", code="store-folder-missing"
+        )
 
 
 def _check_address(uri: str) -> None:
@@ -70,5 +74,6 @@ def _check_address(uri: str) -> None:
         complete = False
     if not complete or (uri.startswith("sqlite:") and uri.partition("?")[0] != "sqlite://"):
         raise TrackingError(
-            f"the tracking store {redact(uri)} is no address; one is sqlite:///FOLDER/mlflow.db or http://HOST:5000"
+            f"the tracking store {redact(uri)} is no address; one is sqlite:///FOLDER/mlflow.db or http://HOST:5000",
+            code="store-address",
         )

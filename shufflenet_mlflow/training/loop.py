@@ -185,10 +185,10 @@ class Trainer:
             raise problem from error
         except NonFiniteLossError as error:
             if not self.world.is_leader:
-                raise PeerFailedError(str(error)) from error
+                raise PeerFailedError(str(error), code="peer-diverged") from error
             saved = self.store.newest() or self._resumed_from
             kept = f"the last good checkpoint is {str(saved)!r}" if saved else "no checkpoint yet"
-            raise NonFiniteLossError(f"{error}; {kept}") from error
+            raise NonFiniteLossError(f"{error}; {kept}", code="diverged") from error
         return self._result()
 
     def all_bad_images(self) -> set[str]:
@@ -242,7 +242,9 @@ class Trainer:
             for bad in self.bad_images.new_in(part):
                 self.reporter.warn(f"another image stands in for it: {bad}")
             if not len(part.labels_N):
-                raise DataError(f"no file in {str(self.data.train.root)!r} is a readable image")
+                raise DataError(
+                    f"no file in {str(self.data.train.root)!r} is a readable image", code="train-no-readable-image"
+                )
         return parts
 
     def step(self, network: nn.Module, parts: Sequence[Batch]) -> None:

@@ -109,7 +109,8 @@ class TrainingState:
             lr = self.scheduler.base_lrs[0] * self.scheduler.lr_lambdas[0](bad - 1)
             raise NonFiniteLossError(
                 f"the loss became NaN or infinite at iteration {bad}, with a learning rate of {lr:.6g}; "
-                "start again with a lower --lr"
+                "start again with a lower --lr",
+                code="loss-not-finite",
             )
 
     def record_validation(self, values: dict[str, float]) -> bool:
@@ -165,7 +166,8 @@ class TrainingState:
             self.randomness.load_state_dict(payload["rng_state"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise CheckpointError(
-                f"the checkpoint cannot be resumed from: {type(error).__name__} {error}; it may hold weights only"
+                f"the checkpoint cannot be resumed from: {type(error).__name__} {error}; it may hold weights only",
+                code="resume-state-invalid",
             ) from error
         factor = self.scheduler.lr_lambdas[0](self.iters)
         for group, decay in zip(self.optimizer.param_groups, (config.weight_decay, 0.0), strict=True):

@@ -66,7 +66,7 @@ def find_location(ref: str, tracking_uri: str | None) -> Place:
     if isinstance(reference, RunReference):
         return Place(ref, None, reference.run_id, tracking_uri)
     if not isinstance(reference, Path) or not os.path.isdir(reference):
-        raise UnresolvedError(f"{ref!r} is neither a folder of checkpoints nor a run ID")
+        raise UnresolvedError(f"{ref!r} is neither a folder of checkpoints nor a run ID", code="not-folder-or-run")
     held = read_pending(reference)
     return Place(ref, reference, held.run_id, uri_of_journal(held.uri, tracking_uri))
 
@@ -206,7 +206,10 @@ def verify_all(ref: str, *, tracking_uri: str | None, cache_dir: Path | None, re
     place = find_location(ref, tracking_uri)
     checks = _checks_in_run(place, cache_dir) if place.directory is None else _checks_in_folder(place.directory)
     if not checks:
-        raise UnresolvedError(f"{ref!r} holds no checkpoints; name the folder that --save-dir named, or models/RUN_ID")
+        raise UnresolvedError(
+            f"{ref!r} holds no checkpoints; name the folder that --save-dir named, or models/RUN_ID",
+            code="nothing-to-verify",
+        )
     verdicts = []
     with reporter.phase("verifying", len(checks)) as phase:
         for name, check in checks.items():
@@ -283,7 +286,7 @@ def pull(
             write_manifest(target, manifest)
     except OSError as error:
         raise UnresolvedError(
-            f"cannot write {str(target)!r}: {error.strerror}; --output names another folder"
+            f"cannot write {str(target)!r}: {error.strerror}; --output names another folder", code="pull-unwritable"
         ) from error
     verify_checkpoint(target, manifest)
     return Resolved(target, resolved.iters, resolved.run_id)
@@ -299,7 +302,7 @@ def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | 
         TrackingError: MLflow did not answer: without it nobody knows which are promoted.
     """
     if not retention.is_set:
-        raise ConfigError("there is no rule; give --keep-last, --keep-best or --keep-every")
+        raise ConfigError("there is no rule; give --keep-last, --keep-best or --keep-every", code="no-keep-rule")
     place = find_location(ref, tracking_uri)
     with _alone_in(place.directory) if not dry_run else nullcontext():
         target = None

@@ -170,7 +170,8 @@ def _source(client: "MlflowClient", loaded: LoadedCheckpoint, where: str) -> "Ru
     if run is None and where == "source":
         raise UnresolvedError(
             f"{loaded.source} belongs to no run in {redact(client.tracking_uri)}; --log-to new makes one for the "
-            "result, --log-to none leaves MLflow out"
+            "result, --log-to none leaves MLflow out",
+            code="checkpoint-without-run",
         )
     return run
 
@@ -195,7 +196,9 @@ def _val_dir(request: EvalRequest, loaded: LoadedCheckpoint) -> str | None:
     trained = _usable_config(loaded.payload)
     val_dir: str | None = request.val_dir if request.val_dir is not None else trained.get("val_dir")
     if val_dir is None and "val_dir" not in trained:
-        raise ConfigError(f"--val-dir is missing: {loaded.source} does not say on what it was validated")
+        raise ConfigError(
+            f"--val-dir is missing: {loaded.source} does not say on what it was validated", code="val-dir-missing"
+        )
     return val_dir
 
 
@@ -254,7 +257,8 @@ def _check_classes(network: LoadedModel, listing: ImageListing, source: str, rep
     if len(listing.classes) > network.num_classes:
         raise DataError(
             f"--val-dir {str(listing.root)!r} has {len(listing.classes)} classes, {source} tells "
-            f"{network.num_classes} apart; --val-dir names another folder"
+            f"{network.num_classes} apart; --val-dir names another folder",
+            code="too-many-classes",
         )
     if network.class_to_idx is None:
         last = len(listing.classes) - 1

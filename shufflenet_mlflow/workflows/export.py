@@ -66,13 +66,16 @@ def run_export(request: ExportRequest, *, reporter: Reporter) -> ExportSummary:
     suffix = "-mlflow" if request.format == MLFLOW_FORMAT else f".{request.format}"
     target = request.output or Path(loaded.path.name.removesuffix(".pth.tar") + suffix)
     if not target.parent.is_dir():
-        raise ExportError(f"cannot write {str(target)!r}: its folder does not exist; make it, or change --output")
+        raise ExportError(
+            f"cannot write {str(target)!r}: its folder does not exist; make it, or change --output",
+            code="output-folder-missing",
+        )
     if target.is_dir() and request.format != MLFLOW_FORMAT:
-        raise ExportError(f"{str(target)!r} is a folder; --output names a file")
+        raise ExportError(f"{str(target)!r} is a folder; --output names a file", code="output-is-folder")
     if request.format != MLFLOW_FORMAT:
         return ExportSummary(target, request.format, loaded, export_file(loaded.network, target, request.format))
     if target.exists():
-        raise ExportError(f"{str(target)!r} exists already; --output names another folder")
+        raise ExportError(f"{str(target)!r} exists already; --output names another folder", code="output-exists")
     difference = 0.0
     try:
         with mlflow_errors(f"write the model {str(target)!r}"):
@@ -109,7 +112,8 @@ def run_promotion(
         raise UnresolvedError(
             f"{source_of(resolved.path)} belongs to no run, and only a run's checkpoint can be promoted; "
             f"`shufflenet export {ref} --format mlflow`, with --model if it names none, makes a model of it that "
-            "MLflow serves"
+            "MLflow serves",
+            code="promote-without-run",
         )
     client = connect(tracking_uri)
     with mlflow_errors(f"read run {run_id}"):
@@ -119,7 +123,8 @@ def run_promotion(
     if here is not None and here.sha256 != manifest.sha256:
         raise UnresolvedError(
             f"{source_of(resolved.path)} is not the one that run {run_id} has under that name; "
-            f"promote runs:/{run_id}@{manifest.iters} instead"
+            f"promote runs:/{run_id}@{manifest.iters} instead",
+            code="promote-other-file",
         )
     known = find_logged_model(client, run, manifest)
     if known is None:

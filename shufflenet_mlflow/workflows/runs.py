@@ -51,7 +51,9 @@ class Column:
         """
         name = text.strip()
         if not name:
-            raise ConfigError("--columns and --sort take names such as started, best/val_top1, lr or tags.job")
+            raise ConfigError(
+                "--columns and --sort take names such as started, best/val_top1, lr or tags.job", code="column-invalid"
+            )
         kind, dot, key = name.partition(".")
         if dot and kind in _KINDS:
             return cls(name, kind, key)
@@ -78,7 +80,9 @@ class Column:
             ConfigError: MLflow does not sort by it.
         """
         if self.key in _COMPUTED and self.kind == "attribute":
-            raise ConfigError(f"--sort {self.title} is not possible; sort by started, a metric or an option")
+            raise ConfigError(
+                f"--sort {self.title} is not possible; sort by started, a metric or an option", code="sort-invalid"
+            )
         name = f"attributes.{_ATTRIBUTES[self.key]}" if self.kind == "attribute" else f"{self.kind}.`{self.key}`"
         return f"{name} {'ASC' if ascending else 'DESC'}"
 
@@ -139,7 +143,10 @@ def list_runs(
     if experiment_id is None:
         with mlflow_errors("list the experiments"):
             known = ", ".join(found.name for found in client.search_experiments(max_results=8))
-        raise UnresolvedError(f"there is no experiment {name!r} in {redact(client.tracking_uri)}; there is: {known}")
+        raise UnresolvedError(
+            f"there is no experiment {name!r} in {redact(client.tracking_uri)}; there is: {known}",
+            code="experiment-missing",
+        )
     with mlflow_errors(f"search the runs of {name!r}" + (f" for {filter_string!r}" if filter_string else "")):
         found = client.search_runs([experiment_id], filter_string, max_results=limit, order_by=[order])
     return RunTable(name, parsed, tuple(found), bool(found.token))
@@ -263,7 +270,7 @@ def find_run(client: "MlflowClient", ref: str) -> "Run":
     """
     named = ref.removeprefix("runs:/").rstrip("/")
     if not is_run_id(named, whole=False):
-        raise UnresolvedError(f"{ref!r} is not a run ID; `shufflenet runs` lists them")
+        raise UnresolvedError(f"{ref!r} is not a run ID; `shufflenet runs` lists them", code="not-a-run-id")
     return read_run(client, str(complete(f"runs:/{named}", client.tracking_uri)).removeprefix("runs:/"))
 
 

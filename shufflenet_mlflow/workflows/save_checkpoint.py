@@ -1,6 +1,5 @@
 """`save_checkpoint` for scripts of one's own: the original release's function, plus MLflow."""
 
-import sys
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from shufflenet_mlflow.checkpoints.manifest import LATEST_TAG, CheckpointManifest
 from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.errors import BusyError, JournalError, TrackingError
-from shufflenet_mlflow.tracking.client import connect
+from shufflenet_mlflow.tracking.client import active_run_id, connect
 from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.delivery import deliver_now
 from shufflenet_mlflow.tracking.journal import Journal, read_pending
@@ -17,16 +16,6 @@ from shufflenet_mlflow.tracking.messages import to_body
 from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
 from shufflenet_mlflow.tracking.uris import stored_uri
 from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
-
-
-def _active_run_id() -> str | None:
-    """The run that `mlflow.start_run()` opened; there can be none before `mlflow` was imported."""
-    if "mlflow" not in sys.modules:
-        return None
-    import mlflow
-
-    active = mlflow.active_run()
-    return active.info.run_id if active else None
 
 
 def save_checkpoint(
@@ -67,7 +56,7 @@ def save_checkpoint(
         TrackingError: the file is on the disk, but MLflow did not take it. It is noted in the journal of
             `directory`: the next call, or `shufflenet sync`, brings it to the run.
     """
-    run_id = run_id or _active_run_id()
+    run_id = run_id or active_run_id()
     path, manifest = write_checkpoint(
         state,
         iters,
@@ -99,14 +88,17 @@ def _bring(manifest: CheckpointManifest, run_id: str, directory: Path, tracking_
             if failure is None:
                 deliver_now(client, journal, MESSAGE_KINDS)
     except (BusyError, JournalError) as error:
-        raise TrackingError(f"{failure or error}; the checkpoint {manifest.file_name} is on the disk") from error
+        raise TrackingError(
+            f"{failure or error}; the checkpoint {manifest.file_name} is on the disk", code="save-not-journaled"
+        ) from error
     except TrackingError as error:
         failure = error
     if failure is not None:
         raise TrackingError(
             f"{failure}; the checkpoint {manifest.file_name} is on the disk, and `shufflenet sync {directory}` brings "
             "it to the run",
-            failure.code,
+            failure.mlflow_code,
+            code="save-not-delivered",
         ) from failure
 
 

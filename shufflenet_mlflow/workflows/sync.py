@@ -71,7 +71,10 @@ def run_sync(
     """
     prepare_environment()
     if not os.path.isdir(directory):  # unlike Path.is_dir, never raises
-        raise JournalError(f"{str(directory)!r} is not a folder; name the one that --save-dir named, or models/RUN_ID")
+        raise JournalError(
+            f"{str(directory)!r} is not a folder; name the one that --save-dir named, or models/RUN_ID",
+            code="sync-not-folder",
+        )
     held = read_pending(directory)
     uri = uri_of_journal(held.uri, tracking_uri)
     if dry_run or not (directory / JOURNAL_NAME).exists():
@@ -100,7 +103,9 @@ def _send(deliverer: Deliverer, reporter: Reporter, stop: StopFlag) -> int:
                 arrived = deliverer.send_some()
             except TrackingError as error:
                 raise TrackingError(
-                    f"{error}; {journal.pending} entries still wait in {str(journal.path)!r}", error.code
+                    f"{error}; {journal.pending} entries still wait in {str(journal.path)!r}",
+                    error.mlflow_code,
+                    code="sync-interrupted",
                 ) from error
             if not arrived:
                 return sent

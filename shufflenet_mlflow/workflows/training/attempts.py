@@ -44,14 +44,18 @@ def find_attempt(client: "MlflowClient", request: TrainRequest, reporter: Report
     except TrackingError as error:
         if is_named and not _was_used(request.save_dir):
             raise TrackingError(
-                f"{error}; --resume none begins the job anew without looking for an earlier run of it", error.code
+                f"{error}; --resume none begins the job anew without looking for an earlier run of it",
+                error.mlflow_code,
+                code="job-not-found-out",
             ) from error
         reporter.warn(f"{error}; going on with what lies here")
     if request.new_run and request.resume == "auto" and not again:
         if known is not None and known.has_checkpoint:  # the folder of that name is the parent's
             return replace(request, resume=known.run_id, save_dir=request.save_dir if has_folder else None), []
         if not _holds_checkpoints(request.save_dir):
-            raise ConfigError("--new-run: nothing is there to be forked; name a checkpoint with --resume")
+            raise ConfigError(
+                "--new-run: nothing is there to be forked; name a checkpoint with --resume", code="nothing-to-fork"
+            )
         return request, []
     if known is None:
         return request, []
@@ -128,9 +132,14 @@ def begin_again(
     try:
         check_types(config)
     except ConfigError as problem:
-        raise NoCheckpointError(f"{error}; its configuration is not understood: {problem}") from problem
+        raise NoCheckpointError(
+            f"{error}; its configuration is not understood: {problem}", code="run-config-invalid"
+        ) from problem
     if request.save_dir is not None and list_checkpoints(request.save_dir):
-        raise ResumeError(f"--save-dir {str(request.save_dir)!r} holds checkpoints of another run; name another folder")
+        raise ResumeError(
+            f"--save-dir {str(request.save_dir)!r} holds checkpoints of another run; name another folder",
+            code="save-dir-of-other-run",
+        )
     return replace(request, resume="auto", inherited=config), [error.run_id]
 
 

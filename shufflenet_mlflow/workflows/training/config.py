@@ -69,7 +69,8 @@ def plan(
     if "epochs" in given and "total_iters" in given:
         raise ConfigError(
             f"--epochs (={given['epochs']}) and --total-iters (={given['total_iters']}) exclude each other; "
-            "give one of them"
+            "give one of them",
+            code="epochs-and-total-iters",
         )
     options = {**inherited, **given}
     train_dir, val_dir = image_folders(options)
@@ -82,7 +83,7 @@ def plan(
     recipe = get_recipe(architecture.name)
     augment = options.get("augment", "shift" if is_digits else recipe.augment)
     if augment not in AUGMENTATIONS:
-        raise ConfigError(f"--augment (={augment}) must be one of {', '.join(AUGMENTATIONS)}")
+        raise ConfigError(f"--augment (={augment}) must be one of {', '.join(AUGMENTATIONS)}", code="augment-unknown")
     preprocess = choose_preprocess(
         architecture,
         options.get("input_size", DIGITS_INPUT_SIZE if is_digits else REFERENCE_SIZE),
@@ -91,7 +92,10 @@ def plan(
     )
     batch_size = options.get("batch_size", DEFAULT_BATCH_SIZE)
     if batch_size < 2:
-        raise ConfigError(f"--batch-size (={batch_size}) must be at least 2: batch normalisation needs two images")
+        raise ConfigError(
+            f"--batch-size (={batch_size}) must be at least 2: batch normalisation needs two images",
+            code="batch-size-below-two",
+        )
     micro_batches = _divide(batch_size, options.get("micro_batch_size"), world)
     on_bad_image = options.get("on_bad_image", "fail")
     train, val = list_both(train_dir, val_dir, skip_bad=on_bad_image == "skip", cache_dir=request.cache_dir)
@@ -99,7 +103,8 @@ def plan(
     if num_classes < len(train.classes):
         raise ConfigError(
             f"--num-classes (={num_classes}) is below the {len(train.classes)} classes of {str(train.root)!r}; "
-            "raise it, or leave it out"
+            "raise it, or leave it out",
+            code="num-classes-too-small",
         )
     seed = options.get("seed", 0)
     order = SampleOrder(len(train), batch_size, seed)
@@ -159,10 +164,12 @@ def _divide(batch_size: int, micro_batch_size: int | None, world: World) -> Micr
     """
     micro_batches = MicroBatches.of(batch_size, max(2, micro_batch_size or batch_size), world.rank, world.size)
     if micro_batches.smallest < 2:
-        way_out = "raise --micro-batch-size" if micro_batches.accumulation_steps > 1 else "begin with fewer processes"
+        several = micro_batches.accumulation_steps > 1
+        way_out = "raise --micro-batch-size" if several else "begin with fewer processes"
         raise ConfigError(
-            f"--batch-size (={batch_size}) is divided into {micro_batches.count} micro-batches, and batch normalisation "
-            f"needs two images in each; raise it to {2 * micro_batches.count}, or {way_out}"
+            f"--batch-size (={batch_size}) is divided into {micro_batches.count} micro-batches, and batch "
+            f"normalisation needs two images in each; raise it to {2 * micro_batches.count}, or {way_out}",
+            code="micro-batch-too-small",
         )
     return micro_batches
 

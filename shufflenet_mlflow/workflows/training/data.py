@@ -22,7 +22,9 @@ def image_folders(options: Mapping[str, Any]) -> tuple[str | None, str | None]:
     train_dir, val_dir = absolute_path(options.get("train_dir")), absolute_path(options.get("val_dir"))
     if (train_dir is None) != (val_dir is None):
         lacking = "--val-dir" if val_dir is None else "--train-dir"
-        raise ConfigError(f"{lacking} is missing; give both folders, or neither for the bundled digits")
+        raise ConfigError(
+            f"{lacking} is missing; give both folders, or neither for the bundled digits", code="one-folder-missing"
+        )
     return train_dir, val_dir
 
 
@@ -54,7 +56,10 @@ def check_same_data(start: ResumePoint, data: TrainData, *, new_run: bool) -> No
     """
     stored = Preprocess.from_dict(start.payload["preprocess"], repr(str(start.path)))
     if not new_run and not data.preprocess.has_mean_of(stored):
-        raise ResumeError("--mean-image is not the one that the run began with; leave it out, or pass --new-run")
+        raise ResumeError(
+            "--mean-image is not the one that the run began with; leave it out, or pass --new-run",
+            code="mean-image-changed",
+        )
     require_same_classes(
         start.payload["class_to_idx"],
         data.train,
@@ -65,7 +70,8 @@ def check_same_data(start: ResumePoint, data: TrainData, *, new_run: bool) -> No
     if not new_run and isinstance(before, str) and before != data.train.digest:
         raise ResumeError(
             f"--train-dir {str(data.train.root)!r} does not hold the images that the run began with "
-            f"(digest {data.train.digest[:8]}, then {before[:8]}); put them back, or pass --new-run"
+            f"(digest {data.train.digest[:8]}, then {before[:8]}); put them back, or pass --new-run",
+            code="train-images-changed",
         )
 
 

@@ -81,7 +81,9 @@ def find_initial_weights(request: TrainRequest) -> InitialWeights | None:
     if ref is None:
         return None
     if options.get("pretrained"):
-        raise ConfigError("--init-from and --pretrained exclude each other; give one of them")
+        raise ConfigError(
+            "--init-from and --pretrained exclude each other; give one of them", code="init-from-and-pretrained"
+        )
     resolved = resolve(ref, tracking_uri=request.tracking_uri, cache_dir=request.cache_dir)
     payload = read_checkpoint(resolved.path)
     source = repr(str(resolved.path))
@@ -104,7 +106,8 @@ def find_resume_point(request: TrainRequest) -> ResumePoint | None:
         if found is not None:
             raise ResumeError(
                 f"--save-dir {str(directory)!r} holds checkpoints already; --resume auto continues them, "
-                "another --save-dir begins anew"
+                "another --save-dir begins anew",
+                code="save-dir-not-empty",
             )
         return None
     if request.resume == "auto":
@@ -113,7 +116,8 @@ def find_resume_point(request: TrainRequest) -> ResumePoint | None:
         if request.new_run:
             raise ResumeError(
                 f"--save-dir {str(directory)!r} holds the run's own checkpoints; for a fork pass "
-                f"--resume {directory} and another --save-dir"
+                f"--resume {directory} and another --save-dir",
+                code="fork-into-own-folder",
             )
         return _load_start(found.path, None)
     resolved = _resolve(request)
@@ -123,7 +127,10 @@ def find_resume_point(request: TrainRequest) -> ResumePoint | None:
         same_folder = found.path.parent.resolve() == start.path.parent.resolve()
         if request.new_run or (there != start.run_id and not same_folder):
             whose = f"run {there}" if there else "another run"
-            raise ResumeError(f"--save-dir {str(directory)!r} holds checkpoints of {whose}; name another folder")
+            raise ResumeError(
+                f"--save-dir {str(directory)!r} holds checkpoints of {whose}; name another folder",
+                code="save-dir-holds-other-run",
+            )
     return start
 
 
@@ -170,5 +177,7 @@ def _load_start(path: Path, fetched_from: str | None) -> ResumePoint:
     try:
         check_types(payload["config"])
     except ConfigError as error:
-        raise CheckpointError(f"{source}: its configuration is not understood: {error}") from error
+        raise CheckpointError(
+            f"{source}: its configuration is not understood: {error}", code="checkpoint-config-invalid"
+        ) from error
     return ResumePoint(path, payload, fetched_from is not None, run_of(path, payload) or fetched_from)

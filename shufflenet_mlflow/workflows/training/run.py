@@ -176,7 +176,8 @@ def _continue(
         if run_id == adopted or not error.answered:
             raise
         raise ResumeError(
-            f"{error}; --new-run continues as a run of its own, --tracking-uri names another store"
+            f"{error}; --new-run continues as a run of its own, --tracking-uri names another store",
+            code="run-not-continued",
         ) from error
     return run_id
 

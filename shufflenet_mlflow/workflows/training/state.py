@@ -78,9 +78,14 @@ def prepare(
         device = choose_device(world.device(config.device))
         keep_freed_memory(device)
         if config.sync_bn and device.type != "cuda":
-            raise ConfigError(f"--sync-bn needs CUDA, and the device is {device.type}; leave it out")
+            raise ConfigError(
+                f"--sync-bn needs CUDA, and the device is {device.type}; leave it out", code="sync-bn-needs-cuda"
+            )
         if config.amp == "fp16" and device.type == "mps":
-            raise ConfigError("--amp fp16 needs CUDA or a CPU, and the device is mps; use bf16 or leave it out")
+            raise ConfigError(
+                "--amp fp16 needs CUDA or a CPU, and the device is mps; use bf16 or leave it out",
+                code="amp-fp16-on-mps",
+            )
         surroundings = environment(planned, device, world)
     with world.sync_errors(stop):
         _require_same_as_leader(world, planned)
@@ -104,12 +109,15 @@ def _require_same_as_leader(world: World, planned: Plan) -> None:
     leaders_images, leaders_options = world.from_leader((images, options))
     for what, digest in images.items():
         if leaders_images[what] != digest:
-            raise DataError(f"its {what} are not those of process 0; give every process the same")
+            raise DataError(
+                f"its {what} are not those of process 0; give every process the same", code="peers-images-differ"
+            )
     for name, value in options.items():
         if leaders_options[name] != value:
             raise ConfigError(
                 f"its {option(name)} (={value}) is not that of process 0 (={leaders_options[name]}); give every "
-                "process the same"
+                "process the same",
+                code="peers-options-differ",
             )
 
 
