@@ -17,7 +17,7 @@ from shufflenet_mlflow.errors import PeerFailedError, ShuffleNetError
 from shufflenet_mlflow.runtime.signals import EXIT_BASE, StopRequested
 
 from .errors import UsageError
-from .options import DEBUG, Option
+from .options import DEBUG, ERROR_PRINTED, Option
 from .settings import note_sources, sources, warn_of_unknown_variables
 
 SIGINT = 2
@@ -111,7 +111,7 @@ class Main(Group):
         except PeerFailedError as error:  # the first process of the job says what it was
             sys.exit(error.exit_status)
         except ShuffleNetError as error:
-            if self.as_json:
+            if self.as_json and ERROR_PRINTED not in ctx.meta:
                 _print_json_error(error.code, str(error))
             _end(ctx, error)
         except StopRequested as stop:

@@ -10,6 +10,7 @@ from shufflenet_mlflow.config import MAX_WORKERS
 from .commands import Command
 from .completing import Folder
 from .options import (
+    ERROR_PRINTED,
     bad_image_option,
     cache_dir_option,
     common_options,
@@ -81,6 +82,7 @@ def eval_(ref: str, as_json: bool, **values: Any) -> None:
       shufflenet eval runs:/01234567@best --val-dir pets/test --json
       shufflenet eval weights.pth.tar --model shufflenet_v2_x1_0 --val-dir val
     """
+    from shufflenet_mlflow.tracking.redaction import redact
     from shufflenet_mlflow.workflows.eval import EvalRequest, run_evaluation
 
     from .console import ConsoleReporter, next_steps
@@ -91,7 +93,11 @@ def eval_(ref: str, as_json: bool, **values: Any) -> None:
     with stop_flag() as stop:
         summary = run_evaluation(EvalRequest(ref, **given), reporter=ConsoleReporter(), stop=stop)
     if as_json:
-        print_json(summary.to_dict())
+        document = summary.to_dict()
+        if summary.problem is not None:
+            document["error"] = {"code": summary.problem.code, "message": redact(str(summary.problem))}
+            click.get_current_context().meta[ERROR_PRINTED] = True
+        print_json(document)
     else:
         click.echo(_result_lines(summary))
         next_steps(*_next_steps(summary))

@@ -14,6 +14,8 @@ DEBUG = "shufflenet_mlflow.debug"
 VERBOSITY = "shufflenet_mlflow.verbosity"
 LEVELS_OF_SPEECH = ("verbose", "quiet")
 CONFIG = "shufflenet_mlflow.config"
+ERROR_PRINTED = "shufflenet_mlflow.error_printed"
+"""Set where a command's JSON document holds the error that it ends with."""
 PREFIX = "SHUFFLENET_"
 """Of the environment variables that stand for options."""
 

@@ -31,7 +31,7 @@ from .options import (
 from .settings import weaker_of
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.workflows.train import TrainSummary
+    from shufflenet_mlflow.workflows.training.run import TrainSummary
 
 REQUEST_OPTIONS = (
     "resume",

@@ -386,7 +386,7 @@ MISTAKES = [
     failing("train --resume {run}@7", "{run}", "iteration 7", "it has: 3, 4"),
     failing("train --resume models --seed 5", "--seed (0 -> 5)", "leave them out", "--resume none"),
     failing("train --resume models --lr 0.5", "--lr (0.02 -> 0.5)", "leave them as they were", "--new-run"),
-    failing("train --resume none --save-dir models", "'models'", "--save-dir", "--resume auto", "begins anew"),
+    failing("train --resume none --save-dir models", "'models'", "--save-dir", "--resume auto", "starts a new run"),
     failing(
         "train --resume models/checkpoint-000003.pth.tar --new-run --save-dir models",
         "--save-dir 'models'",

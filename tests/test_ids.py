@@ -53,7 +53,7 @@ def test_anything_else_stays_as_it_is(workplace: Path) -> None:
 
 @pytest.mark.usefixtures("three_runs")
 def test_what_begins_none_or_several() -> None:
-    with pytest.raises(UnresolvedError, match=rf"several runs' IDs in sqlite:.*{SECOND} \(run 1\), {FIRST} \(run 0\);"):
+    with pytest.raises(UnresolvedError, match=rf"several run IDs in sqlite:.*{SECOND} \(run 1\), {FIRST} \(run 0\);"):
         complete("abcdef", None)
     with pytest.raises(UnresolvedError, match="'abcdef22' is no file or folder, and begins no run's ID in sqlite"):
         complete("abcdef22", None)

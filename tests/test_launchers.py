@@ -17,12 +17,14 @@ from training import Reporter, assert_same_end, history, request, run, run_until
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import ConfigError, ResumeError, TrackingError, UnresolvedError
+from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.launchers import attempt, launch_name
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 from shufflenet_mlflow.workflows.sync import run_sync
 from shufflenet_mlflow.workflows.train import run_training
 from shufflenet_mlflow.workflows.training import run as opening
-from shufflenet_mlflow.workflows.training.config import plan
+from shufflenet_mlflow.workflows.training.attempts import Attempt
+from shufflenet_mlflow.workflows.training.config import choose
 from shufflenet_mlflow.workflows.training.request import TrainRequest
 
 
@@ -107,8 +109,8 @@ def test_a_run_that_begins_again_has_its_mean_image(images: Path, client: Mlflow
     mean = tmp_path / "mean.npy"
     np.save(mean, np.full((32, 32, 3), 100, np.float32))
     options = {**request(images).options, "model": "shufflenet_v2_large", "mean_image": str(mean)}
-    planned = plan(TrainRequest({}, inherited=options), None)
-    assert planned.data.preprocess.mean_image is not None
+    attempt = Attempt(resume="auto", is_fork=False, save_dir=None, job=None, inherited=options)
+    assert choose(TrainRequest({}), attempt, World()).preprocess.mean_image is not None
 
 
 def test_another_division_is_not_called_rounding(images: Path) -> None:
@@ -121,7 +123,8 @@ def test_another_division_is_not_called_rounding(images: Path) -> None:
     path.with_name(path.name + ".json").unlink()
     reporter = Reporter()
     run(images, "--save-dir", "models", reporter=reporter)
-    assert any("divided into 1 parts, and were into 4: batch normalisation sees other" in w for w in reporter.warnings)
+    expected = "divided into 1 micro-batches, and were into 4: batch normalisation sees different images together"
+    assert any(expected in warning for warning in reporter.warnings)
 
 
 def test_what_lies_here_and_is_up_to_date_is_not_fetched(images: Path, tmp_path: Path) -> None:
@@ -146,7 +149,7 @@ def test_a_job_is_forked_by_its_name(images: Path, client: MlflowClient) -> None
 
 @pytest.mark.parametrize("options", [[], ["--job", "pets"], ["--save-dir", "empty"]])
 def test_nothing_is_there_to_be_forked(options: list[object], images: Path, client: MlflowClient) -> None:
-    with pytest.raises(ConfigError, match="--new-run: nothing is there to be forked; name a checkpoint with --resume"):
+    with pytest.raises(ConfigError, match="--new-run: nothing was found to fork; name a checkpoint with --resume"):
         run(images, "--new-run", *options)
     assert runs_of(client) == []
 
@@ -159,7 +162,7 @@ def test_names_that_no_job_can_have(name: str, images: Path) -> None:
 
 def test_an_unreachable_store_could_know_the_job(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(TrackingError, match="--resume none begins the job anew"):
+    with pytest.raises(TrackingError, match="--resume none starts the job without"):
         run(images, "--job", "j", "--tracking-uri", "http://127.0.0.1:9")
 
 
@@ -179,7 +182,7 @@ def test_a_change_of_what_rounds_is_said(images: Path) -> None:
     torch.save(payload, path)
     path.with_name(path.name + ".json").unlink()
     run(images, "--save-dir", "models", reporter=reporter)
-    assert any("threads (7 -> 1); results are equal but for rounding" in text for text in reporter.notes)
+    assert any("threads (7 -> 1); results are equal up to rounding" in text for text in reporter.notes)
 
 
 # --- torchrun -------------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_processes_with_other_options_end_with_one_line(images: Path, tmp_path: 
     _, err = leader.communicate()
     other.communicate()
     assert (leader.returncode, other.returncode) == (2, 2)
-    assert "its --val-interval (=10) is not that of process 0 (=8); give every process the same" in err
+    assert "its --val-interval (=10) differs from that of process 0 (=8); give every process the same" in err
     assert len([line for line in err.splitlines() if line.startswith("Error")]) == 1
     assert "Traceback" not in err
 

@@ -31,9 +31,10 @@ from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog
 from shufflenet_mlflow.data.pictures import find_pictures
 from shufflenet_mlflow.errors import ConfigError, DataError
 from shufflenet_mlflow.evaluation.evaluate import EvalSettings, evaluate
+from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.devices import move_model
 from shufflenet_mlflow.runtime.progress import LoggingReporter
-from shufflenet_mlflow.runtime.signals import StopFlag
+from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.workflows.loading import ModelRequest
 
 CPU = torch.device("cpu")
@@ -493,7 +494,7 @@ def test_each_image_as_in_an_evaluation(client: MlflowClient, images: Path, shuf
 def test_with_the_bits_of_an_evaluation(count: int, equal: bool, weights: Path, predict: Predict) -> None:
     """Of many images: batch normalisation is folded then. Of fewer, rounding differs."""
     put(*(f"photos/class/{number:03}.png" for number in range(count)))
-    network = ModelRequest(str(weights), model="shufflenet_v2_x0_5", input_size=32).load().network
+    network = ModelRequest(str(weights), model="shufflenet_v2_x0_5", input_size=32).load(Connection()).network
     expected: list[float] = []
     evaluate(
         move_model(network.model, CPU),
@@ -501,8 +502,7 @@ def test_with_the_bits_of_an_evaluation(count: int, equal: bool, weights: Path, 
         network.preprocess,
         EvalSettings(32, 0, CPU),
         bad_images=BadImageLog(skip=False),
-        reporter=LoggingReporter(),
-        stop=StopFlag(),
+        context=JobContext(LoggingReporter()),
         observe=lambda _batch, logits: expected.extend(torch.softmax(logits, 1).amax(1).tolist()),
     )
     rows = rows_of(predict("photos", "--batch-size", 32, "--workers", 0, "--json"))

@@ -127,7 +127,7 @@ def test_one_class_is_mentioned(tmp_path: Path) -> None:
         write_images(tmp_path / part, classes=("only",), per_class=8)
     reporter = Reporter()
     run(tmp_path, "--total-iters", 1, reporter=reporter)
-    assert f"{str(tmp_path / 'train')!r} has one class only: there is nothing to tell apart" in reporter.notes
+    assert f"{str(tmp_path / 'train')!r} has one class only; a classifier needs at least two" in reporter.notes
 
 
 def test_handlers_are_put_back() -> None:

@@ -1,4 +1,4 @@
-"""A folder of checkpoints: what is in it, and taking things out of it."""
+"""List, choose and delete the checkpoints of a folder."""
 
 import contextlib
 import logging
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, manifest_path, read_manifest
 from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
-from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
+from shufflenet_mlflow.checkpoints.verification import VerifiedCheckpoint, open_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, UnresolvedError
 from shufflenet_mlflow.runtime.files import remove_temporaries, sync_folder, temporary_beside
 
@@ -18,7 +18,7 @@ _RECORD_SUFFIX = ".json"
 
 
 def list_manifests(directory: Path) -> list[CheckpointManifest]:
-    """The manifests of the checkpoints in `directory`, newest first; files without one are passed over."""
+    """Return the manifests of the checkpoints in `directory`, newest first; skip files without one."""
     manifests = (read_manifest(path) for path in list_checkpoints(directory))
     return [manifest for manifest in manifests if manifest is not None]
 
@@ -26,11 +26,11 @@ def list_manifests(directory: Path) -> list[CheckpointManifest]:
 def delete_checkpoint(path: Path) -> int:
     """Delete a checkpoint and its manifest.
 
-    First it loses its name, so that nobody begins to read it; then it is removed. What a process that is killed in
-    between leaves, `remove_leftovers` takes away.
+    The file loses its name first, so that no reader opens it; then it is removed. `remove_leftovers` removes what a
+    process leaves that is killed in between.
 
     Returns:
-        The bytes that became free.
+        Bytes that were freed.
 
     Raises:
         OSError: it could not be deleted.
@@ -58,7 +58,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoint files in `directory`, newest first; [] where there is no such folder.
+    """Return the checkpoint files in `directory`, newest first; [] if there is no such folder.
 
     Raises:
         CheckpointError: the folder cannot be read.
@@ -76,13 +76,22 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A verified checkpoint file."""
+    """The verified file that a checkpoint reference names."""
 
-    path: Path
-    iters: int
-    """From the file's name; 0 if it is not called like a checkpoint."""
+    checkpoint: VerifiedCheckpoint
     run_id: str | None = None
-    """The run it was fetched from; None for a file that was found on the disk."""
+    """The run that it was fetched from; None for a file that was found on the disk."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.checkpoint.path
+
+    @property
+    def iters(self) -> int:
+        """Iterations, from the file's name; 0 if it is not named like a checkpoint."""
+        name = parse_name(self.path.name)
+        return name.iters if name is not None else 0
 
 
 def resolve_file(path: Path) -> Resolved:
@@ -91,15 +100,13 @@ def resolve_file(path: Path) -> Resolved:
     Raises:
         CheckpointError: it is corrupt or cannot be opened.
     """
-    verify_checkpoint(path)
-    name = parse_name(path.name)
-    return Resolved(path, name.iters if name else 0)
+    return Resolved(open_checkpoint(path))
 
 
 def newest_valid(directory: Path) -> Resolved | None:
-    """The newest checkpoint in `directory` that verifies; None if there is no checkpoint.
+    """Return the newest checkpoint in `directory` that verifies; None if there is no checkpoint.
 
-    Those that fail are named in the log and passed over.
+    Those that fail are named in the log and skipped.
 
     Raises:
         UnresolvedError: there are checkpoints, and all of them failed.

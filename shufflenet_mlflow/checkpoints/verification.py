@@ -1,4 +1,4 @@
-"""Reading a checkpoint: verified first, and never able to run code.
+"""Read checkpoints: verified first, and never running code from the file.
 
 `torch.load` does not check the CRCs of the zip file it reads, so one flipped bit would load silently. Here every
 member's CRC is checked before anything is loaded, and size and SHA-256 where a manifest of them exists.
@@ -23,8 +23,52 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)|global ([\w.]+)|class '?([\w.]+)")
 
 
-def verify_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None) -> None:
-    """Check a checkpoint file. One in the old pickle format, which has no checksums, is read for that.
+class VerifiedCheckpoint:
+    """A checkpoint file that passed verification; its content is loaded when it is first read, and once."""
+
+    def __init__(self, path: Path, manifest: CheckpointManifest | None, file: BinaryIO, payload: Any = None) -> None:
+        self.path = path
+        self._manifest = manifest
+        self._identity = _identity(file)
+        self._payload = payload
+
+    def moved_to(self, path: Path) -> "VerifiedCheckpoint":
+        """Note the file's new name after it was renamed."""
+        self.path = path
+        return self
+
+    def read(self) -> dict[str, Any]:
+        """Return the dict that was saved, on the CPU; running none of the file's code.
+
+        A file that was replaced or written to since its verification is verified again.
+
+        Raises:
+            CorruptCheckpointError: the file was replaced, and verification failed.
+            UnsafeCheckpointError: the file holds more than tensors and plain containers.
+            CheckpointError: the file cannot be opened, or holds something else than a checkpoint.
+        """
+        if self._payload is None:
+            with _opened(self.path) as file:
+                if _identity(file) != self._identity:
+                    _verify(self.path, file, self._manifest)
+                    self._identity = _identity(file)
+                self._payload = _load(self.path, file)
+        if not isinstance(self._payload, dict):
+            raise CheckpointError(
+                f"{str(self.path)!r} holds a {type(self._payload).__name__}, not a checkpoint", code="payload-not-dict"
+            )
+        return self._payload
+
+
+def _identity(file: BinaryIO) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def open_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None) -> VerifiedCheckpoint:
+    """Verify a checkpoint file, and return it ready to be read.
+
+    A file in PyTorch's old pickle format has no checksums; it is loaded to see whether it can be.
 
     Args:
         manifest: what the file must be; by default the manifest beside the file, if there is one.
@@ -35,7 +79,19 @@ def verify_checkpoint(path: str | Path, manifest: CheckpointManifest | None = No
     """
     path = Path(path)
     with _opened(path) as file:
-        _verify(path, file, manifest or read_manifest(path))
+        manifest = manifest or read_manifest(path)
+        payload = _verify(path, file, manifest)
+        return VerifiedCheckpoint(path, manifest, file, payload)
+
+
+def verify_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None) -> None:
+    """Verify a checkpoint file; arguments and errors are those of `open_checkpoint`."""
+    open_checkpoint(path, manifest)
+
+
+def read_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None) -> dict[str, Any]:
+    """Verify a checkpoint file, then load it; see `open_checkpoint` and `VerifiedCheckpoint.read`."""
+    return open_checkpoint(path, manifest).read()
 
 
 def has_checksums(path: str | Path) -> bool:
@@ -43,31 +99,6 @@ def has_checksums(path: str | Path) -> bool:
     path = Path(path)
     with _opened(path) as file:
         return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC or read_manifest(path) is not None
-
-
-def read_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None) -> dict[str, Any]:
-    """Verify a checkpoint file, then load it onto the CPU, running none of its code.
-
-    Args:
-        manifest: as for `verify_checkpoint`.
-
-    Returns:
-        The dict that was saved; a bare state dict is returned as it is.
-
-    Raises:
-        CorruptCheckpointError: verification failed.
-        UnsafeCheckpointError: the file holds more than tensors and plain containers.
-        CheckpointError: the file cannot be opened, or is no checkpoint.
-    """
-    path = Path(path)
-    with _opened(path) as file:
-        _verify(path, file, manifest or read_manifest(path))
-        payload = _load(path, file)
-    if not isinstance(payload, dict):
-        raise CheckpointError(
-            f"{str(path)!r} holds a {type(payload).__name__}, not a checkpoint", code="payload-not-dict"
-        )
-    return payload
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -83,7 +114,8 @@ def _opened(path: Path) -> BinaryIO:
         ) from None
 
 
-def _verify(path: Path, file: BinaryIO, manifest: CheckpointManifest | None) -> None:
+def _verify(path: Path, file: BinaryIO, manifest: CheckpointManifest | None) -> Any:
+    """Return what a file in the old format holds, since it was loaded for that; otherwise None."""
     if manifest is not None:
         size = file.seek(0, 2)
         if size != manifest.bytes:
@@ -101,11 +133,10 @@ def _verify(path: Path, file: BinaryIO, manifest: CheckpointManifest | None) -> 
     file.seek(0)
     if magic == _ZIP_MAGIC:
         _verify_zip(path, file)
-    elif not magic:
+        return None
+    if not magic:
         raise CorruptCheckpointError(f"{str(path)!r} is corrupt: it is empty", code="checkpoint-empty")
-    else:
-        _load(path, file)  # the old pickle format holds no checksums: that it can be read is all that can be checked
-        file.seek(0)
+    return _load(path, file)
 
 
 def _verify_zip(path: Path, file: BinaryIO) -> None:
@@ -127,7 +158,7 @@ def _verify_zip(path: Path, file: BinaryIO) -> None:
 
 
 def _strange_member(members: list[zipfile.ZipInfo]) -> str | None:
-    """The name of a member that PyTorch's reader might take for something else than Python's does.
+    """Return the name of a zip member that PyTorch's reader may read differently from Python's; None if there is none.
 
     One flipped bit of the directory is enough: marked as a folder, a tensor reads as uninitialised memory, and its
     CRC is still right.

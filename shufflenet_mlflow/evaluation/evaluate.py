@@ -13,9 +13,7 @@ from shufflenet_mlflow.data.sampler import EvalBatches
 from shufflenet_mlflow.errors import DataError
 from shufflenet_mlflow.evaluation.metrics import count_correct
 from shufflenet_mlflow.models.fuse_bn import fuse_bn
-from shufflenet_mlflow.runtime.distributed import World
-from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.runtime.signals import StopFlag
+from shufflenet_mlflow.runtime.context import JobContext
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,7 @@ def evaluate(
     settings: EvalSettings,
     *,
     bad_images: BadImageLog,
-    reporter: Reporter,
-    stop: StopFlag,
-    world: World | None = None,
+    context: JobContext,
     observe: Callable[[Batch, Tensor], None] | None = None,
 ) -> EvalResult:
     """Evaluate `model`, which is on `settings.device`, on every image of `listing`, once.
@@ -58,14 +54,14 @@ def evaluate(
     convolutions. Every image counts the same, whatever the size of the last batch.
 
     Args:
-        world: the processes that share the work; each gets the same result.
+        context: its processes share the work; each gets the same result.
         observe: is given each of this process's batches with its logits (N, classes).
 
     Raises:
         StopRequested: a signal arrived.
         DataError: a file could not be read and is not to be skipped, or none could be read.
     """
-    world = world or World()
+    world, reporter = context.world, context.reporter
     dataset = ImageDataset(listing, eval_transform(preprocess), replace_bad=False)
     batches = EvalBatches(len(listing), settings.batch_size, world.rank, world.size)
     loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")
@@ -85,7 +81,7 @@ def evaluate(
         return batch
 
     with torch.inference_mode(), reporter.phase("validating", batches.max_batches) as phase:
-        for batch in world.synced_batches(stop, batches.max_batches, fetch):
+        for batch in world.synced_batches(batches.max_batches, fetch):
             if batch is not None:
                 skipped += len(batch.bad)
                 size = len(batch.labels_N)

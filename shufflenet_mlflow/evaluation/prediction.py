@@ -15,9 +15,8 @@ from shufflenet_mlflow.data.sampler import EvalBatches, Key
 from shufflenet_mlflow.evaluation.evaluate import EvalSettings
 from shufflenet_mlflow.evaluation.ranking import rank
 from shufflenet_mlflow.models.loaded import LoadedModel
+from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.devices import move_model
-from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.runtime.signals import StopFlag
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ def predict(
     *,
     top: int,
     bad_images: BadImageLog,
-    reporter: Reporter,
-    stop: StopFlag,
+    context: JobContext,
 ) -> Iterator[list[Prediction]]:
     """What `network` takes the pictures for, in their order, a batch at a time.
 
@@ -89,11 +87,11 @@ def predict(
     loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")
     to_input, labels = ToInput(network.preprocess, settings.device), network.labels
     model = move_model(network.model, settings.device).eval()
-    with reporter.phase("predicting", len(batches)) as phase:
+    with context.reporter.phase("predicting", len(batches)) as phase:
         for batch in batches_of(loader):
-            stop.check()
+            context.stop.check()
             for bad in bad_images.new_in(batch):
-                reporter.warn(f"left out: {bad}")
+                context.reporter.warn(f"left out: {bad}")
             if len(batch.indices_N):
                 with torch.inference_mode():
                     ranked = rank(model(to_input(batch.images_NCHW)), labels, top)

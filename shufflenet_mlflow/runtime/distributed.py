@@ -1,15 +1,16 @@
-"""The processes that train one network together, and how they agree on what happens next.
+"""The processes that train one network together, and their collectives.
 
-The first of them, the leader, resolves, writes and tracks; the others compute. A signal or an error that reaches one of
-them ends all of them at the same point, so that none waits for the others for ever.
+The first process, the leader, resolves, writes and tracks; the others compute. A signal or an error that reaches one
+ends all of them at the same point, so that none waits for the others for ever.
 """
 
 import inspect
 import io
 import os
+import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -27,20 +28,22 @@ _CHUNK = 1 << 28
 """Bytes in one broadcast."""
 
 _ERROR = 1 << 8
-"""What a process says that has failed; above all signals."""
+"""Sent by a process that has failed; above all signal numbers."""
 
 
 class World:
-    """The processes of this job. Alone, nothing here communicates, and every collective returns what it is given.
+    """The processes of this job. With one process, collectives return what they are given.
 
     Args:
         rank: this process's number; 0 is the leader.
         size: how many there are.
         local_rank: this process's number on its machine.
+        stop: a signal that one process has received stops all of them.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, stop: StopFlag | None = None) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.stop = stop if stop is not None else StopFlag()
 
     @property
     def is_leader(self) -> bool:
@@ -55,7 +58,7 @@ class World:
         return tensor
 
     def highest(self, number: int) -> int:
-        """The highest of the processes' numbers."""
+        """Return the highest of the processes' numbers."""
         if self.size == 1:
             return number
         highest = torch.tensor(number)
@@ -64,7 +67,7 @@ class World:
         return int(highest)
 
     def gather(self, value: Value) -> list[Value]:
-        """Every process's value, which is small, by rank."""
+        """Return every process's value, which must be small, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -73,34 +76,51 @@ class World:
         return values
 
     def from_leader(self, value: Value) -> Value:
-        """The leader's value, which is small."""
+        """Return the leader's value, which must be small."""
         return self.gather(value if self.is_leader else None)[0]  # type: ignore[return-value]
 
-    def payload_from_leader(self, payload: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """The leader's checkpoint, of any size; None if it has none."""
+    def on_leader(self, act: Callable[[], Value], *, signals: bool = True) -> Value:
+        """Run `act` in the leader; return its result, or raise its error, in every process.
+
+        Args:
+            act: returns plain values, tensors or dataclasses of them; of any size.
+            signals: a signal interrupts it, and stops all processes; otherwise that is left to the next collective.
+
+        Raises:
+            StopRequested: a signal has arrived at one of the processes.
+            ShuffleNetError: in the leader, as `act` raises it.
+            PeerFailedError: in the other processes, if `act` failed.
+        """
+        result: Value | None = None
+        with self.sync_errors(signals=signals):
+            if self.is_leader:
+                with self.stop.at_once() if signals else nullcontext():
+                    result = act()
+        return self._broadcast(result)  # type: ignore[return-value]
+
+    def _broadcast(self, value: Value) -> Value:
+        """Return the leader's value."""
         if self.size == 1:
-            return payload
-        data = _packed(payload) if payload is not None else torch.empty(0, dtype=torch.uint8)
+            return value
+        data = _packed(value) if self.is_leader else torch.empty(0, dtype=torch.uint8)
         length = self.from_leader(len(data))
-        if not length:
-            return None
         if not self.is_leader:
             data = torch.empty(length, dtype=torch.uint8)
         with losses_reported():
             for first in range(0, length, _CHUNK):
                 dist.broadcast(data[first : first + _CHUNK], 0)
         if self.is_leader:
-            return payload
-        loaded: Mapping[str, Any] = torch.load(io.BytesIO(data.numpy().data), weights_only=True)
-        return loaded
+            return value
+        # From a process of the same job, which the collectives of PyTorch trust as well.
+        received: Value = torch.load(io.BytesIO(data.numpy().data), weights_only=False)
+        return received
 
     def wrap(self, model: nn.Module, device: torch.device, images_NCHW: Tensor) -> nn.Module:
-        """The network whose backward pass leaves the mean of all processes' gradients.
+        """Return the network wrapped so that its backward pass averages the gradients of all processes.
 
         Args:
-            images_NCHW: two or more, of any content: after its first backward pass PyTorch puts gradients together
-                in another way, and adds them up in another order. A run that is resumed has to be past that, as the
-                undisturbed one is.
+            images_NCHW: two or more, of any content, for a first backward pass, after which PyTorch buckets gradients
+                differently and adds them in another order. A resumed run must be past that, like an uninterrupted one.
         """
         if self.size == 1:
             return model
@@ -120,15 +140,18 @@ class World:
         return wrapped
 
     @contextmanager
-    def sync_errors(self, stop: StopFlag, *, signals: bool = True) -> Iterator[None]:
-        """If the block fails or is stopped in one process, that happens in all of them.
-
-        The leader then raises an error that it can report; another process raises `PeerFailedError`.
+    def sync_errors(self, *, signals: bool = True) -> Iterator[None]:
+        """If the block fails or is stopped in one process, end it in all of them.
 
         Args:
-            signals: also if a signal has arrived meanwhile; otherwise that is left to the next time.
+            signals: also if a signal has arrived meanwhile; otherwise that is left to the next collective.
+
+        Raises:
+            StopRequested: a signal has arrived at one of the processes.
+            ShuffleNetError: in the leader, the error that it can report, of whichever process failed.
+            PeerFailedError: in the other processes.
         """
-        problem: ShuffleNetError | None = None
+        failure: ShuffleNetError | None = None
         try:
             yield
         except StopRequested:
@@ -139,8 +162,8 @@ class World:
         except ShuffleNetError as error:
             if self.size == 1:
                 raise
-            problem = error
-        self.raise_if_any_failed(stop, problem, signals=signals)
+            failure = error
+        self.raise_if_any_failed(failure, signals=signals)
 
     def barrier_before_exit(self) -> None:
         """Wait for each other at the end of a job that was stopped.
@@ -150,54 +173,51 @@ class World:
         with suppress(LostProcessError):  # it has left with an error of its own
             self.gather(None)
 
-    def raise_if_any_failed(
-        self, stop: StopFlag, problem: ShuffleNetError | None = None, *, signals: bool = True
-    ) -> None:
-        """Go on, unless a process has been told to stop or has failed: then none does.
+    def raise_if_any_failed(self, failure: ShuffleNetError | None = None, *, signals: bool = True) -> None:
+        """Return if no process was told to stop and none has failed; all of them have to take part.
 
         Args:
-            problem: why this process cannot go on.
+            failure: why this process cannot go on.
+            signals: as for `sync_errors`.
 
         Raises:
-            StopRequested: a signal has arrived at one of them.
-            ShuffleNetError: this process is the leader, and one has failed.
-            ElsewhereError: this process is another, and one has failed.
+            StopRequested, ShuffleNetError, PeerFailedError: as `sync_errors` does.
         """
-        signum = (stop.signum or 0) if signals else 0
-        highest = self.highest(signum if problem is None or signum else _ERROR)
+        signum = (self.stop.signum or 0) if signals else 0
+        highest = self.highest(signum if failure is None or signum else _ERROR)
         if highest == 0:
             return
         if highest < _ERROR:
-            stop.set(highest)
+            self.stop.set(highest)
             raise StopRequested(highest)
-        if self.size == 1 and problem is not None:
-            raise problem
-        said = self.gather(_described(problem))
-        if problem is not None and self.is_leader:
-            raise problem
+        if self.size == 1 and failure is not None:
+            raise failure
+        failures = self.gather(_described(failure))
+        if failure is not None and self.is_leader:
+            raise failure
         rank, (kind, code, text, status, host) = next(
-            (rank, what) for rank, what in enumerate(said) if what is not None
+            (rank, described) for rank, described in enumerate(failures) if described is not None
         )
         if self.is_leader:
             raise _rebuilt(kind, code, f"process {rank} on {host}: {text}")
-        raise PeerFailedError(text, status, code="peer-failed") from problem
+        raise PeerFailedError(text, status, code="peer-failed") from failure
 
-    def synced_batches(self, stop: StopFlag, rounds: int, fetch: Callable[[], Value]) -> Iterator[Value]:
-        """What `fetch` returns, `rounds` times, as long as no process has a reason to stop."""
-        for _ in range(rounds):
-            problem, value = None, None
+    def synced_batches(self, count: int, fetch: Callable[[], Value]) -> Iterator[Value]:
+        """Yield what `fetch` returns, `count` times, as long as no process has a reason to stop."""
+        for _ in range(count):
+            failure, value = None, None
             try:
                 value = fetch()
             except (LostProcessError, PeerFailedError):
                 raise
             except ShuffleNetError as error:
-                problem = error
-            self.raise_if_any_failed(stop, problem)
-            yield value  # type: ignore[misc]  # fetched, or settling has raised
-        self.raise_if_any_failed(stop)
+                failure = error
+            self.raise_if_any_failed(failure)
+            yield value  # type: ignore[misc]  # fetched, or the line above has raised
+        self.raise_if_any_failed()
 
     def device(self, name: str) -> str:
-        """The device that this process is to use where the user named `name`.
+        """Return the device that this process uses when the user named `name`.
 
         Raises:
             ConfigError: one device was named for several processes.
@@ -215,12 +235,12 @@ class World:
 
 
 def loss_of_process(error: RuntimeError) -> LostProcessError | None:
-    """What to say if `error` is PyTorch's report that another process is gone; None for any other error."""
+    """Return the error to raise if `error` is PyTorch's report of a lost process; None for any other error."""
     text = str(error)
     signs = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "Timed out waiting", "TCPStore")
     if not isinstance(error, dist.DistError) and not any(sign in text for sign in signs):
         return None
-    first = text.splitlines()[0] if text else type(error).__name__
+    first = re.sub(r"^\[\S+:\d+\] ", "", text.splitlines()[0]) if text else type(error).__name__
     return LostProcessError(
         f"process {os.environ.get('RANK', '0')} has lost another process of this job ({first[:200]}); what was trained "
         "since the last checkpoint is trained again when the job is started again",
@@ -240,16 +260,16 @@ def losses_reported() -> Iterator[None]:
         raise loss from error
 
 
-def _packed(payload: Mapping[str, Any]) -> Tensor:
+def _packed(value: Any) -> Tensor:
     buffer = io.BytesIO()
-    torch.save(dict(payload), buffer)
+    torch.save(value, buffer)
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
-def _described(problem: ShuffleNetError | None) -> tuple[str, str, str, int, str] | None:
-    if problem is None:
+def _described(failure: ShuffleNetError | None) -> tuple[str, str, str, int, str] | None:
+    if failure is None:
         return None
-    return type(problem).__name__, problem.code, str(problem), problem.exit_status, socket.gethostname()
+    return type(failure).__name__, failure.code, str(failure), failure.exit_status, socket.gethostname()
 
 
 def _rebuilt(kind: str, code: str, text: str) -> ShuffleNetError:

@@ -1,4 +1,4 @@
-"""What a person is told while something runs: small protocols, and a version that logs."""
+"""Progress reports: small protocols, and implementations that log."""
 
 import logging
 from collections.abc import Mapping
@@ -10,29 +10,29 @@ logger = logging.getLogger("shufflenet_mlflow")
 
 
 class Phase(Protocol):
-    """A stretch of work whose length is known."""
+    """Work of known length."""
 
     def advance(self) -> None:
-        """One more unit is done."""
+        """Count one more unit as done."""
 
 
 class Reporter(Protocol):
     """Shows progress; none of it matters to the work itself."""
 
     def phase(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Phase]:
-        """A stretch of `total` units, of which `done` were done before."""
+        """Begin work of `total` units, of which `done` are done."""
 
     def metrics(self, iters: int, values: Mapping[str, float]) -> None:
-        """Metric points at iteration `iters`."""
+        """Report metrics at iteration `iters`."""
 
     def note(self, text: str) -> None:
-        """Something worth knowing."""
+        """Report something worth knowing."""
 
     def warn(self, text: str) -> None:
-        """Something that needs attention."""
+        """Report something that needs attention."""
 
     def waiting(self, count: int) -> None:
-        """So many entries have not reached MLflow, though they should have; 0 once all is well again."""
+        """Report how many journal entries are overdue at MLflow; 0 once all have arrived."""
 
 
 class SilentPhase:
@@ -75,3 +75,27 @@ class LoggingReporter:
 
     def waiting(self, count: int) -> None:
         pass
+
+
+class FollowerReporter(LoggingReporter):
+    """Reports only what the leader of a distributed job cannot know, such as files that this process cannot read.
+
+    Args:
+        rank: this process's number.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def phase(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Phase]:
+        """Show nothing: the leader shows it."""
+        return SilentPhase()
+
+    def metrics(self, iters: int, values: Mapping[str, float]) -> None:
+        """Show nothing: the leader shows them."""
+
+    def note(self, text: str) -> None:
+        """Show nothing: the leader says it."""
+
+    def warn(self, text: str) -> None:
+        super().warn(f"process {self._rank}: {text}")

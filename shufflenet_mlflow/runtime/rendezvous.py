@@ -38,9 +38,9 @@ def joined(stop: StopFlag) -> Iterator[World]:
         StopRequested: a signal has arrived.
     """
     if any(name not in os.environ for name in VARIABLES):
-        yield World()
+        yield World(stop=stop)
         return
-    world = _announced()
+    world = _announced(stop)
     if world.size == 1:
         yield world
         return
@@ -48,7 +48,7 @@ def joined(stop: StopFlag) -> Iterator[World]:
         torch.cuda.set_device(world.local_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with losses_reported():
-        store = _store_of_agent(world, stop)
+        store = _store_of_agent(world)
         if store is None:
             dist.init_process_group(backend, timeout=TIMEOUT)
         else:
@@ -60,7 +60,7 @@ def joined(stop: StopFlag) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _announced() -> World:
+def _announced(stop: StopFlag) -> World:
     """What the launcher says of this process."""
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -76,10 +76,10 @@ def _announced() -> World:
             f"the environment's RANK (={rank}) must be at least 0 and below its WORLD_SIZE (={size}); {_WAY_OUT}",
             code="launcher-rank-invalid",
         )
-    return World(rank, size, local_rank)
+    return World(rank, size, local_rank, stop)
 
 
-def _store_of_agent(world: World, stop: StopFlag) -> Store | None:
+def _store_of_agent(world: World) -> Store | None:
     """The part of torchrun's own key-value store that belongs to this attempt; None where there is no such store.
 
     torchrun keeps one store for all attempts at a job. Processes that are started again would find the addresses of
@@ -89,7 +89,7 @@ def _store_of_agent(world: World, stop: StopFlag) -> Store | None:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, timeout=TIMEOUT)
-    return PrefixStore(name_attempt(store, world.rank, world.size, stop), store)
+    return PrefixStore(name_attempt(store, world.rank, world.size, world.stop), store)
 
 
 def name_attempt(store: Store, rank: int, size: int, stop: StopFlag) -> str:

@@ -1,4 +1,4 @@
-"""The door to MLflow: connecting, naming its failures in one line, keeping credentials out of what is said.
+"""Connect to MLflow, and turn its failures into errors of one line.
 
 Everything else that talks to MLflow takes a client from here. `mlflow` takes 1.6 s to import, so it is imported
 when a client is asked for, not before.
@@ -49,7 +49,7 @@ _LONGEST = 300
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 IMPATIENT_SECONDS = 10
-"""How long a server may take to answer before a run begins without it."""
+"""Seconds that a server may take to answer before a run starts without it."""
 
 
 def _reason(error: BaseException) -> str:
@@ -65,7 +65,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def mlflow_errors(doing: str) -> Iterator[None]:
-    """Turn whatever MLflow and its transport raise into one line.
+    """Turn whatever MLflow and its transport raise into an error of one line.
 
     Args:
         doing: completes "cannot …", such as "read run 1f…".
@@ -91,9 +91,9 @@ def mlflow_errors(doing: str) -> Iterator[None]:
 
 
 def prepare_environment() -> None:
-    """Set MLflow's environment variables for a process that is ours; what the user has set stands.
+    """Set MLflow's environment variables in a process of our own; what the user has set is kept.
 
-    Library functions leave the environment of their caller's process alone.
+    Library functions leave their caller's environment alone.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -101,7 +101,7 @@ def prepare_environment() -> None:
 
 @contextmanager
 def impatient() -> Iterator[None]:
-    """Requests in this block are tried once, and not for long; for a process that has no other thread yet."""
+    """Try requests in the block once, and briefly; for a process that has no other thread yet."""
     names = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(zip(names, ("0", str(IMPATIENT_SECONDS)), strict=True))
@@ -116,7 +116,7 @@ def impatient() -> Iterator[None]:
 
 
 def connect(tracking_uri: str | None = None) -> "MlflowClient":
-    """A client of the store at `tracking_uri`.
+    """Return a client of the store at `tracking_uri`.
 
     Args:
         tracking_uri: by default what MLflow itself would use: `MLFLOW_TRACKING_URI`, or the embedded store

@@ -1,4 +1,4 @@
-"""Checkpoints in MLflow, fetched into a cache folder.
+"""Fetch checkpoints from MLflow into a cache folder.
 
 `checkpoint.latest` and `checkpoint.best` each name one artifact, so nothing is listed on the usual path. A file
 gets its name in the cache only after it was verified against its manifest, and is not fetched again.
@@ -23,8 +23,7 @@ from shufflenet_mlflow.checkpoints.manifest import (
 )
 from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
 from shufflenet_mlflow.checkpoints.references import ModelReference, RunReference, is_run_id
-from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
-from shufflenet_mlflow.config import default_cache_dir
+from shufflenet_mlflow.checkpoints.verification import VerifiedCheckpoint, open_checkpoint, verify_checkpoint
 from shufflenet_mlflow.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -34,7 +33,8 @@ from shufflenet_mlflow.errors import (
 )
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts, being_deleted
-from shufflenet_mlflow.tracking.client import connect, mlflow_errors
+from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.downloads import scratch_folder, shown
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run_ids import may_have_been
@@ -47,21 +47,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_VERSION_TAG = "checkpoint"
-"""Tag of a registered model's version: the manifest of the checkpoint it stands for."""
+"""Tag of a registered model's version: the manifest of the checkpoint that it was made from."""
 
 _NAMED = 8
 
 _ATTEMPTS = 3
-"""Downloads, before one that breaks off is given up."""
+"""Attempts at a download that breaks off."""
 
 
 def _missing(error: TrackingError) -> bool:
-    """Whether MLflow answered that a thing does not exist, rather than not at all."""
+    """Whether MLflow answered that something does not exist."""
     return error.mlflow_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def read_run(client: "MlflowClient", run_id: str) -> "Run":
-    """The run.
+    """Read a run.
 
     Raises:
         UnresolvedError: there is none such in the store.
@@ -84,18 +84,18 @@ def read_run(client: "MlflowClient", run_id: str) -> "Run":
 class RemoteCheckpoints:
     """The checkpoints of one run, fetched into a cache folder."""
 
-    def __init__(self, client: "MlflowClient", run_id: str, cache_dir: Path, reporter: Reporter | None = None) -> None:
-        self.client = client
+    def __init__(self, store: Connection, run_id: str, cache_dir: Path, reporter: Reporter | None = None) -> None:
+        run = store.run(run_id)
+        self.client = store.client
         self._reporter = reporter
         self.run_id = run_id
         self.folder = cache_dir / "runs" / run_id
-        self.artifacts = RunArtifacts(client, run_id)
-        run = read_run(client, run_id)
+        self.artifacts = RunArtifacts(self.client, run_id)
         self.name = run.info.run_name
         self.tags: dict[str, str] = run.data.tags
 
     def tagged(self, tag: str) -> CheckpointManifest:
-        """The manifest in `checkpoint.latest` or `checkpoint.best`.
+        """Return the manifest in `checkpoint.latest` or `checkpoint.best`.
 
         Raises:
             UnresolvedError: the run has no such tag.
@@ -119,12 +119,12 @@ class RemoteCheckpoints:
         )
 
     def list_names(self) -> list[str]:
-        """Names of the checkpoints among the run's artifacts, newest first, but for those being deleted."""
+        """Return the names of the run's checkpoints, newest first, without those being deleted."""
         doomed = being_deleted(self.tags)
         return [name for name in newest_first(self.artifacts.sizes()) if name not in doomed]
 
     def at(self, iters: int) -> str:
-        """Name of the checkpoint after `iters` iterations.
+        """Return the name of the checkpoint after `iters` iterations.
 
         Raises:
             UnresolvedError: the run has none; the message lists those it has.
@@ -144,7 +144,7 @@ class RemoteCheckpoints:
         )
 
     def manifest_of(self, name: str) -> CheckpointManifest | None:
-        """The manifest of the artifact `name`; None if it has none."""
+        """Return the manifest of the artifact `name`, or None if it has none."""
         for tag in (LATEST_TAG, BEST_TAG):
             with contextlib.suppress(CheckpointError):
                 manifest = CheckpointManifest.from_json(self.tags.get(tag, ""))
@@ -152,10 +152,10 @@ class RemoteCheckpoints:
                     return manifest
         return self.artifacts.manifest_of(name)
 
-    def fetch(self, artifact: str, manifest: CheckpointManifest | None) -> Path:
-        """The file of an artifact in the cache, verified; downloaded unless it is there already.
+    def fetch(self, artifact: str, manifest: CheckpointManifest | None) -> VerifiedCheckpoint:
+        """Return an artifact from the cache, verified; download it unless it is there already.
 
-        A download that breaks off, or does not verify, begins anew; what is in the cache was whole.
+        A download that breaks off, or does not verify, is repeated; a file in the cache was whole once.
 
         Raises:
             UnresolvedError: the artifact is not called like a checkpoint, or the cache folder cannot be used.
@@ -171,17 +171,16 @@ class RemoteCheckpoints:
         target = self.folder / name
         if manifest is not None and read_manifest(target) == manifest:
             try:
-                verify_checkpoint(target, manifest)
+                cached = open_checkpoint(target, manifest)
             except CheckpointError as error:
                 logger.warning("fetching again: %s", error)
             else:
                 logger.debug("%s of run %s is in the cache, and verified: %s", name, self.run_id, target)
-                return target
+                return cached
         logger.info("fetching %s of run %s", name, self.run_id)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                self._fetch_once(artifact, manifest, target)
-                return target
+                return self._fetch_once(artifact, manifest, target)
             except OSError as error:
                 raise self._unusable_cache(name, error) from error
             except (TrackingError, CorruptCheckpointError) as error:
@@ -190,21 +189,22 @@ class RemoteCheckpoints:
                 logger.info("fetching %s again: %s", name, error)
         raise AssertionError("the last attempt raises or returns")
 
-    def _fetch_once(self, artifact: str, manifest: CheckpointManifest | None, target: Path) -> None:
+    def _fetch_once(self, artifact: str, manifest: CheckpointManifest | None, target: Path) -> VerifiedCheckpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         with scratch_folder(self.folder) as scratch:
             with shown(self._reporter, scratch, artifact, manifest):
                 arrived = self.artifacts.download(artifact, scratch)
-            verify_checkpoint(arrived, manifest)
+            fetched = open_checkpoint(arrived, manifest)
             with open(arrived, "rb") as file:
                 os.fsync(file.fileno())
             manifest_path(target).unlink(missing_ok=True)
             os.replace(arrived, target)
         if manifest is not None:
             write_manifest(target, manifest)
+        return fetched.moved_to(target)
 
     def verify(self, name: str) -> None:
-        """Verify one checkpoint, which is fetched for that and not kept.
+        """Fetch one checkpoint, verify it, and do not keep it.
 
         Raises:
             CorruptCheckpointError: it is not what was recorded.
@@ -227,7 +227,7 @@ class RemoteCheckpoints:
         )
 
     def newest_valid(self) -> Resolved:
-        """What `checkpoint.latest` names, or, where that fails, the newest checkpoint that verifies.
+        """Return the checkpoint that `checkpoint.latest` names or, if that fails, the newest that verifies.
 
         Raises:
             UnresolvedError: none of the run's checkpoints verifies; NoCheckpointError: it has none.
@@ -235,14 +235,14 @@ class RemoteCheckpoints:
         failures: list[str] = []
         for artifact, manifest in self._newest_first():
             try:
-                path = self.fetch(artifact, manifest)
+                checkpoint = self.fetch(artifact, manifest)
             except (CorruptCheckpointError, TrackingError) as error:
                 if isinstance(error, TrackingError) and not self._reachable():
                     raise
                 logger.warning("passed over: %s", error)
                 failures.append(str(error))
                 continue
-            return self.resolved(path)
+            return Resolved(checkpoint, self.run_id)
         if not failures:
             raise self._without(LATEST_TAG)
         raise UnresolvedError(
@@ -251,7 +251,7 @@ class RemoteCheckpoints:
         )
 
     def _newest_first(self) -> Iterator[tuple[str, CheckpointManifest | None]]:
-        """What the tag names, which lists nothing; then the others."""
+        """Yield the checkpoint that the tag names, without listing any; then the others."""
         if LATEST_TAG not in self.tags:
             raise self._without(LATEST_TAG)
         latest: CheckpointManifest | None = None
@@ -272,13 +272,8 @@ class RemoteCheckpoints:
             return False
         return True
 
-    def resolved(self, path: Path) -> Resolved:
-        """What stands for a fetched file."""
-        name = parse_name(path.name)
-        return Resolved(path, name.iters if name else 0, self.run_id)
-
     def resolve(self, reference: RunReference) -> Resolved:
-        """The checkpoint that `reference` means.
+        """Return the checkpoint that `reference` names.
 
         Raises:
             UnresolvedError: there is none such; the message says what there is.
@@ -287,10 +282,10 @@ class RemoteCheckpoints:
         artifact, manifest = self.locate(reference)
         if artifact is None:
             return self.newest_valid()
-        return self.resolved(self.fetch(artifact, manifest))
+        return Resolved(self.fetch(artifact, manifest), self.run_id)
 
     def locate(self, reference: RunReference) -> tuple[str | None, CheckpointManifest | None]:
-        """The artifact path and manifest of what was named exactly; (None, None) for the latest, which may fall back.
+        """Return artifact path and manifest of an exact reference; (None, None) for the latest, which may fall back.
 
         Raises:
             UnresolvedError: there is none such.
@@ -307,7 +302,7 @@ class RemoteCheckpoints:
 
 
 def promoted_names(client: "MlflowClient", run_id: str) -> set[str]:
-    """File names of the run's checkpoints that versions of registered models stand for.
+    """Return file names of the run's checkpoints that versions of registered models were made from.
 
     Raises:
         TrackingError: MLflow did not answer.
@@ -323,31 +318,21 @@ def promoted_names(client: "MlflowClient", run_id: str) -> set[str]:
 
 
 def resolve_run(
-    reference: RunReference, *, tracking_uri: str | None, cache_dir: Path, reporter: Reporter | None = None
+    reference: RunReference, store: Connection, *, cache_dir: Path, reporter: Reporter | None = None
 ) -> Resolved:
     """Fetch the checkpoint of a run; see `RemoteCheckpoints.resolve`."""
-    client = connect(tracking_uri)
-    return RemoteCheckpoints(client, reference.run_id, cache_dir, reporter).resolve(reference)
-
-
-def latest_of_run(run_id: str, *, tracking_uri: str | None) -> CheckpointManifest | None:
-    """What `checkpoint.latest` says; None if the run has no such tag, or it is damaged."""
-    run = RemoteCheckpoints(connect(tracking_uri), run_id, default_cache_dir())
-    try:
-        return CheckpointManifest.from_json(run.tags.get(LATEST_TAG, ""))
-    except CheckpointError:
-        return None
+    return RemoteCheckpoints(store, reference.run_id, cache_dir, reporter).resolve(reference)
 
 
 def resolve_model(
-    reference: ModelReference, *, tracking_uri: str | None, cache_dir: Path, reporter: Reporter | None = None
+    reference: ModelReference, store: Connection, *, cache_dir: Path, reporter: Reporter | None = None
 ) -> Resolved:
-    """Fetch the checkpoint that a registered model's version stands for.
+    """Fetch the checkpoint that a registered model's version was made from.
 
     Raises:
-        UnresolvedError: there is no such model, version or alias, or it stands for no checkpoint.
+        UnresolvedError: there is no such model, version or alias, or it was not made from a checkpoint.
     """
-    client = connect(tracking_uri)
+    client = store.client
     asked = f"models:/{reference.name}" + (f"@{reference.alias}" if reference.alias else f"/{reference.version}")
     try:
         with mlflow_errors(f"read {asked} in {redact(client.tracking_uri)}"):
@@ -362,12 +347,12 @@ def resolve_model(
         raise UnresolvedError(_registry_hint(client, reference, asked), code="registered-model-missing") from error
     run_id, manifest = _checkpoint_of(client, version)
     if manifest is not None and run_id:
-        run = RemoteCheckpoints(client, run_id, cache_dir, reporter)
-        return run.resolved(run.fetch(manifest.path, manifest))
+        run = RemoteCheckpoints(store, run_id, cache_dir, reporter)
+        return Resolved(run.fetch(manifest.path, manifest), run_id)
     source = str(version.source).removeprefix("runs:/")
     run_id, _, artifact = source.partition("/")
     if is_run_id(run_id) and parse_name(artifact.rpartition("/")[2]):
-        run = RemoteCheckpoints(client, run_id, cache_dir, reporter)
+        run = RemoteCheckpoints(store, run_id, cache_dir, reporter)
         return run.resolve(RunReference(run_id, artifact=artifact))
     raise UnresolvedError(
         f"{asked} is version {version.version} from {redact(str(version.source))!r}, which is no checkpoint",
@@ -376,7 +361,7 @@ def resolve_model(
 
 
 def _checkpoint_of(client: "MlflowClient", version: "ModelVersion") -> tuple[str | None, CheckpointManifest | None]:
-    """The run and the manifest that a version stands for: its own tag says so, or that of its logged model."""
+    """Return run and manifest of a version's checkpoint, from its own tag or that of its logged model."""
     with contextlib.suppress(CheckpointError):
         return version.run_id, CheckpointManifest.from_json(version.tags.get(MODEL_VERSION_TAG, ""))
     model_id = getattr(version, "model_id", None) or str(version.source).removeprefix("models:/")

@@ -1,47 +1,35 @@
-"""From a checkpoint reference to a verified file."""
+"""Resolve a checkpoint reference to a verified file."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from shufflenet_mlflow.checkpoints.folders import Resolved, newest_valid, resolve_file
-from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
-from shufflenet_mlflow.checkpoints.references import FORMS, ModelReference, RunReference, parse_reference
+from shufflenet_mlflow.checkpoints.manifest import LATEST_TAG, CheckpointManifest
+from shufflenet_mlflow.checkpoints.references import FORMS, RunReference, parse_reference
 from shufflenet_mlflow.checkpoints.schema import is_own
-from shufflenet_mlflow.checkpoints.verification import read_checkpoint
+from shufflenet_mlflow.checkpoints.verification import VerifiedCheckpoint
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import UnresolvedError
 from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.journal import read_pending
 from shufflenet_mlflow.tracking.run_ids import beginning_of, complete, find_run_ids
-
-__all__ = [
-    "ModelReference",
-    "Resolved",
-    "RunReference",
-    "complete",
-    "get_latest_model",
-    "latest_of_run",
-    "newest_valid",
-    "parse_reference",
-    "resolve",
-]
+from shufflenet_mlflow.tracking.target import manifest_in_tag
 
 
 def resolve(
     ref: str | Path,
     *,
-    tracking_uri: str | None = None,
+    tracking_uri: str | Connection | None = None,
     cache_dir: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Resolved:
-    """The verified file that `ref` means.
+    """Return the verified checkpoint that `ref` names.
 
     Args:
         ref: a file, a folder, a run ID or the first six characters of it and more, `runs:/<id>`,
             `runs:/<id>@latest|@best|@<iters>`, or `models:/<name>@<alias>` or `models:/<name>/<version>`.
-        tracking_uri: where runs are looked up; by default as MLflow does.
+        tracking_uri: the store that has the runs, or a connection to it; by default MLflow's own.
         cache_dir: where remote files land; by default in the user's cache folder.
         reporter: shows how a download comes along.
 
@@ -50,7 +38,8 @@ def resolve(
         CheckpointError: a file that was named exactly does not verify.
         TrackingError: MLflow did not answer.
     """
-    ref = complete(ref, tracking_uri)
+    store = Connection.to(tracking_uri)
+    ref = complete(ref, store)
     reference = parse_reference(ref)
     if isinstance(reference, Path):
         if os.path.isdir(reference):  # unlike Path.is_dir, never raises
@@ -70,21 +59,18 @@ def resolve(
 
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     if isinstance(reference, RunReference):
-        return resolve_run(reference, tracking_uri=tracking_uri, cache_dir=folder, reporter=reporter)
-    return resolve_model(reference, tracking_uri=tracking_uri, cache_dir=folder, reporter=reporter)
+        return resolve_run(reference, store, cache_dir=folder, reporter=reporter)
+    return resolve_model(reference, store, cache_dir=folder, reporter=reporter)
 
 
-def latest_of_run(run_id: str, tracking_uri: str | None = None) -> CheckpointManifest | None:
-    """The manifest of what a run names as its newest checkpoint, which is not fetched; None if it has none.
+def latest_of_run(run_id: str, store: Connection) -> CheckpointManifest | None:
+    """Return the manifest in a run's `checkpoint.latest`, without fetching the file; None if there is none.
 
     Raises:
         UnresolvedError: there is no such run.
         TrackingError: MLflow did not answer.
     """
-
-    from shufflenet_mlflow.tracking.remote_checkpoints import latest_of_run as read_latest
-
-    return read_latest(run_id, tracking_uri=tracking_uri)
+    return manifest_in_tag(store.run(run_id).data.tags, LATEST_TAG)
 
 
 def get_latest_model(
@@ -93,7 +79,7 @@ def get_latest_model(
     tracking_uri: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> tuple[Path | None, int]:
-    """The newest valid checkpoint behind `ref`, and its iterations.
+    """Return the newest valid checkpoint that `ref` names, and its iterations.
 
     Args:
         ref: a file, a folder, a run ID, `runs:/<id>`, `runs:/<id>@latest|@best|@<iters>`, or
@@ -110,25 +96,22 @@ def get_latest_model(
         TrackingError: MLflow did not answer.
     """
     reference = parse_reference(ref)
-    if beginning_of(ref) == str(ref) and not find_run_ids(str(ref), tracking_uri):  # the name of a missing folder
+    store = Connection(tracking_uri)
+    if beginning_of(ref) == str(ref) and not find_run_ids(str(ref), store):  # the name of a missing folder
         return None, 0
     if isinstance(reference, Path) and not os.path.isfile(reference):
         found = newest_valid(reference)
         return (found.path, found.iters) if found else (None, 0)
-    resolved = resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir)
+    resolved = resolve(ref, tracking_uri=store, cache_dir=cache_dir)
     return resolved.path, resolved.iters
 
 
-def run_of(path: Path, payload: Mapping[str, Any]) -> str | None:
-    """The run that a checkpoint file belongs to, also if MLflow made it after the file was written."""
-    run_id: str | None = payload.get("run_id") if is_own(payload) else None
-    return run_id or read_pending(path.parent).run_id
-
-
-def run_of_file(path: Path) -> str | None:
-    """The same for a file that is not loaded yet.
+def run_of(checkpoint: VerifiedCheckpoint) -> str | None:
+    """Return the run that a checkpoint belongs to, also if MLflow created it after the file was written.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
-    return run_of(path, read_checkpoint(path))
+    payload = checkpoint.read()
+    run_id: str | None = payload.get("run_id") if is_own(payload) else None
+    return run_id or read_pending(checkpoint.path.parent).run_id

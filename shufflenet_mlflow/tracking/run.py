@@ -1,4 +1,4 @@
-"""The beginning and the end of an MLflow run: making, adopting, continuing it, and the status that is true."""
+"""Create, continue and end MLflow runs, and find those of earlier attempts."""
 
 import json
 import logging
@@ -30,24 +30,24 @@ JOB_TAG = "job"
 """Tag of a run: the name that `--job` gave it."""
 
 CONFIG_TAG = "config"
-"""Tag of a run: its configuration as JSON, from its first moment on, so that it can begin again by its ID alone."""
+"""Tag of a run: its configuration as JSON, from the start, so that its ID is enough to start it again."""
 
 RUN_ID_VARIABLE = "MLFLOW_RUN_ID"
-"""How `mlflow run` tells its child which run it made for it."""
+"""Variable in which `mlflow run` tells its child process the run that it created for it."""
 
 
 def peek_mlflow_run_id() -> str | None:
-    """The run that `mlflow run` made for this process, as long as nobody has adopted it."""
+    """Return the run that `mlflow run` created for this process, if nothing has taken it yet."""
     return os.environ.get(RUN_ID_VARIABLE)
 
 
 def take_mlflow_run_id() -> str | None:
-    """The run that `mlflow run` made for this process; asked once, so that no child adopts it too."""
+    """Return the run that `mlflow run` created for this process, once: child processes must not take it too."""
     return os.environ.pop(RUN_ID_VARIABLE, None)
 
 
 def get_experiment_id(client: "MlflowClient", name: str) -> str:
-    """The experiment's ID; it is made if it does not exist.
+    """Return the experiment's ID, creating the experiment if it does not exist.
 
     Raises:
         TrackingError: the store does not answer, or the experiment was deleted.
@@ -74,13 +74,13 @@ def get_experiment_id(client: "MlflowClient", name: str) -> str:
 
 
 def _wanted(experiment: str | None) -> tuple[str, str | None]:
-    """Name and, if that is what names it, ID of the experiment that is asked for, or that the environment names."""
+    """Return the name of the experiment that is asked for, and its ID if the environment names that."""
     experiment_id = None if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID")
     return experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT, experiment_id
 
 
 def wanted_experiment(client: "MlflowClient", experiment: str | None) -> tuple[str, str | None]:
-    """Name and ID of the experiment; no ID if there is none such.
+    """Return the experiment's name and ID; the ID is None if it does not exist.
 
     Args:
         experiment: by default `MLFLOW_EXPERIMENT_ID` or `MLFLOW_EXPERIMENT_NAME`, or else `DEFAULT_EXPERIMENT`.
@@ -97,7 +97,7 @@ def wanted_experiment(client: "MlflowClient", experiment: str | None) -> tuple[s
 
 
 def new_run(*, experiment: str | None, name: str, tags: Mapping[str, str]) -> Create:
-    """What is needed to make a run, now or later.
+    """Return the message that creates a run, now or later.
 
     Args:
         experiment: as for `wanted_experiment`.
@@ -107,10 +107,10 @@ def new_run(*, experiment: str | None, name: str, tags: Mapping[str, str]) -> Cr
 
 
 def make_run(client: "MlflowClient", create: Create, *, journal_id: str | None = None) -> tuple[str, bool]:
-    """Make a run.
+    """Create a run.
 
     Args:
-        spool_id: what it was called while the server was away: a run with that tag is taken instead of another.
+        journal_id: its provisional ID while the server was away: a run that has it as a tag is returned instead.
 
     Returns:
         Its ID, and whether it is new.
@@ -132,14 +132,14 @@ def make_run(client: "MlflowClient", create: Create, *, journal_id: str | None =
 
 @dataclass(frozen=True)
 class KnownRun:
-    """A run that MLflow has."""
+    """A run in MLflow."""
 
     run_id: str
     has_checkpoint: bool
 
 
 def find_job(client: "MlflowClient", job: str, experiment: str | None) -> KnownRun | None:
-    """The latest run of that job; None if there is none.
+    """Return the latest run of a job; None if there is none.
 
     Args:
         experiment: as for `new_run`.
@@ -157,8 +157,8 @@ def find_job(client: "MlflowClient", job: str, experiment: str | None) -> KnownR
     return _known(runs[0]) if runs else None
 
 
-def look_up(client: "MlflowClient", run_id: str) -> KnownRun:
-    """That run.
+def known_run(client: "MlflowClient", run_id: str) -> KnownRun:
+    """Look a run up by its ID.
 
     Raises:
         TrackingError: there is no such run, or the store does not answer.
@@ -172,7 +172,7 @@ def _known(run: "Run") -> KnownRun:
 
 
 def config_to_begin_with(client: "MlflowClient", run_id: str) -> dict[str, Any] | None:
-    """The configuration of a run that has no checkpoint yet, and so can begin once more; None for any other run.
+    """Return the configuration of a run that has no checkpoint yet, to start it again; None for any other run.
 
     Raises:
         TrackingError: the store does not answer.
@@ -195,7 +195,7 @@ def config_to_begin_with(client: "MlflowClient", run_id: str) -> dict[str, Any] 
 
 
 def tags_for_mlflow_run(name: str | None, tags: Mapping[str, str]) -> dict[str, str]:
-    """Tags for the run that `mlflow run` made; what it knows of source and commit stands."""
+    """Return tags for the run that `mlflow run` created; its own source and commit are kept."""
     own = {
         key: value
         for key, value in provenance_tags().items()
@@ -205,7 +205,7 @@ def tags_for_mlflow_run(name: str | None, tags: Mapping[str, str]) -> dict[str, 
 
 
 def reopen_run(client: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> None:
-    """Let a run go on.
+    """Set a run to RUNNING again.
 
     Raises:
         TrackingError: there is no such run, it was deleted, or the store does not answer.
@@ -222,7 +222,7 @@ def reopen_run(client: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> 
 
 
 def require_not_beyond(client: "MlflowClient", run_id: str, iters: int) -> None:
-    """Refuse to continue a run from iteration `iters` that has gone on beyond it: that would write over its end.
+    """Refuse to continue a run from iteration `iters` if it has gone on beyond it, which would overwrite its end.
 
     Raises:
         ResumeError: it has.
@@ -240,16 +240,17 @@ def require_not_beyond(client: "MlflowClient", run_id: str, iters: int) -> None:
 
 
 def status_after(kind: type[BaseException] | None) -> Status:
-    """The status that is true of a run whose block ended with an exception of that kind, or without one."""
+    """Return the status of a run whose block ended with an exception of that kind, or without one."""
     if kind is None:
         return "FINISHED"
     return "KILLED" if issubclass(kind, (StopRequested, KeyboardInterrupt)) else "FAILED"
 
 
 class WrapperRun:
-    """The run that `mlflow run` made, written to directly. As a context manager it ends the run with the status
-    that is true: FINISHED at the end of the block, or `status`; FAILED after an exception, KILLED after an
-    interruption.
+    """The run that `mlflow run` created, written to directly.
+
+    As a context manager it ends the run: FINISHED, or `status`, at the end of the block; FAILED after an exception,
+    KILLED after an interruption.
     """
 
     def __init__(self, client: "MlflowClient", run_id: str, *, tags: Mapping[str, str]) -> None:
@@ -258,7 +259,7 @@ class WrapperRun:
         reopen_run(client, run_id, tags_for_mlflow_run(None, tags))
 
     def send(self, message: Message) -> None:
-        """Send it now.
+        """Send a message now.
 
         Raises:
             TrackingError: it did not arrive.

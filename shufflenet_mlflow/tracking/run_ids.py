@@ -6,9 +6,10 @@ from pathlib import Path
 
 from shufflenet_mlflow.checkpoints.references import RunReference, is_run_id, parse_reference
 from shufflenet_mlflow.errors import TrackingError, UnresolvedError
-from shufflenet_mlflow.tracking.client import connect, mlflow_errors
+from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.redaction import redact
-from shufflenet_mlflow.tracking.uris import store_file, uri_in_force
+from shufflenet_mlflow.tracking.uris import store_file
 
 _NAMED = 4
 """Runs that a message names at most."""
@@ -17,7 +18,7 @@ _SEARCHED = 1000
 _ALIKE = 0.85
 
 
-def complete(ref: str | Path, tracking_uri: str | None) -> str | Path:
+def complete(ref: str | Path, store: str | Connection | None) -> str | Path:
     """`ref` with the whole ID of its run, where it has but the first characters of one; anything else as it is.
 
     Raises:
@@ -27,22 +28,22 @@ def complete(ref: str | Path, tracking_uri: str | None) -> str | Path:
     beginning = beginning_of(ref)
     if beginning is None:
         return ref
-    found = find_run_ids(beginning, tracking_uri)
+    found = find_run_ids(beginning, store)
     if len(found) == 1:
         return str(ref).replace(beginning, next(iter(found)), 1)
-    store = redact(uri_in_force(tracking_uri))
+    address = redact(Connection.to(store).uri)
     if not found:
         also = "" if str(ref).startswith("runs:/") else "is no file or folder, and "
-        like = may_have_been(beginning, tracking_uri)
+        like = may_have_been(beginning, store)
         raise UnresolvedError(
-            f"{str(ref)!r} {also}begins no run's ID in {store}{like}; `shufflenet runs` lists them, --tracking-uri or "
-            "MLFLOW_TRACKING_URI names another store",
+            f"{str(ref)!r} {also}begins no run's ID in {address}{like}; `shufflenet runs` lists them, --tracking-uri "
+            "or MLFLOW_TRACKING_URI names another store",
             code="run-id-unknown",
         )
     listed = ", ".join(f"{run_id} ({name})" for run_id, name in list(found.items())[:_NAMED])
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     raise UnresolvedError(
-        f"{str(ref)!r} begins several runs' IDs in {store}: {listed}{more}; give more characters",
+        f"{str(ref)!r} begins several run IDs in {address}: {listed}{more}; give more characters",
         code="run-id-ambiguous",
     )
 
@@ -53,31 +54,32 @@ def beginning_of(ref: str | Path) -> str | None:
     return reference.run_id if isinstance(reference, RunReference) and not is_run_id(reference.run_id) else None
 
 
-def find_run_ids(beginning: str, tracking_uri: str | None) -> dict[str, str]:
+def find_run_ids(beginning: str, store: str | Connection | None) -> dict[str, str]:
     """The IDs that begin so, with their runs' names, also of deleted runs; newest first.
 
     Raises:
         TrackingError: MLflow did not answer.
     """
-    return _newest(tracking_uri, f"attributes.run_id LIKE '{beginning}%'", f"run IDs that begin with {beginning}")
+    return _newest(store, f"attributes.run_id LIKE '{beginning}%'", f"run IDs that begin with {beginning}")
 
 
-def may_have_been(mistyped: str, tracking_uri: str | None) -> str:
+def may_have_been(mistyped: str, store: str | Connection | None) -> str:
     """`, perhaps …`, if one of the newest runs' IDs is like this one, or like this beginning of one; else nothing."""
     with suppress(TrackingError):
-        names = _newest(tracking_uri, "", "like runs")
+        names = _newest(store, "", "like runs")
         ids = {run_id[: len(mistyped)]: run_id for run_id in names}
         for near in get_close_matches(mistyped, ids, n=1, cutoff=_ALIKE):
             return f", perhaps {ids[near]} ({names[ids[near]]})"
     return ""
 
 
-def _newest(tracking_uri: str | None, filter_string: str, what: str) -> dict[str, str]:
+def _newest(store: str | Connection | None, filter_string: str, what: str) -> dict[str, str]:
     """ID -> name of the newest runs that fit."""
-    file = store_file(uri_in_force(tracking_uri))
+    store = Connection.to(store)
+    file = store_file(store.uri)
     if file is not None and not file.exists():
         return {}  # MLflow would make it, to find nothing in it
-    client = connect(tracking_uri)
+    client = store.client
     from mlflow.entities import ViewType
 
     with mlflow_errors(f"look for {what}"):

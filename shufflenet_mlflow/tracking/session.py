@@ -1,4 +1,4 @@
-"""One process's work on a run: the thread that fills the journal, the one that empties it, and the run's end."""
+"""One process's work on a run: a thread fills the journal, another one empties it, and the run is ended."""
 
 import logging
 from collections.abc import Mapping
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 class TrackingSession:
-    """As a context manager it ends the run with the status that is true, and waits for what is under way.
+    """Delivers messages to a run. As a context manager it ends the run, and waits until everything has arrived.
 
     FINISHED at the end of the block, or `status`; FAILED after an exception, KILLED after an interruption.
 
     Args:
         spool: is closed at the end.
-        run: the run's ID, or what it is called until it has one.
+        run: the run's ID, or its provisional ID.
         kinds: the messages that may be in the journal, by kind.
-        is_new: it was made just now.
+        is_new: it was created just now, and has no points.
         stop: a signal ends the wait for MLflow.
     """
 
@@ -51,7 +51,7 @@ class TrackingSession:
         self.journal, self.run = journal, run
         self.status: Status = "FINISHED"
         self.iters = 0
-        """How far the run has come."""
+        """Iterations that the run has completed."""
         self._reporter, self._stop = reporter, stop
         journal.set_owner(run, stored_uri(client.tracking_uri))
         deliverer = Deliverer(client, journal, kinds, new_runs=[run] if is_new else [])
@@ -63,12 +63,12 @@ class TrackingSession:
 
     @property
     def run_id(self) -> str | None:
-        """The run's ID; None as long as MLflow has not made it."""
+        """The run's ID; None until MLflow has created it."""
         run_id = self.recorder.run_id
         return run_id if is_created(run_id) else None
 
     def record(self, *messages: Message) -> None:
-        """Bring them to the run, in order with everything else."""
+        """Put messages into the journal, in order with everything else."""
         for message in messages:
             self.recorder.record(message)
 
@@ -88,7 +88,7 @@ class TrackingSession:
             self.journal.close()
 
     def _mark(self, status: Status) -> None:
-        """Say how the run ended ahead of what still waits, so that nobody takes it for running."""
+        """Set the run's status ahead of what is still pending, so that it does not look as if it were running."""
         if self.run_id is None or self.delivery.reason:
             return  # MLflow does not answer
         try:

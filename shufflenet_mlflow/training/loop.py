@@ -6,7 +6,7 @@ It sees where checkpoints and metrics go only as the two small protocols below.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,17 +39,17 @@ from shufflenet_mlflow.data.sampler import (
 from shufflenet_mlflow.errors import DataError, NonFiniteLossError, PeerFailedError
 from shufflenet_mlflow.evaluation.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.evaluation.metrics import count_correct
+from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.devices import compile_failure, compiled, lack_of_memory
-from shufflenet_mlflow.runtime.distributed import World, loss_of_process
-from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
+from shufflenet_mlflow.runtime.distributed import loss_of_process
+from shufflenet_mlflow.runtime.signals import StopRequested
 from shufflenet_mlflow.training.batchnorm import RunningStatistics, reestimate_bn
 from shufflenet_mlflow.training.recipe import REESTIMATION_IMAGES, make_loss, training_loss
 from shufflenet_mlflow.training.state import TrainingState
 
 
 class CheckpointStore(Protocol):
-    """Where checkpoints go."""
+    """Keeps checkpoints."""
 
     def save(
         self,
@@ -59,24 +59,24 @@ class CheckpointStore(Protocol):
         *,
         val_top1: float | None,
     ) -> Path:
-        """Keep a copy of `state`, which may be written later; the file that it will be.
+        """Keep a copy of `state`, which may be written later, and return the file's path.
 
         Raises:
             CheckpointError: an earlier one could not be kept.
         """
 
     def mark_best(self, checkpoint: Path, val_top1: float) -> bool:
-        """A checkpoint that is kept already has turned out to be the best.
+        """Mark a checkpoint that is kept already as the best; return whether that was possible.
 
-        Its file is not written again: it may be what the run's latest checkpoint is committed to be. False if
-        that cannot be done, because it was not this store that kept it.
+        Its file is not written again, since the run's `checkpoint.latest` may name it. A checkpoint that another store
+        kept cannot be marked.
         """
 
     def newest(self) -> Path | None:
-        """Wait until everything is on the disk, or has failed; the newest checkpoint that is there."""
+        """Wait until everything is on the disk, or has failed; return the newest checkpoint that is there."""
 
     def finish(self) -> Path | None:
-        """Wait until everything is on the disk; the newest checkpoint that is, None if there is none.
+        """Wait until everything is on the disk; return the newest checkpoint, or None if there is none.
 
         Raises:
             CheckpointError: something could not be kept.
@@ -84,7 +84,7 @@ class CheckpointStore(Protocol):
 
 
 class MetricSink(Protocol):
-    """Where metric points go."""
+    """Keeps metric points."""
 
     def log(self, values: Mapping[str, float], iters: int) -> None:
         """Keep points at step `iters`."""
@@ -92,7 +92,7 @@ class MetricSink(Protocol):
 
 @dataclass(frozen=True)
 class TrainData:
-    """The two sets of images, the order of the first, and how its batches are divided."""
+    """Training and validation images, the order of samples, and how batches are divided."""
 
     train: ImageListing
     val: ImageListing
@@ -109,7 +109,7 @@ class TrainResult:
     epoch: int
     loss: float
     val_top1: float | None
-    """Of the last validation; None if there was none."""
+    """Accuracy of the last validation; None if there was none."""
     val_top5: float | None
     checkpoint: Path | None
     """The last checkpoint; None if it was stopped before the first iteration."""
@@ -119,10 +119,10 @@ class TrainResult:
 
 @dataclass
 class Trainer:
-    """What the loop works with.
+    """The training loop of one process.
 
     Args:
-        constants: what every checkpoint holds besides the training state: network, preprocessing, classes,
+        constants: entries of every checkpoint besides the training state: network, preprocessing, classes,
             configuration.
     """
 
@@ -132,11 +132,10 @@ class Trainer:
     constants: Mapping[str, Any]
     store: CheckpointStore
     sink: MetricSink
-    reporter: Reporter
-    stop: StopFlag
-    world: World = field(default_factory=World)
+    context: JobContext
 
     def __post_init__(self) -> None:
+        self.world, self.reporter = self.context.world, self.context.reporter
         self.bad_images = BadImageLog(skip=self.config.on_bad_image == "skip")
         self._to_input = ToInput(self.data.preprocess, self.state.device)
         self._loss_function = make_loss(self.config.label_smooth)
@@ -165,7 +164,7 @@ class Trainer:
         if resumed_from is not None:
             self.saved, self._saved_iters = resumed_from, self.state.iters
         try:
-            self.world.raise_if_any_failed(self.stop)
+            self.world.raise_if_any_failed()
             if self._validation_is_due() and self.state.validated_iters < self.state.iters:
                 self._validate_and_keep_best()  # a signal had cut it short
             self._train()
@@ -174,7 +173,8 @@ class Trainer:
             self._save_once()
             return self._result(stopped_by=stop.signum)
         except (DataError, PeerFailedError):
-            self._save_once()
+            if self.world.size == 1 or not self._mid_step:  # the others are elsewhere in the middle of a step
+                self._save_once()
             raise
         except RuntimeError as error:
             problem = worker_death(error) or loss_of_process(error) or compile_failure(error) or lack_of_memory(error)
@@ -192,7 +192,7 @@ class Trainer:
         return self._result()
 
     def all_bad_images(self) -> set[str]:
-        """The unreadable files that any process has met; all of them have to take part."""
+        """Return the unreadable files that any process has met; all processes have to take part."""
         return {path for paths in self.world.gather(list(self.bad_images.seen)) for path in paths}
 
     def _train(self) -> None:
@@ -206,7 +206,7 @@ class Trainer:
         clock = _Clock(state.iters)
         with self.reporter.phase("training", config.total_iters, state.iters) as phase:
             rounds = config.total_iters - state.iters
-            for parts in self.world.synced_batches(self.stop, rounds, lambda: self.fetch(fetched)):
+            for parts in self.world.synced_batches(rounds, lambda: self.fetch(fetched)):
                 lr = state.lr
                 self.step(network, parts)
                 phase.advance()
@@ -222,7 +222,7 @@ class Trainer:
                         self._save_once()
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """This process's parts of the batches from iteration `start` up to, not including, iteration `stop`."""
+        """Yield this process's micro-batches of the iterations from `start` up to, not including, `stop`."""
         order, micro_batches = self.data.order, self.data.micro_batches
         return self._loaded(TrainBatches(order, start, stop, micro_batches))
 
@@ -236,11 +236,11 @@ class Trainer:
         return batches_of(loader)
 
     def fetch(self, fetched: Iterator[Batch]) -> list[Batch]:
-        """This process's parts of the next batch, of what `batches` gives."""
+        """Return this process's micro-batches of the next iteration, taken from what `batches` yields."""
         parts = [next(fetched) for _ in self.data.micro_batches.local_indices]
         for part in parts:
             for bad in self.bad_images.new_in(part):
-                self.reporter.warn(f"another image stands in for it: {bad}")
+                self.reporter.warn(f"replaced by another image: {bad}")
             if not len(part.labels_N):
                 raise DataError(
                     f"no file in {str(self.data.train.root)!r} is a readable image", code="train-no-readable-image"
@@ -248,7 +248,7 @@ class Trainer:
         return parts
 
     def step(self, network: nn.Module, parts: Sequence[Batch]) -> None:
-        """One iteration: gradients of all parts in all processes, then one step."""
+        """Do one iteration: gradients of all micro-batches in all processes, then one optimizer step."""
         state, micro_batches = self.state, self.data.micro_batches
         self._mid_step = True
         state.randomness.begin_iteration()
@@ -272,11 +272,11 @@ class Trainer:
         self._mid_step = False
 
     def to_input(self, batch: Batch) -> Tensor:
-        """The images of a batch, float (N, 3, H, W) on the device."""
+        """Return the images of a batch, float (N, 3, H, W) on the device."""
         return self._to_input(batch.images_NCHW, batch.shift_NC)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """In the block what `--amp` allows is computed in fewer bits."""
+        """Compute in the precision of `--amp` within the block."""
         name = AMP_DTYPES[self.config.amp]
         return nullcontext() if name is None else torch.autocast(self.state.device.type, getattr(torch, name))
 
@@ -292,7 +292,7 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        """BN statistics that fit the final weights, and the accuracy of that state."""
+        """Re-estimate the BN statistics for the final weights, validate, and save the final checkpoint."""
         self._save_once()
         state = self.state
         with self.reporter.phase("re-estimating BN", self._reestimation_batches()) as phase:
@@ -310,7 +310,7 @@ class Trainer:
     def _reestimation_inputs(self, advance: Callable[[], None]) -> Iterator[Tensor]:
         batches, micro_batches = self._reestimation_batches(), self.data.micro_batches
         fetched = self._loaded(ReestimationBatches(self.data.order, batches, micro_batches))
-        for position, parts in enumerate(self.world.synced_batches(self.stop, batches, lambda: self.fetch(fetched))):
+        for position, parts in enumerate(self.world.synced_batches(batches, lambda: self.fetch(fetched))):
             for number, batch in zip(micro_batches.local_indices, parts, strict=True):
                 torch.manual_seed(derive_seed(self.config.seed, REESTIMATION_EPOCH, position, number))
                 yield self.to_input(batch)
@@ -332,7 +332,7 @@ class Trainer:
         self.reporter.metrics(state.iters, values)
 
     def _validation_is_due(self) -> bool:
-        """The last iteration's validation comes after the BN re-estimation."""
+        """Whether to validate now; after the last iteration that follows the BN re-estimation."""
         iters = self.state.iters
         return 0 < iters < self.config.total_iters and iters % self.config.val_interval == 0
 
@@ -345,7 +345,7 @@ class Trainer:
             self._save("")
 
     def _validate(self) -> bool:
-        """True if it was the best validation so far."""
+        """Validate; return whether it was the best validation so far."""
         config = self.config
         self.state.meter.collect()
         self.state.check_finite()
@@ -355,9 +355,7 @@ class Trainer:
             self.data.preprocess,
             EvalSettings(config.micro_batch_size or config.batch_size, config.workers, self.state.device),
             bad_images=self.bad_images,
-            reporter=self.reporter,
-            stop=self.stop,
-            world=self.world,
+            context=self.context,
         )
         values = _validation_metrics(result)
         self.sink.log(values, self.state.iters)
@@ -365,7 +363,7 @@ class Trainer:
         return self.state.record_validation(values)
 
     def _save_once(self) -> None:
-        """Save, unless this iteration has been saved already or nothing has been trained."""
+        """Save, unless this iteration has been saved already or nothing was trained."""
         if self.state.iters and self._saved_iters != self.state.iters:
             self._save("")
 
@@ -404,7 +402,7 @@ class Trainer:
 
 
 def best_metrics(best: Mapping[str, Any]) -> dict[str, float]:
-    """What a run says of its best validation once it has ended."""
+    """Return the metrics that a run ends with, from its best validation."""
     return {"best/val_top1": best["val_top1"], "best/iters": best["iters"]}
 
 
@@ -413,13 +411,13 @@ def _validation_metrics(result: EvalResult) -> dict[str, float]:
 
 
 def _gradients_kept_here(network: nn.Module) -> AbstractContextManager[None]:
-    """Within the block gradients add up in this process only, until a backward pass outside of it."""
+    """Accumulate gradients in this process only, until a backward pass outside the block."""
     inner = getattr(network, "_orig_mod", network)
     return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 
 class _Clock:
-    """Iterations per second, not counting the time in `paused`."""
+    """Measures iterations per second, without the time in `paused`."""
 
     def __init__(self, iters: int) -> None:
         self._start, self._iters = time.perf_counter(), iters

@@ -15,9 +15,16 @@ from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.data.loader import PREFETCHED, worker_death
 from shufflenet_mlflow.errors import TrackingError
-from shufflenet_mlflow.runtime.devices import choose_device, compile_failure, compiled, finish, usable_cores
-from shufflenet_mlflow.runtime.distributed import World
-from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.context import JobContext
+from shufflenet_mlflow.runtime.devices import (
+    choose_device,
+    compile_failure,
+    compiled,
+    finish,
+    keep_freed_memory,
+    usable_cores,
+)
+from shufflenet_mlflow.runtime.progress import LoggingReporter, Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
@@ -27,9 +34,13 @@ from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 from shufflenet_mlflow.training.loop import Trainer
 from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
-from shufflenet_mlflow.workflows.training.config import Plan, plan
+from shufflenet_mlflow.workflows.training.attempts import Attempt
+from shufflenet_mlflow.workflows.training.config import Plan, choose, complete_config
+from shufflenet_mlflow.workflows.training.data import list_data
+from shufflenet_mlflow.workflows.training.description import constants, environment
+from shufflenet_mlflow.workflows.training.followers import NoMetrics, NoStore
 from shufflenet_mlflow.workflows.training.request import TrainRequest
-from shufflenet_mlflow.workflows.training.state import bare_trainer
+from shufflenet_mlflow.workflows.training.state import fresh_state
 
 EXPERIMENT = "shufflenet-bench"
 
@@ -101,8 +112,7 @@ def run_bench(request: BenchRequest, *, reporter: Reporter, stop: StopFlag) -> B
     prepare_environment()
     options = {**request.options}
     options.setdefault("val_dir", options.get("train_dir"))
-    planned = plan(TrainRequest(options=options, cache_dir=request.cache_dir), None, None, World())
-    trainer = bare_trainer(planned, reporter=reporter, stop=stop)
+    planned, trainer = _bare_training(options, request.cache_dir, JobContext.alone(reporter, stop))
     bench = _Bench(trainer, request.iterations, reporter, stop)
     try:
         load = bench.loading()
@@ -115,6 +125,27 @@ def run_bench(request: BenchRequest, *, reporter: Reporter, stop: StopFlag) -> B
         raise problem from error
     save, point = _bookkeeping(request, trainer, reporter, stop)
     return _result(planned, {"load": load, "convert": convert, "step": step, "whole": whole, **save, **point}, first)
+
+
+def _bare_training(options: Mapping[str, Any], cache_dir: Path | None, context: JobContext) -> tuple[Plan, Trainer]:
+    """Return the loop that these options mean, from its beginning, with nothing kept."""
+    request = TrainRequest(options=options, cache_dir=cache_dir)
+    attempt = Attempt(resume="none", is_fork=False, save_dir=None, job=None)
+    choices = choose(request, attempt, context.world)
+    data = list_data(choices, cache_dir, LoggingReporter())
+    plan = Plan(complete_config(choices, data, context.world), choices.spec, data)
+    device = choose_device(plan.config.device)
+    keep_freed_memory(device)
+    trainer = Trainer(
+        config=plan.config,
+        data=data,
+        state=fresh_state(plan, device, context.world, fetch_pretrained=False),
+        constants=constants(plan, environment(plan, device, context.world)),
+        store=NoStore(),
+        sink=NoMetrics(),
+        context=context,
+    )
+    return plan, trainer
 
 
 class _Bench:

@@ -21,12 +21,13 @@ from shufflenet_mlflow.checkpoints.manifest import (
 from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
 from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference
 from shufflenet_mlflow.checkpoints.retention import Retention, best_first
-from shufflenet_mlflow.checkpoints.verification import has_checksums, verify_checkpoint
+from shufflenet_mlflow.checkpoints.verification import has_checksums, open_checkpoint, verify_checkpoint
 from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError, UnresolvedError
 from shufflenet_mlflow.runtime.files import write_atomically
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.tracking.client import connect, prepare_environment
+from shufflenet_mlflow.tracking.client import prepare_environment
+from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, Journal, read_pending
 from shufflenet_mlflow.tracking.prune import Dropped, choose_dropped, delete, pending_names
 from shufflenet_mlflow.tracking.remote_checkpoints import RemoteCheckpoints, promoted_names
@@ -36,39 +37,37 @@ from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
 from shufflenet_mlflow.tracking.uris import uri_of_journal
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.tracking.client import MlflowClient
+    pass
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckpointLocation:
     """Where checkpoints are: a folder, a run, or a folder with the run that it belongs to."""
 
     ref: str
     directory: Path | None
     run_id: str | None
-    tracking_uri: str | None
-
-    def client(self) -> "MlflowClient":
-        """Of the store that has the run."""
-        return connect(self.tracking_uri)
+    store: Connection
+    """The store that has the run."""
 
 
-def find_location(ref: str, tracking_uri: str | None) -> Place:
+def find_location(ref: str, tracking_uri: str | None) -> CheckpointLocation:
     """The folder or run that `ref` names.
 
     Raises:
         UnresolvedError: it names something else, or nothing.
     """
     prepare_environment()
-    reference = parse_reference(complete(ref, tracking_uri))
+    store = Connection(tracking_uri)
+    reference = parse_reference(complete(ref, store))
     if isinstance(reference, RunReference):
-        return Place(ref, None, reference.run_id, tracking_uri)
+        return CheckpointLocation(ref, None, reference.run_id, store)
     if not isinstance(reference, Path) or not os.path.isdir(reference):
         raise UnresolvedError(f"{ref!r} is neither a folder of checkpoints nor a run ID", code="not-folder-or-run")
     held = read_pending(reference)
-    return Place(ref, reference, held.run_id, uri_of_journal(held.uri, tracking_uri))
+    return CheckpointLocation(ref, reference, held.run_id, Connection(uri_of_journal(held.uri, tracking_uri)))
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,9 @@ class _InRun:
     promoted: set[str]
 
 
-def _look_into_run(place: Place) -> _InRun:
-    assert place.run_id is not None  # noqa: S101 - the caller looked
-    remote = RemoteCheckpoints(place.client(), place.run_id, default_cache_dir())
+def _look_into_run(location: CheckpointLocation) -> _InRun:
+    assert location.run_id is not None  # noqa: S101 - the caller looked
+    remote = RemoteCheckpoints(location.store, location.run_id, default_cache_dir())
     named = {tag: manifest_in_tag(remote.tags, tag) for tag in (LATEST_TAG, BEST_TAG)}
     latest, best = (manifest.file_name if manifest is not None else None for manifest in named.values())
     known = {manifest.file_name: manifest for manifest in remote.artifacts.manifests()}
@@ -117,7 +116,7 @@ def _look_into_run(place: Place) -> _InRun:
         remote.artifacts.sizes(),
         latest,
         best,
-        promoted_names(remote.client, place.run_id),
+        promoted_names(remote.client, location.run_id),
     )
 
 
@@ -130,18 +129,18 @@ def list_rows(ref: str, *, tracking_uri: str | None, reporter: Reporter) -> list
         UnresolvedError: there is no such folder or run.
         TrackingError: a run was asked for, and MLflow did not answer.
     """
-    place = find_location(ref, tracking_uri)
+    location = find_location(ref, tracking_uri)
     in_run: _InRun | None = None
-    if place.run_id is not None:
+    if location.run_id is not None:
         try:
-            in_run = _look_into_run(place)
+            in_run = _look_into_run(location)
         except (TrackingError, UnresolvedError) as error:
-            if place.directory is None:
+            if location.directory is None:
                 raise
             reporter.warn(f"{error}; what is in the run is not shown")
-    paths = {path.name: path for path in list_checkpoints(place.directory)} if place.directory else {}
+    paths = {path.name: path for path in list_checkpoints(location.directory)} if location.directory else {}
     manifests = {name: read_manifest(path) for name, path in paths.items()}
-    waiting = pending_names(place.directory) if place.directory else set()
+    waiting = pending_names(location.directory) if location.directory else set()
     latest, best = _marks(manifests, in_run)
     rows = []
     for name in newest_first({*paths, *(in_run.manifests if in_run else ())}):
@@ -203,8 +202,10 @@ def verify_all(ref: str, *, tracking_uri: str | None, cache_dir: Path | None, re
     whole_run = isinstance(reference, RunReference) and reference.artifact is None and "@" not in ref
     if not whole_run and not (isinstance(reference, Path) and os.path.isdir(reference)):
         return [_verify_one(ref, tracking_uri, cache_dir)]
-    place = find_location(ref, tracking_uri)
-    checks = _checks_in_run(place, cache_dir) if place.directory is None else _checks_in_folder(place.directory)
+    location = find_location(ref, tracking_uri)
+    checks = (
+        _checks_in_run(location, cache_dir) if location.directory is None else _checks_in_folder(location.directory)
+    )
     if not checks:
         raise UnresolvedError(
             f"{ref!r} holds no checkpoints; name the folder that --save-dir named, or models/RUN_ID",
@@ -235,9 +236,9 @@ def _checks_in_folder(directory: Path) -> dict[str, Callable[[], object]]:
     return {path.name: check(path) for path in list_checkpoints(directory)}
 
 
-def _checks_in_run(place: Place, cache_dir: Path | None) -> dict[str, Callable[[], object]]:
-    assert place.run_id is not None  # noqa: S101 - a place without a folder is a run
-    remote = RemoteCheckpoints(place.client(), place.run_id, cache_dir or default_cache_dir())
+def _checks_in_run(location: CheckpointLocation, cache_dir: Path | None) -> dict[str, Callable[[], object]]:
+    assert location.run_id is not None  # noqa: S101 - a location without a folder is a run
+    remote = RemoteCheckpoints(location.store, location.run_id, cache_dir or default_cache_dir())
 
     def check(name: str) -> Callable[[], object]:
         return lambda: remote.verify(name)
@@ -288,8 +289,7 @@ def pull(
         raise UnresolvedError(
             f"cannot write {str(target)!r}: {error.strerror}; --output names another folder", code="pull-unwritable"
         ) from error
-    verify_checkpoint(target, manifest)
-    return Resolved(target, resolved.iters, resolved.run_id)
+    return Resolved(open_checkpoint(target, manifest), resolved.run_id)
 
 
 def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | None) -> list[Dropped]:
@@ -303,16 +303,16 @@ def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | 
     """
     if not retention.is_set:
         raise ConfigError("there is no rule; give --keep-last, --keep-best or --keep-every", code="no-keep-rule")
-    place = find_location(ref, tracking_uri)
-    with _alone_in(place.directory) if not dry_run else nullcontext():
+    location = find_location(ref, tracking_uri)
+    with _alone_in(location.directory) if not dry_run else nullcontext():
         target = None
-        if place.run_id is not None:
-            RemoteCheckpoints(place.client(), place.run_id, default_cache_dir())  # says so if there is none such
-            target = RunTarget(place.client(), place.run_id, place.directory or Path())
-        waiting = pending_names(place.directory) if place.directory else ()
-        dropped = choose_dropped(place.directory, retention, target=target, waiting=waiting)
+        if location.run_id is not None:
+            location.store.run(location.run_id)  # raises if there is none
+            target = RunTarget(location.store.client, location.run_id, location.directory or Path())
+        waiting = pending_names(location.directory) if location.directory else ()
+        dropped = choose_dropped(location.directory, retention, target=target, waiting=waiting)
         if not dry_run:
-            delete(dropped, place.directory, target)
+            delete(dropped, location.directory, target)
     return dropped
 
 

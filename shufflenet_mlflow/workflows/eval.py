@@ -1,4 +1,4 @@
-"""The evaluation job: a checkpoint reference and an image folder in, accuracies out, on the screen and in MLflow."""
+"""`shufflenet eval`: a checkpoint and an image folder in, accuracies out, also in MLflow."""
 
 import time
 from collections.abc import Mapping
@@ -17,24 +17,25 @@ from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, Unre
 from shufflenet_mlflow.evaluation.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.evaluation.report import Observer, Report
 from shufflenet_mlflow.models.loaded import LoadedModel, label_outputs
+from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, move_model
 from shufflenet_mlflow.runtime.launchers import ended_with_mlflow_run
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.tracking.client import connect, prepare_environment
+from shufflenet_mlflow.tracking.client import prepare_environment
+from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.redaction import redact
-from shufflenet_mlflow.tracking.remote_checkpoints import read_run
 from shufflenet_mlflow.tracking.run import WrapperRun, take_mlflow_run_id
 from shufflenet_mlflow.workflows.eval_results import Evaluated, record_in_new, record_in_own, record_in_source
 from shufflenet_mlflow.workflows.loading import LoadedCheckpoint, ModelRequest
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.tracking.client import MlflowClient, Run
+    from shufflenet_mlflow.tracking.client import Run
 
 
 @dataclass(frozen=True)
 class EvalRequest(ModelRequest):
-    """What to evaluate, and on what; None means as the checkpoint says."""
+    """A checkpoint to evaluate, and the images; None means the checkpoint's own setting."""
 
     val_dir: str | None = None
     batch_size: int | None = None
@@ -42,15 +43,15 @@ class EvalRequest(ModelRequest):
     device: str = "auto"
     on_bad_image: str = "fail"
     log_to: str | None = None
-    """`source`, the run that the checkpoint belongs to; `new`, one of its own; or `none`. By default the run that
-    `mlflow run` made, or else `source` where `ref` names a run or a registered model."""
+    """`source`, the run that the checkpoint belongs to; `new`, a run of its own; or `none`. By default the run that
+    `mlflow run` created, or else `source` if `ref` names a run or a registered model."""
     experiment: str | None = None
     run_name: str | None = None
 
 
 @dataclass(frozen=True)
 class EvalSummary:
-    """An evaluation's result and what was evaluated."""
+    """The result of an evaluation, and the checkpoint."""
 
     result: EvalResult
     report: Report
@@ -63,10 +64,10 @@ class EvalSummary:
     logged_to: str | None = None
     """The run that has the result."""
     problem: TrackingError | None = None
-    """Why it has not, though it should."""
+    """Error that kept the result from being logged."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `eval --json`."""
+        """Return the document of `eval --json`."""
         return {
             "top1": self.result.top1,
             "top5": self.result.top5,
@@ -85,7 +86,7 @@ class EvalSummary:
         }
 
     def metrics(self) -> dict[str, float]:
-        """What is logged, by plain name."""
+        """Return the metrics that are logged, by plain name."""
         return {
             "top1": self.result.top1,
             "top5": self.result.top5,
@@ -99,7 +100,7 @@ class EvalSummary:
 def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) -> EvalSummary:
     """Evaluate a checkpoint on an image folder, and log the result where `request.log_to` says.
 
-    A store that turns out to be away once the result is there does not take it away: see `EvalSummary.problem`.
+    If the store is away when the result is logged, the result is returned all the same: see `EvalSummary.problem`.
 
     Raises:
         ShuffleNetError: see `shufflenet_mlflow.errors`.
@@ -110,13 +111,14 @@ def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) 
 
 
 def _run(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummary:
-    adopted = take_mlflow_run_id()
-    where = request.log_to or _default_place(request.ref, adopted)
-    client = connect(request.tracking_uri) if adopted is not None or where != "none" else None
-    made = WrapperRun(client, adopted, tags={}) if client is not None and adopted is not None else None
+    mlflow_run_id = take_mlflow_run_id()
+    where = request.log_to or _default_place(request.ref, mlflow_run_id)
+    store = Connection(request.tracking_uri)
+    client = store.client if mlflow_run_id is not None or where != "none" else None
+    made = WrapperRun(client, mlflow_run_id, tags={}) if client is not None and mlflow_run_id is not None else None
     with made or nullcontext():
-        loaded = request.load(reporter)
-        source = _source(client, loaded, where) if client is not None and where != "none" else None
+        loaded = request.load(store, reporter)
+        source = _source(store, loaded, where) if client is not None and where != "none" else None
         val_dir = _val_dir(request, loaded)
         summary, listing = _evaluate(request, loaded, val_dir, reporter, stop)
         if client is None or where == "none":
@@ -137,7 +139,7 @@ def _run(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummar
             except TrackingError as error:
                 made.status = "FAILED"
                 return replace(summary, problem=error)
-            return replace(summary, logged_to=adopted)
+            return replace(summary, logged_to=mlflow_run_id)
         try:
             if where == "new":
                 run_id = record_in_new(client, source, evaluated, experiment=request.experiment, name=request.run_name)
@@ -149,15 +151,15 @@ def _run(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummar
         return replace(summary, logged_to=run_id)
 
 
-def _default_place(ref: str, adopted: str | None) -> str:
-    """Into the run that `mlflow run` made, or else into the run that was named, or nowhere."""
-    if adopted is not None:
+def _default_place(ref: str, mlflow_run_id: str | None) -> str:
+    """Return `new` below `mlflow run`, `source` if a run was named, else `none`."""
+    if mlflow_run_id is not None:
         return "new"
     return "none" if isinstance(parse_reference(ref), Path) else "source"
 
 
-def _source(client: "MlflowClient", loaded: LoadedCheckpoint, where: str) -> "Run | None":
-    """The run that the checkpoint belongs to; None if there is none, or this store does not have it.
+def _source(store: Connection, loaded: LoadedCheckpoint, where: str) -> "Run | None":
+    """Return the run that the checkpoint belongs to; None if there is none in this store.
 
     Raises:
         UnresolvedError: there is none, and the result was to be logged there.
@@ -166,10 +168,10 @@ def _source(client: "MlflowClient", loaded: LoadedCheckpoint, where: str) -> "Ru
     run = None
     if loaded.run_id is not None:
         with suppress(UnresolvedError):  # it is in another store
-            run = read_run(client, loaded.run_id)
+            run = store.run(loaded.run_id)
     if run is None and where == "source":
         raise UnresolvedError(
-            f"{loaded.source} belongs to no run in {redact(client.tracking_uri)}; --log-to new makes one for the "
+            f"{loaded.source} belongs to no run in {redact(store.uri)}; --log-to new makes one for the "
             "result, --log-to none leaves MLflow out",
             code="checkpoint-without-run",
         )
@@ -177,7 +179,7 @@ def _source(client: "MlflowClient", loaded: LoadedCheckpoint, where: str) -> "Ru
 
 
 def _usable_config(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint's configuration; empty if it has none that makes sense, which evaluation can do without."""
+    """Return the checkpoint's configuration; empty if it is missing or invalid, which evaluation does not need."""
     config = dict(payload.get("config", {}))
     try:
         check_types(config)
@@ -188,7 +190,7 @@ def _usable_config(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _val_dir(request: EvalRequest, loaded: LoadedCheckpoint) -> str | None:
-    """The images to evaluate on; None for the bundled digits.
+    """Return the folder of the images to evaluate on; None for the bundled digits.
 
     Raises:
         ConfigError: neither the user nor the checkpoint says.
@@ -228,8 +230,7 @@ def _evaluate(
             network.preprocess,
             settings,
             bad_images=BadImageLog(skip=skip_bad),
-            reporter=reporter,
-            stop=stop,
+            context=JobContext.alone(reporter, stop),
             observe=observer,
         )
     seconds = time.perf_counter() - began
@@ -247,7 +248,7 @@ def _evaluate(
 
 
 def _check_classes(network: LoadedModel, listing: ImageListing, source: str, reporter: Reporter) -> None:
-    """Refuse a folder whose classes are not the network's; say so where that cannot be known.
+    """Refuse a folder whose classes are not the network's; report it if the checkpoint does not name its classes.
 
     Raises:
         DataError: the names differ, or there are more of them than the network tells apart.

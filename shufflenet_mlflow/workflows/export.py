@@ -13,8 +13,9 @@ from shufflenet_mlflow.export.logged import find_logged_model, write_model
 from shufflenet_mlflow.export.program import TOLERANCE
 from shufflenet_mlflow.export.registry import check_names, checkpoint_in_run
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
-from shufflenet_mlflow.tracking.resolve import resolve, run_of_file
+from shufflenet_mlflow.tracking.client import mlflow_errors, prepare_environment
+from shufflenet_mlflow.tracking.connection import Connection
+from shufflenet_mlflow.tracking.resolve import resolve, run_of
 from shufflenet_mlflow.workflows.loading import LoadedCheckpoint, ModelRequest, source_of
 
 MLFLOW_FORMAT = "mlflow"
@@ -62,7 +63,7 @@ def run_export(request: ExportRequest, *, reporter: Reporter) -> ExportSummary:
         ShuffleNetError: as `ModelRequest.load` does.
     """
     prepare_environment()
-    loaded = request.load(reporter)
+    loaded = request.load(Connection(request.tracking_uri), reporter)
     suffix = "-mlflow" if request.format == MLFLOW_FORMAT else f".{request.format}"
     target = request.output or Path(loaded.path.name.removesuffix(".pth.tar") + suffix)
     if not target.parent.is_dir():
@@ -106,8 +107,9 @@ def run_promotion(
     """
     prepare_environment()
     check_names(name, aliases)
-    resolved = resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir, reporter=reporter)
-    run_id = resolved.run_id or run_of_file(resolved.path)
+    store = Connection(tracking_uri)
+    resolved = resolve(ref, tracking_uri=store, cache_dir=cache_dir, reporter=reporter)
+    run_id = resolved.run_id or run_of(resolved.checkpoint)
     if run_id is None:
         raise UnresolvedError(
             f"{source_of(resolved.path)} belongs to no run, and only a run's checkpoint can be promoted; "
@@ -115,9 +117,7 @@ def run_promotion(
             "MLflow serves",
             code="promote-without-run",
         )
-    client = connect(tracking_uri)
-    with mlflow_errors(f"read run {run_id}"):
-        run = client.get_run(run_id)
+    client, run = store.client, store.run(run_id)
     manifest = checkpoint_in_run(client, run_id, resolved.path.name)
     here = read_manifest(resolved.path)
     if here is not None and here.sha256 != manifest.sha256:

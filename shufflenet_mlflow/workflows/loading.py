@@ -1,4 +1,4 @@
-"""From a checkpoint reference to the network it stands for."""
+"""Load the network of a checkpoint reference, for all commands that take one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from shufflenet_mlflow.checkpoints.schema import is_own
-from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.models.loaded import LoadedModel, model_from_payload
 from shufflenet_mlflow.models.spec import ModelSpec
 from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.resolve import resolve, run_of
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint's network, on the CPU, and where it is from."""
+    """A checkpoint's network, on the CPU, and its origin."""
 
     network: LoadedModel
     payload: Mapping[str, Any]
-    """The rest of what the checkpoint says, without its tensors."""
+    """The checkpoint's other entries, without tensors."""
     path: Path
     run_id: str | None
     """The run that it belongs to."""
@@ -27,18 +27,18 @@ class LoadedCheckpoint:
 
     @property
     def source(self) -> str:
-        """What to call it in messages."""
+        """Name of the checkpoint in messages."""
         return source_of(self.path)
 
 
 def source_of(path: Path) -> str:
-    """What to call a checkpoint in messages."""
+    """Return the name of a checkpoint in messages."""
     return f"the checkpoint {str(path)!r}"
 
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """Which network, and where it is kept; None means as the checkpoint says."""
+    """A checkpoint and its network; None means what the checkpoint itself says."""
 
     ref: str
     model: str | None = None
@@ -49,15 +49,15 @@ class ModelRequest:
     tracking_uri: str | None = None
     cache_dir: Path | None = None
 
-    def load(self, reporter: Reporter | None = None) -> LoadedCheckpoint:
-        """The network of the checkpoint that `ref` means.
+    def load(self, store: Connection, reporter: Reporter | None = None) -> LoadedCheckpoint:
+        """Load the network of the checkpoint that `ref` names.
 
         Raises:
             ShuffleNetError: as `resolve`, `read_checkpoint` and `model_from_payload` do.
         """
         asked = ModelSpec.asked(vars(self))
-        resolved = resolve(self.ref, tracking_uri=self.tracking_uri, cache_dir=self.cache_dir, reporter=reporter)
-        payload = read_checkpoint(resolved.path)
+        resolved = resolve(self.ref, tracking_uri=store, cache_dir=self.cache_dir, reporter=reporter)
+        payload = resolved.checkpoint.read()
         network = model_from_payload(
             payload,
             source_of(resolved.path),
@@ -70,6 +70,6 @@ class ModelRequest:
             network,
             {key: value for key, value in payload.items() if not key.endswith("state_dict")} if own else {},
             resolved.path,
-            run_of(resolved.path, payload) or resolved.run_id,
+            run_of(resolved.checkpoint) or resolved.run_id,
             payload.get("iters", resolved.iters) if own else resolved.iters,
         )

@@ -1,4 +1,4 @@
-"""The prediction job: a checkpoint reference and images in, labels out."""
+"""`shufflenet predict`: a checkpoint and images in, labels out."""
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -10,16 +10,18 @@ from shufflenet_mlflow.evaluation.evaluate import EvalSettings
 from shufflenet_mlflow.evaluation.prediction import Prediction, predict
 from shufflenet_mlflow.models.fuse_bn import fuse_bn
 from shufflenet_mlflow.models.loaded import LoadedModel
+from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.client import prepare_environment
+from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.workflows.loading import ModelRequest
 
 
 @dataclass(frozen=True)
 class PredictRequest(ModelRequest):
-    """With what to predict; None means as the checkpoint says."""
+    """A checkpoint to predict with; None means the checkpoint's own setting."""
 
     top: int = 5
     batch_size: int | None = None
@@ -30,14 +32,14 @@ class PredictRequest(ModelRequest):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network takes images for, as far as it has been asked."""
+    """Predictions, computed as they are consumed."""
 
     labels: tuple[str, ...]
-    """All that the network can answer."""
+    """All labels of the network."""
     top: int
-    """How many of them each image gets."""
+    """Labels per image."""
     batches: Generator[list[Prediction], None, None]
-    """In the order of the images; made as they are taken.
+    """Batches of predictions, in the order of the images.
 
     Raises:
         StopRequested: a signal arrived.
@@ -46,13 +48,13 @@ class Predictions:
 
 
 def run_prediction(request: PredictRequest, pictures: Pictures, *, reporter: Reporter, stop: StopFlag) -> Predictions:
-    """Load the checkpoint, and begin to say what it takes the pictures for.
+    """Load the checkpoint, and start to predict.
 
     Raises:
         ShuffleNetError: see `shufflenet_mlflow.errors`.
     """
     prepare_environment()
-    network = request.load(reporter).network
+    network = request.load(Connection(request.tracking_uri), reporter).network
     top = min(request.top, network.num_classes)
     return Predictions(tuple(network.labels), top, _predict(request, network, pictures, top, reporter, stop))
 
@@ -80,6 +82,5 @@ def _predict(
             settings,
             top=top,
             bad_images=BadImageLog(skip=request.on_bad_image == "skip"),
-            reporter=reporter,
-            stop=stop,
+            context=JobContext.alone(reporter, stop),
         )

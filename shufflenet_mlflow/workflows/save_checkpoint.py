@@ -1,4 +1,4 @@
-"""`save_checkpoint` for scripts of one's own: the original release's function, plus MLflow."""
+"""`save_checkpoint` for training scripts of your own: the original release's function, with MLflow."""
 
 from collections.abc import Mapping
 from contextlib import closing
@@ -103,7 +103,7 @@ def _bring(manifest: CheckpointManifest, run_id: str, directory: Path, tracking_
 
 
 def _try_at_once(message: Checkpoint, manifest: CheckpointManifest, target: RunTarget) -> TrackingError | None:
-    """Send it past the journal; why it did not arrive, if it did not."""
+    """Send a message past the journal; return the error if it did not arrive."""
     try:
         latest = manifest_in_tag(target.read().data.tags, LATEST_TAG)
         # The history of all points need not be read: only this iteration's matter.

@@ -1,150 +1,209 @@
-"""Finding what an earlier attempt at the same job has begun: by its folder, by its name, or by the run it was given."""
+"""What an attempt at a training run continues: found by its folder, its job's name, or the run it was given."""
 
 import json
 import os
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
 from shufflenet_mlflow.errors import ConfigError, NoCheckpointError, ResumeError, TrackingError
-from shufflenet_mlflow.runtime.launchers import attempt, launch_name, may_restart
+from shufflenet_mlflow.runtime.launchers import attempt as attempts_before
+from shufflenet_mlflow.runtime.launchers import launch_name, may_restart
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.tracking.client import impatient
+from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, read_pending
-from shufflenet_mlflow.tracking.run import KnownRun, config_to_begin_with, find_job, look_up, peek_mlflow_run_id
-from shufflenet_mlflow.tracking.uris import is_server
+from shufflenet_mlflow.tracking.run import KnownRun, config_to_begin_with, find_job, known_run, peek_mlflow_run_id
+from shufflenet_mlflow.tracking.run_ids import complete
 from shufflenet_mlflow.workflows.training.request import TrainRequest
-from shufflenet_mlflow.workflows.training.resume import ResumePoint
+from shufflenet_mlflow.workflows.training.resume import (
+    InitialWeights,
+    ResumePoint,
+    find_initial_weights,
+    find_resume_point,
+)
 
-if TYPE_CHECKING:
-    from shufflenet_mlflow.tracking.client import MlflowClient
+
+@dataclass(frozen=True)
+class Attempt:
+    """What was found out about a request: names in full, and what an earlier attempt left behind."""
+
+    resume: str
+    """`auto`, `none`, or a checkpoint reference with a whole run ID."""
+    is_fork: bool
+    """The continuation is a run of its own."""
+    save_dir: Path | None
+    """Folder of the checkpoints; None if it is named after the run, which does not exist yet."""
+    job: str | None
+    """Name that the user gave, or that all attempts of this launch share."""
+    init_from: str | None = None
+    """Reference with a whole run ID."""
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+    """Configuration of a run that is started again because it has no checkpoint: the defaults of options not given."""
+    unstarted_runs: tuple[str, ...] = ()
+    """Runs that an earlier attempt created, and that have no checkpoint yet."""
+    resume_point: ResumePoint | None = None
+    initial_weights: InitialWeights | None = None
+
+    def options(self, request: TrainRequest) -> dict[str, Any]:
+        """Return the options that were given, over those of the run that is continued or started again."""
+        inherited = self.resume_point.config if self.resume_point is not None else dict(self.inherited)
+        return {**inherited, **request.options, **({"init_from": self.init_from} if self.init_from else {})}
+
+    @property
+    def own_point(self) -> ResumePoint | None:
+        """The resume point, if it is a checkpoint of this very run; a fork has none of its own yet."""
+        return None if self.is_fork else self.resume_point
+
+    def may_be_unstarted_run(self) -> bool:
+        """Whether a run without a checkpoint may be this one: the same command created it."""
+        if self.resume_point is None:
+            return self.resume == "auto" and not self.is_fork
+        return self.is_fork and attempts_before() > 0
+
+    def without_tensors(self) -> "Attempt":
+        """Return the same without the tensors of its checkpoints, once they are loaded."""
+        point = self.resume_point.without_tensors() if self.resume_point is not None else None
+        weights = replace(self.initial_weights, payload={}) if self.initial_weights is not None else None
+        return replace(self, resume_point=point, initial_weights=weights)
 
 
-def find_attempt(client: "MlflowClient", request: TrainRequest, reporter: Reporter) -> tuple[TrainRequest, list[str]]:
-    """The request, so that it continues what an earlier attempt has begun.
-
-    Returns:
-        The request, and the runs that were begun and have no checkpoint yet.
+def find_attempt(request: TrainRequest, store: Connection, reporter: Reporter) -> Attempt:
+    """Find out what a training run continues, and read that checkpoint.
 
     Raises:
-        ConfigError: nothing is there to be forked.
-        TrackingError: nothing lies in the job's folder, and the store that could know the job does not answer.
+        ConfigError: there is nothing to fork.
+        ResumeError: the folder belongs to another run.
+        TrackingError: the job's folder is empty, and the store that could know the job does not answer.
+        UnresolvedError, CheckpointError: see `find_resume_point`, `find_initial_weights`.
     """
-    is_named, has_folder = request.job is not None, request.save_dir is not None
-    request = _named(request, reporter)
-    again = attempt() > 0
-    if _holds_checkpoints(request.save_dir) and again:  # the same command again: the fork, say, has been made already
-        request = replace(request, resume="auto", new_run=False)
+    attempt = _find_earlier(request, _as_asked(request, store, reporter), store, reporter)
+    try:
+        point = find_resume_point(attempt.resume, attempt.save_dir, store, request.cache_dir, fork=attempt.is_fork)
+        attempt = replace(attempt, resume_point=point)
+    except NoCheckpointError as error:
+        attempt = _start_again(attempt, store, error)
+        reporter.note(f"run {error.run_id} has no checkpoint yet: starting it again")
+    if attempt.resume_point is not None:
+        return attempt
+    options = attempt.options(request)
+    ref = options.get("init_from")
+    return replace(attempt, initial_weights=find_initial_weights(ref, options, store, request.cache_dir))
+
+
+def _as_asked(request: TrainRequest, store: Connection, reporter: Reporter) -> Attempt:
+    """Return the attempt that the request names, with whole run IDs, and the job's name and folder.
+
+    Raises:
+        UnresolvedError: the beginning of a run ID fits none, or several.
+        TrackingError: MLflow did not answer.
+    """
+    init_from = request.options.get("init_from")
+    resume, job, save_dir = request.resume, request.job, request.save_dir
+    names_checkpoint = resume not in ("auto", "none")
+    if job is None and save_dir is None and (request.new_run or not names_checkpoint):
+        asked = json.dumps([dict(request.options), resume, request.new_run, request.run_name], default=str)
+        job = launch_name(asked, requeue=request.requeue)
+        if job is None and may_restart():  # several machines: any of them may lead the next time
+            reporter.warn("if torchrun restarts this job, training starts from scratch; --job NAME makes it resume")
+    if job is not None and save_dir is None:
+        save_dir = Path(DEFAULT_SAVE_ROOT) / job
+    return Attempt(
+        resume=str(complete(resume, store)) if names_checkpoint else resume,
+        is_fork=request.new_run,
+        save_dir=save_dir,
+        job=job,
+        init_from=str(complete(init_from, store)) if init_from is not None else None,
+    )
+
+
+def _find_earlier(request: TrainRequest, attempt: Attempt, store: Connection, reporter: Reporter) -> Attempt:
+    """Return the attempt, pointed at what an earlier attempt at the same job has left in its folder or in MLflow."""
+    is_restart = attempts_before() > 0
+    if is_restart and _has_checkpoints(attempt.save_dir):  # the same command again: a fork has been made already
+        attempt = replace(attempt, resume="auto", is_fork=False)
     known: KnownRun | None = None
     try:
-        known = _look_up(client, request, by_name=again or (is_named and request.resume == "auto"))
+        is_named = request.job is not None and attempt.resume == "auto"
+        known = _find_run(request, attempt, store, by_name=is_restart or is_named)
     except TrackingError as error:
-        if is_named and not _was_used(request.save_dir):
+        if request.job is not None and not _was_used(attempt.save_dir):
             raise TrackingError(
-                f"{error}; --resume none begins the job anew without looking for an earlier run of it",
+                f"{error}; --resume none starts the job without looking for an earlier run of it",
                 error.mlflow_code,
                 code="job-not-found-out",
             ) from error
-        reporter.warn(f"{error}; going on with what lies here")
-    if request.new_run and request.resume == "auto" and not again:
+        reporter.warn(f"{error}; continuing with what is on this disk")
+    if attempt.is_fork and attempt.resume == "auto" and not is_restart:
         if known is not None and known.has_checkpoint:  # the folder of that name is the parent's
-            return replace(request, resume=known.run_id, save_dir=request.save_dir if has_folder else None), []
-        if not _holds_checkpoints(request.save_dir):
+            return replace(attempt, resume=known.run_id, save_dir=request.save_dir)
+        if not _has_checkpoints(attempt.save_dir):
             raise ConfigError(
-                "--new-run: nothing is there to be forked; name a checkpoint with --resume", code="nothing-to-fork"
+                "--new-run: nothing was found to fork; name a checkpoint with --resume", code="nothing-to-fork"
             )
-        return request, []
+        return attempt
     if known is None:
-        return request, []
+        return attempt
     if not known.has_checkpoint:
-        return request, [known.run_id]
-    if (
-        not has_folder
-        and request.save_dir is not None
-        and read_pending(request.save_dir).run_id not in (None, known.run_id)
-    ):
-        request = replace(request, save_dir=None)  # it belongs to the run that this one was forked from
-    return replace(request, resume=known.run_id, new_run=False), []
+        return replace(attempt, unstarted_runs=(known.run_id,))
+    owner = read_pending(attempt.save_dir).run_id if attempt.save_dir is not None else None
+    if request.save_dir is None and owner not in (None, known.run_id):
+        attempt = replace(attempt, save_dir=None)  # it belongs to the run that this one was forked from
+    return replace(attempt, resume=known.run_id, is_fork=False)
 
 
-def _named(request: TrainRequest, reporter: Reporter) -> TrainRequest:
-    """With the name that its launch has, if the user gave none, and with the folder of that name."""
-    goes_on_by_itself = request.resume not in ("auto", "none") and not request.new_run
-    if request.job is None and request.save_dir is None and not goes_on_by_itself:
-        asked = json.dumps([dict(request.options), request.resume, request.new_run, request.run_name], default=str)
-        request = replace(request, job=launch_name(asked, requeue=request.requeue))
-        if request.job is None and may_restart():  # several machines: any of them may lead the next time
-            reporter.warn("torchrun would begin anew where it starts this job again; --job NAME makes it go on instead")
-    if request.job is not None and request.save_dir is None:
-        request = replace(request, save_dir=Path(DEFAULT_SAVE_ROOT) / request.job)
-    return request
-
-
-def _holds_checkpoints(directory: Path | None) -> bool:
-    return directory is not None and bool(list_checkpoints(directory))
-
-
-def _was_used(directory: Path | None) -> bool:
-    """Whether an earlier attempt has worked there."""
-    return _holds_checkpoints(directory) or (directory is not None and os.path.exists(directory / JOURNAL_NAME))
-
-
-def _look_up(client: "MlflowClient", request: TrainRequest, *, by_name: bool) -> KnownRun | None:
-    """The run of an earlier attempt, as MLflow knows it; None if there is none.
+def _find_run(request: TrainRequest, attempt: Attempt, store: Connection, *, by_name: bool) -> KnownRun | None:
+    """Return the run of an earlier attempt, as MLflow knows it; None if there is none.
 
     Raises:
         TrackingError: the store does not answer.
     """
-    adopted = peek_mlflow_run_id() if request.resume == "auto" and not request.new_run else None
-    by_name = by_name and request.job is not None
-    if not by_name and adopted is None:
+    mlflow_run_id = peek_mlflow_run_id() if attempt.resume == "auto" and not attempt.is_fork else None
+    by_name = by_name and attempt.job is not None
+    if not by_name and mlflow_run_id is None:
         return None
-    with impatient() if is_server(client.tracking_uri) else nullcontext():
-        known = find_job(client, str(request.job), request.experiment) if by_name else None
-        if known is None and adopted is not None:  # its container, say, was started again
-            known = look_up(client, adopted)
-            return known if known.has_checkpoint else None  # without one it begins as any adopted run
+    with store.impatient():
+        known = find_job(store.client, str(attempt.job), request.experiment) if by_name else None
+        if known is None and mlflow_run_id is not None:  # its container, say, was started again
+            known = known_run(store.client, mlflow_run_id)
+            return known if known.has_checkpoint else None  # without one it starts as any run of `mlflow run`
     return known
 
 
-def begin_again(
-    client: "MlflowClient", request: TrainRequest, error: NoCheckpointError
-) -> tuple[TrainRequest, list[str]]:
-    """The request, so that it begins the run once more that `--resume` names and that has no checkpoint yet.
+def _start_again(attempt: Attempt, store: Connection, error: NoCheckpointError) -> Attempt:
+    """Return the attempt that starts the run again which `--resume` names and which has no checkpoint yet.
 
     Args:
-        error: says so.
-
-    Returns:
-        As `find_attempt` does.
+        error: says that it has none.
 
     Raises:
-        NoCheckpointError: it is not known how the run began, or another one was to continue it.
+        NoCheckpointError: it is not known how the run began, or it was to be forked.
         ResumeError: the folder belongs to another run.
         TrackingError: the store does not answer.
     """
-    config = None if request.new_run else config_to_begin_with(client, error.run_id)
+    config = None if attempt.is_fork else config_to_begin_with(store.client, error.run_id)
     if config is None:
         raise error
     try:
         check_types(config)
-    except ConfigError as problem:
+    except ConfigError as invalid:
         raise NoCheckpointError(
-            f"{error}; its configuration is not understood: {problem}", code="run-config-invalid"
-        ) from problem
-    if request.save_dir is not None and list_checkpoints(request.save_dir):
+            f"{error}; its configuration is not understood: {invalid}", code="run-config-invalid"
+        ) from invalid
+    if _has_checkpoints(attempt.save_dir):
         raise ResumeError(
-            f"--save-dir {str(request.save_dir)!r} holds checkpoints of another run; name another folder",
+            f"--save-dir {str(attempt.save_dir)!r} holds checkpoints of another run; name another folder",
             code="save-dir-of-other-run",
         )
-    return replace(request, resume="auto", inherited=config), [error.run_id]
+    return replace(attempt, resume="auto", inherited=config, unstarted_runs=(error.run_id,))
 
 
-def may_begin_again(request: TrainRequest, start: ResumePoint | None) -> bool:
-    """Whether a run that has no checkpoint yet may be this one: it was begun by the same command."""
-    if start is None:
-        return request.resume == "auto" and not request.new_run
-    return request.new_run and attempt() > 0
+def _has_checkpoints(directory: Path | None) -> bool:
+    return directory is not None and bool(list_checkpoints(directory))
+
+
+def _was_used(directory: Path | None) -> bool:
+    """Whether an earlier attempt has worked in the folder."""
+    return _has_checkpoints(directory) or (directory is not None and os.path.exists(directory / JOURNAL_NAME))

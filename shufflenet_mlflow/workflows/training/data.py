@@ -1,79 +1,66 @@
 """The images of a training run: listed, and compared with those of the checkpoint."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from shufflenet_mlflow.data.datasets import list_folder
 from shufflenet_mlflow.data.folder import require_same_classes
 from shufflenet_mlflow.data.listing import ImageListing
-from shufflenet_mlflow.data.preprocess import Preprocess
-from shufflenet_mlflow.errors import ConfigError, ResumeError
+from shufflenet_mlflow.data.sampler import SampleOrder
+from shufflenet_mlflow.errors import ResumeError
+from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.training.loop import TrainData
-from shufflenet_mlflow.workflows.training.resume import ResumePoint
+from shufflenet_mlflow.workflows.training.attempts import Attempt
+from shufflenet_mlflow.workflows.training.config import Choices, stored_preprocess
 
 
-def image_folders(options: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Those of the images to train and to validate on; None and None for the bundled digits.
-
-    Raises:
-        ConfigError: only one of them is given.
-    """
-    train_dir, val_dir = absolute_path(options.get("train_dir")), absolute_path(options.get("val_dir"))
-    if (train_dir is None) != (val_dir is None):
-        lacking = "--val-dir" if val_dir is None else "--train-dir"
-        raise ConfigError(
-            f"{lacking} is missing; give both folders, or neither for the bundled digits", code="one-folder-missing"
-        )
-    return train_dir, val_dir
-
-
-def list_both(
-    train_dir: str | None, val_dir: str | None, *, skip_bad: bool, cache_dir: Path | None
-) -> tuple[ImageListing, ImageListing]:
-    """The images to train and to validate on.
+def list_data(choices: Choices, cache_dir: Path | None, reporter: Reporter) -> TrainData:
+    """List the training and validation images.
 
     Raises:
-        DataError: see `list_folder`; or the two have different classes.
+        DataError: a folder cannot be used, the two have different classes, or there are too few images.
     """
     train, val = (
-        list_folder(directory, part, option=f"--{part}-dir", skip_bad=skip_bad, cache_dir=cache_dir)
-        for directory, part in ((train_dir, "train"), (val_dir, "val"))
+        _list(choices, directory, part, cache_dir)
+        for directory, part in ((choices.train_dir, "train"), (choices.val_dir, "val"))
     )
     require_same_classes(train.class_to_idx, val, expected_in=repr(str(train.root)), option="--val-dir")
-    return train, val
+    if len(train.classes) == 1:
+        reporter.note(f"{str(train.root)!r} has one class only; a classifier needs at least two")
+    if choices.train_dir is not None and choices.train_dir == choices.val_dir:
+        reporter.warn("--train-dir and --val-dir are the same folder: validation says nothing about other images")
+    order = SampleOrder(len(train), choices.batch_size, choices.seed)
+    return TrainData(train, val, order, choices.micro_batches, choices.preprocess)
 
 
-def check_same_data(start: ResumePoint, data: TrainData, *, new_run: bool) -> None:
-    """Refuse to continue on other images, or with another mean image, than the run began with.
+def _list(choices: Choices, directory: str | None, part: str, cache_dir: Path | None) -> ImageListing:
+    return list_folder(directory, part, option=f"--{part}-dir", skip_bad=choices.skip_bad_images, cache_dir=cache_dir)
 
-    Args:
-        new_run: the continuation is a run of its own, whose images may differ, if not its classes.
+
+def check_same_data(attempt: Attempt, data: TrainData) -> None:
+    """Refuse to continue on other images, or with another mean image, than the run began with; a fork may.
 
     Raises:
         DataError: the classes differ.
         ResumeError: the training images, or the mean images, differ.
     """
-    stored = Preprocess.from_dict(start.payload["preprocess"], repr(str(start.path)))
-    if not new_run and not data.preprocess.has_mean_of(stored):
+    point = attempt.resume_point
+    if point is None:
+        return
+    if not attempt.is_fork and not data.preprocess.has_mean_of(stored_preprocess(point)):
         raise ResumeError(
             "--mean-image is not the one that the run began with; leave it out, or pass --new-run",
             code="mean-image-changed",
         )
     require_same_classes(
-        start.payload["class_to_idx"],
+        point.payload["class_to_idx"],
         data.train,
-        expected_in=f"the checkpoint {str(start.path)!r}",
+        expected_in=f"the checkpoint {str(point.path)!r}",
         option="--train-dir",
     )
-    before = start.payload.get("data", {}).get("train_digest")
-    if not new_run and isinstance(before, str) and before != data.train.digest:
+    before = point.payload.get("data", {}).get("train_digest")
+    if not attempt.is_fork and isinstance(before, str) and before != data.train.digest:
         raise ResumeError(
             f"--train-dir {str(data.train.root)!r} does not hold the images that the run began with "
             f"(digest {data.train.digest[:8]}, then {before[:8]}); put them back, or pass --new-run",
             code="train-images-changed",
         )
-
-
-def absolute_path(directory: Any) -> str | None:
-    return None if directory is None else str(Path(directory).absolute())

@@ -1,4 +1,4 @@
-"""What a training run is about: what its MLflow run says, and what each of its checkpoints holds besides its state."""
+"""Describe a training run: in its MLflow run, and in each of its checkpoints."""
 
 import hashlib
 import json
@@ -23,23 +23,23 @@ from shufflenet_mlflow.workflows.training.config import Plan
 from shufflenet_mlflow.workflows.training.resume import ResumePoint
 
 OF_PIXELS = ("torchvision", "opencv-python-headless", "simplejpeg")
-"""Packages that decode and change images."""
+"""Packages that decode and transform images."""
 
 NEEDED_FOR_EQUALITY = ("shufflenet-mlflow", "torch", *OF_PIXELS, "device", "instructions", "threads", "processes")
-"""Where one of these differs, rounding does."""
+"""Entries of the environment that results depend on, up to rounding."""
 
-PARTS = "parts"
-"""Where this differs, batch normalisation sees other images together."""
+MICRO_BATCHES = "parts"
+"""Key of the number of micro-batches: where it differs, batch normalisation sees other images together."""
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """What two runs have in common that differ in nothing but what may change when one is resumed."""
+    """Return a digest of the options that may not change on resuming."""
     values = {name: value for name, value in config.items() if name not in RESUME_MAY_CHANGE}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def describe(config: TrainConfig, data: TrainData) -> tuple[Message, ...]:
-    """Parameters, data sets, configuration, classes."""
+    """Return messages with parameters, data sets, configuration and classes."""
     epochs = config.total_iters / data.order.iters_per_epoch
     values = {**config.to_dict(), "epochs": int(epochs) if epochs.is_integer() else epochs}
     for key in ("train_dir", "val_dir"):
@@ -53,9 +53,9 @@ def describe(config: TrainConfig, data: TrainData) -> tuple[Message, ...]:
     )
 
 
-def describe_in_words(planned: Plan, result: str) -> Note:
-    """The run's description: network, data, command and result."""
-    config, data = planned.config, planned.data
+def describe_in_words(plan: Plan, result: str) -> Note:
+    """Return the run's description: network, data, result and command."""
+    config, data = plan.config, plan.data
     return Note.of(
         f"**{config.model}** on **{data_name(config.train_dir)}**: {len(data.train):,} training and "
         f"{len(data.val):,} validation images of {len(data.train.classes)} classes, {config.input_size} px",
@@ -65,7 +65,7 @@ def describe_in_words(planned: Plan, result: str) -> Note:
 
 
 def result_in_words(result: TrainResult, best: Mapping[str, Any] | None, total_iters: int) -> str:
-    """How far it came and how good it was, in a sentence."""
+    """Return progress and accuracy in a sentence."""
     parts = [f"iteration {result.iters:,} of {total_iters:,}"]
     if result.val_top1 is not None:
         parts.append(f"validation accuracy {result.val_top1:.4f}")
@@ -75,7 +75,7 @@ def result_in_words(result: TrainResult, best: Mapping[str, Any] | None, total_i
 
 
 def dataset_input(listing: ImageListing, *, name: str, context: str) -> DatasetInput:
-    """A set of images as an input of a run."""
+    """Return the message that logs a set of images as an input of a run."""
     return DatasetInput(
         name,
         listing.content_digest,
@@ -87,15 +87,15 @@ def dataset_input(listing: ImageListing, *, name: str, context: str) -> DatasetI
     )
 
 
-def cost(planned: Plan) -> dict[str, float]:
-    """The network's size, as metrics."""
-    config = planned.config
-    size = model_cost(config.model, config.num_classes, config.input_size, **planned.architecture.kwargs())
+def model_cost_metrics(plan: Plan) -> dict[str, float]:
+    """Return the network's size as metrics."""
+    config = plan.config
+    size = model_cost(config.model, config.num_classes, config.input_size, **plan.spec.kwargs())
     return {"model/parameters": size.parameters, "model/macs": size.macs}
 
 
-def environment(planned: Plan, device: torch.device, world: World) -> dict[str, Any]:
-    """What the bits of a result depend on besides the configuration."""
+def environment(plan: Plan, device: torch.device, world: World) -> dict[str, Any]:
+    """Return versions and hardware that the bits of a result depend on."""
     versions = {"python": platform.python_version()}
     for package in ("shufflenet-mlflow", "torch", *OF_PIXELS):
         try:
@@ -108,14 +108,14 @@ def environment(planned: Plan, device: torch.device, world: World) -> dict[str, 
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "processes": world.size,
-        PARTS: planned.data.micro_batches.count,
+        MICRO_BATCHES: plan.data.micro_batches.count,
     }
 
 
-def constants(planned: Plan, surroundings: Mapping[str, Any]) -> dict[str, Any]:
-    """What every checkpoint of the run holds besides its state."""
-    config, data = planned.config, planned.data
-    kwargs = {"num_classes": config.num_classes, **planned.architecture.kwargs()}
+def constants(plan: Plan, surroundings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of every checkpoint besides the training state."""
+    config, data = plan.config, plan.data
+    kwargs = {"num_classes": config.num_classes, **plan.spec.kwargs()}
     return {
         "model": {"name": config.model, "kwargs": kwargs},
         "preprocess": data.preprocess.to_dict(),
@@ -126,8 +126,8 @@ def constants(planned: Plan, surroundings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def drift_since(start: ResumePoint, config: TrainConfig, surroundings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What has changed since the checkpoint was written: name -> (then, now)."""
-    then = start.payload.get("environment")
+def drift_since(point: ResumePoint, config: TrainConfig, surroundings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what has changed since the checkpoint was written: name -> (then, now)."""
+    then = point.payload.get("environment")
     changed = {} if then is None else drift(then, surroundings)
-    return {**drift(start.config, config.to_dict()), **changed}
+    return {**drift(point.config, config.to_dict()), **changed}

@@ -1,0 +1,84 @@
+"""A checkpoint is verified and loaded once, and its run is read once, whatever a command does with them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Invoke
+from mlflow import MlflowClient
+
+from shufflenet_mlflow.checkpoints import verification
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often files are verified and loaded, stores connected to, and runs read."""
+    counted: Counter[str] = Counter()
+
+    def count(owner: Any, name: str, label: str) -> None:
+        original = getattr(owner, name)
+
+        def counting(*arguments: Any, **named: Any) -> Any:
+            counted[label] += 1
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    count(verification, "_verify", "verified")
+    count(torch, "load", "loaded")
+    count(MlflowClient, "__init__", "connected")
+    count(MlflowClient, "get_run", "run read")
+    return counted
+
+
+Train = Callable[..., dict[str, Any]]
+
+
+def test_resuming_a_run_in_its_folder(small_train: Train, counts: Counter[str]) -> None:
+    run_id = small_train("--save-dir", "saved")["run_id"]
+    counts.clear()
+    small_train("--resume", run_id, "--save-dir", "saved")
+    assert (counts["verified"], counts["loaded"]) == (1, 1)
+
+
+def test_resuming_a_run_elsewhere(small_train: Train, tmp_path: Path, counts: Counter[str]) -> None:
+    run_id = small_train("--save-dir", "saved")["run_id"]
+    counts.clear()
+    small_train("--resume", run_id, "--save-dir", "elsewhere", "--cache-dir", tmp_path)
+    assert (counts["verified"], counts["loaded"]) == (1, 1)
+
+
+def test_resuming_what_lies_in_a_folder(small_train: Train, counts: Counter[str]) -> None:
+    small_train("--save-dir", "saved")
+    counts.clear()
+    small_train("--save-dir", "saved")
+    assert (counts["verified"], counts["loaded"]) == (1, 1)
+
+
+@pytest.mark.parametrize("log_to", ["source", "none"])
+def test_evaluating_a_run(
+    log_to: str, small_train: Train, shufflenet: Invoke, tmp_path: Path, counts: Counter[str]
+) -> None:
+    run_id = small_train("--save-dir", "saved")["run_id"]
+    counts.clear()
+    result = shufflenet("eval", run_id, "--cache-dir", tmp_path, "--log-to", log_to)
+    assert result.exit_code == 0, result.output
+    assert (counts["verified"], counts["loaded"], counts["connected"]) == (1, 1, 1)
+    counts.clear()
+    shufflenet("eval", run_id, "--cache-dir", tmp_path, "--log-to", "none")  # from the cache
+    assert (counts["verified"], counts["loaded"], counts["connected"], counts["run read"]) == (1, 1, 1, 1)
+
+
+def test_a_file_that_is_replaced_after_its_verification_is_verified_again(small_train: Train) -> None:
+    small_train("--save-dir", "saved")
+    path = Path("saved/bnps-checkpoint-000012.pth.tar")
+    checkpoint = verification.open_checkpoint(path)
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(damaged)
+    with pytest.raises(verification.CorruptCheckpointError):
+        checkpoint.read()
