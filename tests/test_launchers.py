@@ -275,7 +275,7 @@ def test_several_machines_need_a_name(images: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     reporter = Reporter()
     run(images, "--total-iters", 2, "--val-interval", 2, reporter=reporter)
-    assert any("--job NAME makes it go on" in text for text in reporter.warnings)
+    assert any("--job NAME makes it resume" in text for text in reporter.warnings)
 
 
 # --- `mlflow run` ---------------------------------------------------------------------------------------------------
