@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_equal_payloads
 from torch import nn
 
 from shufflenet_mlflow import create_model, load_checkpoint
@@ -15,6 +14,7 @@ from shufflenet_mlflow.errors import CheckpointError, ConfigError, CorruptCheckp
 from shufflenet_mlflow.models import oneshot
 from shufflenet_mlflow.models.loaded import model_from_payload
 from shufflenet_mlflow.models.spec import ModelSpec, fitting_models
+from tests.support.payloads import assert_equal_payloads
 
 FAMILIES = [
     "shufflenet_v1_x0_5_g3",
