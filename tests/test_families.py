@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
-from test_loading import FAMILIES, write_original
 from torch import nn
 
 from shufflenet_mlflow import create_model, load_checkpoint
@@ -22,6 +21,7 @@ from shufflenet_mlflow.models.auxiliary import DeeplySupervised
 from shufflenet_mlflow.training.recipe import AUXILIARY_WEIGHTS, get_recipe, make_loss, training_loss
 from tests.support.command_line import Invoke, small_options
 from tests.support.images import write_images
+from tests.support.original_files import FAMILIES, write_original
 from tests.support.payloads import Hostile, assert_equal_payloads
 
 SmallTrain = Callable[..., dict[str, Any]]
