@@ -1,6 +1,6 @@
 """What tracking costs a whole run: checkpoints, metrics and models in MLflow, against a loop that keeps nothing.
 
-    python benchmarks/bookkeeping.py [--device auto] [--model NAME] [--iterations 400] [--rounds 3]
+    PYTHONPATH=. python benchmarks/bookkeeping.py [--device auto] [--model NAME] [--iterations 400] [--rounds 3]
 
 The same training, with the default intervals, by `shufflenet train`'s own job into the embedded store and into
 `mlflow server`, and by the same loop with nothing kept. Each is a process of its own, in turn. Printed is a JSON
@@ -13,7 +13,6 @@ import argparse
 import json
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -22,8 +21,6 @@ from typing import Any
 
 from machine import add_device, apart, choose_device, describe, report
 from photographs import write_photographs
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 SIDES = ("off", "embedded", "server")
 SIZE, BATCH, CLASSES, PER_CLASS = 128, 32, 4, 80
@@ -81,7 +78,7 @@ def main() -> None:
         side, uri, folder, options = arguments.measure
         print(json.dumps(measure(side, uri, Path(folder), json.loads(options))))
         return
-    from server import Server
+    from tests.support.mlflow_server import Server
 
     device = choose_device(arguments.device)
     options = {

@@ -26,7 +26,7 @@ Unless `--interval` is given, there is as much training between two checkpoints 
 than 20 iterations of the small network.
 
     pip install lightning pytorch-ignite    # whatever is missing is left out
-    python benchmarks/checkpoint_stall.py --megabytes 20 1000 --json stall.json
+    PYTHONPATH=. python benchmarks/checkpoint_stall.py --megabytes 20 1000 --json stall.json
 
 It prints one JSON document; progress goes to stderr. Times are in ms where a name ends in `_ms` and in seconds where
 it ends in `_s`; memory, which needs Linux, is in MB of 10^6 bytes. The large network needs 10 GB below TMPDIR.
@@ -55,8 +55,6 @@ from typing import Any
 import torch
 from checkpoint_sides import FORMATS, NEEDS, SIDES, Job, Training, artifact_files, make_experiment, new_run
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 NETWORKS = {20: "shufflenet_v2_x1_0", 1000: "shufflenet_v2_large"}
 """Megabytes of state, roughly -> the network with so much."""
@@ -286,7 +284,7 @@ def choose_interval(megabytes: int, reference: Mapping[str, Any]) -> int:
 
 def compare(megabytes: int, sides: Sequence[str], checkpoints: int | None, interval: int | None) -> dict[str, Any]:
     """The figures of all sides at one size."""
-    from server import Server
+    from tests.support.mlflow_server import Server
 
     with tempfile.TemporaryDirectory(prefix="checkpoint_stall-") as name, ExitStack() as stack:
         folder, network = Path(name), NETWORKS[megabytes]

@@ -4,7 +4,7 @@ Trains the same small network three times against a real `mlflow server`: undist
 middle, and with the server stopped (SIGSTOP) in the middle. Prints, for each, the time of the loop's steps, and how
 much longer the slowest step was than in the undisturbed run, as JSON:
 
-    python benchmarks/outage.py
+    PYTHONPATH=. python benchmarks/outage.py
 """
 
 import json
@@ -25,10 +25,7 @@ from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.workflows.train import run_training
 from shufflenet_mlflow.workflows.training.request import TrainRequest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from server import Server
+from tests.support.mlflow_server import Server
 
 ITERATIONS = 400
 OUTAGE = (100, 300)

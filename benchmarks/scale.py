@@ -1,6 +1,6 @@
 """What a run costs to use as it grows: resolving, listing, comparing, against the number of checkpoints and points.
 
-    python benchmarks/scale.py [--server] [--checkpoints 20 200 2000] [--points 1000 10000 100000]
+    PYTHONPATH=. python benchmarks/scale.py [--server] [--checkpoints 20 200 2000] [--points 1000 10000 100000]
 
 Each size gets a run of its own, with checkpoints of 20 kB that were really saved, and points of four metrics. Printed
 is a JSON document, seconds each, the median of three: `resolve` is `get_latest_model` of the run ID with an empty
@@ -28,8 +28,6 @@ from shufflenet_mlflow.tracking.client import prepare_environment
 from shufflenet_mlflow.workflows.checkpoints import list_rows
 from shufflenet_mlflow.workflows.compare import run_comparison
 from shufflenet_mlflow.workflows.runs import DEFAULT_COLUMNS, list_runs
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 METRICS = ("train/loss", "train/top1", "val/loss", "val/top1")
 BATCH = 1000
@@ -100,7 +98,7 @@ def main() -> None:
         folder, server = Path(scratch), None
         os.chdir(folder)
         if given.server:
-            from server import Server
+            from tests.support.mlflow_server import Server
 
             server = Server(folder)
         uri = server.uri if server is not None else f"sqlite:///{folder}/mlflow.db"

@@ -6,11 +6,11 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from conftest import Invoke
 from mlflow import MlflowClient
 
 from shufflenet_mlflow.data import loader
 from shufflenet_mlflow.workflows.bench import EXPERIMENT
+from tests.support.command_line import Invoke
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Hostile, assert_equal_payloads
 from torch import nn
 
 from shufflenet_mlflow import load_checkpoint
@@ -33,6 +32,7 @@ from shufflenet_mlflow.errors import (
 )
 from shufflenet_mlflow.runtime import files
 from shufflenet_mlflow.runtime.files import remove_temporaries, write_atomically
+from tests.support.payloads import Hostile, assert_equal_payloads
 
 
 def small_model() -> nn.Module:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Invoke, small_options
 from mlflow import MlflowClient
 
 from shufflenet_mlflow import save_checkpoint
@@ -15,6 +14,7 @@ from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.journal import Journal
 from shufflenet_mlflow.tracking.messages import MetricPoints, to_body
+from tests.support.command_line import Invoke, small_options
 
 
 @pytest.fixture

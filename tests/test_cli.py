@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import Invoke, small_options, write_images
 from mlflow import MlflowClient
 
 from shufflenet_mlflow import create_model, save_checkpoint
@@ -20,6 +19,8 @@ from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.cli.tables import print_json
 from shufflenet_mlflow.tracking.redaction import redact
+from tests.support.command_line import Invoke, small_options
+from tests.support.images import write_images
 
 SmallTrain = Callable[..., dict[str, Any]]
 

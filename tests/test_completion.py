@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Invoke
 from mlflow import MlflowClient
 
 from shufflenet_mlflow import list_models
 from shufflenet_mlflow.cli.completing import aliases, recent_runs
+from tests.support.command_line import Invoke
 
 
 @pytest.fixture

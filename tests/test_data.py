@@ -10,7 +10,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -42,6 +41,7 @@ from shufflenet_mlflow.data.sampler import (
     TrainBatches,
 )
 from shufflenet_mlflow.errors import BadImageError, ConfigError, DataError
+from tests.support.images import write_images
 
 # ---------------------------------------------------------------- folders
 

@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Invoke, small_options, steps
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
-from training import Reporter, assert_same_end, run
 
 from shufflenet_mlflow import save_checkpoint
 from shufflenet_mlflow.checkpoints.folders import list_manifests
@@ -35,6 +33,9 @@ from shufflenet_mlflow.tracking.target import RunTarget
 from shufflenet_mlflow.tracking.uris import stored_uri, uri_of_journal
 from shufflenet_mlflow.workflows.sync import run_sync
 from shufflenet_mlflow.workflows.training import run as opening
+from tests.support.command_line import Invoke, small_options
+from tests.support.metrics import steps
+from tests.support.training import Reporter, assert_same_end, run
 
 
 @pytest.fixture
@@ -444,7 +445,7 @@ def test_the_server_comes_while_a_run_without_it_goes_on(
 def test_a_run_without_its_server_is_resumed_without_it(
     images: Path, client: MlflowClient, away: Any, uninterrupted: Any
 ) -> None:
-    from training import run_until
+    from tests.support.training import run_until
 
     stopped = run_until(images, "training", 5, "--save-dir", "models")
     assert (stopped.run_id, stopped.result.iters) == (None, 5)
@@ -485,7 +486,7 @@ def test_the_newest_checkpoint_may_lie_on_this_disk_only(
     images: Path, client: MlflowClient, away: Any, uninterrupted: Any
 ) -> None:
     """The server went away, then the process stopped: the run ID still finds what was saved last."""
-    from training import run_until
+    from tests.support.training import run_until
 
     def switch(phase: str, done: int) -> None:
         if phase == "training" and done == 6:
@@ -497,7 +498,7 @@ def test_the_newest_checkpoint_may_lie_on_this_disk_only(
             away.on = True
 
     away.on = False
-    stopped = run_until(images, "training", 8, at=switch)
+    stopped = run_until(images, "training", 8, on_progress=switch)
     assert stopped.pending
     away.on = False
     assert tagged(client, str(stopped.run_id), LATEST_TAG) == 5

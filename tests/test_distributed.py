@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_options, steps, values
 from mlflow import MlflowClient
-from processes import finish, start, torchrun
 from torch import nn
 from torch.distributed import TCPStore
-from training import run
 
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.data.sampler import EvalBatches, MicroBatches, ReestimationBatches, SampleOrder, TrainBatches
@@ -22,6 +19,10 @@ from shufflenet_mlflow.runtime.distributed import World, loss_of_process
 from shufflenet_mlflow.runtime.rendezvous import joined, name_attempt
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 from shufflenet_mlflow.training.batchnorm import RunningStatistics
+from tests.support.command_line import small_options
+from tests.support.metrics import steps, values
+from tests.support.processes import finish, start, torchrun
+from tests.support.training import run
 
 ORDER = SampleOrder(num_samples=53, batch_size=12, seed=3)
 

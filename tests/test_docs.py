@@ -8,10 +8,11 @@ from urllib.parse import unquote
 import click
 import pytest
 import yaml
-from documents import LANGUAGES, PAGES, ROOT, anchors, arguments_of, check_arguments, commands, fences, links
 
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.models.catalog import VARIANTS, Variant
+from tests.support.doc_commands import arguments_of, check_arguments, commands
+from tests.support.doc_pages import LANGUAGES, PAGES, ROOT, anchors, fences, links
 
 LINKING = [*PAGES, ROOT / "CHANGELOG.md"]
 

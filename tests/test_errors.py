@@ -24,8 +24,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import Hostile, Invoke, write_images
-from raising import Recorder, recorder
 
 from shufflenet_mlflow import create_model, save_checkpoint
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
@@ -34,6 +32,10 @@ from shufflenet_mlflow.data.preprocess import Preprocess
 from shufflenet_mlflow.errors import ShuffleNetError
 from shufflenet_mlflow.models.blocks import require_splittable
 from shufflenet_mlflow.models.shufflenet_v1 import GroupedUnit
+from tests.support.command_line import Invoke
+from tests.support.error_sites import Recorder, recorder
+from tests.support.images import write_images
+from tests.support.payloads import Hostile
 
 __all__ = ["recorder"]  # a fixture
 

@@ -19,14 +19,12 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
-from conftest import Invoke
 from mlflow import MlflowClient, pyfunc
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from PIL import Image
 from torch import nn
-from training import Reporter, run
 
 from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
@@ -45,6 +43,8 @@ from shufflenet_mlflow.models.spec import ModelSpec, _body
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
 from shufflenet_mlflow.workflows.sync import run_sync
+from tests.support.command_line import Invoke
+from tests.support.training import Reporter, run
 
 X0_5_OF_TORCHVISION = "torchvision/shufflenet_v2_x0_5"
 
@@ -343,14 +343,14 @@ def test_a_network_that_cannot_be_exported_holds_nothing_up(
     assert "a bug in the exporter" in json.loads(line)["reason"]
 
 
-@pytest.mark.parametrize("lacking", ["the endpoint", "the checkpoint"])
+@pytest.mark.parametrize("why_no_backing_stores", ["the endpoint", "the checkpoint"])
 def test_what_will_never_be_made_holds_nothing_up(
-    client: MlflowClient, images: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+    client: MlflowClient, images: Path, monkeypatch: pytest.MonkeyPatch, why_no_backing_stores: str
 ) -> None:
     """A server without logged models, and a checkpoint that somebody has deleted: set aside, not tried for ever."""
     summary = run(images)
     target = RunTarget(client, summary.run_id, Path("nowhere"))
-    if lacking == "the endpoint":
+    if why_no_backing_stores == "the endpoint":
 
         def refuse(*_: object, **__: object) -> None:
             raise MlflowException("no such page", error_code=ENDPOINT_NOT_FOUND)

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Hostile, Invoke, assert_equal_payloads, small_options, write_images
 from mlflow import MlflowClient
-from test_loading import FAMILIES, write_original
 from torch import nn
 
 from shufflenet_mlflow import create_model, load_checkpoint
@@ -21,6 +19,10 @@ from shufflenet_mlflow.errors import ConfigError, ModelError, UnsafeCheckpointEr
 from shufflenet_mlflow.models import oneshot, shufflenet_v2_exlarge, shufflenet_v2_large
 from shufflenet_mlflow.models.auxiliary import DeeplySupervised
 from shufflenet_mlflow.training.recipe import AUXILIARY_WEIGHTS, get_recipe, make_loss, training_loss
+from tests.support.command_line import Invoke, small_options
+from tests.support.images import write_images
+from tests.support.original_files import FAMILIES, write_original
+from tests.support.payloads import Hostile, assert_equal_payloads
 
 SmallTrain = Callable[..., dict[str, Any]]
 

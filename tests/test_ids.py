@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Invoke
 from mlflow import MlflowClient
 
 from shufflenet_mlflow import get_latest_model, save_checkpoint
 from shufflenet_mlflow.errors import TrackingError, UnresolvedError
 from shufflenet_mlflow.tracking.resolve import resolve
 from shufflenet_mlflow.tracking.run_ids import complete
+from tests.support.command_line import Invoke
 
 FIRST = "abcdef00112233445566778899aabbcc"
 SECOND = "abcdef11112233445566778899aabbcc"

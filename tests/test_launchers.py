@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import steps
 from mlflow import MlflowClient
-from training import Reporter, assert_same_end, history, request, run, run_until
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
@@ -26,6 +24,8 @@ from shufflenet_mlflow.workflows.training import run as opening
 from shufflenet_mlflow.workflows.training.attempts import Attempt
 from shufflenet_mlflow.workflows.training.config import choose
 from shufflenet_mlflow.workflows.training.request import TrainRequest
+from tests.support.metrics import history, steps
+from tests.support.training import Reporter, assert_same_end, request, run, run_until
 
 
 def runs_of(client: MlflowClient) -> list[Any]:

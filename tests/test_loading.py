@@ -1,4 +1,4 @@
-"""Weights from a file into a network: whoever wrote it, strictly or tolerantly, or not at all."""
+"""Loading weights into a network: files of any origin, strictly or tolerantly."""
 
 import logging
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_equal_payloads
 from torch import nn
 
 from shufflenet_mlflow import create_model, load_checkpoint
@@ -15,17 +14,8 @@ from shufflenet_mlflow.errors import CheckpointError, ConfigError, CorruptCheckp
 from shufflenet_mlflow.models import oneshot
 from shufflenet_mlflow.models.loaded import model_from_payload
 from shufflenet_mlflow.models.spec import ModelSpec, fitting_models
-
-FAMILIES = [
-    "shufflenet_v1_x0_5_g3",
-    "shufflenet_v1_x0_5_g8",
-    "shufflenet_v2_x0_5",
-    "shufflenet_v2_plus_small",
-    "shufflenet_oneshot",
-    "detnas_coco_fpn_300m",
-    "torchvision/shufflenet_v2_x0_5",
-]
-"""A small network of each family; the large families are in `test_long_giants`."""
+from tests.support.original_files import FAMILIES, write_original
+from tests.support.payloads import assert_equal_payloads
 
 
 def small_model() -> nn.Module:
@@ -35,15 +25,6 @@ def small_model() -> nn.Module:
 def assert_same_weights(first: nn.Module, second: nn.Module) -> None:
     for (key, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(one, other), key
-
-
-def write_original(
-    path: Path, model: nn.Module, *, prefix: str = "module.", bare: bool = False, legacy: bool = False
-) -> Path:
-    """A file as the original release's scripts write it, or one of its variants."""
-    state_dict = {prefix + key: value for key, value in model.state_dict().items()}
-    torch.save(state_dict if bare else {"state_dict": state_dict}, path, _use_new_zipfile_serialization=not legacy)
-    return path
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])

@@ -4,17 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, lacking
-from conftest import small_options
 from mlflow import MlflowClient
-from pages import visit
-from processes import finish, start
-from server import Server
+
+from tests.support.browser import Browser, why_no_browser
+from tests.support.command_line import small_options
+from tests.support.mlflow_server import Server
+from tests.support.processes import finish, start
+from tests.support.ui_pages import visit
 
 pytestmark = [
     pytest.mark.long,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(lacking() is not None, reason=str(lacking())),
+    pytest.mark.skipif(why_no_browser() is not None, reason=str(why_no_browser())),
 ]
 
 

@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_equal_payloads
 from mlflow import MlflowClient
-from training import run
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints, newest_valid
 from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, manifest_path, read_manifest
@@ -27,6 +25,8 @@ from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, Journal, read_pendi
 from shufflenet_mlflow.tracking.kinds import TRACKING_KINDS
 from shufflenet_mlflow.tracking.messages import MetricPoints, to_body
 from shufflenet_mlflow.tracking.resolve import resolve
+from tests.support.payloads import assert_equal_payloads
+from tests.support.training import run
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 

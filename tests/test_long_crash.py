@@ -1,101 +1,103 @@
-"""Guarantee 1: a process killed at any instant loses nothing that was saved, and the next one puts all in order.
+"""Guarantee 1: a process killed at any instant loses nothing that was saved, and the next one repairs what it left.
 
-300 real SIGKILLs: at every phase of save, upload, commit, prune, sync and resume, and at random instants. One run is
-killed and continued a dozen times before it is laid to rest, so that what one crash left meets the next.
+Real SIGKILLs at every step of save, upload, commit, prune, sync and resume, and at random instants: 300 in the full
+run, 96 in CI. Each run is killed and resumed a dozen times, so that what one crash left meets the next.
 """
 
 import itertools
 import random
+import signal
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from crash import PHASES, Workplace, fork, kill_after, make_workplace, offline, pull_the_plug
+
+from tests.support.crash_points import CRASH_POINTS, kill_at
+from tests.support.crash_trials import TrialRun, create_trial_run, store_unreachable
+from tests.support.effort import repetitions
+from tests.support.forked import Report, fork
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
 
-RUNS = 25
+RUNS = repetitions(full=25, ci=8)
 KILLS_PER_RUN = 12
 
-met: Counter[str] = Counter()
-"""How many processes were killed where."""
-
-Tell = Callable[[str], None]
+kills_by_point: Counter[str] = Counter()
 
 
-def expect_sound(place: Workplace, completed: int) -> None:
-    status, told = fork(lambda _tell: place.check_after_kill(completed)).wait()
-    assert status == 0, "\n".join(told)
+def kills_at(point: str) -> int:
+    return sum(kills for name, kills in kills_by_point.items() if name.startswith(point))
 
 
-def killed(place: Workplace, trial: int, generator: random.Random) -> tuple[bool, int]:
-    """One process that is to be killed; whether it was, and the last iteration it said was saved."""
-    way = trial % 4
-    if way == 3:  # something must wait before a sync can be killed
+def check_after_kill(run: TrialRun, completed: int) -> None:
+    fork(lambda _report: run.check_after_kill(completed)).expect_success()
 
-        def gather(_tell: Tell) -> None:
-            with offline():
-                place.train(lambda _text: None, 3)
 
-        status, told = fork(gather).wait()
-        assert status == 0, "\n".join(told)
-    phase = list(PHASES)[trial // 2 % len(PHASES)]
+def try_to_kill(run: TrialRun, trial: int, generator: random.Random) -> tuple[bool, int]:
+    """Start one process that may be killed; return whether it was, and the last iteration that it reported saved."""
+    at_random, syncs = trial % 4 == 1, trial % 4 == 3
+    if syncs:  # something must be pending before a sync can be killed
+
+        def train_offline(_report: Report) -> None:
+            with store_unreachable():
+                run.train(lambda _text: None, 3)
+
+        fork(train_offline).expect_success()
+    point = list(CRASH_POINTS)[trial // 2 % len(CRASH_POINTS)]
     nth, after = 1 + min(int(generator.expovariate(0.35)), 12), generator.random() < 0.5
+    if not kills_at(point):
+        nth = 1  # some are called only once in a process
 
-    def work(tell: Tell) -> None:
-        if way != 1:
-            pull_the_plug(phase, nth, after=after)
-        if way == 3:
-            place.sync(tell)
+    def work(report: Report) -> None:
+        if not at_random:
+            kill_at(point, nth, after=after)
+        if syncs:
+            run.sync(report)
         else:
-            place.train(tell, 5)
+            run.train(report, 5)
 
     child = fork(work)
-    if way == 1:
-        kill_after(child, generator.uniform(0.0, 1.2))
-    status, told = child.wait()
-    assert status in (0, 9), f"{phase}, call {nth}: " + "\n".join(told)
+    if at_random:
+        child.kill_after(generator.uniform(0.0, 1.2))
+    status, lines = child.wait()
+    assert status in (0, signal.SIGKILL), f"{point}, call {nth}: " + "\n".join(lines)
     if status:
-        met["at random" if way == 1 else f"{phase} {'sync' if way == 3 else 'train'}"] += 1
-    return status == 9, max([int(line) for line in told if line.isdecimal()], default=0)
+        kills_by_point["at random" if at_random else f"{point} {'sync' if syncs else 'train'}"] += 1
+    return status == signal.SIGKILL, max([int(line) for line in lines if line.isdecimal()], default=0)
 
 
 @pytest.mark.parametrize("seed", range(RUNS))
 def test_kills_lose_nothing(seed: int, workplace: Path) -> None:
-    place = make_workplace(workplace)
+    run = create_trial_run(workplace)
     generator = random.Random(seed)
     completed = kills = 0
     for trial in itertools.count(seed * KILLS_PER_RUN):
-        was_killed, saved = killed(place, trial, generator)
+        was_killed, saved = try_to_kill(run, trial, generator)
         completed, kills = max(completed, saved), kills + was_killed
-        expect_sound(place, completed)
+        check_after_kill(run, completed)
         if kills == KILLS_PER_RUN:
             break
-        assert trial < (seed + 6) * KILLS_PER_RUN, "the plug is hardly ever pulled"
-    status, told = fork(lambda tell: place.train(tell, 1)).wait()
-    assert status == 0, "\n".join(told)
-    status, told = fork(lambda _tell: place.check_at_rest()).wait()
-    assert status == 0, "\n".join(told)
+        assert trial < (seed + 6) * KILLS_PER_RUN, "hardly any process is killed"
+    fork(lambda report: run.train(report, 1)).expect_success()
+    fork(lambda _report: run.check_after_exit()).expect_success()
 
 
-def test_every_phase_was_met() -> None:
-    if not met["at random"]:
+def test_every_crash_point_killed_a_process() -> None:
+    if not kills_by_point["at random"]:
         pytest.skip("the trials did not run")
-    print(dict(sorted(met.items())))  # noqa: T201
-    assert sum(met.values()) >= RUNS * KILLS_PER_RUN
-    assert not {phase for phase in PHASES if not any(name.startswith(phase) for name in met)}
+    print(dict(sorted(kills_by_point.items())))  # noqa: T201
+    assert sum(kills_by_point.values()) >= RUNS * KILLS_PER_RUN
+    assert not {point for point in CRASH_POINTS if not kills_at(point)}
 
 
 def test_the_check_notices_a_lost_checkpoint(workplace: Path) -> None:
-    """A negative control: what the trials check can fail."""
-    place = make_workplace(workplace)
-    status, told = fork(lambda tell: place.train(tell, 4)).wait()
-    assert (status, told[-1]) == (0, "4")
-    expect_sound(place, 4)
-    for path in place.directory.glob("checkpoint-000004*"):
+    """Negative control: the checks of the trials can fail."""
+    run = create_trial_run(workplace)
+    assert fork(lambda report: run.train(report, 4)).expect_success()[-1] == "4"
+    check_after_kill(run, 4)
+    for path in run.directory.glob("checkpoint-000004*"):
         path.unlink()
     with pytest.raises(AssertionError, match="completed 4, found 3"):
-        expect_sound(place, 4)
-    status, told = fork(lambda _tell: place.check_at_rest()).wait()
+        check_after_kill(run, 4)
+    status, _ = fork(lambda _report: run.check_after_exit()).wait()
     assert status != 0

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_equal_payloads, small_options, steps, values
 from mlflow import MlflowClient
-from processes import DOUBLE, Process, finish, kill, start, torchrun, wait_for_iteration, worker
-from server import Proxy, Server, free_port
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.runtime.signals import ECHO_SECONDS
+from tests.support.command_line import small_options
+from tests.support.metrics import steps, values
+from tests.support.mlflow_server import Server
+from tests.support.network import free_port
+from tests.support.payloads import assert_equal_payloads
+from tests.support.processes import DOUBLE_PRECISION, Process, finish, kill, start, torchrun, wait_for_iteration, worker
+from tests.support.proxy import Proxy
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -80,7 +84,9 @@ def test_whatever_divides_a_batch_the_losses_are_the_same(images: Path, client: 
     for processes in (1, 2, 4):
         under = torchrun(processes) if processes > 1 else ()
         folder = tmp_path / f"{processes}"
-        ended = finish(start(folder, "train", *words, "--ema-decay", 0.9, "--json", under=under, program=DOUBLE))
+        ended = finish(
+            start(folder, "train", *words, "--ema-decay", 0.9, "--json", under=under, program=DOUBLE_PRECISION)
+        )
         payload = read_checkpoint(folder / ended["checkpoint"])
         assert (payload["environment"]["processes"], payload["environment"]["parts"]) == (processes, 4)
         first = {"train/loss": 3, "train/top1": 3, "val/loss": 1, "val/top1": 1}

@@ -9,9 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from documents import PAGES, ROOT, Fence, Terminal, errors_in, fences, furnish
 
 from shufflenet_mlflow.runtime.devices import usable_cores
+from tests.support.doc_pages import PAGES, ROOT, Fence, fences
+from tests.support.doc_terminal import Terminal, errors_in, furnish
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 

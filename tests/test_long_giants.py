@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Invoke, assert_equal_payloads
 
 from shufflenet_mlflow import create_model, load_checkpoint
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import MismatchError
+from tests.support.command_line import Invoke
+from tests.support.payloads import assert_equal_payloads
 
 pytestmark = pytest.mark.long
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_options, steps
 from mlflow import MlflowClient
-from processes import Process, start
-from server import Proxy, Server
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_manifests
+from tests.support.command_line import small_options
+from tests.support.metrics import steps
+from tests.support.mlflow_server import Server
+from tests.support.processes import Process, start
+from tests.support.proxy import Proxy
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_options, steps, write_images
 from mlflow import MlflowClient
-from processes import finish, start
-from server import Proxy, Server
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
 from shufflenet_mlflow.runtime.signals import exit_status
+from tests.support.command_line import small_options
+from tests.support.images import write_images
+from tests.support.metrics import steps
+from tests.support.mlflow_server import Server
+from tests.support.processes import finish, start
+from tests.support.proxy import Proxy
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 

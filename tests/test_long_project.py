@@ -14,14 +14,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import steps
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from processes import wait_for_iteration
-from server import free_port
-from training import run_until
 
 from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
+from tests.support.metrics import steps
+from tests.support.network import free_port
+from tests.support.processes import wait_for_iteration
+from tests.support.training import run_until
 
 ROOT = Path(__file__).parent.parent
 

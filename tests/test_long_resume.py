@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_equal_payloads, small_options
 from mlflow import MlflowClient
-from processes import finish, kill, start, wait_for_iteration
-from server import Server
-from training import history
 
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
+from tests.support.command_line import small_options
+from tests.support.metrics import history
+from tests.support.mlflow_server import Server
+from tests.support.payloads import assert_equal_payloads
+from tests.support.processes import finish, kill, start, wait_for_iteration
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 

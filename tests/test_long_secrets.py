@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import small_options
-from deployments import BUCKET, PASSWORD, S3, S3_SECRET, Postgres, lacking
-from processes import start
-from server import Server
+
+from tests.support.backing_stores import BUCKET, PASSWORD, S3, S3_SECRET, Postgres, why_no_backing_stores
+from tests.support.command_line import small_options
+from tests.support.mlflow_server import Server
+from tests.support.processes import start
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -109,7 +110,7 @@ def test_without_the_right_password(guarded: Server, images: Path, tmp_path: Pat
         assert "Traceback" not in err
 
 
-@pytest.mark.skipif(lacking() is not None, reason=str(lacking()))
+@pytest.mark.skipif(why_no_backing_stores() is not None, reason=str(why_no_backing_stores()))
 def test_keys_of_the_stores(images: Path, tmp_path: Path) -> None:
     postgres = Postgres()
     try:

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import small_options, steps
 from mlflow import MlflowClient
-from processes import finish, start, wait_for_iteration
-from server import Server
+
+from tests.support.command_line import small_options
+from tests.support.metrics import steps
+from tests.support.mlflow_server import Server
+from tests.support.processes import finish, start, wait_for_iteration
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import finish, start
-from server import free_port, wait_until_up
+
+from tests.support.network import free_port, wait_until_up
+from tests.support.processes import finish, start
 
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 DOCS = Path(__file__).parent.parent / "docs"

@@ -19,10 +19,8 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import Invoke, write_images
 from mlflow import MlflowClient
 from PIL import Image
-from training import run
 
 from shufflenet_mlflow import create_model, save_checkpoint
 from shufflenet_mlflow.cli import main
@@ -36,6 +34,9 @@ from shufflenet_mlflow.runtime.devices import move_model
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.workflows.loading import ModelRequest
+from tests.support.command_line import Invoke
+from tests.support.images import write_images
+from tests.support.training import run
 
 CPU = torch.device("cpu")
 NETWORK = ("--model", "shufflenet_v2_x0_5", "--input-size", 32)

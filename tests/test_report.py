@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Invoke, write_images
 from mlflow import MlflowClient
-from training import run
 
 from shufflenet_mlflow.data.folder import list_images
 from shufflenet_mlflow.data.listing import ImageListing, Samples
@@ -24,6 +22,9 @@ from shufflenet_mlflow.evaluation.report import Observer, Outcomes, Report
 from shufflenet_mlflow.models.loaded import label_outputs
 from shufflenet_mlflow.runtime.serialization import to_csv, to_json
 from shufflenet_mlflow.workflows import eval as evaluation
+from tests.support.command_line import Invoke
+from tests.support.images import write_images
+from tests.support.training import run
 
 
 def report_of(labels: list[int], predicted: list[int], probability: list[float], classes: int = 3) -> Report:

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Invoke, assert_equal_payloads, steps, values, write_images
 from mlflow import MlflowClient
 from torch.amp.grad_scaler import GradScaler
-from training import Reporter, assert_same_end, history, run, run_until
 
 from shufflenet_mlflow import create_model, save_checkpoint
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
@@ -26,6 +24,11 @@ from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 from shufflenet_mlflow.training.rng import StepRandomness
 from shufflenet_mlflow.workflows.train import run_training
 from shufflenet_mlflow.workflows.training.request import TrainRequest
+from tests.support.command_line import Invoke
+from tests.support.images import write_images
+from tests.support.metrics import history, steps, values
+from tests.support.payloads import assert_equal_payloads
+from tests.support.training import Reporter, assert_same_end, run, run_until
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Invoke, write_images
 from mlflow import MlflowClient
-from training import run
 
 from shufflenet_mlflow.compare import compare_runs
 from shufflenet_mlflow.compare.curves import curves_figure
@@ -20,6 +18,9 @@ from shufflenet_mlflow.tracking.provenance import command_line
 from shufflenet_mlflow.tracking.recorder import Recorder
 from shufflenet_mlflow.tracking.system_metrics import SystemMetrics
 from shufflenet_mlflow.tracking.target import RunTarget
+from tests.support.command_line import Invoke
+from tests.support.images import write_images
+from tests.support.training import run
 
 
 @pytest.fixture

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_equal_payloads
 from mlflow import MlflowClient
-from training import Reporter, run, run_until
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.checkpoints.manifest import read_manifest
@@ -23,6 +21,8 @@ from shufflenet_mlflow.tracking import store as store_module
 from shufflenet_mlflow.tracking.journal import Journal, read_pending
 from shufflenet_mlflow.tracking.recorder import Recorder
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
+from tests.support.payloads import assert_equal_payloads
+from tests.support.training import Reporter, run, run_until
 
 # ---------------------------------------------------------------- the copy
 

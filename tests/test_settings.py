@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 import pytest
-from conftest import Invoke, small_options
 from mlflow import MlflowClient
 
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.cli.options import Option
+from tests.support.command_line import Invoke, small_options
 
 SmallTrain = Callable[..., dict[str, Any]]
 

@@ -14,17 +14,17 @@ from typing import Any
 import pandas as pd
 import pytest
 from click.testing import Result
-from conftest import steps
-from deployments import BUCKET, S3, Postgres, lacking
 from mlflow import MlflowClient, pyfunc
 from mlflow.pyfunc.scoring_server import infer_and_parse_data
 from PIL import Image
-from server import Server
-from training import run, run_until
 
 from shufflenet_mlflow import get_latest_model
 from shufflenet_mlflow.export.logged import find_logged_model
 from shufflenet_mlflow.tracking.target import manifest_in_tag
+from tests.support.backing_stores import BUCKET, S3, Postgres, why_no_backing_stores
+from tests.support.metrics import steps
+from tests.support.mlflow_server import Server
+from tests.support.training import run, run_until
 
 Invoke = Callable[..., Result]
 
@@ -32,7 +32,11 @@ STORES = [
     "embedded",
     pytest.param("server", marks=pytest.mark.long),
     pytest.param(
-        "postgres-s3", marks=[pytest.mark.long, pytest.mark.skipif(lacking() is not None, reason=str(lacking()))]
+        "postgres-s3",
+        marks=[
+            pytest.mark.long,
+            pytest.mark.skipif(why_no_backing_stores() is not None, reason=str(why_no_backing_stores())),
+        ],
     ),
 ]
 

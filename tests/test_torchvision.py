@@ -11,7 +11,6 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-from conftest import Invoke, small_options
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import get_model
@@ -22,6 +21,7 @@ from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transfor
 from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, ModelError
 from shufflenet_mlflow.models.catalog import VARIANTS
 from shufflenet_mlflow.models.torchvision_v2 import published_weights, weights_file
+from tests.support.command_line import Invoke, small_options
 
 NAMES = [name for name in list_models() if name.startswith("torchvision/")]
 X0_5 = "torchvision/shufflenet_v2_x0_5"

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSES, steps, values, write_images
 from mlflow import MlflowClient
-from training import Reporter, run
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.runtime.signals import StopFlag
+from tests.support.images import CLASSES, write_images
+from tests.support.metrics import steps, values
+from tests.support.training import Reporter, run
 
 TRAIN_METRICS = {"train/loss", "train/top1", "train/top5", "train/lr", "train/images_per_second"}
 

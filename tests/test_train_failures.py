@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
 from mlflow import MlflowClient
-from training import Reporter, assert_same_end, run
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_manifests
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
@@ -30,6 +28,8 @@ from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.training.loop import Trainer
 from shufflenet_mlflow.training.meter import Meter
 from shufflenet_mlflow.training.state import TrainingState
+from tests.support.images import write_images
+from tests.support.training import Reporter, assert_same_end, run
 
 # ---------------------------------------------------------------- what goes wrong
 

@@ -1,4 +1,4 @@
-"""What tracking servers stand on elsewhere: PostgreSQL, and artifacts behind S3. Real ones, on this machine."""
+"""Backing stores of a tracking server, started on this machine: PostgreSQL for runs, S3 for artifacts."""
 
 import getpass
 import importlib.util
@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from server import free_port, wait_until_up
+from tests.support.network import free_port, wait_until_up
 
 PASSWORD = "pg-secret-4711"
 S3_KEY, S3_SECRET = "AKIA-TEST-0815", "s3-secret-4712"
@@ -18,7 +19,7 @@ BUCKET = "runs"
 
 
 def postgres_programs() -> Path | None:
-    """The folder with `initdb` and `postgres`; None if PostgreSQL is not installed."""
+    """Return the folder with `initdb` and `postgres`, or None if PostgreSQL is not installed."""
     folders = [path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))]  # Debian
     if on_path := shutil.which("postgres"):
         folders.append(Path(on_path).parent)
@@ -26,8 +27,8 @@ def postgres_programs() -> Path | None:
     return next((folder for folder in reversed(folders) if all((folder / name).exists() for name in needed)), None)
 
 
-def lacking() -> str | None:
-    """Why these tests cannot run here; None if they can."""
+def why_no_backing_stores() -> str | None:
+    """Return what is missing for these stores, or None."""
     if postgres_programs() is None:
         return "PostgreSQL is not installed (Debian: apt-get install postgresql)"
     missing = [name for name in ("psycopg2", "boto3", "moto") if importlib.util.find_spec(name) is None]
@@ -35,7 +36,7 @@ def lacking() -> str | None:
 
 
 class Postgres:
-    """A database server of its own, in a folder that is removed with it; not as root, which it refuses."""
+    """A PostgreSQL server in a temporary folder; it refuses to run as root, so root starts it as another user."""
 
     def __init__(self) -> None:
         programs = postgres_programs()
@@ -47,30 +48,32 @@ class Postgres:
         password.write_text(PASSWORD)
         for path in (self.folder, password):
             os.chown(path, identity.pw_uid, identity.pw_gid)
-        becoming = {"user": identity.pw_uid, "group": identity.pw_gid} if os.geteuid() == 0 else {}
+        user_of: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            user_of = {"user": identity.pw_uid, "group": identity.pw_gid}
         data, self.port = self.folder / "data", free_port()
         subprocess.run(
             [programs / "initdb", "-D", data, "-U", "mlflow", "--auth", "scram-sha-256", "--pwfile", password],
             check=True,
             capture_output=True,
             cwd=self.folder,
-            **becoming,
+            **user_of,
         )
         self.process = subprocess.Popen(
             [programs / "postgres", "-D", data, "-p", str(self.port), "-k", self.folder, "-h", "127.0.0.1"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd=self.folder,
-            **becoming,
+            **user_of,
         )
-        ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port), "-t", "60"]
+        ready = [str(programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(self.port), "-t", "60"]
         while subprocess.run(ready, capture_output=True, check=False).returncode:
             assert self.process.poll() is None
         self.address = f"mlflow:{PASSWORD}@127.0.0.1:{self.port}/postgres"
         self.uri = f"postgresql+psycopg2://{self.address}"
 
     def dump(self) -> str:
-        """Everything that is in it, as SQL."""
+        """Return everything in the database as SQL."""
         programs = postgres_programs()
         assert programs is not None
         done = subprocess.run(
@@ -79,14 +82,14 @@ class Postgres:
         return done.stdout
 
     def close(self) -> None:
-        """End it, and remove its files."""
+        """Stop the server and remove its files."""
         self.process.terminate()
         self.process.wait()
         shutil.rmtree(self.folder)
 
 
 class S3:
-    """moto's server, with an empty bucket."""
+    """An S3 server (moto's) with an empty bucket."""
 
     def __init__(self, folder: Path) -> None:
         port = free_port()
@@ -102,7 +105,7 @@ class S3:
 
     @property
     def env(self) -> dict[str, str]:
-        """What MLflow and boto3 need to know, servers and clients alike."""
+        """Environment variables that MLflow and boto3 need, in servers and clients alike."""
         return {
             "AWS_ACCESS_KEY_ID": S3_KEY,
             "AWS_SECRET_ACCESS_KEY": S3_SECRET,
@@ -110,8 +113,8 @@ class S3:
             "MLFLOW_S3_ENDPOINT_URL": self.endpoint,
         }
 
-    def client(self):  # type: ignore[no-untyped-def]  # boto3 makes its classes when they are asked for
-        """boto3's own."""
+    def client(self) -> Any:
+        """Return a boto3 client of this server."""
         import boto3
 
         return boto3.client(
@@ -123,13 +126,13 @@ class S3:
         )
 
     def contents(self) -> dict[str, bytes]:
-        """Every object."""
+        """Return every object of the bucket by its key."""
         client = self.client()
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
         return {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
 
     def close(self) -> None:
-        """End it."""
+        """Stop the server."""
         self.process.terminate()
         self.process.wait()

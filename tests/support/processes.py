@@ -1,4 +1,4 @@
-"""The command in processes of its own, alone or under `torchrun`."""
+"""The `shufflenet` command in its own process, alone or under `torchrun`."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import pytest
 
 Process = subprocess.Popen[str]
 
-DOUBLE = (str(Path(__file__).with_name("double.py")),)
-"""The command in double precision."""
+DOUBLE_PRECISION = (str(Path(__file__).with_name("double_precision.py")),)
+"""The program that is the command in double precision."""
 
 
 def start(
@@ -25,11 +25,11 @@ def start(
     under: tuple[str, ...] = (),
     program: tuple[str, ...] = ("-m", "shufflenet_mlflow"),
 ) -> Process:
-    """`shufflenet ARGUMENTS` in a folder, a cache folder and a process group of its own.
+    """Start `shufflenet ARGUMENTS` in `folder`, with its own cache folder and process group.
 
     Args:
-        under: what starts it, such as `torchrun(2)`.
-        program: the command, or `DOUBLE`.
+        under: a launcher, such as `torchrun(2)`.
+        program: what is started, the command or `DOUBLE_PRECISION`.
     """
     folder.mkdir(exist_ok=True)
     return subprocess.Popen(
@@ -47,7 +47,7 @@ def start(
 def torchrun(
     processes: int, *, max_restarts: int = 0, rendezvous: tuple[str, ...] = ("--standalone",)
 ) -> tuple[str, ...]:
-    """The launcher's words before the module's name."""
+    """Return the words that start `processes` processes of a program that follows them."""
     return (
         *("-m", "torch.distributed.run", *rendezvous),
         *("--nproc-per-node", str(processes), "--max-restarts", str(max_restarts)),
@@ -55,7 +55,7 @@ def torchrun(
 
 
 def finish(process: Process, status: int = 0) -> dict[str, Any]:
-    """Wait for its end; what `--json` printed."""
+    """Wait until it ends with `status`, and return what `--json` printed."""
     out, err = process.communicate()
     assert process.returncode == status, err
     document: dict[str, Any] = json.loads(out)
@@ -63,7 +63,7 @@ def finish(process: Process, status: int = 0) -> dict[str, Any]:
 
 
 def wait_for_iteration(process: Process, iteration: int) -> None:
-    """Until the plain progress lines on stderr have come so far."""
+    """Read progress lines from its stderr until they reach that iteration."""
     assert process.stderr is not None
     for line in process.stderr:
         words = line.split()
@@ -73,8 +73,8 @@ def wait_for_iteration(process: Process, iteration: int) -> None:
 
 
 def kill(process: Process) -> None:
-    """SIGKILL for it and everything that it has started."""
-    family = [*psutil.Process(process.pid).children(recursive=True), process]
+    """Kill a process and everything that it has started."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         try:
             member.kill()
@@ -84,7 +84,7 @@ def kill(process: Process) -> None:
 
 
 def worker(process: Process, rank: int) -> psutil.Process:
-    """The process of that rank which a launcher has started."""
+    """Return the process of that rank that a launcher has started."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for child in psutil.Process(process.pid).children(recursive=True):

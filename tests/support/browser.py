@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 60.0
-"""Seconds: the UI's first page takes some on a busy machine."""
+"""Seconds to wait for a page: the first one takes long on a busy machine."""
 
 
-def lacking() -> str | None:
-    """Why there is no browser here; None if there is one."""
+def why_no_browser() -> str | None:
+    """Return what is missing for a browser, or None."""
     if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         return "Chromium is not installed (Debian: apt-get install chromium chromium-driver)"
     return None if find_spec("selenium") else "selenium missing: pip install '.[deployments]'"
 
 
 class Browser:
-    """A window of that size on the UI at `uri`. Close it."""
+    """A window on the UI at `uri`. Close it when done."""
 
     def __init__(self, uri: str, width: int = 1360, height: int = 860) -> None:
         from selenium import webdriver
@@ -41,7 +41,7 @@ class Browser:
         for name, value in (("autoOpenedOnFirstLoad", "true"), ("panelOpen", "false")):
             key = f"mlflow.assistant.{'fab.' if name[0] == 'a' else ''}{name}_v1"
             self.driver.execute_script("localStorage.setItem(arguments[0], arguments[1])", key, value)
-        self.driver.refresh()  # going to another page of the UI does not load it anew
+        self.driver.refresh()  # going to another page of the UI does not reload it
 
     def open(self, page: str, *texts: str) -> None:
         """Open a page of the UI, such as `/#/experiments/1`, and wait until it shows all these texts."""
@@ -49,11 +49,11 @@ class Browser:
         self.wait_for(*texts)
 
     def text(self) -> str:
-        """What the page shows."""
+        """Return the text that the page shows."""
         return str(self.driver.execute_script("return document.body ? document.body.innerText : ''"))
 
     def wait_for(self, *texts: str) -> None:
-        """Until the page shows all these texts."""
+        """Wait until the page shows all these texts."""
         deadline = time.monotonic() + PATIENCE
         while missing := [text for text in texts if text not in self.text()]:
             assert time.monotonic() < deadline, f"{missing} not on {self.driver.current_url}:\n{self.text()[:3000]}"
@@ -65,7 +65,7 @@ class Browser:
         self.driver.execute_script("arguments[0].click()", found)
 
     def find(self, path: str) -> Any:
-        """The first element at an XPath, once there is one."""
+        """Wait for an element at an XPath and return the first."""
         deadline = time.monotonic() + PATIENCE
         while not (found := self.driver.find_elements("xpath", path)):
             assert time.monotonic() < deadline, f"{path} not on {self.driver.current_url}:\n{self.text()[:3000]}"
@@ -73,7 +73,7 @@ class Browser:
         return found[0]
 
     def count(self, selector: str, at_least: int) -> int:
-        """How many elements a CSS selector finds, once they are as many as that."""
+        """Wait until a CSS selector finds at least so many elements, and return their number."""
         deadline = time.monotonic() + PATIENCE
         while (number := len(self.driver.find_elements("css selector", selector))) < at_least:
             assert time.monotonic() < deadline, f"{number} {selector} on {self.driver.current_url}"
@@ -81,10 +81,10 @@ class Browser:
         return number
 
     def picture(self, path: Path) -> None:
-        """What is in the window, as a PNG."""
+        """Save what the window shows as a PNG."""
         self.driver.save_screenshot(str(path))
 
     def close(self) -> None:
-        """End it."""
+        """Close the window and end the browser."""
         self.driver.quit()
         shutil.rmtree(self._profile, ignore_errors=True)

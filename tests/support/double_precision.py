@@ -1,4 +1,4 @@
-"""The `shufflenet` command in double precision: rounding stays far too small there to hide, or to pass for, a fault."""
+"""The `shufflenet` command in double precision: its rounding is too small to hide a fault or to look like one."""
 
 import torch
 

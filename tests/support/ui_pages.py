@@ -1,4 +1,4 @@
-"""Addresses of the UI's pages, and what each must show for runs of ours: for tests, and for the pictures in `docs/`."""
+"""A visit to the MLflow UI's pages for our runs: for a test, and for the pictures in `docs/`."""
 
 import json
 import sys
@@ -6,16 +6,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from browser import Browser
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from tests.support.browser import Browser
+
 
 def visit(browser: Browser, client: MlflowClient, runs: Sequence[Run], pictures: Path | None = None) -> None:
-    """Look at every page on which runs are compared, and check that it shows them; the first run must be evaluated.
+    """Open every page that shows or compares runs, and check what it shows; the first run must be evaluated.
 
     Args:
-        pictures: a folder for what was seen.
+        pictures: a folder for screenshots, if any are wanted.
     """
     experiment = runs[0].info.experiment_id
     names = [run.info.run_name for run in runs]
@@ -24,13 +25,13 @@ def visit(browser: Browser, client: MlflowClient, runs: Sequence[Run], pictures:
         iter(client.search_logged_models([experiment], f"source_run_id = '{first}'", max_results=1)),
     )
 
-    def seen(name: str, raise_if_any_failed: float = 1.5) -> None:
-        time.sleep(raise_if_any_failed)  # charts are drawn after their titles
+    def take_picture(name: str, delay: float = 1.5) -> None:
+        time.sleep(delay)  # charts are drawn after their titles
         if pictures is not None:
             browser.picture(pictures / f"{name}.png")
 
     browser.open(f"/#/experiments/{experiment}/runs?workflowType=machine_learning", *names)
-    seen("table")
+    take_picture("table")
 
     browser.open(
         f"/#/experiments/{experiment}/runs?compareRunsMode=CHART&workflowType=machine_learning",
@@ -40,7 +41,7 @@ def visit(browser: Browser, client: MlflowClient, runs: Sequence[Run], pictures:
         "val",
     )
     browser.count(".js-plotly-plot", 2)
-    seen("chart", 4)
+    take_picture("chart", 4)
 
     ids = json.dumps([run.info.run_id for run in runs])
     browser.open(
@@ -49,10 +50,10 @@ def visit(browser: Browser, client: MlflowClient, runs: Sequence[Run], pictures:
         *names,
     )
     browser.wait_for("label_smooth", "best/val_top1")
-    seen("compare", 4)
+    take_picture("compare", 4)
 
     browser.open(f"/#/experiments/{experiment}/models?workflowType=machine_learning", *names, "Ready", str(model.name))
-    seen("models")
+    take_picture("models")
 
     browser.open(
         f"/#/experiments/{experiment}/runs/{first}?workflowType=machine_learning",
@@ -61,11 +62,11 @@ def visit(browser: Browser, client: MlflowClient, runs: Sequence[Run], pictures:
         "shufflenet train",
         "val/top1",
     )
-    seen("run")
+    take_picture("run")
 
     browser.open(f"/#/experiments/{experiment}/runs/{first}/model-metrics?workflowType=machine_learning", "best")
     browser.count(".js-plotly-plot", 2)
-    seen("metrics", 4)
+    take_picture("metrics", 4)
 
     browser.open(
         f"/#/experiments/{experiment}/runs/{first}/artifacts?workflowType=machine_learning",
@@ -73,14 +74,14 @@ def visit(browser: Browser, client: MlflowClient, runs: Sequence[Run], pictures:
         "evaluation",
         "config.json",
     )
-    seen("artifacts")
+    take_picture("artifacts")
 
     [data] = client.list_artifacts(first, "figures")
     [checkpoint] = client.list_artifacts(first, data.path)
     for name in ("figures", data.path.rpartition("/")[2], checkpoint.path.rpartition("/")[2], "confusion.png"):
         browser.click(name)
     browser.count("img[src^='blob:'], img[src*='confusion']", 1)
-    seen("figure")
+    take_picture("figure")
 
     browser.open(
         f"/#/experiments/{experiment}/models/{model.model_id}?workflowType=machine_learning",
@@ -88,15 +89,16 @@ def visit(browser: Browser, client: MlflowClient, runs: Sequence[Run], pictures:
         "val/top1",
         names[0],
     )
-    seen("model")
+    take_picture("model")
 
 
 def main() -> None:
-    """`python tests/pages.py URI FOLDER`: pictures of the runs in the experiment `shufflenet`, the oldest first."""
+    """Take pictures of the runs in the experiment `shufflenet`: `python -m tests.support.ui_pages URI FOLDER`."""
     uri, folder = sys.argv[1], Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("shufflenet")
+    assert experiment is not None, "no experiment shufflenet"
     browser = Browser(uri)
     try:
         visit(browser, client, client.search_runs([experiment.experiment_id], order_by=["start_time ASC"]), folder)

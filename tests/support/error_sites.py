@@ -1,4 +1,4 @@
-"""Every place in the code that makes an error for a user, found by reading the code; and which of them were reached."""
+"""Every call in the code that makes an error for a user, and a recorder of those that were reached."""
 
 import ast
 import sys
@@ -23,7 +23,7 @@ MAKERS = {
     *("BadParameter", "UsageError"),
     "_require",  # of config.py: a rule for an option
 }
-"""Calls of these make an error."""
+"""Names of functions and classes; a call of one makes an error."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def _makes_error(call: ast.Call, parent: ast.AST) -> bool:
 def _code_of(call: ast.Call, path: Path) -> str:
     if isinstance(call.func, ast.Name) and call.func.id == "_require":
         field = call.args[1]
-        return f"option-{field.value if isinstance(field, ast.Constant) else ast.unparse(field)}".replace("_", "-")
-    [code] = [keyword.value for keyword in call.keywords if keyword.arg == "code"] or [None]
+        name = str(field.value) if isinstance(field, ast.Constant) else ast.unparse(field)
+        return f"option-{name}".replace("_", "-")
+    code = next((keyword.value for keyword in call.keywords if keyword.arg == "code"), None)
     if isinstance(code, ast.Attribute):  # another error's, in other words
         return f"{ast.unparse(code)} in {path.stem}"
     assert isinstance(code, ast.Constant), f"{path}:{call.lineno}: an error without a code"
@@ -88,7 +89,7 @@ def _code_of(call: ast.Call, path: Path) -> str:
 
 @dataclass
 class Recorder:
-    """Which sites have made an error whose message a user got to see."""
+    """A record of the sites whose error a user got to see."""
 
     sites: dict[str, Site]
     made: list[tuple[str, str]] = field(default_factory=list)
@@ -99,7 +100,7 @@ class Recorder:
     """Entries of the list."""
 
     def note(self, frame: FrameType | None, message: str) -> None:
-        """An error was made by whoever is below `frame`."""
+        """Record an error that was made below `frame`."""
         while frame is not None:
             if keys := self._at(frame.f_code.co_filename, frame.f_lineno):
                 self.made += [(key, message) for key in keys]
@@ -107,13 +108,13 @@ class Recorder:
             frame = frame.f_back
 
     def _at(self, name: str, line: int) -> list[str]:
-        """The narrowest site around the line; several where a line has several."""
+        """Return the keys of the narrowest site around the line, or of several on one line."""
         around = [site for site in self.sites.values() if site.first <= line <= site.last and _same(site.path, name)]
         narrowest = min((site.last - site.first for site in around), default=0)
         return [site.key for site in around if site.last - site.first == narrowest]
 
     def shown(self, what: str, text: str) -> None:
-        """The entry `what` has shown `text`: an error that was caught on the way there does not count."""
+        """Record that the entry `what` has shown `text`; errors that were caught on the way do not count."""
         for key, message in self.made:
             if _plain(message) in _plain(text):
                 self.reached.setdefault(key, what)
@@ -130,7 +131,7 @@ def _same(path: Path, name: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Without blanks and what cannot be printed, since the command line changes those."""
+    """Return the text without blanks and unprintable characters, which the command line changes."""
     from shufflenet_mlflow.tracking.redaction import redact
 
     return "".join(
@@ -140,10 +141,10 @@ def _plain(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def recorder() -> Iterator[Recorder]:
-    """Notes every error that is made while it is there."""
+    """Record every error that is made while a module's tests run."""
     recorder = Recorder(find_sites())
 
-    def noting(owner: type, original: Any) -> None:
+    def record_errors_of(owner: type, original: Any) -> None:
         def init(self: Any, message: str = "", *rest: Any, **named: Any) -> None:
             original(self, message, *rest, **named)
             recorder.note(sys._getframe(1), str(message))
@@ -151,6 +152,6 @@ def recorder() -> Iterator[Recorder]:
         patch.setattr(owner, "__init__", init)
 
     with pytest.MonkeyPatch.context() as patch:
-        noting(ShuffleNetError, ShuffleNetError.__init__)
-        noting(click.ClickException, click.ClickException.__init__)
+        record_errors_of(ShuffleNetError, ShuffleNetError.__init__)
+        record_errors_of(click.ClickException, click.ClickException.__init__)
         yield recorder
