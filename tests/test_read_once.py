@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Invoke
 from mlflow import MlflowClient
 
 from shufflenet_mlflow.checkpoints import verification
+from tests.support.command_line import Invoke
 
 
 @pytest.fixture

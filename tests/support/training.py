@@ -12,8 +12,9 @@ from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.cli.train import REQUEST_OPTIONS, train
 from shufflenet_mlflow.runtime.progress import LoggingReporter, Phase
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.workflows.train import TrainSummary, run_training
+from shufflenet_mlflow.workflows.train import run_training
 from shufflenet_mlflow.workflows.training.request import TrainRequest
+from shufflenet_mlflow.workflows.training.run import TrainSummary
 from tests.support.command_line import small_options
 from tests.support.metrics import history, steps
 from tests.support.payloads import assert_equal_payloads

@@ -9,6 +9,7 @@ from shufflenet_mlflow.errors import DataError
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.training.loop import Trainer
 from shufflenet_mlflow.workflows import train
+from shufflenet_mlflow.workflows.training.run import TrackedRun
 
 STEPS: dict[str, tuple[Any, str]] = {
     "request": (train, "Connection"),
@@ -16,10 +17,10 @@ STEPS: dict[str, tuple[Any, str]] = {
     "config": (train, "choose"),
     "data": (train, "list_data"),
     "state": (train, "prepare_state"),
-    "run": (train.TrackedRun, "__enter__"),
+    "run": (TrackedRun, "__enter__"),
     "loop": (Trainer, "fetch"),
     "mid-step": (Trainer, "step"),
-    "end": (train.TrackedRun, "end"),
+    "end": (TrackedRun, "end"),
 }
 
 
