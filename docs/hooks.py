@@ -1,4 +1,4 @@
-"""What the site needs beyond `mkdocs.yml`: the pages that lie beside `docs/`, for GitHub, and links between both."""
+"""Site hooks: add the pages beside `docs/`, which GitHub shows, and rewrite the links between both."""
 
 import re
 from pathlib import Path, PurePosixPath
@@ -8,7 +8,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ABOVE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-"""A page beside `docs/` -> what it is called on the site."""
+"""Page beside `docs/` -> its name on the site."""
 
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 _CONSOLE = re.compile(r"^(\s*)```console$", re.MULTILINE)
@@ -16,7 +16,7 @@ _PICTURE = re.compile(r"(!\[[^\]]*\]\()docs/")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Take in the pages from above, with links as they are from within `docs/`."""
+    """Add the pages from the parent folder, with links rewritten as if they were in `docs/`."""
     root = Path(config.config_file_path).parent
     for name, page in ABOVE.items():
         content = _LINK.sub(lambda link: f"[{link[1]}]({_from_above(link[2])})", (root / name).read_text())
@@ -25,9 +25,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, **_: Any) -> str:
-    """Links of other pages to those above; the site has no pages for folders, so links to these are plain text.
+    """Rewrite links to the pages from the parent folder; links to folders, which have no page, become plain text.
 
-    Console blocks hold commands without prompts, which are coloured as what they are: bash.
+    Console blocks hold commands without prompts, so they are highlighted as bash.
     """
     folder = Path(config.docs_dir) / PurePosixPath(page.file.src_uri).parent
 

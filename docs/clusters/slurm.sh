@@ -1,6 +1,6 @@
 #!/bin/bash
 # A training job that survives its time limit: sbatch docs/clusters/slurm.sh OPTIONS OF shufflenet train
-# Set the three lines below; the rest follows from them. What was tried is said in docs/clusters.md.
+# Set the three lines below; the rest follows from them. docs/clusters.md says what was tested.
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=2
 #SBATCH --time=04:00:00
@@ -19,7 +19,7 @@ OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
 # export MLFLOW_TRACKING_URI=https://mlflow.example.org
 
-# One process per task. Slurm's warning reaches each of them: they agree on an iteration, the first one saves it, brings
+# One process per task. Slurm's warning reaches all of them: they agree on an iteration; the first one saves it, delivers
 # it to MLflow, and asks for the requeue. The job's number names the run for every attempt.
 srun --kill-on-bad-exit=1 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS

@@ -1,12 +1,12 @@
 #!/bin/bash
-# One of several machines that train together; start it on each: docs/clusters/torchrun.sh OPTIONS OF shufflenet train
+# Training on several machines; run this on each: docs/clusters/torchrun.sh OPTIONS OF shufflenet train
 #
 #   JOB       the job's name, the same on all machines and in every attempt
-#   NODES     how many machines
-#   FIRST     address of the first machine, with a free port: 10.0.0.1:29500
+#   NODES     number of machines
+#   FIRST     address of the first machine and a free port on it: 10.0.0.1:29500
 #   PER_NODE  processes on this machine: its GPUs, or 1
 #
-# No folder is shared, and only the first process needs to reach MLflow. What was tried is said in docs/clusters.md.
+# No folder is shared, and only the first process must reach MLflow. docs/clusters.md says what was tested.
 
 set -eu
 exec torchrun \
