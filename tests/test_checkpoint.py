@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(CheckpointError, match="cannot look into the folder '.*': Permission denied"):
+    with pytest.raises(CheckpointError, match="cannot read the folder '.*': Permission denied"):
         list_checkpoints(tmp_path)
 
 

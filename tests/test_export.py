@@ -445,7 +445,7 @@ def test_versions_that_mlflow_made_itself(client: MlflowClient, images: Path, sh
     path = str(images / "val" / "red" / "000.png")
     assert json.loads(shufflenet("predict", "models:/ui/1", path, "--json").stdout)[0]["path"] == path
     result = shufflenet("predict", "models:/ui/2", path)
-    assert (result.exit_code, "which is no checkpoint" in result.output) == (1, True), result.output
+    assert (result.exit_code, "which is not a checkpoint" in result.output) == (1, True), result.output
     for number in range(9):
         client.create_registered_model(f"a{number}")
     result = shufflenet("predict", "models:/ui@nope", path)

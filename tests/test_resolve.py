@@ -247,7 +247,7 @@ def test_what_is_not_there_says_what_is(run_id: str, client: MlflowClient, tmp_p
         resolve(f"{run_id}@15")
     with pytest.raises(UnresolvedError, match=f"there is no run {ID} in sqlite:.*--tracking-uri"):
         resolve(ID)
-    with pytest.raises(UnresolvedError, match="'config.json' is not called like a checkpoint"):
+    with pytest.raises(UnresolvedError, match="'config.json' is not named like a checkpoint"):
         resolve(f"runs:/{run_id}/config.json")
     client.delete_tag(run_id, "checkpoint.latest")
     with pytest.raises(UnresolvedError, match="checkpoint-000030.pth.tar, checkpoint-000020.pth.tar"):
@@ -259,7 +259,7 @@ def test_a_record_cannot_lead_out_of_the_cache(run_id: str, client: MlflowClient
     manifest = json.loads(client.get_run(run_id).data.tags["checkpoint.latest"])
     for path in ("checkpoints/..", "../../x", "checkpoints/.hidden"):
         client.set_tag(run_id, "checkpoint.latest", json.dumps({**manifest, "path": path}))
-        with pytest.raises(UnresolvedError, match="not called like a checkpoint"):
+        with pytest.raises(UnresolvedError, match="not named like a checkpoint"):
             resolve(run_id, cache_dir=tmp_path / "cache")
 
 
@@ -274,7 +274,7 @@ def test_registered_models(run_id: str, client: MlflowClient, tmp_path: Path) ->
     cache = tmp_path / "cache"
     assert resolve("models:/net@champion", cache_dir=cache).iters == 20
     assert resolve("models:/net/2", cache_dir=cache).iters == 10
-    with pytest.raises(UnresolvedError, match="which is no checkpoint"):
+    with pytest.raises(UnresolvedError, match="which is not a checkpoint"):
         resolve("models:/net/3", cache_dir=cache)
     with pytest.raises(UnresolvedError, match="net has the aliases: @champion"):
         resolve("models:/net@challenger", cache_dir=cache)

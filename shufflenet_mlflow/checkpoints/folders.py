@@ -69,7 +69,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
         names = [entry.name for entry in directory.iterdir() if entry.is_file()]
     except OSError as error:
         raise CheckpointError(
-            f"cannot look into the folder {str(directory)!r}: {error.strerror}", code="folder-unreadable"
+            f"cannot read the folder {str(directory)!r}: {error.strerror}", code="folder-unreadable"
         ) from error
     return [directory / name for name in newest_first(names)]
 
@@ -116,7 +116,7 @@ def newest_valid(directory: Path) -> Resolved | None:
         try:
             resolved = resolve_file(path)
         except CheckpointError as error:
-            logger.warning("passed over: %s", error)
+            logger.warning("skipped: %s", error)
             failures.append(error)
             continue
         logger.debug("the newest checkpoint in %s that verifies: %s", directory, path.name)

@@ -242,8 +242,8 @@ def loss_of_process(error: RuntimeError) -> LostProcessError | None:
         return None
     first = re.sub(r"^\[\S+:\d+\] ", "", text.splitlines()[0]) if text else type(error).__name__
     return LostProcessError(
-        f"process {os.environ.get('RANK', '0')} has lost another process of this job ({first[:200]}); what was trained "
-        "since the last checkpoint is trained again when the job is started again",
+        f"process {os.environ.get('RANK', '0')} has lost another process of this job ({first[:200]}); start the job "
+        "again to resume from the last checkpoint",
         code="process-lost",
     )
 

@@ -4,7 +4,8 @@ from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Union
 
-from shufflenet_mlflow.tracking.client import connect, impatient
+from shufflenet_mlflow.tracking.client import connect, impatient, mlflow_errors
+from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.uris import is_server, uri_in_force
 
 if TYPE_CHECKING:
@@ -48,13 +49,11 @@ class Connection:
         """Return a run as it was when it was first read over this connection.
 
         Raises:
-            UnresolvedError: the store has no such run.
-            TrackingError: MLflow did not answer.
+            TrackingError: the store has no such run, or MLflow did not answer.
         """
-        from shufflenet_mlflow.tracking.remote_checkpoints import read_run
-
         if run_id not in self._runs:
-            self._runs[run_id] = read_run(self.client, run_id)
+            with mlflow_errors(f"read run {run_id} in {redact(self.uri)}"):
+                self._runs[run_id] = self.client.get_run(run_id)
         return self._runs[run_id]
 
     def impatient(self) -> "AbstractContextManager[None]":

@@ -37,11 +37,10 @@ from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.downloads import scratch_folder, shown
 from shufflenet_mlflow.tracking.redaction import redact
-from shufflenet_mlflow.tracking.run_ids import may_have_been
+from shufflenet_mlflow.tracking.run_ids import is_missing, read_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
 logger = logging.getLogger(__name__)
@@ -55,37 +54,11 @@ _ATTEMPTS = 3
 """Attempts at a download that breaks off."""
 
 
-def _missing(error: TrackingError) -> bool:
-    """Whether MLflow answered that something does not exist."""
-    return error.mlflow_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-
-
-def read_run(client: "MlflowClient", run_id: str) -> "Run":
-    """Read a run.
-
-    Raises:
-        UnresolvedError: there is none such in the store.
-        TrackingError: MLflow did not answer.
-    """
-    with_uri = f"run {run_id} in {redact(client.tracking_uri)}"
-    try:
-        with mlflow_errors(f"read {with_uri}"):
-            return client.get_run(run_id)
-    except TrackingError as error:
-        if not _missing(error):
-            raise
-        like = may_have_been(run_id, client.tracking_uri)
-        raise UnresolvedError(
-            f"there is no {with_uri}{like}; --tracking-uri or MLFLOW_TRACKING_URI names another store",
-            code="run-missing",
-        ) from error
-
-
 class RemoteCheckpoints:
     """The checkpoints of one run, fetched into a cache folder."""
 
     def __init__(self, store: Connection, run_id: str, cache_dir: Path, reporter: Reporter | None = None) -> None:
-        run = store.run(run_id)
+        run = read_run(store, run_id)
         self.client = store.client
         self._reporter = reporter
         self.run_id = run_id
@@ -158,14 +131,14 @@ class RemoteCheckpoints:
         A download that breaks off, or does not verify, is repeated; a file in the cache was whole once.
 
         Raises:
-            UnresolvedError: the artifact is not called like a checkpoint, or the cache folder cannot be used.
+            UnresolvedError: the artifact is not named like a checkpoint, or the cache folder cannot be used.
             CorruptCheckpointError: what arrived is not what was recorded.
             TrackingError: it could not be downloaded.
         """
         name = artifact.rpartition("/")[2]
         if parse_name(name) is None:
             raise UnresolvedError(
-                f"run {self.run_id}: {artifact!r} is not called like a checkpoint, {{tag}}checkpoint-{{iters}}.pth.tar",
+                f"run {self.run_id}: {artifact!r} is not named like a checkpoint, {{tag}}checkpoint-{{iters}}.pth.tar",
                 code="artifact-name",
             )
         target = self.folder / name
@@ -184,7 +157,7 @@ class RemoteCheckpoints:
             except OSError as error:
                 raise self._unusable_cache(name, error) from error
             except (TrackingError, CorruptCheckpointError) as error:
-                if attempt == _ATTEMPTS or (isinstance(error, TrackingError) and _missing(error)):
+                if attempt == _ATTEMPTS or (isinstance(error, TrackingError) and is_missing(error)):
                     raise
                 logger.info("fetching %s again: %s", name, error)
         raise AssertionError("the last attempt raises or returns")
@@ -239,7 +212,7 @@ class RemoteCheckpoints:
             except (CorruptCheckpointError, TrackingError) as error:
                 if isinstance(error, TrackingError) and not self._reachable():
                     raise
-                logger.warning("passed over: %s", error)
+                logger.warning("skipped: %s", error)
                 failures.append(str(error))
                 continue
             return Resolved(checkpoint, self.run_id)
@@ -259,7 +232,7 @@ class RemoteCheckpoints:
             latest = self.tagged(LATEST_TAG)
             yield latest.path, latest
         except UnresolvedError as error:
-            logger.warning("passed over: %s", error)
+            logger.warning("skipped: %s", error)
         for name in self.list_names():
             if latest is None or name != latest.file_name:
                 yield f"{ARTIFACT_FOLDER}/{name}", self.manifest_of(name)
@@ -342,7 +315,7 @@ def resolve_model(
                 else client.get_model_version(reference.name, reference.version)
             )
     except TrackingError as error:
-        if not _missing(error):
+        if not is_missing(error):
             raise
         raise UnresolvedError(_registry_hint(client, reference, asked), code="registered-model-missing") from error
     run_id, manifest = _checkpoint_of(client, version)
@@ -355,7 +328,7 @@ def resolve_model(
         run = RemoteCheckpoints(store, run_id, cache_dir, reporter)
         return run.resolve(RunReference(run_id, artifact=artifact))
     raise UnresolvedError(
-        f"{asked} is version {version.version} from {redact(str(version.source))!r}, which is no checkpoint",
+        f"{asked} is version {version.version} from {redact(str(version.source))!r}, which is not a checkpoint",
         code="registered-model-no-checkpoint",
     )
 

@@ -13,7 +13,7 @@ from shufflenet_mlflow.errors import UnresolvedError
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.journal import read_pending
-from shufflenet_mlflow.tracking.run_ids import beginning_of, complete, find_run_ids
+from shufflenet_mlflow.tracking.run_ids import beginning_of, complete, find_run_ids, read_run
 from shufflenet_mlflow.tracking.target import manifest_in_tag
 
 
@@ -70,7 +70,7 @@ def latest_of_run(run_id: str, store: Connection) -> CheckpointManifest | None:
         UnresolvedError: there is no such run.
         TrackingError: MLflow did not answer.
     """
-    return manifest_in_tag(store.run(run_id).data.tags, LATEST_TAG)
+    return manifest_in_tag(read_run(store, run_id).data.tags, LATEST_TAG)
 
 
 def get_latest_model(

@@ -233,7 +233,7 @@ def require_not_beyond(client: "MlflowClient", run_id: str, iters: int) -> None:
     latest = manifest_in_tag(tags, LATEST_TAG)
     if latest is not None and latest.iters > iters:
         raise ResumeError(
-            f"run {run_id} has gone on to iteration {latest.iters}, this checkpoint is of {iters}; "
+            f"run {run_id} is already at iteration {latest.iters}, and this checkpoint is from iteration {iters}; "
             f"--resume {run_id} continues it, --new-run with another --save-dir forks it here",
             code="run-gone-on",
         )
@@ -278,4 +278,4 @@ class WrapperRun:
             if status == "FINISHED":
                 raise
             # What ended the run is what the caller must hear of first.
-            logger.warning("the run's status stays as it was: %s", error)
+            logger.warning("the run's status could not be set: %s", error)

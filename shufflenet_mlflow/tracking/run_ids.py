@@ -3,6 +3,7 @@
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shufflenet_mlflow.checkpoints.references import RunReference, is_run_id, parse_reference
 from shufflenet_mlflow.errors import TrackingError, UnresolvedError
@@ -10,6 +11,9 @@ from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.uris import store_file
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 _NAMED = 4
 """Runs that a message names at most."""
@@ -87,3 +91,28 @@ def _newest(store: str | Connection | None, filter_string: str, what: str) -> di
         newest = ["attributes.start_time DESC"]
         runs = client.search_runs(experiments, filter_string, ViewType.ALL, _SEARCHED, newest)
     return {run.info.run_id: run.info.run_name for run in runs}
+
+
+def is_missing(error: TrackingError) -> bool:
+    """Whether MLflow answered that something does not exist."""
+    return error.mlflow_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def read_run(store: Connection, run_id: str) -> "Run":
+    """Read a run, once per connection.
+
+    Raises:
+        UnresolvedError: there is no such run in the store.
+        TrackingError: MLflow did not answer.
+    """
+    try:
+        return store.run(run_id)
+    except TrackingError as error:
+        if not is_missing(error):
+            raise
+        like = may_have_been(run_id, store)
+        raise UnresolvedError(
+            f"there is no run {run_id} in {redact(store.uri)}{like}; --tracking-uri or MLFLOW_TRACKING_URI names "
+            "another store",
+            code="run-missing",
+        ) from error

@@ -58,7 +58,7 @@ class TrackingSession:
         self.delivery = Delivery(deliverer, reporter)
         self.recorder = Recorder(journal, run, self.delivery.wake, deliverer.just_written)
         if journal.pending:
-            reporter.note(f"{journal.pending} entries from before wait for MLflow in {journal.path}")
+            reporter.note(f"{journal.pending} entries of an earlier run are waiting for MLflow in {journal.path}")
             self.delivery.wake()
 
     @property
@@ -102,7 +102,7 @@ class TrackingSession:
             self._reporter.warn(
                 f"{pending} entries have not reached MLflow and are kept in {self.journal.path}"
                 + (f" ({self.delivery.reason})" if self.delivery.reason else "")
-                + f"; `shufflenet sync {directory}` brings them there, and so does the next run in that folder"
+                + f"; `shufflenet sync {directory}`, or the next run in that folder, delivers them"
             )
         if self.journal.failure:
             self._reporter.warn(self.journal.failure)

@@ -32,7 +32,7 @@ from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, Journal, read_pendi
 from shufflenet_mlflow.tracking.prune import Dropped, choose_dropped, delete, pending_names
 from shufflenet_mlflow.tracking.remote_checkpoints import RemoteCheckpoints, promoted_names
 from shufflenet_mlflow.tracking.resolve import resolve
-from shufflenet_mlflow.tracking.run_ids import complete
+from shufflenet_mlflow.tracking.run_ids import complete, read_run
 from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
 from shufflenet_mlflow.tracking.uris import uri_of_journal
 
@@ -307,7 +307,7 @@ def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | 
     with _alone_in(location.directory) if not dry_run else nullcontext():
         target = None
         if location.run_id is not None:
-            location.store.run(location.run_id)  # raises if there is none
+            read_run(location.store, location.run_id)  # raises if there is none
             target = RunTarget(location.store.client, location.run_id, location.directory or Path())
         waiting = pending_names(location.directory) if location.directory else ()
         dropped = choose_dropped(location.directory, retention, target=target, waiting=waiting)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shufflenet_mlflow.tracking.client import connect, prepare_environment
+from shufflenet_mlflow.tracking.client import prepare_environment
+from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.workflows.runs import find_run
 
 if TYPE_CHECKING:
@@ -36,6 +37,6 @@ def run_comparison(refs: Sequence[str], *, out: Path | None, tracking_uri: str |
     from shufflenet_mlflow.compare import compare_runs, write_page
 
     prepare_environment()
-    client = connect(tracking_uri)
-    comparison = compare_runs(client, [find_run(client, ref) for ref in refs], curves=out is not None)
+    store = Connection(tracking_uri)
+    comparison = compare_runs(store.client, [find_run(store, ref) for ref in refs], curves=out is not None)
     return CompareSummary(comparison, tuple(write_page(comparison, out)) if out is not None else ())

@@ -26,6 +26,7 @@ from shufflenet_mlflow.tracking.client import prepare_environment
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run import WrapperRun, take_mlflow_run_id
+from shufflenet_mlflow.tracking.run_ids import read_run
 from shufflenet_mlflow.workflows.eval_results import Evaluated, record_in_new, record_in_own, record_in_source
 from shufflenet_mlflow.workflows.loading import LoadedCheckpoint, ModelRequest
 
@@ -168,7 +169,7 @@ def _source(store: Connection, loaded: LoadedCheckpoint, where: str) -> "Run | N
     run = None
     if loaded.run_id is not None:
         with suppress(UnresolvedError):  # it is in another store
-            run = store.run(loaded.run_id)
+            run = read_run(store, loaded.run_id)
     if run is None and where == "source":
         raise UnresolvedError(
             f"{loaded.source} belongs to no run in {redact(store.uri)}; --log-to new makes one for the "

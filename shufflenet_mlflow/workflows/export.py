@@ -16,6 +16,7 @@ from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.client import mlflow_errors, prepare_environment
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.resolve import resolve, run_of
+from shufflenet_mlflow.tracking.run_ids import read_run
 from shufflenet_mlflow.workflows.loading import LoadedCheckpoint, ModelRequest, source_of
 
 MLFLOW_FORMAT = "mlflow"
@@ -117,7 +118,7 @@ def run_promotion(
             "MLflow serves",
             code="promote-without-run",
         )
-    client, run = store.client, store.run(run_id)
+    client, run = store.client, read_run(store, run_id)
     manifest = checkpoint_in_run(client, run_id, resolved.path.name)
     here = read_manifest(resolved.path)
     if here is not None and here.sha256 != manifest.sha256:

@@ -12,16 +12,16 @@ from shufflenet_mlflow.checkpoints.references import is_run_id
 from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
 from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
+from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.note import NOTE_TAG
 from shufflenet_mlflow.tracking.provenance import COMMAND_TAG, COMMIT_TAG, DIRTY_TAG
 from shufflenet_mlflow.tracking.redaction import redact
-from shufflenet_mlflow.tracking.remote_checkpoints import read_run
 from shufflenet_mlflow.tracking.run import CONFIG_TAG, wanted_experiment
-from shufflenet_mlflow.tracking.run_ids import complete
+from shufflenet_mlflow.tracking.run_ids import complete, read_run
 from shufflenet_mlflow.tracking.target import manifest_in_tag
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.tracking.client import MlflowClient, Run
+    from shufflenet_mlflow.tracking.client import Run
 
 DEFAULT_COLUMNS = ("run_id", "name", "status", "started", "minutes", "model", "val/top1", "best/val_top1")
 
@@ -244,8 +244,8 @@ def show_run(ref: str, *, tracking_uri: str | None) -> RunDetails:
         TrackingError: MLflow did not answer.
     """
     prepare_environment()
-    client = connect(tracking_uri)
-    run = find_run(client, ref)
+    store = Connection(tracking_uri)
+    client, run = store.client, find_run(store, ref)
     tags, run_id = run.data.tags, run.info.run_id
     with mlflow_errors(f"read the models of run {run_id}"):
         experiment = client.get_experiment(run.info.experiment_id).name
@@ -261,7 +261,7 @@ def show_run(ref: str, *, tracking_uri: str | None) -> RunDetails:
     )
 
 
-def find_run(client: "MlflowClient", ref: str) -> "Run":
+def find_run(store: Connection, ref: str) -> "Run":
     """The run that `ref` names: its ID or the first characters of it, or `runs:/ID`.
 
     Raises:
@@ -271,7 +271,7 @@ def find_run(client: "MlflowClient", ref: str) -> "Run":
     named = ref.removeprefix("runs:/").rstrip("/")
     if not is_run_id(named, whole=False):
         raise UnresolvedError(f"{ref!r} is not a run ID; `shufflenet runs` lists them", code="not-a-run-id")
-    return read_run(client, str(complete(f"runs:/{named}", client.tracking_uri)).removeprefix("runs:/"))
+    return read_run(store, str(complete(f"runs:/{named}", store)).removeprefix("runs:/"))
 
 
 def _with_prefix(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
