@@ -108,20 +108,20 @@ def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) 
     """
     prepare_environment()
     with ended_with_mlflow_run():
-        return _run(request, reporter, stop)
+        return _run(request, JobContext.alone(reporter, stop))
 
 
-def _run(request: EvalRequest, reporter: Reporter, stop: StopFlag) -> EvalSummary:
+def _run(request: EvalRequest, context: JobContext) -> EvalSummary:
     mlflow_run_id = take_mlflow_run_id()
     where = request.log_to or _default_place(request.ref, mlflow_run_id)
     store = Connection(request.tracking_uri)
     client = store.client if mlflow_run_id is not None or where != "none" else None
     made = WrapperRun(client, mlflow_run_id, tags={}) if client is not None and mlflow_run_id is not None else None
     with made or nullcontext():
-        loaded = request.load(store, reporter)
+        loaded = request.load(store, context.reporter)
         source = _source(store, loaded, where) if client is not None and where != "none" else None
         val_dir = _val_dir(request, loaded)
-        summary, listing = _evaluate(request, loaded, val_dir, reporter, stop)
+        summary, listing = _evaluate(request, loaded, val_dir, context)
         if client is None or where == "none":
             return summary
         evaluated = Evaluated(
@@ -206,13 +206,13 @@ def _val_dir(request: EvalRequest, loaded: LoadedCheckpoint) -> str | None:
 
 
 def _evaluate(
-    request: EvalRequest, loaded: LoadedCheckpoint, val_dir: str | None, reporter: Reporter, stop: StopFlag
+    request: EvalRequest, loaded: LoadedCheckpoint, val_dir: str | None, context: JobContext
 ) -> tuple[EvalSummary, ImageListing]:
     network, source = loaded.network, loaded.source
     trained = _usable_config(loaded.payload)
     skip_bad = request.on_bad_image == "skip"
     listing = list_folder(val_dir, "val", option="--val-dir", skip_bad=skip_bad, cache_dir=request.cache_dir)
-    _check_classes(network, listing, source, reporter)
+    _check_classes(network, listing, source, context.reporter)
     device = choose_device(request.device)
     keep_freed_memory(device)
     batch_size = request.batch_size or trained.get("batch_size", DEFAULT_BATCH_SIZE)
@@ -231,7 +231,7 @@ def _evaluate(
             network.preprocess,
             settings,
             bad_images=BadImageLog(skip=skip_bad),
-            context=JobContext.alone(reporter, stop),
+            context=context,
             observe=observer,
         )
     seconds = time.perf_counter() - began

@@ -56,11 +56,13 @@ def run_prediction(request: PredictRequest, pictures: Pictures, *, reporter: Rep
     prepare_environment()
     network = request.load(Connection(request.tracking_uri), reporter).network
     top = min(request.top, network.num_classes)
-    return Predictions(tuple(network.labels), top, _predict(request, network, pictures, top, reporter, stop))
+    return Predictions(
+        tuple(network.labels), top, _predict(request, network, pictures, top, JobContext.alone(reporter, stop))
+    )
 
 
 def _predict(
-    request: PredictRequest, network: LoadedModel, pictures: Pictures, top: int, reporter: Reporter, stop: StopFlag
+    request: PredictRequest, network: LoadedModel, pictures: Pictures, top: int, context: JobContext
 ) -> Generator[list[Prediction], None, None]:
     device = choose_device(request.device)
     keep_freed_memory(device)
@@ -82,5 +84,5 @@ def _predict(
             settings,
             top=top,
             bad_images=BadImageLog(skip=request.on_bad_image == "skip"),
-            context=JobContext.alone(reporter, stop),
+            context=context,
         )
