@@ -92,7 +92,9 @@ def test_the_server_dies_for_good(server: Server, images: Path, tmp_path: Path) 
     ended = json.loads(out)
     assert "Traceback" not in err
     assert "training goes on" in err
-    assert f"`shufflenet sync {ended['save_dir']}`, or the next run in that folder, delivers them" in err.splitlines()[-1]
+    assert (
+        f"`shufflenet sync {ended['save_dir']}`, or the next run in that folder, delivers them" in err.splitlines()[-1]
+    )
     assert ended["pending"] > 0
     assert Path(tmp_path / "work" / ended["checkpoint"]).name == "bnps-checkpoint-000060.pth.tar"
     server.start()

@@ -246,7 +246,9 @@ def test_a_stop_in_validation_does_not_rewrite_what_was_committed(images: Path, 
 def test_a_run_is_not_rewound(images: Path, client: MlflowClient) -> None:
     first = run(images, "--save-dir", "models")
     before = dict(client.get_run(first.run_id).data.tags)
-    with pytest.raises(ResumeError, match="is already at iteration 12, and this checkpoint is from iteration 5; --resume"):
+    with pytest.raises(
+        ResumeError, match="is already at iteration 12, and this checkpoint is from iteration 5; --resume"
+    ):
         run(images, "--resume", f"{first.run_id}@5", "--val-interval", 12)
     assert client.get_run(first.run_id).data.tags == before
     assert client.get_run(first.run_id).info.status == "FINISHED"

@@ -1,4 +1,4 @@
-"""What several runs have, put side by side."""
+"""Put several runs side by side: what differs, and which is better."""
 
 import json
 import logging
@@ -25,15 +25,15 @@ _BETTER = {
     **dict.fromkeys(("top1", "top5", "val_top1", "mean_class_accuracy", "images_per_second"), HIGHER),
     **dict.fromkeys(("loss", "calibration_error"), LOWER),
 }
-"""The last part of a metric's name -> which values are better."""
+"""Last part of a metric's name -> which values are better."""
 
 _LEFT_OUT = ("system/", "train/lr", "epoch")
-"""Metrics that say nothing about which run is better."""
+"""Metrics that do not say which run is better."""
 
 CURVES = ("train/loss", "val/loss", "train/top1", "val/top1")
 
 _POINTS = 2000
-"""A curve is drawn with so many points; of more, evenly spread ones are taken."""
+"""Points per curve; of more, evenly spaced ones are drawn."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,22 @@ class RunColumn:
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     evaluated: Mapping[str, str]
-    """What an evaluation's metrics call a set of images -> digest of those images."""
+    """Name of a set of images in an evaluation's metrics -> digest of those images."""
 
     @property
     def short_id(self) -> str:
-        """Enough of its ID to tell it from the others."""
+        """Enough of the run's ID to tell it from the others."""
         return self.run_id[:8]
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A metric of all runs; None where a run has none."""
+    """A metric of all runs; None for runs without it."""
 
     metric: str
     values: tuple[float | None, ...]
     best: tuple[int, ...]
-    """Which runs have the best value; empty where there is no better and worse, or all are equal."""
+    """Indices of the runs with the best value; empty if there is no better and worse, or all are equal."""
     is_comparable: bool = True
     """False for evaluations of the same name on different images."""
 
@@ -76,9 +76,9 @@ class Curve:
     run: int
     iterations: tuple[int, ...]
     images: tuple[int, ...] | None
-    """Images seen; None where the run does not say how large its batches are."""
+    """Images seen; None if the run does not say how large its batches are."""
     minutes: tuple[float, ...]
-    """Since the run began; pauses count."""
+    """Minutes since the run started, pauses included."""
     values: tuple[float, ...]
 
 
@@ -88,14 +88,14 @@ class Comparison:
 
     runs: tuple[RunColumn, ...]
     differing: Mapping[str, tuple[str | None, ...]]
-    """Parameter -> its value in each run, where they differ."""
+    """Parameter -> its value in each run, for those that differ."""
     results: tuple[ResultRow, ...]
     curves: tuple[Curve, ...]
     tests: tuple[PairedTest, ...]
-    """The evaluations of the first run against those of the others, on the same images."""
+    """Tests of the first run's evaluations against those of the others, on the same images."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `compare --json`."""
+        """Return the document of `compare --json`."""
         return {
             "runs": [{"run_id": run.run_id, "name": run.name, "status": run.status} for run in self.runs],
             "differing_params": {name: list(values) for name, values in self.differing.items()},
@@ -161,7 +161,7 @@ def compare_runs(client: "MlflowClient", runs: "Sequence[Run]", *, curves: bool 
 
 
 def _resolved(params: Mapping[str, str]) -> dict[str, str]:
-    """The values in force: `mlflow run` logs its own spelling, with what it amounts to beside."""
+    """Return the parameters in force: `mlflow run` logs its own spelling, and the resolved value beside it."""
     plain = {name: value for name, value in params.items() if not name.startswith("resolved/")}
     in_force = {name.removeprefix("resolved/"): value for name, value in params.items() if name not in plain}
     return {name: value for name, value in {**plain, **in_force}.items() if value not in ("", "''")}
@@ -176,7 +176,7 @@ def _results(runs: Sequence[RunColumn]) -> tuple[ResultRow, ...]:
 
 
 def _of_same_images(metric: str, runs: Sequence[RunColumn]) -> bool:
-    """Whether an evaluation's metric is of the same images in all runs that have it; true for any other metric."""
+    """Whether an evaluation's metric is about the same images in all runs that have it; True for any other metric."""
     section = metric.rpartition("/")[0]
     if not section.startswith(EVALUATION_SECTION):
         return True
@@ -218,7 +218,7 @@ def _curves(client: "MlflowClient", runs: Sequence[RunColumn]) -> Iterator[Curve
 
 
 def _evaluations(client: "MlflowClient", run: "Run") -> Iterator[Evaluation]:
-    """The evaluations among a run's artifacts: of each set of images the one of the latest checkpoint."""
+    """Return the evaluations among a run's artifacts: for each set of images, that of the latest checkpoint."""
     run_id = run.info.run_id
     newest: dict[str, Evaluation] = {}
     with mlflow_errors(f"list the evaluations of run {run_id}"):
@@ -260,7 +260,7 @@ def _tests(client: "MlflowClient", evaluations: Sequence[Sequence[Evaluation]]) 
 
 
 def _outcomes(client: "MlflowClient", evaluation: Evaluation) -> dict[str, Outcome] | None:
-    """What became of each image, by path; None if that cannot be read."""
+    """Return the outcome of each image by path; None if it cannot be read."""
     try:
         return read_outcomes(_read(client, evaluation.run_id, f"{evaluation.folder}/predictions.csv"))
     except (ValueError, KeyError, TypeError):
@@ -269,7 +269,7 @@ def _outcomes(client: "MlflowClient", evaluation: Evaluation) -> dict[str, Outco
 
 
 def _read(client: "MlflowClient", run_id: str, artifact: str) -> str:
-    """A small artifact's text."""
+    """Read a small text artifact."""
     with mlflow_errors(f"read {artifact} of run {run_id}"), tempfile.TemporaryDirectory() as scratch:
         # Not as text: quoted names may hold ends of lines of any kind.
         return Path(client.download_artifacts(run_id, artifact, scratch)).read_bytes().decode()

@@ -1,4 +1,4 @@
-"""The curves of several runs as pictures."""
+"""Plot the curves of several runs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,16 +13,16 @@ AXES: dict[str, tuple[str, Callable[[Curve], Sequence[float] | None]]] = {
     "images": ("images seen", lambda curve: curve.images),
     "time": ("minutes, pauses included", lambda curve: curve.minutes),
 }
-"""File name -> what runs from left to right."""
+"""File name -> quantity on the x axis."""
 
 _COLOURS = ("#2f6fb2", "#d1603d", "#3d8f5f", "#8a5fb0", "#b08a2e", "#4a4a4a", "#c05a8f", "#5aa6b8")
 _MARKED_UP_TO = 40
 _INFINITE = 1.7e308
-"""MLflow keeps what is infinite as the largest number there is, beside which nothing else can be drawn."""
+"""MLflow stores infinity as the largest number, next to which nothing else can be drawn."""
 
 
 def curves_figure(comparison: Comparison, over: str) -> Figure | None:
-    """Loss and accuracy of all runs over one of `AXES`; None if there is no curve."""
+    """Return a figure of loss and accuracy of all runs over one of `AXES`; None if there is no curve."""
     label, along = AXES[over]
     shown = [metric for metric in CURVES if any(curve.metric == metric for curve in comparison.curves)]
     if not shown:

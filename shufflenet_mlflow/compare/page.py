@@ -1,4 +1,4 @@
-"""A comparison as files: one HTML page that needs no other file, and the curves as PNG."""
+"""Write a comparison as files: a self-contained HTML page, JSON, and the curves as PNG."""
 
 import base64
 import io
@@ -20,13 +20,13 @@ from shufflenet_mlflow.runtime.serialization import to_json
 PAGE, DOCUMENT = "compare.html", "compare.json"
 
 _MOST_CHANGES = 60
-"""Images shown on the page for each side of a test."""
+"""Images shown for each side of a test."""
 
 _THUMBNAIL = 96
 
 
 def write_page(comparison: Comparison, directory: Path) -> list[Path]:
-    """Write `compare.html`, `compare.json` and a PNG for each of `AXES` that there are curves over.
+    """Write `compare.html`, `compare.json` and a PNG for each of `AXES` that has curves.
 
     Raises:
         ExportError: the folder cannot be written.
@@ -67,7 +67,7 @@ def write_page(comparison: Comparison, directory: Path) -> list[Path]:
 
 
 def _without_prologue(svg: str) -> str:
-    """The drawing as it stands within a page."""
+    """Return an SVG drawing without what may not stand inside a page."""
     return svg[svg.index("<svg") :]
 
 
@@ -90,7 +90,7 @@ def _shown(test: PairedTest) -> dict[str, Any]:
 
 
 def _thumbnail(test: PairedTest, change: Change) -> str | None:
-    """The image as a data URI; None if it is not on this machine."""
+    """Return the image as a data URI; None if it is not on this machine."""
     if test.first.root is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Two evaluations on the same images: which images changed sides, and whether the difference is more than chance."""
+"""Two evaluations on the same images: which images changed sides, and whether that is more than chance."""
 
 import csv
 import io
@@ -28,13 +28,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation that a run has among its artifacts."""
+    """An evaluation among a run's artifacts."""
 
     run_id: str
     data: str
     digest: str
     root: str | None
-    """The folder that the images were in."""
+    """Folder that the images were in."""
     checkpoint: str
     iters: int
     top1: float
@@ -44,12 +44,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Change:
-    """An image that one of two evaluations gets right and the other wrong."""
+    """An image that one evaluation gets right and the other wrong."""
 
     path: str
     label: str
     first: str
-    """What the first evaluation takes it for."""
+    """Class that the first evaluation predicts."""
     second: str
 
 
@@ -61,18 +61,18 @@ class PairedTest:
     second: Evaluation
     images: int
     only_first: tuple[Change, ...]
-    """Images that only the first gets right."""
+    """Images that only the first evaluation gets right."""
     only_second: tuple[Change, ...]
 
     @property
     def p_value(self) -> float:
-        """How probable so uneven a split of the changed images is if both are equally good; two-sided."""
+        """Two-sided probability of so uneven a split if both are equally good."""
         changed = len(self.only_first) + len(self.only_second)
         return 1.0 if not changed else float(binomtest(len(self.only_first), changed, 0.5).pvalue)
 
     @property
     def verdict(self) -> str:
-        """The result in words."""
+        """Return the result in words."""
         difference = (len(self.only_second) - len(self.only_first)) / max(1, self.images)
         if self.p_value >= SIGNIFICANT:
             return f"the difference of {difference:+.4f} in accuracy may be chance (p = {self.p_value:.3g})"
@@ -80,7 +80,7 @@ class PairedTest:
         return f"the {better} is better by {abs(difference):.4f} in accuracy (p = {self.p_value:.3g})"
 
     def to_dict(self) -> dict[str, Any]:
-        """One entry of `compare --json`."""
+        """Return one entry of `compare --json`."""
         return {
             "data": self.first.data,
             "digest": self.first.digest,
@@ -99,7 +99,7 @@ class PairedTest:
 
 
 def read_outcomes(text: str) -> dict[str, Outcome]:
-    """The lines of `predictions.csv` by path."""
+    """Return the lines of `predictions.csv` by path."""
     rows = csv.DictReader(io.StringIO(text))
     return {
         row["path"]: Outcome(row["path"], row["label"], row["predicted"], float(row["probability"])) for row in rows
@@ -107,7 +107,7 @@ def read_outcomes(text: str) -> dict[str, Outcome]:
 
 
 def paired_test(first: Evaluation, second: Evaluation, outcomes: Sequence[dict[str, Outcome]]) -> PairedTest:
-    """Compare two evaluations image by image; those that only one of them could read are left out."""
+    """Compare two evaluations image by image, without images that only one of them could read."""
     left, right = outcomes
     common = [path for path in left if path in right]
     changes: tuple[list[Change], list[Change]] = ([], [])

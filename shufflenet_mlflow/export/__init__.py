@@ -1,4 +1,4 @@
-"""Checkpoints for those who do not have this package: exported programs, logged models, registered models."""
+"""Checkpoints for people without this package: exported programs, logged models, registered models."""
 
 from shufflenet_mlflow.export.files import FORMATS, export_file
 from shufflenet_mlflow.export.logged import LogModels, log_model

@@ -24,11 +24,11 @@ from shufflenet_mlflow.export.quiet import quiet
 from shufflenet_mlflow.models.loaded import LoadedModel
 
 SETTINGS_FILE = "classifier.json"
-"""The extra file of a `.pt2`, and the metadata entry of an `.onnx`, that holds `settings_of`."""
+"""Name of the extra file of a `.pt2`, and of the metadata entry of an `.onnx`, that holds `settings_of`."""
 
 
 def export_file(network: LoadedModel, target: Path, form: str) -> float:
-    """Write the network to `target`, in a format of `FORMATS`, and compare it with the checkpoint before it counts.
+    """Write the network to `target`, in a format of `FORMATS`, and compare it with the checkpoint before renaming it.
 
     Returns:
         The largest difference between logits, as a part of the largest one: 0 if they are equal bit for bit.
@@ -60,12 +60,12 @@ def export_file(network: LoadedModel, target: Path, form: str) -> float:
 
 
 def write_pt2(network: LoadedModel, path: Path) -> None:
-    """What `torch.export.load` reads."""
+    """Write a file for `torch.export.load`."""
     torch.export.save(export_program(network), path, extra_files={SETTINGS_FILE: json.dumps(settings_of(network))})
 
 
 def load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
-    """The program in a file of `write_pt2`."""
+    """Load the program from a file of `write_pt2`."""
     program: Callable[[Tensor], Tensor] = torch.export.load(path).module()
     return program
 
@@ -111,4 +111,4 @@ FORMATS: dict[str, tuple[Callable[[LoadedModel, Path], None], Callable[[Path], C
     "pt2": (write_pt2, load_pt2),
     "onnx": (_write_onnx, _load_onnx),
 }
-"""Name -> how it is written, and how it is read back."""
+"""Name -> functions that write and read the format."""

@@ -1,4 +1,4 @@
-"""Logged models: a checkpoint as something that MLflow loads, serves and registers, without this package.
+"""Logged models: a checkpoint that MLflow loads, serves and registers, without this package.
 
 Its code is `classifier.py`, its weights an exported program, which needs no permission to unpickle anything. A logged
 model belongs to one checkpoint of a run, and is made once: it is found again by the checkpoint's SHA-256.
@@ -40,15 +40,15 @@ CODE_FILE = "classifier.py"
 """The code of a logged model: `export.serving` and the modules it works with, in one file."""
 
 SHA256_TAG = "checkpoint.sha256"
-"""Tag of a logged model: of the checkpoint that it was made from."""
+"""Tag of a logged model: SHA-256 of its checkpoint."""
 
 _REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "simplejpeg", "pandas")
 
 _TALKATIVE = ("mlflow.pyfunc", "mlflow.models", "mlflow.types", "mlflow.utils")
-"""They warn of MLflow's own type hints, and advise on requirements, which are as they should be."""
+"""Loggers that warn of MLflow's own type hints, and of requirements that are as they should be."""
 
 _LINKED = ("loss", "val/loss", "val/top1", "val/top5")
-"""Metrics of a run that are also those of the checkpoint at their step."""
+"""Metrics of a run that also belong to the checkpoint at their step."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class LogModels:
     kind: ClassVar[str] = "models"
 
     def send(self, target: RunTarget) -> None:
-        """Make those that there are not yet.
+        """Make those that do not exist yet.
 
         Raises:
             RefusedError: a checkpoint is gone or cannot be exported, or the server has no logged models.
@@ -87,7 +87,7 @@ class LogModels:
 
 @contextlib.contextmanager
 def _local_copy(target: RunTarget, manifest: CheckpointManifest) -> Iterator[Path]:
-    """The checkpoint's file: the one in the run's folder, or else fetched."""
+    """Yield the checkpoint's file: the one in the run's folder, or else a downloaded one."""
     path = target.directory / manifest.file_name
     with tempfile.TemporaryDirectory() as scratch:
         if not path.exists():
@@ -97,7 +97,7 @@ def _local_copy(target: RunTarget, manifest: CheckpointManifest) -> Iterator[Pat
 
 
 def find_logged_model(client: "MlflowClient", run: "Run", manifest: CheckpointManifest) -> "LoggedModel | None":
-    """The logged model of that checkpoint; None if there is none.
+    """Return the logged model of a checkpoint; None if there is none.
 
     Raises:
         TrackingError: MLflow did not answer.
@@ -116,7 +116,7 @@ def _models_of(client: "MlflowClient", run: "Run", manifest: CheckpointManifest)
 
 
 def log_model(client: "MlflowClient", run: "Run", manifest: CheckpointManifest, path: Path) -> str:
-    """Make a logged model of a checkpoint, with the metrics that belong to it; one that is there already is returned.
+    """Make a logged model of a checkpoint, with its metrics; return an existing one.
 
     Args:
         path: the checkpoint's file, verified.
@@ -172,7 +172,7 @@ def _begin_model(
 
 
 def _name(network: LoadedModel, manifest: CheckpointManifest) -> str:
-    """MLflow takes no slashes, colons, dots, percent signs or quotes in names of logged models."""
+    """Return a name without the slashes, colons, dots, percent signs and quotes that MLflow refuses."""
     stem = manifest.file_name.removesuffix(".pth.tar").replace("checkpoint-", "")
     return f"{network.architecture.name}-{stem}".translate(str.maketrans("/:.%\"'", "------"))
 
@@ -185,7 +185,7 @@ def write_model(
     model: "LoggedModel | None" = None,
     metadata: dict[str, Any] | None = None,
 ) -> float:
-    """Write the network as an MLflow model into the new folder `folder`, which `mlflow models serve -m` takes too.
+    """Write the network as an MLflow model into the new folder `folder`, for `mlflow models serve -m` too.
 
     Returns:
         How far it is from the network: see `check_equal`.
@@ -229,7 +229,7 @@ def write_model(
 
 
 def _example_image() -> bytes:
-    """A PNG of a few pixels."""
+    """Return a PNG of a few pixels."""
     pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -237,7 +237,7 @@ def _example_image() -> bytes:
 
 
 def _requirements() -> list[str]:
-    """What `classifier.py` needs, in the versions that are here; a local build's suffix is not to be had elsewhere."""
+    """Return what `classifier.py` needs, in the versions that are installed; without suffixes of local builds."""
     lines = []
     for package in _REQUIREMENTS:
         try:
@@ -248,7 +248,7 @@ def _requirements() -> list[str]:
 
 
 def _link(client: "MlflowClient", run: "Run", model_id: str, manifest: CheckpointManifest) -> None:
-    """Name the model among the run's outputs, and the run's metrics at its step among the model's."""
+    """Link the model to the run as an output, and the run's metrics at its step to the model."""
     from mlflow.entities import LoggedModelOutput, Metric
 
     run_id = run.info.run_id

@@ -1,4 +1,5 @@
-"""A network as a program that PyTorch runs without the code that made it, and what its inputs and outputs mean."""
+"""Export a network as a program that PyTorch runs without the network's code, with a description of its input and
+output."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,17 +13,18 @@ from shufflenet_mlflow.errors import ExportError
 from shufflenet_mlflow.models.loaded import LoadedModel
 
 INPUT, OUTPUT = "images", "logits"
-"""Names of what a program takes and gives."""
+"""Names of a program's input and output."""
 
 TOLERANCE = 1e-4
-"""How far an exported program's logits may be from the network's, as a part of the largest logit."""
+"""Largest difference between a program's logits and the network's, as a fraction of the largest logit."""
 
 _BATCHES = (2, 1, 5)
 """Sizes of the batches that are compared."""
 
 
 class PixelsToLogits(nn.Module):
-    """uint8 (N, 3, S, S) in the preprocessing's channel order -> float32 (N, classes)."""
+    """A network on uint8 pixels (N, 3, S, S), in the preprocessing's channel order; returns float32 logits (N,
+    classes)."""
 
     def __init__(self, network: LoadedModel) -> None:
         super().__init__()
@@ -35,14 +37,14 @@ class PixelsToLogits(nn.Module):
 
 
 def example_pixels(network: LoadedModel, images: int = 2) -> Tensor:
-    """Random pixels of the right shape; the same at each call."""
+    """Return random pixels of the right shape; the same in each call."""
     generator = torch.Generator().manual_seed(images)
     size = network.preprocess.input_size
     return torch.randint(256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
 def export_program(network: LoadedModel) -> torch.export.ExportedProgram:
-    """The network in evaluation mode as a program for batches of any size."""
+    """Return the network in evaluation mode as a program for batches of any size."""
     module = PixelsToLogits(network)
     with torch.no_grad():
         return torch.export.export(
@@ -51,7 +53,7 @@ def export_program(network: LoadedModel) -> torch.export.ExportedProgram:
 
 
 def settings_of(network: LoadedModel) -> dict[str, Any]:
-    """What a program's inputs and outputs mean, as plain values: labels, and the way from an image to its pixels.
+    """Return labels, and how an image becomes the program's input, as plain values.
 
     `classifier.Classifier` works with it.
     """

@@ -1,4 +1,4 @@
-"""Silence for libraries that tell of themselves what their users cannot change."""
+"""Silence libraries that report what their users cannot change."""
 
 import logging
 import warnings
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """In the block those loggers report errors only, and no warning is shown."""
+    """Within the block, let these loggers report only errors, and show no warnings."""
     chosen = [logging.getLogger(name) for name in loggers]
     before = [logger.level for logger in chosen]
     try:

@@ -1,4 +1,4 @@
-"""Promoting: a run's checkpoint becomes a version of a registered model, with aliases."""
+"""Promote a run's checkpoint to a version of a registered model, with aliases."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Promoted:
-    """A version of a registered model, and the checkpoint that it stands for."""
+    """A version of a registered model, and its checkpoint."""
 
     name: str
     version: str
@@ -31,11 +31,11 @@ class Promoted:
 
     @property
     def uri(self) -> str:
-        """A reference to it."""
+        """Reference to the version."""
         return f"models:/{self.name}@{self.aliases[0]}" if self.aliases else f"models:/{self.name}/{self.version}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `checkpoints promote --json`."""
+        """Return the document of `checkpoints promote --json`."""
         return {**asdict(self), "aliases": list(self.aliases), "uri": self.uri}
 
 
@@ -102,7 +102,7 @@ def _stands_for(tag: str, manifest: CheckpointManifest) -> bool:
 
 
 def check_names(name: str, aliases: Sequence[str]) -> None:
-    """Raise ConfigError for a name or an alias that MLflow refuses, or that no reference could hold."""
+    """Raise ConfigError for a name or an alias that MLflow refuses, or that no reference can contain."""
     if not re.fullmatch(r"[^/:@'\s][^/:@']{0,99}", name):
         raise ConfigError(
             f"--name (={name}) must be a name without / : @ and quotes, of at most 100 letters",
@@ -122,7 +122,7 @@ def _description(manifest: CheckpointManifest, run_id: str) -> str:
 
 
 def checkpoint_in_run(client: "MlflowClient", run_id: str, name: str) -> CheckpointManifest:
-    """The manifest of the run's artifact `name`.
+    """Return the manifest of the run's artifact `name`.
 
     Raises:
         TrackingError: it is not there, or MLflow did not answer.

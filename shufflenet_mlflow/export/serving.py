@@ -29,7 +29,7 @@ SERVED_BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Classifier:
-    """A program that takes uint8 (N, 3, crop, crop) and gives logits (N, classes), with what belongs to it."""
+    """A program from uint8 (N, 3, crop, crop) to logits (N, classes), with its labels and preprocessing."""
 
     program: Callable[[Tensor], Tensor]
     labels: Sequence[str]
@@ -37,13 +37,13 @@ class Classifier:
 
     @classmethod
     def load(cls, program: str | Path, settings: str | Path) -> "Classifier":
-        """From an exported program and the JSON file that `settings_of` describes."""
+        """Load an exported program and its settings, the JSON file of `settings_of`."""
         values: dict[str, Any] = json.loads(Path(settings).read_text("utf-8"))
         module = torch.export.load(program).module()
         return cls(module, values["labels"], CentreCrop(**values["prepare"]))
 
     def classify(self, images: Iterable[BinaryIO], top: int = 1) -> list[Ranked]:
-        """The most probable labels of each image.
+        """Return the most probable labels of each image.
 
         Raises:
             UnreadableImageError: one cannot be read; the message says which.
@@ -69,7 +69,7 @@ class Classifier:
 
 
 def image_bytes(value: bytes | str) -> BinaryIO:
-    """An encoded image as a request brings it: bytes, or the same in base64.
+    """Return an encoded image from a request: bytes, or bytes in base64.
 
     Raises:
         UnreadableImageError: it is neither.

@@ -12,7 +12,7 @@ from shufflenet_mlflow.errors import ConfigError
 
 
 def choose_device(device: str) -> torch.device:
-    """The device that `auto`, `cpu`, `mps`, `cuda` or `cuda:N` means here.
+    """Return the device that `auto`, `cpu`, `mps`, `cuda` or `cuda:N` names on this machine.
 
     Raises:
         ConfigError: there is no such device.
@@ -36,32 +36,32 @@ def choose_device(device: str) -> torch.device:
 
 
 def memory_format_on(device: torch.device) -> torch.memory_format:
-    """Channels last where convolutions are faster with it: on CPUs and on CUDA's tensor cores."""
+    """Return channels last where convolutions are faster with it: on CPUs and on CUDA's tensor cores."""
     return torch.channels_last if device.type in ("cpu", "cuda") else torch.contiguous_format
 
 
 def move_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move `model` to `device`, in the memory format that suits it."""
+    """Move `model` to `device`, in the memory format that suits the device."""
     return model.to(device=device, memory_format=memory_format_on(device))  # type: ignore[call-overload, no-any-return]
 
 
 def move_images(images_NCHW: Tensor, device: torch.device) -> Tensor:
-    """The same for a batch of images, of any type; a copy from pinned memory is not waited for."""
+    """Move a batch of images, of any dtype, likewise, without waiting for a copy from pinned memory."""
     return images_NCHW.contiguous(memory_format=memory_format_on(device)).to(device, non_blocking=True)
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: fewer than the machine has, under a scheduler or in a container."""
+    """Return the cores that this process may use, which schedulers and containers can limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _quota() or cores)
 
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""Microseconds of processor time, and in how many, that a container may use; `max` for as many as it likes."""
+"""Microseconds of processor time per period, and the period, that a container may use; `max` for no limit."""
 
 
 def _quota() -> int | None:
-    """Whole cores that a container's limit amounts to; None if there is none."""
+    """Return the whole cores that a container's limit amounts to; None if there is none."""
     try:
         allowed, period = _QUOTA.read_text("ascii").split()
         return max(1, round(int(allowed) / int(period)))
@@ -70,13 +70,13 @@ def _quota() -> int | None:
 
 
 def finish(device: torch.device) -> None:
-    """Wait for what the device is doing."""
+    """Wait for the device to finish."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """What `torch.compile` makes of `network` once the first batch arrives; kept in PyTorch's own cache.
+    """Return `network` compiled by `torch.compile`, which happens with the first batch; PyTorch caches the result.
 
     Each size of a batch gets code of its own, never one for all sizes: which of the two PyTorch takes depends on what
     it has met before, and a resumed run has not met the same.
@@ -93,7 +93,7 @@ def compiled(network: nn.Module) -> nn.Module:
 
 
 def compile_failure(error: RuntimeError) -> ConfigError | None:
-    """What to say if `error` is a failure to compile; None for any other error."""
+    """Return the error to raise if `error` is a failure to compile; None for any other error."""
     if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return None
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -103,7 +103,7 @@ def compile_failure(error: RuntimeError) -> ConfigError | None:
 
 
 def lack_of_memory(error: RuntimeError) -> ConfigError | None:
-    """What to say if `error` is PyTorch's report that memory ran out in training; None for any other error."""
+    """Return the error to raise if `error` says that memory ran out in training; None for any other error."""
     text = str(error)
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:  # a GPU's, a CPU's
         return None
@@ -115,11 +115,11 @@ def lack_of_memory(error: RuntimeError) -> ConfigError | None:
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Of glibc's `mallopt`, from its `malloc.h`."""
+"""Options of glibc's `mallopt`, from its `malloc.h`."""
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let this process reuse the memory of tensors on the CPU instead of returning it after each operation.
+    """Let this process reuse the memory of CPU tensors instead of returning it after each operation.
 
     By default glibc gives what is larger than 32 MiB back at once, and each new tensor's pages are then made and zeroed
     one by one, which can take as long as the arithmetic. A process that computes on another device is left as it is,

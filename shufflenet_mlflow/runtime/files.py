@@ -1,4 +1,4 @@
-"""Files that are either whole or not there.
+"""Write files that are either complete or not there.
 
 Atomicity lives here alone: write under a temporary name in the same folder, flush, fsync, rename, fsync the
 folder.
@@ -18,12 +18,12 @@ _CHUNK = 1 << 20
 
 
 def temporary_beside(path: Path) -> Path:
-    """A fresh hidden name in the folder of `path`."""
+    """Return a fresh hidden name in the folder of `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def remove_temporaries(directory: Path) -> None:
-    """Remove what writers that were killed left in `directory`; call while nobody writes there."""
+    """Remove what killed writers left in `directory`; call it while nobody writes there."""
     if directory.is_dir():
         for entry in directory.iterdir():
             if _TEMPORARY.fullmatch(entry.name):
@@ -40,7 +40,7 @@ def sync_folder(directory: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file that takes the name `path` only once it is whole and on the disk.
+    """Let `write` fill a file that is renamed to `path` once it is complete and on the disk.
 
     Raises:
         OSError: writing failed; `path` is as it was before.
@@ -60,7 +60,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """Hex digest of all of `file`, which is left at its start."""
+    """Return the hex digest of all of `file`, which is left at its start."""
     file.seek(0)
     digest = hashlib.sha256()
     while chunk := file.read(_CHUNK):

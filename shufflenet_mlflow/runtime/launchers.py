@@ -1,4 +1,4 @@
-"""What started this process, `torchrun`, Slurm or `mlflow run`: a further attempt, another one, and its end."""
+"""What started this process, `torchrun`, Slurm or `mlflow run`: its attempts, and its end."""
 
 import hashlib
 import os
@@ -19,17 +19,17 @@ from shufflenet_mlflow.runtime.signals import WARNING_SIGNAL, StopFlag
 SCONTROL_SECONDS = 30.0
 
 WATCH_SECONDS = 0.5
-"""Between two looks at whether `mlflow run` is still there."""
+"""Seconds between two checks that `mlflow run` is still there."""
 
 
 def attempt() -> int:
-    """How often the launcher has started this job before; 0 the first time, and without a launcher."""
+    """Return how often the launcher has started this job before; 0 the first time, and without a launcher."""
     counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return max(int(count) if count.isdecimal() else 0 for count in counts)
 
 
 def launch_name(options: str, *, requeue: bool) -> str | None:
-    """A name that all attempts of this launch have in common; None if there will be only one, or no such name is known.
+    """Return a name that all attempts of this launch share; None if there is only one, or no such name is known.
 
     Args:
         options: what was asked for: one job of Slurm's may hold several trainings.
@@ -53,14 +53,14 @@ def _digest(text: str) -> str:
 
 
 def may_restart() -> bool:
-    """Whether torchrun is going to start the processes again when one of them is lost."""
+    """Whether torchrun restarts the processes if one of them is lost."""
     most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     return most.isdecimal() and int(most) > 0
 
 
 @contextmanager
 def ended_with_mlflow_run() -> Iterator[None]:
-    """In the block this process is sent SIGTERM once the `mlflow run` that started it is gone.
+    """Within the block, send this process SIGTERM once the `mlflow run` that started it is gone.
 
     `mlflow run` does not pass on the signal that ends it, and its child would train on as nobody's process.
     """
@@ -86,7 +86,7 @@ def ended_with_mlflow_run() -> Iterator[None]:
 
 
 def _mlflow_run() -> psutil.Process | None:
-    """The `mlflow run` that started this process, if one did."""
+    """Return the `mlflow run` that started this process; None if there is none."""
     if "MLFLOW_RUN_ID" not in os.environ:
         return None
     try:
@@ -109,7 +109,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 class Requeue:
-    """Asking Slurm to start this job again, once, by the first process of the job.
+    """Asks Slurm to start this job again, once, from the first process of the job.
 
     Args:
         wanted: the user wants that.
@@ -120,7 +120,7 @@ class Requeue:
         self._reporter = reporter
 
     def ask_if_warned(self, stop: StopFlag) -> None:
-        """Ask, if Slurm has announced the end; it may end this process at once.
+        """Ask if Slurm has announced the end; that may end this process at once.
 
         Not after SIGTERM: that is what `scancel` sends, and who cancels means it.
         """

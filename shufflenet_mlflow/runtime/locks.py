@@ -1,4 +1,4 @@
-"""Locks that end with their process, so that a killed one leaves nothing behind that has to be broken."""
+"""Locks that end with their process, so that a killed process leaves no stale lock."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from shufflenet_mlflow.errors import BusyError
 
 _held: set[str] = set()
-"""What this process holds: closing another descriptor of such a file would give its lock up."""
+"""Files that this process has locked: closing another descriptor of such a file would release its lock."""
 
 
 class FileLock:
@@ -48,6 +48,6 @@ class FileLock:
         _held.add(self._name)
 
     def release(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         _held.discard(self._name)
         os.close(self._descriptor)

@@ -1,4 +1,4 @@
-"""Joining the processes that `torchrun`, or whatever else sets `VARIABLES`, has started."""
+"""Join the processes that `torchrun`, or another launcher that sets `VARIABLES`, has started."""
 
 import os
 import secrets
@@ -18,7 +18,7 @@ from shufflenet_mlflow.runtime.signals import StopFlag
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 TIMEOUT = timedelta(minutes=30)
-"""For so long the processes wait for one of them: the leader may be fetching a checkpoint."""
+"""Time that processes wait for one another: the leader may be fetching a checkpoint."""
 
 _POLL_SECONDS = 0.02
 
@@ -27,7 +27,7 @@ _WAY_OUT = "torchrun sets all of these, and without RANK this process trains alo
 
 @contextmanager
 def joined(stop: StopFlag) -> Iterator[World]:
-    """The processes that this one was started with; a world of one if it was started alone.
+    """Yield the processes that this one was started with; a world of one if it was started alone.
 
     Args:
         stop: a signal ends the wait for the others.
@@ -61,7 +61,7 @@ def joined(stop: StopFlag) -> Iterator[World]:
 
 
 def _announced(stop: StopFlag) -> World:
-    """What the launcher says of this process."""
+    """Return what the launcher's variables say about this process."""
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -80,7 +80,7 @@ def _announced(stop: StopFlag) -> World:
 
 
 def _store_of_agent(world: World) -> Store | None:
-    """The part of torchrun's own key-value store that belongs to this attempt; None where there is no such store.
+    """Return the part of torchrun's key-value store that belongs to this attempt; None if there is no such store.
 
     torchrun keeps one store for all attempts at a job. Processes that are started again would find the addresses of
     their dead predecessors in it, and wait for them.
@@ -93,7 +93,7 @@ def _store_of_agent(world: World) -> Store | None:
 
 
 def name_attempt(store: Store, rank: int, size: int, stop: StopFlag) -> str:
-    """A name that these processes have in common, and none before them had.
+    """Return a name that these processes share, and no earlier ones had.
 
     What the store holds may be of any earlier attempt, and torchrun's count of restarts differs between machines. So
     each process writes a number that it has drawn, the first one answers it with the name, and what answers another

@@ -1,4 +1,4 @@
-"""Ending a run on request, at a moment when its state is whole."""
+"""Stop a run on request, when its state is consistent."""
 
 import os
 import signal
@@ -11,22 +11,22 @@ EXIT_BASE = 128
 """A shell's exit status for a process that ended by signal N is 128 + N."""
 
 GRACE_SECONDS = 20.0
-"""Between the warning and the end most schedulers leave 30 seconds: this, and time to write a checkpoint."""
+"""Most schedulers leave 30 seconds between warning and end: this, and time to write a checkpoint."""
 
 WARNING_SIGNAL: int | None = getattr(signal, "SIGUSR1", None)  # Windows has none
-"""By which Slurm announces the end: see `--signal` of `sbatch`."""
+"""The signal by which Slurm announces the end; see `--signal` of `sbatch`."""
 
 
 def exit_status(signum: int) -> int:
-    """130 for SIGINT, 143 for SIGTERM and for `WARNING_SIGNAL`."""
+    """Return 130 for SIGINT, 143 for SIGTERM and for `WARNING_SIGNAL`."""
     return EXIT_BASE + (signal.SIGTERM if signum == WARNING_SIGNAL else signum)
 
 
 _LAUNCHER_VARIABLES = ("RANK", "MLFLOW_RUN_ID")
-"""`torchrun` and `mlflow run` set these for the processes that they start."""
+"""Variables that `torchrun` and `mlflow run` set for the processes that they start."""
 
 ECHO_SECONDS = 1.0
-"""A launcher passes on a signal that has reached its processes already: so soon after the first one it is the same."""
+"""A launcher passes on a signal that its processes have received already: within this time it is the same signal."""
 
 
 class StopRequested(Exception):
@@ -43,7 +43,7 @@ class StopRequested(Exception):
 
 
 class StopFlag:
-    """Set by the first SIGINT, SIGTERM or SIGUSR1; work looks at it where it can stop. A second one ends at once.
+    """Set by the first SIGINT, SIGTERM or SIGUSR1, and checked where work can stop; a second signal ends at once.
 
     What another process of the same job has received counts as a first one here, and as no more.
 
@@ -61,7 +61,7 @@ class StopFlag:
         self.since: float | None = None
         """`time.monotonic()` of the signal."""
         self.grace = GRACE_SECONDS
-        """For so many seconds after the signal what is under way may be brought to its end."""
+        """Seconds after the signal for finishing what has begun."""
         self._received: float | None = None
         self._has_launcher = any(name in os.environ for name in _LAUNCHER_VARIABLES)
         self._announce = announce
@@ -74,7 +74,7 @@ class StopFlag:
             raise StopRequested(self.signum)
 
     def set(self, signum: int) -> None:
-        """As if that signal had arrived here: it did in another process of the same job."""
+        """Act as if that signal had arrived here: it did in another process of the same job."""
         if self.signum is None:
             self.signum, self.since = signum, time.monotonic()
 
@@ -85,7 +85,7 @@ class StopFlag:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within the block a signal raises `StopRequested` where it arrives: for work that may end anywhere."""
+        """Within the block, a signal raises `StopRequested` where it arrives; for work that may end anywhere."""
         self.check()
         before, self._at_once = self._at_once, True
         try:

@@ -1,4 +1,4 @@
-"""The checkpoints among a run's artifacts: listing, manifests, uploading with proof, deleting."""
+"""List, read, upload and delete the checkpoints among a run's artifacts."""
 
 import contextlib
 import json
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _READERS = 8
-"""Threads that fetch manifests: each takes little more than the way to the store and back."""
+"""Threads that fetch manifests; each one mostly waits for the store."""
 
 DELETING_TAG = "checkpoint.deleting"
-"""Names of checkpoints that are being deleted, as a JSON list: from now on nobody resolves them."""
+"""Tag with the names of checkpoints that are being deleted, as a JSON list; they are no longer resolved."""
 
 
 def being_deleted(tags: Mapping[str, str]) -> list[str]:
-    """The names in `checkpoint.deleting`."""
+    """Return the names in `checkpoint.deleting`."""
     try:
         names = json.loads(tags.get(DELETING_TAG, "[]"))
     except ValueError:
@@ -37,7 +37,7 @@ def being_deleted(tags: Mapping[str, str]) -> list[str]:
 
 
 class RunArtifacts:
-    """The folder `checkpoints` of a run."""
+    """The artifact folder `checkpoints` of a run."""
 
     def __init__(self, client: "MlflowClient", run_id: str) -> None:
         self.client = client
@@ -46,13 +46,13 @@ class RunArtifacts:
         self._repository: Any = None
 
     def sizes(self) -> dict[str, int | None]:
-        """File name -> bytes, where the store knows them; manifests included."""
+        """Return file name -> bytes, if the store knows them; manifests included."""
         with mlflow_errors(f"list the checkpoints of run {self.run_id}"):
             found = self._artifact_repository().list_artifacts(ARTIFACT_FOLDER)
         return {artifact.path.rpartition("/")[2]: artifact.file_size for artifact in found}
 
     def manifest_of(self, name: str) -> CheckpointManifest | None:
-        """The manifest beside the artifact `name`; None if it has none.
+        """Return the manifest beside the artifact `name`, or None if it has none.
 
         Raises:
             TrackingError: MLflow did not answer.
@@ -71,7 +71,7 @@ class RunArtifacts:
                 return None
 
     def manifests(self) -> list[CheckpointManifest]:
-        """The manifests of the checkpoints that are there, newest first; each is read once."""
+        """Return the manifests of the run's checkpoints, newest first; each is read once."""
         names = newest_first(self.sizes())
         unread = [name for name in names if name not in self._manifests]
         if unread:
@@ -83,13 +83,13 @@ class RunArtifacts:
         return [self._manifests[name] for name in names if name in self._manifests]
 
     def orphaned_manifests(self) -> list[str]:
-        """Names of checkpoints that are gone but for their manifests: a deletion was cut short."""
+        """Return the names of checkpoints that are gone while their manifests remain, after an interrupted deletion."""
         names = self.sizes()
         ends = [name.removesuffix(".json") for name in names if name.endswith(".json")]
         return [name for name in ends if name not in names and newest_first([name])]
 
     def download(self, artifact: str, folder: Path) -> Path:
-        """Fetch one artifact into `folder`, unverified.
+        """Download one artifact into `folder`, unverified.
 
         The client's call for that asks for the run first, each time.
         """
@@ -97,7 +97,7 @@ class RunArtifacts:
             return Path(self._artifact_repository().download_artifacts(artifact, str(folder)))
 
     def upload(self, path: Path, manifest: CheckpointManifest) -> None:
-        """Upload a checkpoint and confirm what arrived: its content where the store is a folder, else its size.
+        """Upload a checkpoint and confirm what arrived: its content if the store is a folder, otherwise its size.
 
         Raises:
             TrackingError: something else arrived.
@@ -126,11 +126,11 @@ class RunArtifacts:
             )
 
     def put_file(self, path: Path) -> None:
-        """Put one file into the folder, unconfirmed; not through the client, as in `download`."""
+        """Upload one file, unconfirmed; not through the client, see `download`."""
         self._artifact_repository().log_artifact(str(path), ARTIFACT_FOLDER)
 
     def write_manifest(self, manifest: CheckpointManifest) -> None:
-        """Put the manifest beside its artifact."""
+        """Upload the manifest beside its artifact."""
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / f"{manifest.file_name}.json"
             path.write_text(manifest.to_line(), "utf-8")
@@ -138,7 +138,7 @@ class RunArtifacts:
         self._manifests[manifest.file_name] = manifest
 
     def delete(self, name: str) -> None:
-        """Delete a checkpoint, then its manifest; what is gone already is no error.
+        """Delete a checkpoint, then its manifest; a missing one is not an error.
 
         Raises:
             TrackingError: the store refused, or did not answer.
@@ -153,7 +153,7 @@ class RunArtifacts:
         self._manifests.pop(name, None)
 
     def _artifact_repository(self) -> Any:
-        """MLflow's own access to the artifacts; deleting is not among the client's calls."""
+        """Return MLflow's own access to the artifacts; the client has no call that deletes."""
         if self._repository is None:
             from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -162,7 +162,7 @@ class RunArtifacts:
         return self._repository
 
     def _local_folder(self) -> Path | None:
-        """The folder that is the artifact store; None where it is something else."""
+        """Return the folder that is the artifact store; None for any other store."""
         from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
         with contextlib.suppress(ImportError):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint file with its manifest: the artifacts, the metrics `epoch` and `loss`, then the tags.
+    """A checkpoint with its manifest: the artifacts, the metrics `epoch` and `loss`, then the tags.
 
     The tags are set last: they are the commit, and never name what is not there. `checkpoint.latest` never moves
     to an earlier iteration, `checkpoint.best` never to a lower accuracy.
@@ -29,13 +29,13 @@ class Checkpoint:
     record: Mapping[str, Any]
     timestamp: int
     again: bool = False
-    """The run may have the file already."""
+    """The run may already have the file."""
     unless_passed: bool = False
-    """Not if the run's latest checkpoint is a newer one: then it had this, and it was pruned."""
+    """Skip it if the run's latest checkpoint is newer: the run had this one, and it was pruned."""
 
     @classmethod
     def of(cls, manifest: CheckpointManifest, *, again: bool = False, unless_passed: bool = False) -> "Checkpoint":
-        """The message for a checkpoint that is on the disk."""
+        """Return the message for a checkpoint on the disk."""
         return cls(asdict(manifest), now_ms(), again, unless_passed)
 
     def send(self, target: RunTarget) -> None:
@@ -63,7 +63,7 @@ class Checkpoint:
         send_points(target, [MetricPoints(points, manifest.iters, self.timestamp)], tags)
 
     def _pointers(self, target: RunTarget, manifest: CheckpointManifest) -> dict[str, str]:
-        """The tags that are to name this checkpoint from now on."""
+        """Return the tags that name this checkpoint from now on."""
         tags = target.read().data.tags
         latest, best = manifest_in_tag(tags, LATEST_TAG), manifest_in_tag(tags, BEST_TAG)
         moved = {}
@@ -75,7 +75,7 @@ class Checkpoint:
 
 
 def _is_to_be_sent(path: Path, manifest: CheckpointManifest, just_written: JustWritten) -> bool:
-    """Whether the file is what its manifest says; False if a later one has taken its name.
+    """Whether the file matches its manifest; False if a later checkpoint has taken its name.
 
     Raises:
         RefusedError: it is damaged, or gone.
@@ -95,7 +95,7 @@ def _is_to_be_sent(path: Path, manifest: CheckpointManifest, just_written: JustW
 
 
 def is_better(manifest: CheckpointManifest, best: CheckpointManifest | None) -> bool:
-    """Whether `checkpoint.best` is to move to `manifest`."""
+    """Whether `checkpoint.best` moves to `manifest`."""
     if best is not None and best.path == manifest.path:
         return best != manifest
     if manifest.val_top1 is None:

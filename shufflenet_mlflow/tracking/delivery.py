@@ -1,4 +1,4 @@
-"""Bringing the journal to MLflow, in order, in a thread of its own: training never waits for the network.
+"""Deliver the journal to MLflow, in order, in its own thread: training never waits for the network.
 
 What cannot be sent stays in the journal and is tried again after a pause, from one second up to fifteen. It is still
 there for the next process if this one ends first.
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 15.0
-"""Seconds between attempts; doubled from the first to the second."""
+"""Seconds between attempts, doubled from the first to the second number."""
 
 GIVE_UP_SECONDS = 20.0
-"""At the end, waiting for a server that does not answer ends after so long."""
+"""Seconds after which waiting ends, at the end of a run, for a server that does not answer."""
 
 BACKLOG_SECONDS = 5.0
-"""What waits for longer than this is shown."""
+"""Entries older than this many seconds are reported as overdue."""
 
 REFUSED_NAME = "spool.refused.jsonl"
-"""What MLflow answered that it will never take, beside the journal."""
+"""File beside the journal with the entries that MLflow has refused for good."""
 
 _BATCH = 500
 
 NICENESS = 10
-"""Priority of the delivering thread: the training loop goes first."""
+"""Priority of the delivery thread: the training loop goes first."""
 
 
 class Deliverer:
-    """Sends entries of a journal; knows the runs they go to.
+    """Sends journal entries to their runs.
 
     Args:
         kinds: the messages that may be in the journal, by kind.
@@ -61,7 +61,7 @@ class Deliverer:
         self._kinds = kinds
         self.journal = journal
         self.just_written: JustWritten = {}
-        """What this process wrote itself: see `JustWritten`."""
+        """Files that this process wrote itself; see `JustWritten`."""
         self._targets: dict[str, RunTarget] = {}
         for run_id in new_runs:
             self._add_target(run_id, is_new=True)
@@ -134,7 +134,7 @@ class Deliverer:
 
 
 def _leading_points(entries: Sequence[Entry]) -> list[MetricPoints]:
-    """The metric points at the head of the journal, as far as they go to one run."""
+    """Return the metric points at the head of the journal that go to the same run."""
     points = []
     for entry in entries:
         if entry.kind != MetricPoints.kind or entry.run != entries[0].run:
@@ -144,7 +144,7 @@ def _leading_points(entries: Sequence[Entry]) -> list[MetricPoints]:
 
 
 class Delivery:
-    """A thread that sends what is in the journal as soon as it is there.
+    """A thread that sends journal entries as soon as they are there.
 
     Args:
         reporter: told once when sending begins to fail and once when it works again, and how much is waiting.
@@ -163,7 +163,7 @@ class Delivery:
         self._thread.start()
 
     def wake(self) -> None:
-        """There is something to send."""
+        """Tell the thread that there is something to send."""
         with self._changed:
             self._woken = True
             if self._behind_since is None:
@@ -172,7 +172,7 @@ class Delivery:
 
     @property
     def backlog(self) -> int:
-        """How many entries wait, if some have waited for longer than a moment."""
+        """Number of pending entries, if some are overdue."""
         since = self._behind_since
         late = since is not None and time.monotonic() - since > BACKLOG_SECONDS
         return self.journal.pending if late or self.reason else 0
@@ -194,7 +194,7 @@ class Delivery:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     def _send_all(self) -> bool:
-        """True once nothing is left."""
+        """Send everything; return whether nothing is left."""
         try:
             while self._deliverer.send_some():
                 self._works_again()
@@ -231,7 +231,7 @@ class Delivery:
             self._changed.notify_all()
 
     def wait(self, stop: StopFlag) -> bool:
-        """Wait until everything has arrived, but not for ever for a server that does not answer.
+        """Wait until everything has arrived, but not for ever if the server does not answer.
 
         Args:
             stop: a signal ends the wait, once its grace period is over.

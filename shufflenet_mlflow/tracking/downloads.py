@@ -1,4 +1,4 @@
-"""A download that is under way: the folder it lies in, and how far it has come."""
+"""A download in progress: its scratch folder, and its progress."""
 
 import contextlib
 import shutil
@@ -22,7 +22,7 @@ _LOCK = "lock"
 def shown(
     reporter: Reporter | None, scratch: Path, artifact: str, manifest: CheckpointManifest | None
 ) -> Iterator[None]:
-    """Show how far a download has come: MLflow does not say, but the file grows."""
+    """Show the progress of a download from the growing file, since MLflow does not report it."""
     if reporter is None or manifest is None:
         yield
         return
@@ -50,7 +50,7 @@ def shown(
 
 @contextlib.contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder for a download, removed afterwards; those of killed processes are removed first.
+    """Yield a hidden folder for a download, and remove it afterwards; remove those of killed processes first.
 
     Raises:
         OSError: it cannot be made.
@@ -71,7 +71,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 def _new_scratch(folder: Path) -> tuple[Path, FileLock]:
-    """A folder, and the lock that says that it is in use: before it is locked, another process takes it for stale."""
+    """Create a folder with the lock that marks it as in use; until it is locked, other processes may remove it."""
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
         with contextlib.suppress(BusyError, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: a run's, and at the same time those of the logged model that was evaluated."""
+"""Log the metrics of an evaluation to its run and, at the same time, to the logged model that was evaluated."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from shufflenet_mlflow.tracking.target import RunTarget
 
 @dataclass(frozen=True)
 class OfModel:
-    """The logged model, and the images that it was evaluated on."""
+    """A logged model, and the images that it was evaluated on."""
 
     model_id: str
     dataset_name: str
@@ -19,7 +19,7 @@ class OfModel:
 
 
 def log_results(target: RunTarget, values: Mapping[str, float], step: int, model: OfModel | None) -> None:
-    """Log one point of each metric; one that the run has already is not repeated.
+    """Log one point of each metric; a point that the run already has is not repeated.
 
     Raises:
         TrackingError: MLflow did not answer.
@@ -41,7 +41,7 @@ def log_results(target: RunTarget, values: Mapping[str, float], step: int, model
 
 
 def log_input_model(target: RunTarget, model_id: str) -> None:
-    """Name the logged model as what the run works with.
+    """Log a model as an input of the run.
 
     Raises:
         TrackingError: MLflow did not answer.
@@ -53,5 +53,5 @@ def log_input_model(target: RunTarget, model_id: str) -> None:
 
 
 def _is_same(one: float | None, other: float) -> bool:
-    """Also where both are no number."""
+    """Whether two values are equal, also if both are NaN."""
     return one == other or (one is not None and math.isnan(one) and math.isnan(other))

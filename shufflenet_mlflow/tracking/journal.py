@@ -1,6 +1,6 @@
-"""What has yet to reach MLflow: a journal on the disk, beside the checkpoints.
+"""The journal: what has yet to reach MLflow, on the disk beside the checkpoints.
 
-`journal.jsonl` is only ever appended to, one line per entry: the CRC-32 of the JSON that follows it, and that JSON.
+`spool.jsonl` is only ever appended to, one line per entry: the CRC-32 of the JSON that follows it, and that JSON.
 Entries are numbered. A line of the kind `delivered` says that everything up to its number has arrived; `bound` says
 which MLflow run a run became that began while the server was away. A process that is killed while it appends leaves
 half a line at the end, which the next one cuts off. Where everything has arrived, the file is written anew with
@@ -35,32 +35,32 @@ JOURNAL_VERSION = 1
 
 _HEADER, _DELIVERED, _BOUND = "spool", "delivered", "bound"
 _ABOUT_ITSELF = (_HEADER, _DELIVERED, _BOUND)
-"""Kinds of lines that are no entries: nothing of them is sent."""
+"""Kinds of lines about the journal itself, which are not sent."""
 _COMPACT_BYTES = 256 * 1024
 
 _CLOSED = -1
-"""In the place of a descriptor, whose number may be another file's by then."""
+"""Takes the place of a closed descriptor, whose number may belong to another file by then."""
 
 _UNMADE = "new-"
 
 
 def new_provisional_id() -> str:
-    """What to call a run that MLflow has not made yet: it has no ID then."""
+    """Return a provisional ID for a run that MLflow has not created yet."""
     return _UNMADE + secrets.token_hex(16)
 
 
 def is_created(run: str) -> bool:
-    """Whether this is the ID of a run rather than its name before MLflow made it."""
+    """Whether this is the ID of a run in MLflow, and not a provisional one."""
     return not run.startswith(_UNMADE)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that is to reach a run."""
+    """One message that has to reach a run."""
 
     seq: int
     run: str
-    """An MLflow run ID, or the name of a run that is yet to be made."""
+    """An MLflow run ID, or a provisional one."""
     kind: str
     body: Mapping[str, Any]
 
@@ -71,7 +71,7 @@ def _encode(seq: int, run: str, kind: str, body: Mapping[str, Any]) -> bytes:
 
 
 def _decode(line: bytes) -> Entry | None:
-    """The entry of a line; None if it is damaged."""
+    """Return the entry of a line, or None if the line is damaged."""
     checksum, _, text = line.rstrip(b"\n").partition(b" ")
     if len(checksum) != 8 or b"%08x" % zlib.crc32(text) != checksum:
         return None
@@ -86,7 +86,7 @@ def _decode(line: bytes) -> Entry | None:
 
 @dataclass
 class _Content:
-    """What a journal's lines amount to."""
+    """The content of a journal."""
 
     uri: str | None = None
     run: str | None = None
@@ -94,12 +94,12 @@ class _Content:
     delivered: int = 0
     bound: dict[str, str] = field(default_factory=dict)
     waiting: deque[tuple[int, Entry | None]] = field(default_factory=deque)
-    """Offsets of the entries that have not arrived, oldest first, and they themselves if asked for."""
+    """Offsets of the pending entries, oldest first, with the entries themselves if asked for."""
     end: int = 0
-    """Offset behind the last whole line."""
+    """Offset behind the last complete line."""
     damaged: list[bytes] = field(default_factory=list)
     missing: int = 0
-    """Numbers of entries that have not arrived, and that no line has."""
+    """Number of pending entries that no line holds."""
 
 
 def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
@@ -166,7 +166,7 @@ class Journal:
         self._mutex = threading.RLock()
         self._unwritten: deque[Entry] = deque()
         self.failure: str | None = None
-        """Why the journal could not be written lately; what came since is in memory only."""
+        """Why the journal could not be written lately; newer entries are only in memory."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(directory / LOCK_NAME, f"the folder {str(directory)!r}")
@@ -211,7 +211,7 @@ class Journal:
         self._rewrite()
 
     def set_owner(self, run: str, uri: str) -> None:
-        """Note whose journal this is: the run's ID or provisional name, and its store's address.
+        """Note the journal's run, by its ID or provisional ID, and the address of its store.
 
         Raises:
             SpoolError: it cannot be written.
@@ -237,7 +237,7 @@ class Journal:
         return header + b"".join(_encode(0, key, _BOUND, {"run_id": run_id}) for key, run_id in self.bound.items())
 
     def _rewrite(self) -> None:
-        """Put a journal in place that holds what is pending only."""
+        """Replace the journal by one that holds only what is pending."""
         waiting = [entry for entry in self._read(self._cursor) if entry.seq > self._delivered]
         # Renumbered: a gap that was reported once is none any more.
         waiting = [
@@ -254,7 +254,7 @@ class Journal:
         self._cursor, self._end = len(header), len(header) + sum(map(len, lines))
 
     def _read(self, offset: int) -> Iterator[Entry]:
-        """The entries from `offset` on."""
+        """Yield the entries from `offset` on."""
         with open(self.path, "rb") as file:
             file.seek(offset)
             while file.tell() < self._end:
@@ -265,7 +265,7 @@ class Journal:
     # ---------------------------------------------------------------- appending
 
     def append(self, run: str, kind: str, body: Mapping[str, Any]) -> None:
-        """Add an entry; it survives this process, and after `sync` also the machine.
+        """Append an entry; it survives this process and, after `sync`, a loss of power.
 
         A full disk loses nothing as long as the process lives: see `failure`.
         """
@@ -299,7 +299,7 @@ class Journal:
         return True
 
     def sync(self) -> None:
-        """Make what was appended safe from a loss of power."""
+        """Make everything appended so far safe from a loss of power."""
         with self._mutex:
             self._write_out()
             try:
@@ -314,12 +314,12 @@ class Journal:
 
     @property
     def pending(self) -> int:
-        """How many entries have not arrived."""
+        """Number of entries that have not arrived."""
         with self._mutex:
             return self._pending
 
     def oldest(self, most: int = 1) -> list[Entry]:
-        """Up to `most` entries that have not arrived, oldest first."""
+        """Return up to `most` pending entries, oldest first."""
         with self._mutex:
             found: list[Entry] = []
             for entry in self._read(self._cursor):
@@ -331,7 +331,7 @@ class Journal:
             return [*found, *list(self._unwritten)[:room]]
 
     def delivered(self, seq: int) -> None:
-        """Entries up to number `seq` have arrived.
+        """Note that the entries up to number `seq` have arrived.
 
         Once the journal is closed this does nothing: a request that hung has come back too late, and is repeated by the
         next process.
@@ -353,7 +353,8 @@ class Journal:
                 self._advance_cursor()
 
     def _note_delivered(self) -> bool:
-        """If that fails it is made up for; a process that ends before sends them again, which does no harm."""
+        """Write the note; if that fails, a later one covers it, or the next process sends the entries again,
+        harmlessly."""
         written = self._write_line(_encode(self._delivered, "", _DELIVERED, {}))
         if written:
             self._noted = self._delivered
@@ -370,7 +371,7 @@ class Journal:
                 self._cursor += len(line)
 
     def bind(self, run: str, run_id: str) -> None:
-        """The run that was called `run` has been made, as `run_id`."""
+        """Note that MLflow has created the run with the provisional ID `run` as `run_id`."""
         with self._mutex:
             self.bound[run] = run_id
             if self._descriptor == _CLOSED:  # as in `delivered`
@@ -379,11 +380,11 @@ class Journal:
             self.sync()
 
     def run_id_of(self, run: str) -> str:
-        """The MLflow run of an entry; as it stands if it has not been made yet."""
+        """Return the MLflow run of an entry, or its provisional ID if it has not been created yet."""
         return self.bound.get(run, run)
 
     def close(self) -> None:
-        """Leave the folder to others."""
+        """Close the journal and unlock the folder."""
         with self._mutex:
             if self._pending == 0:
                 with contextlib.suppress(OSError):
@@ -399,16 +400,16 @@ class Journal:
 
 @dataclass(frozen=True)
 class Pending:
-    """What a folder's journal holds, as seen without opening it."""
+    """The pending entries of a folder, as read without opening its journal."""
 
     run_id: str | None
-    """The run that the folder belongs to; None if it is yet to be made, or there is no journal."""
+    """The run of the folder; None if it has not been created, or there is no journal."""
     uri: str | None
     entries: tuple[Entry, ...]
 
 
 def read_pending(directory: Path) -> Pending:
-    """What is pending in a folder, also while another process works there; nothing where there is no journal.
+    """Return what is pending in a folder, also while another process works there; nothing without a journal.
 
     Raises:
         SpoolError: the journal cannot be read.

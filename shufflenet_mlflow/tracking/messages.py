@@ -1,4 +1,4 @@
-"""What can be said to a run: plain data that can wait in the journal, each kind with the way it is sent.
+"""Messages to a run: plain data that can wait in the journal, each kind with the way it is sent.
 
 Sending twice does no harm. A process may be killed between the arrival of a message and the moment it notes that,
 and then sends it again: metric points of a step that the run has are left out, artifacts and tags replace
@@ -19,17 +19,17 @@ from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.target import Message, RunTarget, manifest_in_tag
 
 RESOLVED_PREFIX = "resolved/"
-"""Put before a parameter that `mlflow run` had logged in another spelling before the run began."""
+"""Prefix of a parameter that `mlflow run` had logged in another spelling before the run started."""
 
 JOURNAL_ID_TAG = "spool.id"
-"""Tag of a run that began while the server was away: what it was called then."""
+"""Tag of a run that started while the server was away: its provisional ID."""
 
 MOST_POINTS = 1000
-"""MLflow takes so many in one request."""
+"""Metric points that MLflow accepts in one request."""
 
 
 def now_ms() -> int:
-    """Milliseconds since the epoch, as MLflow's time stamps are."""
+    """Return milliseconds since the epoch, as in MLflow's time stamps."""
     return time.time_ns() // 1_000_000
 
 
@@ -86,7 +86,7 @@ class Params:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Params":
-        """Any values, as text without credentials."""
+        """Make text without credentials of any values."""
         return cls({key: redact(str(value)) for key, value in values.items()})
 
     def send(self, target: RunTarget) -> None:
@@ -125,7 +125,7 @@ class TextArtifact:
 
     @classmethod
     def of_json(cls, path: str, value: Any) -> "TextArtifact":
-        """A plain value as a JSON file."""
+        """Make a JSON file of a plain value."""
         return cls(path, to_json(value))
 
     def send(self, target: RunTarget) -> None:
@@ -137,7 +137,7 @@ class TextArtifact:
 
 @dataclass(frozen=True)
 class DatasetInput:
-    """A set of images as an input of the run, identified by the digest of its content, or else of its listing."""
+    """A set of images as an input of the run, identified by the digest of its content or of its listing."""
 
     kind: ClassVar[str] = "input"
     name: str
@@ -173,7 +173,7 @@ class DatasetInput:
 
 @dataclass(frozen=True)
 class Create:
-    """A run that began while the server was away. Sending it makes the run: see `make_run`."""
+    """A run that started while the server was away; sending it creates the run, see `make_run`."""
 
     kind: ClassVar[str] = "create"
     experiment: str | None
@@ -188,7 +188,7 @@ class Create:
 
 @dataclass(frozen=True)
 class Reopen:
-    """The run goes on."""
+    """The run continues."""
 
     kind: ClassVar[str] = "reopen"
     tags: Mapping[str, str]
@@ -201,7 +201,7 @@ class Reopen:
 
 @dataclass(frozen=True)
 class Finish:
-    """The run's status at its end, unless it has been continued elsewhere meanwhile."""
+    """The run's status at its end, unless it was continued elsewhere meanwhile."""
 
     kind: ClassVar[str] = "finish"
     status: str
@@ -217,7 +217,7 @@ class Finish:
 
 
 def to_body(message: Message) -> dict[str, Any]:
-    """Plain data for the journal."""
+    """Return plain data for the journal."""
     return asdict(message)  # type: ignore[call-overload, no-any-return]
 
 

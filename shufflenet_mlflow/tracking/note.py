@@ -1,4 +1,4 @@
-"""A run's description in the UI, of which one paragraph is ours; what people write around it stays."""
+"""A run's description in the UI: one paragraph is ours, and what people write around it is kept."""
 
 import re
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ _BEGIN, _END = "<!-- shufflenet -->", "<!-- /shufflenet -->"
 _OURS = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 
 LONGEST_NOTE = 4500
-"""Characters; MLflow takes 5000 of a tag."""
+"""Characters; MLflow accepts 5000 in a tag."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """Markdown that takes the place of the note sent before."""
+    """Markdown that replaces the note sent before."""
 
     kind: ClassVar[str] = "note"
     text: str
 
     @classmethod
     def of(cls, *paragraphs: str) -> "Note":
-        """Paragraphs of Markdown, without credentials."""
+        """Make a note of Markdown paragraphs, without credentials."""
         return cls(redact("\n\n".join(paragraphs)))
 
     def send(self, target: RunTarget) -> None:
-        """Replace ours; a description without one gets it at its end."""
+        """Replace our paragraph, or append it to a description without one."""
         before = target.read().data.tags.get(NOTE_TAG, "")
         own = f"{_BEGIN}\n{self.text[:LONGEST_NOTE]}\n{_END}"
         note = _OURS.sub(lambda _: own, before) if _OURS.search(before) else f"{before}\n\n{own}".strip()
@@ -38,5 +38,5 @@ class Note:
 
 
 def indented(text: str) -> str:
-    """As a block of code."""
+    """Return text as an indented code block."""
     return "\n".join(f"    {line}" for line in text.splitlines())

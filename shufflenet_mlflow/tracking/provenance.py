@@ -1,4 +1,4 @@
-"""Where a run comes from: command, code, versions and hardware, as tags."""
+"""Tags that say where a run comes from: command, code, versions and hardware."""
 
 import os
 import platform
@@ -13,24 +13,24 @@ from shufflenet_mlflow.tracking.redaction import redact_word
 from shufflenet_mlflow.version import __version__
 
 COMMAND_TAG = "command"
-"""Tag of a run: the command line, also where `mlflow run` names its project as the source."""
+"""Tag of a run: the command line, also if `mlflow run` names its project as the source."""
 
 COMMIT_TAG = "mlflow.source.git.commit"
 DIRTY_TAG = "mlflow.source.git.dirty"
-"""Tag of a run: `true` where tracked files differed from the commit."""
+"""Tag of a run: `true` if tracked files differed from the commit."""
 
 GIT_TAGS = (COMMIT_TAG, DIRTY_TAG, "mlflow.source.git.branch")
 
 
 def command_line() -> str:
-    """This process's command, as it can be typed again, without credentials."""
+    """Return this process's command, ready to be typed again, without credentials."""
     program = Path(sys.argv[0]).name
     words = ["shufflenet" if program == "__main__.py" else program, *sys.argv[1:]]
     return shlex.join(map(redact_word, words))
 
 
 def git_tags() -> dict[str, str]:
-    """Commit and branch of the project's code, or else of the working directory's, and whether files differ from it.
+    """Return commit and branch of the project's code, or else of the working directory, and whether files differ.
 
     Empty outside a checkout, or without git.
     """
@@ -54,7 +54,7 @@ def git_tags() -> dict[str, str]:
 
 
 def hardware_tags() -> dict[str, str]:
-    """Processor, memory and GPUs of this machine."""
+    """Return processor, memory and GPUs of this machine."""
     import torch
 
     memory = psutil.virtual_memory().total / (1 << 30)
@@ -69,7 +69,7 @@ def hardware_tags() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """Return the processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
             if line.startswith("model name"):
@@ -80,7 +80,7 @@ def _processor() -> str:
 
 
 def version_tags() -> dict[str, str]:
-    """Of Python, this package and those whose numbers its results depend on."""
+    """Return versions of Python, this package, and those that its results depend on."""
     tags = {"version.python": platform.python_version(), "version.shufflenet_mlflow": __version__}
     for package in ("torch", "torchvision", "mlflow", "numpy", "opencv-python-headless", "pillow"):
         try:
@@ -91,7 +91,7 @@ def version_tags() -> dict[str, str]:
 
 
 def provenance_tags() -> dict[str, str]:
-    """Command, commit, versions, hardware and user."""
+    """Return command, commit, versions, hardware and user."""
     from mlflow.tracking.context import default_context
 
     command = command_line()

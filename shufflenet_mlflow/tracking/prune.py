@@ -1,4 +1,4 @@
-"""Deleting the checkpoints that a retention policy drops, in a run and on the disk.
+"""Delete the checkpoints that a retention policy drops, in a run and on the disk.
 
 In two phases: first the run's tag `checkpoint.deleting` names them, from when on nobody resolves them; then files
 and manifests are deleted, and the tag is cleared. Where that is cut short, the next time completes it.
@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Dropped:
-    """A checkpoint that a policy drops."""
+    """A checkpoint that the policy drops."""
 
     manifest: CheckpointManifest
     on_disk: bool
     in_run: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """One entry of `checkpoints prune --json`."""
+        """Return one entry of `checkpoints prune --json`."""
         return {
             **asdict(self.manifest),
             "file": self.manifest.file_name,
@@ -49,7 +49,7 @@ class Dropped:
 
 
 def pending_names(directory: Path) -> set[str]:
-    """The checkpoints in `directory` that wait for their upload."""
+    """Return the names of the checkpoints in `directory` whose upload is pending."""
     return {
         str(entry.body["record"]["path"]).rpartition("/")[2]
         for entry in read_pending(directory).entries
@@ -64,7 +64,7 @@ def choose_dropped(
     target: RunTarget | None,
     waiting: Collection[str] = (),
 ) -> list[Dropped]:
-    """What `retention` drops of the checkpoints in a folder and in its run, oldest first.
+    """Return the checkpoints of a folder and its run that `retention` drops, oldest first.
 
     Never among them: the newest one that verifies, the best, a promoted one, one that waits for its upload, or a
     file without a manifest of this project.
@@ -101,7 +101,7 @@ def _newest_valid_name(
     remote: dict[str, CheckpointManifest],
     just_written: JustWritten,
 ) -> set[str]:
-    """The newest checkpoint that can be relied on: it stays, whatever the rules say."""
+    """Return the name of the newest checkpoint that verifies; it is kept whatever the rules say."""
     for name in newest_first({**local, **remote}):
         if directory is None or name not in local or is_trusted(local[name], just_written):
             return {name}
@@ -121,7 +121,7 @@ def _is_ours(
     remote: dict[str, CheckpointManifest],
     target: RunTarget | None,
 ) -> bool:
-    """Whether the file on the disk is the run's: nothing else that lies in the folder is deleted."""
+    """Whether the file on the disk is the run's own; nothing else in the folder is deleted."""
     name = manifest.file_name
     if directory is None or name not in local:
         return False
@@ -150,7 +150,7 @@ def prune_run(target: RunTarget, retention: Retention) -> list[Dropped]:
 
 
 def delete(dropped: Collection[Dropped], directory: Path | None, target: RunTarget | None) -> None:
-    """Delete them, in two phases.
+    """Delete checkpoints in two phases.
 
     Raises:
         TrackingError: MLflow did not answer.
@@ -181,7 +181,7 @@ def _delete_in_run(target: RunTarget, names: Collection[str]) -> None:
 
 
 def _complete(target: RunTarget) -> None:
-    """Finish a deletion that was cut short."""
+    """Finish an interrupted deletion."""
     tags = target.read().data.tags
     named = {
         manifest.file_name for tag in (LATEST_TAG, BEST_TAG) if (manifest := manifest_in_tag(tags, tag)) is not None

@@ -1,4 +1,4 @@
-"""From the training loop to the disk: a thread that does what it is given in order, so that the loop need not wait."""
+"""A thread that does what the training loop hands to it, in order, so that the loop need not wait."""
 
 import logging
 import queue
@@ -15,7 +15,7 @@ Job = Callable[[], None]
 
 
 class Recorder:
-    """Puts messages to one run into the journal, and does other work between them, all of it in order.
+    """Puts messages to one run into the journal, and does other work between them, all in order.
 
     Args:
         run: the run's ID, or what it is called until it has one.
@@ -30,21 +30,21 @@ class Recorder:
         self.just_written = just_written if just_written is not None else {}
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.failure: BaseException | None = None
-        """What a job raised; nobody else hears of it."""
+        """What a job raised."""
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
     @property
     def run_id(self) -> str:
-        """The run's ID, or what it is called until it has one."""
+        """The run's ID, or its provisional ID."""
         return self.journal.run_id_of(self.run)
 
     def record(self, message: Message) -> None:
-        """Put it into the journal, behind what was given before."""
+        """Put a message into the journal, behind everything given before."""
         self.do(lambda: self.append(message))
 
     def append(self, message: Message, *, durable: bool = False) -> None:
-        """Put it into the journal at once: for jobs, which are in their turn.
+        """Put a message into the journal at once; for jobs, which run in order already.
 
         Args:
             durable: safe from a loss of power too, with everything before it.
@@ -55,7 +55,7 @@ class Recorder:
         self._wake()
 
     def do(self, job: Job) -> None:
-        """Do it in its turn."""
+        """Do a job when its turn comes."""
         self._jobs.put(job)
 
     def drain(self) -> None:

@@ -1,4 +1,4 @@
-"""Take credentials out of text before anyone sees it."""
+"""Remove credentials from text before anyone sees it."""
 
 import re
 from typing import TYPE_CHECKING
@@ -20,10 +20,10 @@ _SECRET = re.compile(r"(?P<name>[?&][\w.-]*(?:password|passwd|pwd|token|secret|k
 
 
 def redact(text: str) -> str:
-    """`text` with user, password and secret query values of every URI in it taken out."""
+    """Return `text` without user, password and secret query values of the URIs in it."""
     return _SECRET.sub(r"\g<name>***", _USERINFO.sub(r"\g<scheme>", text))
 
 
 def redact_word(word: str) -> str:
-    """The same for one word of a command line, in which passwords may hold blanks and quotes."""
+    """Do the same for one word of a command line, in which passwords may contain blanks and quotes."""
     return redact(_USERINFO_IN_WORD.sub(r"\g<scheme>", word))

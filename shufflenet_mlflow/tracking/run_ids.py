@@ -1,4 +1,4 @@
-"""The ID of a run from its first characters, and what a mistyped one may have been."""
+"""Complete the first characters of a run ID, and suggest an ID for a mistyped one."""
 
 from contextlib import suppress
 from difflib import get_close_matches
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _NAMED = 4
-"""Runs that a message names at most."""
+"""Runs that a message names."""
 _SEARCHED = 1000
-"""Newest runs among which the one is looked for that was meant."""
+"""Newest runs among which a mistyped ID is looked up."""
 _ALIKE = 0.85
 
 
 def complete(ref: str | Path, store: str | Connection | None) -> str | Path:
-    """`ref` with the whole ID of its run, where it has but the first characters of one; anything else as it is.
+    """Return `ref` with the whole run ID if it has only the first characters of one; any other reference unchanged.
 
     Raises:
         UnresolvedError: no run begins so, or several do.
@@ -53,13 +53,13 @@ def complete(ref: str | Path, store: str | Connection | None) -> str | Path:
 
 
 def beginning_of(ref: str | Path) -> str | None:
-    """The first characters of an ID that `ref` has instead of a whole one; None for any other reference."""
+    """Return the first characters of a run ID that `ref` has instead of a whole one; None for any other reference."""
     reference = parse_reference(ref)
     return reference.run_id if isinstance(reference, RunReference) and not is_run_id(reference.run_id) else None
 
 
 def find_run_ids(beginning: str, store: str | Connection | None) -> dict[str, str]:
-    """The IDs that begin so, with their runs' names, also of deleted runs; newest first.
+    """Return the run IDs with that beginning, and their names, also of deleted runs; newest first.
 
     Raises:
         TrackingError: MLflow did not answer.
@@ -68,7 +68,7 @@ def find_run_ids(beginning: str, store: str | Connection | None) -> dict[str, st
 
 
 def may_have_been(mistyped: str, store: str | Connection | None) -> str:
-    """`, perhaps …`, if one of the newest runs' IDs is like this one, or like this beginning of one; else nothing."""
+    """Return `, perhaps ID (name)` if a recent run's ID is similar; otherwise nothing."""
     with suppress(TrackingError):
         names = _newest(store, "", "like runs")
         ids = {run_id[: len(mistyped)]: run_id for run_id in names}
@@ -78,7 +78,7 @@ def may_have_been(mistyped: str, store: str | Connection | None) -> str:
 
 
 def _newest(store: str | Connection | None, filter_string: str, what: str) -> dict[str, str]:
-    """ID -> name of the newest runs that fit."""
+    """Return ID -> name of the newest matching runs."""
     store = Connection.to(store)
     file = store_file(store.uri)
     if file is not None and not file.exists():

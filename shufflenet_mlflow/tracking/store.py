@@ -1,4 +1,4 @@
-"""Checkpoints and metrics of a training run, on the disk and in MLflow, without the loop waiting for either."""
+"""Keep checkpoints and metrics of a training run, on the disk and in MLflow, without delaying the loop."""
 
 import time
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from shufflenet_mlflow.tracking.recorder import Recorder
 
 
 class TrackedMetrics:
-    """Sends metric points to the run; one that it has already is left out when it arrives there."""
+    """Sends metric points to the run; a point that the run already has is dropped on delivery."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -144,13 +144,13 @@ class TrackedStore:
             raise failure
 
     def deliver_again(self) -> None:
-        """Bring to the run what the journal may not know of; see `lost_checkpoints`."""
+        """Deliver what the journal may not know of; see `lost_checkpoints`."""
         for message in lost_checkpoints(self._recorder.journal):
             self._recorder.record(message)
 
 
 def lost_checkpoints(journal: Journal) -> list[Checkpoint]:
-    """Messages for the checkpoints in a folder that its journal may not know of, oldest first.
+    """Return messages for checkpoints in a folder that its journal may not know of, oldest first.
 
     The writer of the newest may have been killed before it noted that, and a journal can lose its end. Of older
     ones, those count that the run cannot have had; where lines of the journal were damaged, all.

@@ -1,4 +1,4 @@
-"""How busy the machine is while it trains: MLflow's own monitors, their points sent through the journal.
+"""Utilisation of the machine while it trains: MLflow's own monitors, delivered through the journal.
 
 MLflow's thread for that talks to the server itself, and would lose its points while the server is away.
 """
@@ -22,11 +22,11 @@ INTERVAL = 10.0
 LONGEST_INTERVAL = 86_400.0
 
 PREFIX = "system/"
-"""The UI has a page of its own for metrics with it."""
+"""Metrics with this prefix have their own page in the UI."""
 
 
 class SystemMetrics:
-    """As a context manager it samples in a thread for as long as the block lasts.
+    """As a context manager, samples in a thread while the block runs.
 
     Points stand at the iteration at which they were taken, so that they lie beside the curves of training; samples
     that fall into one iteration, such as those of a long validation, are averaged.
@@ -85,7 +85,7 @@ def _interval() -> float:
 
 
 def _monitors() -> list[Any]:
-    """Those that work here; none without psutil."""
+    """Return the monitors that work here; none without psutil."""
     try:
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor

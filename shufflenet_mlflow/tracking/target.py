@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 JustWritten = dict[str, tuple[str, float]]
-"""File name -> SHA-256 and `time.monotonic()` of when this process wrote it and read it back."""
+"""File name -> SHA-256 and `time.monotonic()` of when this process wrote the file and read it back."""
 
 
 TRUST_SECONDS = 600.0
-"""For so long a file that was read back is not read once more before it is uploaded."""
+"""Seconds during which a file that was read back is uploaded without reading it again."""
 
 
 class RunTarget:
-    """A run that messages are sent to, with what is known of it.
+    """A run that messages are sent to, with what is known about it.
 
     Args:
         directory: where its checkpoints lie on the disk.
@@ -37,17 +37,17 @@ class RunTarget:
         self.run_id = run_id
         self.directory = directory
         self.seen: dict[str, set[int]] | None = {} if is_new else None
-        """Metric name -> the steps that have a point; None until it is asked for."""
+        """Metric name -> steps that have a point; None until it is read."""
         self.artifacts = RunArtifacts(client, run_id)
         self.just_written: JustWritten = {}
 
     def read(self) -> "Run":
-        """The run as it is now."""
+        """Read the run."""
         with mlflow_errors(f"read run {self.run_id}"):
             return self.client.get_run(self.run_id)
 
     def seen_steps(self) -> dict[str, set[int]]:
-        """The steps that have a point; read once."""
+        """Return the steps that have a point; they are read once."""
         if self.seen is None:
             names = list(self.read().data.metrics)
             with mlflow_errors(f"read the metrics of run {self.run_id}"):
@@ -76,12 +76,12 @@ class RunTarget:
 
 
 class Message(Protocol):
-    """Plain data with a kind; `asdict` and the constructor are each other's inverse."""
+    """Plain data with a kind; `asdict` and the constructor are inverses of each other."""
 
     kind: ClassVar[str]
 
     def send(self, target: RunTarget) -> None:
-        """Bring it to the run.
+        """Send it to the run.
 
         Raises:
             RefusedError: it will never arrive.
@@ -96,7 +96,7 @@ def is_trusted(manifest: CheckpointManifest, just_written: JustWritten) -> bool:
 
 
 def manifest_in_tag(tags: Mapping[str, str], tag: str) -> CheckpointManifest | None:
-    """What `checkpoint.latest` or `checkpoint.best` says; None if it is not there, or not a manifest."""
+    """Return the manifest in `checkpoint.latest` or `checkpoint.best`; None if there is none, or it is invalid."""
     try:
         return CheckpointManifest.from_json(tags[tag]) if tag in tags else None
     except CheckpointError:  # someone edited the tag: the next commit mends it

@@ -20,7 +20,7 @@ def is_server(uri: str) -> bool:
 
 
 def stored_uri(uri: str) -> str:
-    """The store's address as another process in another folder can use it; without credentials."""
+    """Return the store's address as a process in another folder can use it; without credentials."""
     prefix, found, rest = uri.partition("sqlite:///")
     if found and not prefix:
         path, mark, query = rest.partition("?")
@@ -29,7 +29,7 @@ def stored_uri(uri: str) -> str:
 
 
 def uri_of_journal(stored: str | None, asked: str | None) -> str | None:
-    """The store that a journal belongs to: as asked for, or else the one it names.
+    """Return the store of a journal: the one asked for, or else the one that the journal names.
 
     The environment's address counts if it is the same but for its credentials, which a journal does not hold.
     """
@@ -40,17 +40,17 @@ def uri_of_journal(stored: str | None, asked: str | None) -> str | None:
 
 
 def uri_in_force(tracking_uri: str | None) -> str:
-    """The store's address: the one that was given, or else what MLflow itself would use."""
+    """Return the store's address: the given one, or else the one that MLflow itself would use."""
     return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
 def store_file(uri: str) -> Path | None:
-    """The file of an embedded store; None for any other store."""
+    """Return the file of an embedded store; None for any other store."""
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
 def _check_database_file(uri: str) -> None:
-    """MLflow would try for minutes to open a database file that cannot exist."""
+    """Refuse a database file that cannot exist; MLflow would try to open it for minutes."""
     path = store_file(uri)
     if path is None:
         _check_address(uri)
@@ -66,7 +66,7 @@ def _check_database_file(uri: str) -> None:
 
 
 def _check_address(uri: str) -> None:
-    """A server that cannot be meant would be taken for one that is away."""
+    """Refuse an address that cannot be valid; its server would seem to be away."""
     try:
         parts = urlsplit(redact(uri))  # a password may hold anything
         complete = not is_server(uri) or (parts.hostname and parts.port != 0)

@@ -1,4 +1,4 @@
-"""Where an iteration's time goes on this machine: data, step, checkpoint, tracking."""
+"""`shufflenet bench`: where the time of an iteration goes: data, step, checkpoint, tracking."""
 
 import tempfile
 import time
@@ -45,7 +45,7 @@ from shufflenet_mlflow.workflows.training.state import fresh_state
 EXPERIMENT = "shufflenet-bench"
 
 _SECONDS = 30.0
-"""After so long a part has been measured, however few iterations that were."""
+"""Seconds after which a measurement ends, however few iterations it had."""
 _WARM_UP = 3
 _SAVES = 3
 _POINTS = 20
@@ -55,29 +55,29 @@ Sizes = dict[str, float]
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What to measure."""
+    """A measurement to make."""
 
     options: Mapping[str, Any]
-    """Options of training; the others have training's defaults."""
+    """Options of `train`; those not given have its defaults."""
     iterations: int = 20
     tracking_uri: str | None = None
-    """A store to measure with, in which a run is made and deleted again; None: an embedded one, for the occasion."""
+    """Store to measure with, in which a run is created and deleted again; None: a temporary embedded one."""
     cache_dir: Path | None = None
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that an iteration does, or a share of what it does now and then."""
+    """Part of an iteration, or its share of something that happens now and then."""
 
     name: str
     milliseconds: float
-    """Per iteration."""
+    """Milliseconds per iteration."""
     detail: str
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Milliseconds per iteration, and what they are spent on."""
+    """Milliseconds per iteration, and where they go."""
 
     model: str
     input_size: int
@@ -88,22 +88,22 @@ class BenchResult:
     memory_gb: float
     torch: str
     first_step_seconds: float
-    """Compilation included."""
+    """Seconds of the first step, compilation included."""
     parts: tuple[Part, ...]
     milliseconds: float
-    """Of whole iterations: data and step as training has them, checkpoint and tracking in proportion."""
+    """Milliseconds of whole iterations: data and step as in training, with shares of checkpoint and tracking."""
     images_per_second: float
     bottleneck: str
-    """The name of a part."""
+    """Name of a part."""
     advice: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `bench --json`."""
+        """Return the document of `bench --json`."""
         return {**asdict(self), "parts": [asdict(part) for part in self.parts]}
 
 
 def run_bench(request: BenchRequest, *, reporter: Reporter, stop: StopFlag) -> BenchResult:
-    """Measure a few iterations of the training that these options mean. Nothing of it is kept.
+    """Measure a few iterations of the training that these options describe; nothing is kept.
 
     Raises:
         ShuffleNetError: see `shufflenet_mlflow.errors`.
@@ -128,7 +128,7 @@ def run_bench(request: BenchRequest, *, reporter: Reporter, stop: StopFlag) -> B
 
 
 def _bare_training(options: Mapping[str, Any], cache_dir: Path | None, context: JobContext) -> tuple[Plan, Trainer]:
-    """Return the loop that these options mean, from its beginning, with nothing kept."""
+    """Return the training loop of these options, from its beginning, with nothing kept."""
     request = TrainRequest(options=options, cache_dir=cache_dir)
     attempt = Attempt(resume="none", is_fork=False, save_dir=None, job=None)
     choices = choose(request, attempt, context.world)
@@ -149,7 +149,7 @@ def _bare_training(options: Mapping[str, Any], cache_dir: Path | None, context: 
 
 
 class _Bench:
-    """Iterations of training, one part at a time."""
+    """Times iterations of training, one part at a time."""
 
     def __init__(self, trainer: Trainer, iterations: int, reporter: Reporter, stop: StopFlag) -> None:
         self.trainer, self.iterations = trainer, iterations
@@ -161,7 +161,7 @@ class _Bench:
         trainer.state.model.train()
 
     def _mean(self, name: str, act: Callable[[], object]) -> float:
-        """Mean seconds of `act`, after a few for nothing."""
+        """Return the mean seconds of `act`, after a warm-up."""
         iterations = max(self.iterations, 2 * self.trainer.config.workers)  # they deliver in turn
         with self._reporter.phase(f"measuring {name}", self._warm_up + iterations) as phase:
             began, done = time.perf_counter(), 0
@@ -179,16 +179,16 @@ class _Bench:
             return (time.perf_counter() - began) / done
 
     def _batches(self) -> Iterator[Any]:
-        """As many as any of the loops below takes, and those that the workers load in advance."""
+        """Yield enough batches for any loop below, and those that the workers load in advance."""
         return self.trainer.batches(0, 10 * (self._warm_up + self.iterations))
 
     def loading(self) -> float:
-        """Seconds to load a batch, with nothing else to do."""
+        """Return the seconds to load a batch, with nothing else to do."""
         batches = self._batches()
         return self._mean("data", lambda: self.trainer.fetch(batches))
 
     def stepping(self) -> tuple[float, float, float]:
-        """Seconds of the first step, and then of the conversion to float and of a step, which includes it."""
+        """Return the seconds of the first step, of the conversion to float, and of a later step, which includes it."""
         parts = self.trainer.fetch(self._batches())
         began = time.perf_counter()
         self.trainer.step(self.network, parts)
@@ -199,13 +199,13 @@ class _Bench:
         return first, convert, step
 
     def training(self) -> float:
-        """Seconds of an iteration, as training does them."""
+        """Return the seconds of an iteration as training does it."""
         batches = self._batches()
         return self._mean("both", lambda: self.trainer.step(self.network, self.trainer.fetch(batches)))
 
 
 def _bookkeeping(request: BenchRequest, trainer: Trainer, reporter: Reporter, stop: StopFlag) -> tuple[Sizes, Sizes]:
-    """What a checkpoint and a metric point cost the loop, and how long they take behind it."""
+    """Return what a checkpoint and a metric point cost the loop, and how long they take in the background."""
     with tempfile.TemporaryDirectory() as scratch:
         uri = request.tracking_uri or f"sqlite:///{Path(scratch, 'mlflow.db')}"
         client = connect(uri)
@@ -302,7 +302,7 @@ def _result(planned: Plan, seconds: Sizes, first: float) -> BenchResult:
 
 
 def _advice(bottleneck: str, config: TrainConfig, device: torch.device) -> str:
-    """What would help."""
+    """Return what would help."""
     cores = usable_cores()
     if bottleneck == "data":
         if config.workers < cores:
@@ -321,7 +321,7 @@ def _advice(bottleneck: str, config: TrainConfig, device: torch.device) -> str:
 
 
 def described(result: BenchResult) -> list[str]:
-    """What was measured, in words."""
+    """Return a description of what was measured."""
     return [
         f"{result.model}, {result.input_size} px, batches of {result.batch_size}",
         f"{result.device}, {result.cores} cores, {result.memory_gb:g} GB, torch {result.torch}",

@@ -1,4 +1,4 @@
-"""What checkpoints there are, in a folder and in its run; verifying, fetching and pruning them."""
+"""`shufflenet checkpoints`: list, verify, fetch and prune the checkpoints of a folder and its run."""
 
 import logging
 import os
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CheckpointLocation:
-    """Where checkpoints are: a folder, a run, or a folder with the run that it belongs to."""
+    """Where checkpoints are: a folder, a run, or a folder with its run."""
 
     ref: str
     directory: Path | None
@@ -54,7 +54,7 @@ class CheckpointLocation:
 
 
 def find_location(ref: str, tracking_uri: str | None) -> CheckpointLocation:
-    """The folder or run that `ref` names.
+    """Return the folder or run that `ref` names.
 
     Raises:
         UnresolvedError: it names something else, or nothing.
@@ -72,7 +72,7 @@ def find_location(ref: str, tracking_uri: str | None) -> CheckpointLocation:
 
 @dataclass(frozen=True)
 class CheckpointRow:
-    """One checkpoint, wherever it is."""
+    """One checkpoint, on the disk or in the run."""
 
     file: str
     iters: int
@@ -83,16 +83,16 @@ class CheckpointRow:
     sha256: str | None
     local: bool
     remote: bool | None
-    """None where that is not known: there is no run, or MLflow does not answer."""
+    """None if that is not known: there is no run, or MLflow does not answer."""
     pending: bool
-    """It waits for its upload."""
+    """Its upload is pending."""
     latest: bool
     best: bool
     promoted: bool
-    """A version of a registered model stands for it."""
+    """A version of a registered model was made from it."""
 
     def to_dict(self) -> dict[str, Any]:
-        """One entry of `checkpoints ls --json`."""
+        """Return one entry of `checkpoints ls --json`."""
         return asdict(self)
 
 
@@ -121,7 +121,7 @@ def _look_into_run(location: CheckpointLocation) -> _InRun:
 
 
 def list_rows(ref: str, *, tracking_uri: str | None, reporter: Reporter) -> list[CheckpointRow]:
-    """The checkpoints of a folder and its run, or of a run; newest first.
+    """Return the checkpoints of a folder and its run, or of a run; newest first.
 
     A folder is listed also while its server is away.
 
@@ -168,7 +168,7 @@ def list_rows(ref: str, *, tracking_uri: str | None, reporter: Reporter) -> list
 
 
 def _marks(manifests: Mapping[str, CheckpointManifest | None], in_run: _InRun | None) -> tuple[str | None, str | None]:
-    """The names of the latest and the best: what the run says, or else what the folder amounts to."""
+    """Return the names of the latest and the best checkpoint, from the run or else from the folder."""
     if in_run is not None:
         return in_run.latest, in_run.best
     ranked = best_first([manifest for manifest in manifests.values() if manifest is not None])
@@ -177,22 +177,22 @@ def _marks(manifests: Mapping[str, CheckpointManifest | None], in_run: _InRun | 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one checkpoint is sound."""
+    """Whether one checkpoint is intact."""
 
     file: str
     ok: bool
     reason: str | None
-    """What is wrong; None if nothing is."""
+    """The defect; None if there is none."""
     note: str | None = None
-    """What could not be checked."""
+    """Something that could not be checked."""
 
     def to_dict(self) -> dict[str, Any]:
-        """One entry of `checkpoints verify --json`."""
+        """Return one entry of `checkpoints verify --json`."""
         return asdict(self)
 
 
 def verify_all(ref: str, *, tracking_uri: str | None, cache_dir: Path | None, reporter: Reporter) -> list[Verdict]:
-    """Verify one checkpoint, or each one in a folder or a run; those of a run are fetched for that.
+    """Verify one checkpoint, or each one in a folder or a run; those of a run are downloaded for that.
 
     Raises:
         UnresolvedError: there is nothing to verify.
@@ -318,7 +318,7 @@ def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | 
 
 @contextmanager
 def _alone_in(directory: Path | None) -> Iterator[None]:
-    """Nobody trains in the folder meanwhile."""
+    """Make sure that nobody trains in the folder meanwhile."""
     if directory is None or not (directory / JOURNAL_NAME).exists():
         yield
         return

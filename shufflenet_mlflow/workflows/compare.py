@@ -1,4 +1,4 @@
-"""The comparison job: run IDs in, tables, curves and a page out."""
+"""`shufflenet compare`: run IDs in, tables, curves and a page out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

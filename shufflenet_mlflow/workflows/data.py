@@ -1,4 +1,4 @@
-"""The mean image job: an image folder in, a file for `--mean-image` out."""
+"""`shufflenet data mean`: an image folder in, a file for `--mean-image` out."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,17 @@ from shufflenet_mlflow.runtime.signals import StopFlag
 
 @dataclass(frozen=True)
 class MeanSummary:
-    """What was averaged, and what came out."""
+    """A mean image and its origin."""
 
     path: Path
     n: int
-    """Images."""
+    """Number of images."""
     input_size: int
     mean_BGR: tuple[float, float, float]
-    """Over all pixels, on the 0-255 scale."""
+    """Mean over all pixels, on the 0-255 scale."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `data mean --json`."""
+        """Return the document of `data mean --json`."""
         return {
             "mean_image": str(self.path),
             "n": self.n,

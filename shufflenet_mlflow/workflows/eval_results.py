@@ -1,4 +1,4 @@
-"""An evaluation in MLflow: in the run that the checkpoint belongs to, or in one of its own."""
+"""Log an evaluation to MLflow: in the run that the checkpoint belongs to, or in a run of its own."""
 
 import re
 import tempfile
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import LoggedModel, MlflowClient, Run
 
 CONTEXT = "evaluation"
-"""What an evaluation's images are to its run."""
+"""Context of an evaluation's images in its run."""
 
 LONGEST_NAME = 100
 
 ARTIFACTS = "evaluation"
-"""Folder of a run's artifacts: a folder for each set of images and checkpoint."""
+"""Artifact folder with one folder for each set of images and checkpoint."""
 
 SUMMARY, PREDICTIONS = "summary.json", "predictions.csv"
 
 OWN_SECTION = "val"
-"""In a run of its own an evaluation's metrics are called as those of a validation: the UI shows them side by side."""
+"""Section of the metrics in an evaluation's own run: named like a validation, so that the UI shows them together."""
 
 EVALUATED_TAG = "evaluated.run"
 """Tag of an evaluation's own run: the run that it evaluates."""
@@ -43,7 +43,7 @@ EVALUATED_TAG = "evaluated.run"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What was evaluated, on what, and what came out."""
+    """An evaluation: checkpoint, images and results."""
 
     network: str
     checkpoint: str
@@ -52,25 +52,25 @@ class Evaluated:
     run_id: str | None
     """The run that the checkpoint belongs to."""
     name: str
-    """What the images are called."""
+    """Name of the set of images."""
     listing: ImageListing
     metrics: Mapping[str, float]
-    """By plain name, such as `top1`."""
+    """Values by plain name, such as `top1`."""
     report: Report
 
     @property
     def data(self) -> str:
-        """What to call the images; MLflow takes only some letters, and not too many."""
+        """Name of the images as MLflow accepts it: some letters only, of limited length."""
         name = re.sub(r"[^\w .:-]", "_", self.name)
         return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{self.listing.content_digest[:8]}"
 
     @property
     def root(self) -> str:
-        """The folder of the images."""
+        """Folder of the images."""
         return str(self.listing.root.absolute())
 
     def told_apart(self, run: "Run") -> "Evaluated":
-        """The same under another name, if the run has been evaluated on other images of that name."""
+        """Return the same under another name, if the run has been evaluated on other images of that name."""
         owner = run.data.tags.get(EVALUATION_TAG + self.data)
         inputs = run.inputs.dataset_inputs if run.inputs is not None else []
         others = {
@@ -84,12 +84,12 @@ class Evaluated:
 
     @property
     def folder(self) -> str:
-        """Where its artifacts lie, below `evaluation` and `figures`."""
+        """Folder of its artifacts below `evaluation` and `figures`."""
         stem = self.checkpoint.removesuffix(".pth.tar").replace("checkpoint-", "")
         return f"{self.data}/{re.sub(r'[^A-Za-z0-9_.-]', '_', stem)}"
 
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` holds."""
+        """Return the content of `summary.json`."""
         return {
             "data": self.data,
             "digest": self.listing.content_digest,
@@ -104,7 +104,7 @@ class Evaluated:
 
 
 def record_in_source(client: "MlflowClient", source: "Run", evaluated: Evaluated) -> str:
-    """Log to the run that the checkpoint belongs to, under `eval/<data>/`; its ID.
+    """Log to the run that the checkpoint belongs to, under `eval/<data>/`; return its ID.
 
     Raises:
         TrackingError: MLflow did not answer.
@@ -119,7 +119,7 @@ def record_in_source(client: "MlflowClient", source: "Run", evaluated: Evaluated
 def record_in_new(
     client: "MlflowClient", source: "Run | None", evaluated: Evaluated, *, experiment: str | None, name: str | None
 ) -> str:
-    """Log to a run of its own, below the one that the checkpoint belongs to; its ID.
+    """Log to a run of its own, as a child of the checkpoint's run; return its ID.
 
     Args:
         experiment: by default that of `source`.
@@ -138,7 +138,7 @@ def record_in_new(
 
 
 def record_in_own(run: WrapperRun, source: "Run | None", evaluated: Evaluated) -> None:
-    """Log to a run that is the evaluation's own.
+    """Log to a run that belongs to the evaluation.
 
     Raises:
         TrackingError: MLflow did not answer.
@@ -170,7 +170,7 @@ def record_in_own(run: WrapperRun, source: "Run | None", evaluated: Evaluated) -
 
 
 def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "LoggedModel | None") -> None:
-    """Artifacts first, then the numbers that say that they are there."""
+    """Log artifacts first, then the metrics that announce them."""
     from shufflenet_mlflow.evaluation.plots import figures_of, write_figure  # matplotlib: not before the first image
 
     report, listing = evaluated.report, evaluated.listing
@@ -195,6 +195,6 @@ def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "Logge
 
 
 def _logged_model(client: "MlflowClient", source: "Run", evaluated: Evaluated) -> "LoggedModel | None":
-    """The logged model of the checkpoint, if there is one."""
+    """Return the logged model of the checkpoint; None if there is none."""
     manifest = RunArtifacts(client, source.info.run_id).manifest_of(evaluated.checkpoint)
     return find_logged_model(client, source, manifest) if manifest is not None else None

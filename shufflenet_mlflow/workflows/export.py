@@ -1,4 +1,4 @@
-"""Checkpoints for others: exported files, and versions of registered models."""
+"""`shufflenet export` and `checkpoints promote`: exported files, and versions of registered models."""
 
 import shutil
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from shufflenet_mlflow.tracking.run_ids import read_run
 from shufflenet_mlflow.workflows.loading import LoadedCheckpoint, ModelRequest, source_of
 
 MLFLOW_FORMAT = "mlflow"
-"""A folder that `mlflow models serve -m` takes."""
+"""A folder for `mlflow models serve -m`."""
 
 
 @dataclass(frozen=True)
 class ExportRequest(ModelRequest):
-    """What to export; None means as the checkpoint says."""
+    """A checkpoint to export; None means the checkpoint's own setting."""
 
     format: str = "pt2"
     output: Path | None = None
@@ -33,16 +33,16 @@ class ExportRequest(ModelRequest):
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What was written."""
+    """An exported file."""
 
     path: Path
     format: str
     loaded: LoadedCheckpoint
     difference: float
-    """The largest one between logits of the export and of the checkpoint, as a part of the largest logit."""
+    """Largest difference between logits of the export and of the checkpoint, as a fraction of the largest logit."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `export --json`."""
+        """Return the document of `export --json`."""
         return {
             "path": str(self.path),
             "format": self.format,
@@ -97,7 +97,7 @@ def run_promotion(
     cache_dir: Path | None,
     reporter: Reporter,
 ) -> Promoted:
-    """Make the checkpoint that `ref` means a version of the registered model `name`, served and resolved by its alias.
+    """Register a checkpoint as a version of the model `name`, to be served and resolved by its alias.
 
     Its logged model is made if there is none yet.
 

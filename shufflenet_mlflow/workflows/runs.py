@@ -1,4 +1,4 @@
-"""Looking at runs: a table of them, and one in full with the command that makes it again."""
+"""`shufflenet runs`: a table of runs, and one run in full with the command that repeats it."""
 
 import json
 import shlex
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_COLUMNS = ("run_id", "name", "status", "started", "minutes", "model", "val/top1", "best/val_top1")
 
 _ATTRIBUTES = {"run_id": "run_id", "name": "run_name", "status": "status", "started": "start_time"}
-"""Column -> MLflow's name for it, by which it sorts."""
+"""Column -> MLflow's name for it, which runs can be sorted by."""
 
 _COMPUTED = ("minutes",)
 _KINDS = ("metrics", "params", "tags")
@@ -35,7 +35,7 @@ _PARAMS = {*FIELDS, "epochs"}
 
 @dataclass(frozen=True)
 class Column:
-    """What to show of each run."""
+    """A column of the table."""
 
     title: str
     kind: str
@@ -44,7 +44,7 @@ class Column:
 
     @classmethod
     def parse(cls, text: str) -> "Column":
-        """A column by name: an attribute, a metric, an option of training, or `metrics.`, `params.`, `tags.` and more.
+        """Parse a column: an attribute, a metric, an option of training, or `metrics.X`, `params.X`, `tags.X`.
 
         Raises:
             ConfigError: it is empty.
@@ -62,7 +62,7 @@ class Column:
         return cls(name, "params" if name in _PARAMS else "metrics", name)
 
     def of(self, run: "Run") -> Any:
-        """Its value; None where the run has none."""
+        """Return the run's value; None if it has none."""
         if self.kind != "attribute":
             return getattr(run.data, self.kind).get(self.key)
         info = run.info
@@ -74,7 +74,7 @@ class Column:
         return {"run_id": info.run_id, "name": info.run_name, "status": info.status}[self.key]
 
     def order(self, *, ascending: bool) -> str:
-        """As MLflow's search takes it.
+        """Return the order for MLflow's search.
 
         Raises:
             ConfigError: MLflow does not sort by it.
@@ -89,7 +89,7 @@ class Column:
 
 @dataclass(frozen=True)
 class RunTable:
-    """Runs of an experiment, a row each."""
+    """Runs of an experiment, one per row."""
 
     experiment: str
     columns: tuple[Column, ...]
@@ -97,11 +97,11 @@ class RunTable:
     has_more: bool
 
     def rows(self) -> list[list[Any]]:
-        """A value per column, None where a run has none."""
+        """One value per column; None for runs without it."""
         return [[column.of(run) for column in self.columns] for run in self.runs]
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The document of `runs --json`: the columns, and all metrics and parameters."""
+        """Return the document of `runs --json`: the columns, and all metrics and parameters."""
         return [
             {
                 **{column.title: value for column, value in zip(self.columns, row, strict=True)},
@@ -123,7 +123,7 @@ def list_runs(
     limit: int,
     tracking_uri: str | None,
 ) -> RunTable:
-    """The runs of an experiment.
+    """Return the runs of an experiment.
 
     Args:
         experiment: by default that of training.
@@ -163,11 +163,11 @@ class RunDetails:
     models: tuple[tuple[str, str], ...]
     """IDs and names of its logged models."""
     reproduce: tuple[str, ...] | None
-    """The words of the command that makes it again; None if it was not a training run."""
+    """Words of the command that repeats it; None if it was not a training run."""
 
     @property
     def commit(self) -> str | None:
-        """Of the code that it was made with."""
+        """Commit of the code."""
         return self.run.data.tags.get(COMMIT_TAG)
 
     @property
@@ -176,7 +176,7 @@ class RunDetails:
         return self.run.data.tags.get(DIRTY_TAG) == "true"
 
     def reproduce_lines(self) -> list[str]:
-        """Shell commands, and remarks on what they cannot bring back."""
+        """Return shell commands that repeat the run, with remarks on what they cannot restore."""
         tags, lines = self.run.data.tags, []
         if self.commit is not None:
             lines.append(f"git checkout {self.commit}" + ("   # and changes that were not committed" * self.is_dirty))
@@ -189,7 +189,7 @@ class RunDetails:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `runs show --json`."""
+        """Return the document of `runs show --json`."""
         info, data = self.run.info, self.run.data
         return {
             "run_id": info.run_id,
@@ -214,7 +214,7 @@ class RunDetails:
         }
 
     def data(self) -> list[dict[str, Any]]:
-        """The sets of images: name, digest, context, folder, number of images."""
+        """Return the sets of images: name, digest, context, folder, number of images."""
         inputs = self.run.inputs.dataset_inputs if self.run.inputs is not None else []
         return [
             {
@@ -237,7 +237,7 @@ _PINNED = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow")
 
 
 def show_run(ref: str, *, tracking_uri: str | None) -> RunDetails:
-    """One run in full.
+    """Return one run in full.
 
     Raises:
         UnresolvedError: `ref` is no run ID, or there is no such run.
@@ -262,7 +262,7 @@ def show_run(ref: str, *, tracking_uri: str | None) -> RunDetails:
 
 
 def find_run(store: Connection, ref: str) -> "Run":
-    """The run that `ref` names: its ID or the first characters of it, or `runs:/ID`.
+    """Return the run that `ref` names: its ID, the first characters of it, or `runs:/ID`.
 
     Raises:
         UnresolvedError: it names none, or there is none such.
@@ -287,7 +287,7 @@ def _json(text: str | None) -> dict[str, Any]:
 
 
 def _time(milliseconds: int | None) -> str | None:
-    """Local time to the second."""
+    """Return local time to the second."""
     if milliseconds is None:
         return None
     moment = datetime.fromtimestamp(milliseconds / 1000, tz=timezone.utc)

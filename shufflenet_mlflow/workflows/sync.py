@@ -1,4 +1,4 @@
-"""Bringing to MLflow what a folder's journal still holds."""
+"""`shufflenet sync`: deliver what a folder's journal still holds."""
 
 import os
 from collections import Counter
@@ -24,25 +24,25 @@ from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
 
 @dataclass(frozen=True)
 class SyncSummary:
-    """What was sent, or would be."""
+    """Entries that were sent, and those that are pending."""
 
     directory: Path
     run_id: str | None
-    """The run that the folder belongs to; None if MLflow has not made it yet."""
+    """The run of the folder; None if MLflow has not created it yet."""
     tracking_uri: str
     sent: int
     pending: tuple[Entry, ...]
 
     def kinds(self) -> dict[str, int]:
-        """How many entries of each kind are pending."""
+        """Return the number of pending entries by kind."""
         return dict(Counter(entry.kind for entry in self.pending))
 
     def uploads(self) -> list[dict[str, Any]]:
-        """The checkpoints that wait for their upload."""
+        """Return the checkpoints whose upload is pending."""
         return [entry.body["record"] for entry in self.pending if entry.kind == "checkpoint"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `sync --json`."""
+        """Return the document of `sync --json`."""
         return {
             "directory": str(self.directory),
             "run_id": self.run_id,
@@ -57,7 +57,7 @@ class SyncSummary:
 def run_sync(
     directory: Path, *, dry_run: bool, tracking_uri: str | None, reporter: Reporter, stop: StopFlag
 ) -> SyncSummary:
-    """Send what waits in the journal of `directory`, in order.
+    """Send what the journal of `directory` holds, in order.
 
     Args:
         dry_run: only say what waits there.
@@ -115,7 +115,7 @@ def _send(deliverer: Deliverer, reporter: Reporter, stop: StopFlag) -> int:
 
 
 def describe_entries(entries: Sequence[Entry]) -> str:
-    """Such as `3 checkpoint, 20 metrics`."""
+    """Return text such as `3 checkpoints, 20 steps of metrics`."""
     counts = Counter(_SPOKEN.get(entry.kind, entry.kind) for entry in entries)
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
