@@ -21,11 +21,6 @@ DEFAULT_EXPERIMENT = "shufflenet"
 DEFAULT_SAVE_ROOT = "models"
 DEFAULT_BATCH_SIZE = 64
 
-EVALUATION_SECTION = "eval/"
-"""Metrics of evaluations in a run: this, what the set of images is called there, and the metric."""
-EVALUATION_TAG = "evaluation."
-"""Tags of a run: this and what a set of images is called there; the digest of those images. The run's inputs need not
-say that they were evaluated: MLflow keeps the context that a data set was first logged with, such as `validation`."""
 
 MAX_WORKERS = 1000
 """Processes that decode images: a slip of the keyboard must not fill the machine with them."""

@@ -33,7 +33,7 @@ from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transfor
 from shufflenet_mlflow.errors import ExportError, RefusedError, TrackingError
 from shufflenet_mlflow.evaluation.ranking import rank
 from shufflenet_mlflow.export import LogModels, export_file, files, log_model
-from shufflenet_mlflow.export.logged import SHA256_TAG, find_logged_model, write_model
+from shufflenet_mlflow.export.logged import find_logged_model, write_model
 from shufflenet_mlflow.export.program import check_equal, example_pixels
 from shufflenet_mlflow.export.serving import Classifier, image_bytes
 from shufflenet_mlflow.models import shufflenet_v2
@@ -41,6 +41,7 @@ from shufflenet_mlflow.models.cost import _count
 from shufflenet_mlflow.models.loaded import LoadedModel, choose_preprocess
 from shufflenet_mlflow.models.spec import ModelSpec, _body
 from shufflenet_mlflow.runtime.signals import StopFlag
+from shufflenet_mlflow.tracking.names import MODEL_SHA256_TAG
 from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
 from shufflenet_mlflow.workflows.sync import run_sync
 from tests.support.command_line import Invoke
@@ -298,7 +299,7 @@ def test_a_model_is_made_once_per_checkpoint(client: MlflowClient, images: Path)
     stored = client.get_run(summary.run_id)
     tags = {manifest_in_tag(stored.data.tags, tag) for tag in ("checkpoint.best", "checkpoint.latest")}
     models = models_of(client, summary.run_id)
-    assert {model.tags[SHA256_TAG] for model in models} == {manifest.sha256 for manifest in tags}
+    assert {model.tags[MODEL_SHA256_TAG] for model in models} == {manifest.sha256 for manifest in tags}
     assert all(str(model.status) == "READY" for model in models)
     assert {output.model_id for output in stored.outputs.model_outputs} == {model.model_id for model in models}
     # Resuming what is complete says it all once more, and makes nothing new.
@@ -314,7 +315,7 @@ def test_an_unfinished_model_is_taken_up(client: MlflowClient, images: Path) -> 
     summary = run(images)
     stored = client.get_run(summary.run_id)
     manifest = manifest_in_tag(stored.data.tags, "checkpoint.latest")
-    tags = {SHA256_TAG: manifest.sha256}
+    tags = {MODEL_SHA256_TAG: manifest.sha256}
     begun = client.create_logged_model(stored.info.experiment_id, "begun", summary.run_id, tags)
     assert find_logged_model(client, stored, manifest) is None
     made = log_model(client, stored, manifest, summary.result.checkpoint)

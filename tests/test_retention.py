@@ -12,7 +12,8 @@ from shufflenet_mlflow.checkpoints.folders import delete_checkpoint, list_checkp
 from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, manifest_path
 from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.errors import UnresolvedError
-from shufflenet_mlflow.tracking.artifacts import DELETING_TAG, RunArtifacts
+from shufflenet_mlflow.tracking.artifacts import RunArtifacts
+from shufflenet_mlflow.tracking.names import DELETING_TAG
 from shufflenet_mlflow.tracking.prune import prune_run
 from shufflenet_mlflow.tracking.resolve import resolve
 from shufflenet_mlflow.tracking.target import RunTarget

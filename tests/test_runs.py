@@ -13,7 +13,8 @@ from shufflenet_mlflow.compare.curves import curves_figure
 from shufflenet_mlflow.compare.paired import Evaluation, Outcome, paired_test
 from shufflenet_mlflow.config import command_of
 from shufflenet_mlflow.evaluation.plots import write_figure
-from shufflenet_mlflow.tracking.note import NOTE_TAG, Note
+from shufflenet_mlflow.tracking.names import NOTE_TAG
+from shufflenet_mlflow.tracking.note import Note
 from shufflenet_mlflow.tracking.provenance import command_line
 from shufflenet_mlflow.tracking.recorder import Recorder
 from shufflenet_mlflow.tracking.system_metrics import SystemMetrics

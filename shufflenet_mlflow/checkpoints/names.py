@@ -45,6 +45,11 @@ def parse_name(name: str) -> CheckpointName | None:
     return CheckpointName(int(match["iters"]), match["tag"])
 
 
+def short_name(name: str) -> str:
+    """Return the distinctive part of a checkpoint's name, such as `bnps-000012`."""
+    return name.removesuffix(SUFFIX).replace("checkpoint-", "")
+
+
 def newest_first(names: Iterable[str]) -> list[str]:
     """The names that belong to checkpoints, by iterations, newest first.
 

@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.compare.paired import Evaluation, Outcome, PairedTest, paired_test, read_outcomes
-from shufflenet_mlflow.config import EVALUATION_SECTION, EVALUATION_TAG
 from shufflenet_mlflow.errors import ConfigError
 from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.names import (
+    EVALUATION_FOLDER,
+    EVALUATION_SECTION,
+    EVALUATION_TAG,
+    PREDICTIONS_FILE,
+    SUMMARY_FILE,
+)
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import MlflowClient, Run
@@ -224,14 +230,14 @@ def _evaluations(client: "MlflowClient", run: "Run") -> Iterator[Evaluation]:
     with mlflow_errors(f"list the evaluations of run {run_id}"):
         folders = [
             folder.path
-            for data in client.list_artifacts(run_id, "evaluation")
+            for data in client.list_artifacts(run_id, EVALUATION_FOLDER)
             if data.is_dir
             for folder in client.list_artifacts(run_id, data.path)
             if folder.is_dir
         ]
     for folder in folders:
         try:
-            summary = json.loads(_read(client, run_id, f"{folder}/summary.json"))
+            summary = json.loads(_read(client, run_id, f"{folder}/{SUMMARY_FILE}"))
             found = Evaluation(
                 run_id,
                 summary["data"],
@@ -262,7 +268,7 @@ def _tests(client: "MlflowClient", evaluations: Sequence[Sequence[Evaluation]]) 
 def _outcomes(client: "MlflowClient", evaluation: Evaluation) -> dict[str, Outcome] | None:
     """Return the outcome of each image by path; None if it cannot be read."""
     try:
-        return read_outcomes(_read(client, evaluation.run_id, f"{evaluation.folder}/predictions.csv"))
+        return read_outcomes(_read(client, evaluation.run_id, f"{evaluation.folder}/{PREDICTIONS_FILE}"))
     except (ValueError, KeyError, TypeError):
         logger.warning("run %s: its predictions in %s cannot be read", evaluation.run_id, evaluation.folder)
         return None

@@ -10,7 +10,6 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointManifest
+from shufflenet_mlflow.checkpoints.names import short_name
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.data import decode
 from shufflenet_mlflow.errors import RefusedError, ShuffleNetError, TrackingError
@@ -28,8 +28,9 @@ from shufflenet_mlflow.export.files import load_pt2, write_pt2
 from shufflenet_mlflow.export.program import check_equal, settings_of
 from shufflenet_mlflow.export.quiet import quiet
 from shufflenet_mlflow.models.loaded import LoadedModel, model_from_payload
+from shufflenet_mlflow.runtime.versions import installed_versions
 from shufflenet_mlflow.tracking.client import mlflow_errors
-from shufflenet_mlflow.tracking.remote_checkpoints import MODEL_VERSION_TAG
+from shufflenet_mlflow.tracking.names import MODEL_SHA256_TAG, MODEL_VERSION_TAG
 from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 CODE_FILE = "classifier.py"
 """The code of a logged model: `export.serving` and the modules it works with, in one file."""
 
-SHA256_TAG = "checkpoint.sha256"
-"""Tag of a logged model: SHA-256 of its checkpoint."""
 
 _REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "simplejpeg", "pandas")
 
@@ -110,7 +109,7 @@ def _models_of(client: "MlflowClient", run: "Run", manifest: CheckpointManifest)
     with mlflow_errors(f"look for logged models of run {run.info.run_id}"):
         found: Sequence[LoggedModel] = client.search_logged_models(
             [run.info.experiment_id],
-            f"source_run_id = '{run.info.run_id}' AND tags.`{SHA256_TAG}` = '{manifest.sha256}'",
+            f"source_run_id = '{run.info.run_id}' AND tags.`{MODEL_SHA256_TAG}` = '{manifest.sha256}'",
         )
     return found
 
@@ -160,7 +159,7 @@ def _begin_model(
         run.info.experiment_id,
         name=_name(network, manifest),
         source_run_id=run.info.run_id,
-        tags={SHA256_TAG: manifest.sha256, MODEL_VERSION_TAG: manifest.to_json()},
+        tags={MODEL_SHA256_TAG: manifest.sha256, MODEL_VERSION_TAG: manifest.to_json()},
         params={
             "network": network.architecture.name,
             "num_classes": str(network.num_classes),
@@ -173,8 +172,7 @@ def _begin_model(
 
 def _name(network: LoadedModel, manifest: CheckpointManifest) -> str:
     """Return a name without the slashes, colons, dots, percent signs and quotes that MLflow refuses."""
-    stem = manifest.file_name.removesuffix(".pth.tar").replace("checkpoint-", "")
-    return f"{network.architecture.name}-{stem}".translate(str.maketrans("/:.%\"'", "------"))
+    return f"{network.architecture.name}-{short_name(manifest.file_name)}".translate(str.maketrans("/:.%\"'", "------"))
 
 
 def write_model(
@@ -238,13 +236,11 @@ def _example_image() -> bytes:
 
 def _requirements() -> list[str]:
     """Return what `classifier.py` needs, in the versions that are installed; without suffixes of local builds."""
-    lines = []
-    for package in _REQUIREMENTS:
-        try:
-            lines.append(f"{package}=={version(package).partition('+')[0]}")
-        except PackageNotFoundError:  # installed in some way that leaves no metadata
-            lines.append(package)
-    return lines
+    versions = installed_versions(_REQUIREMENTS)
+    return [
+        f"{package}=={versions[package].partition('+')[0]}" if package in versions else package
+        for package in _REQUIREMENTS
+    ]
 
 
 def _link(client: "MlflowClient", run: "Run", model_id: str, manifest: CheckpointManifest) -> None:

@@ -9,7 +9,7 @@ from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import mlflow_errors
-from shufflenet_mlflow.tracking.remote_checkpoints import MODEL_VERSION_TAG
+from shufflenet_mlflow.tracking.names import MODEL_VERSION_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -14,6 +14,7 @@ from shufflenet_mlflow.checkpoints.names import newest_first
 from shufflenet_mlflow.errors import CheckpointError, TrackingError
 from shufflenet_mlflow.runtime.files import sha256_of
 from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.names import DELETING_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -22,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 _READERS = 8
 """Threads that fetch manifests; each one mostly waits for the store."""
-
-DELETING_TAG = "checkpoint.deleting"
-"""Tag with the names of checkpoints that are being deleted, as a JSON list; they are no longer resolved."""
 
 
 def being_deleted(tags: Mapping[str, str]) -> list[str]:

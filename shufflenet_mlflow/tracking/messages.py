@@ -15,14 +15,9 @@ from shufflenet_mlflow.checkpoints.manifest import LATEST_TAG
 from shufflenet_mlflow.errors import RefusedError
 from shufflenet_mlflow.runtime.serialization import to_json
 from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.names import RESOLVED_PREFIX
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.target import Message, RunTarget, manifest_in_tag
-
-RESOLVED_PREFIX = "resolved/"
-"""Prefix of a parameter that `mlflow run` had logged in another spelling before the run started."""
-
-JOURNAL_ID_TAG = "spool.id"
-"""Tag of a run that started while the server was away: its provisional ID."""
 
 MOST_POINTS = 1000
 """Metric points that MLflow accepts in one request."""

@@ -4,10 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+from shufflenet_mlflow.tracking.names import NOTE_TAG
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.target import RunTarget
-
-NOTE_TAG = "mlflow.note.content"
 
 _BEGIN, _END = "<!-- shufflenet -->", "<!-- /shufflenet -->"
 _OURS = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)

@@ -4,22 +4,14 @@ import os
 import platform
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
+from shufflenet_mlflow.runtime.versions import installed_versions
+from shufflenet_mlflow.tracking.names import BRANCH_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG
 from shufflenet_mlflow.tracking.redaction import redact_word
 from shufflenet_mlflow.version import __version__
-
-COMMAND_TAG = "command"
-"""Tag of a run: the command line, also if `mlflow run` names its project as the source."""
-
-COMMIT_TAG = "mlflow.source.git.commit"
-DIRTY_TAG = "mlflow.source.git.dirty"
-"""Tag of a run: `true` if tracked files differed from the commit."""
-
-GIT_TAGS = (COMMIT_TAG, DIRTY_TAG, "mlflow.source.git.branch")
 
 
 def command_line() -> str:
@@ -46,7 +38,7 @@ def git_tags() -> dict[str, str]:
                     DIRTY_TAG: str(repository.is_dirty(untracked_files=False)).lower(),
                 }
                 if not repository.head.is_detached:
-                    tags["mlflow.source.git.branch"] = repository.active_branch.name
+                    tags[BRANCH_TAG] = repository.active_branch.name
                 return tags
         except (git.GitError, ValueError, OSError):  # no repository, or one without a commit
             continue
@@ -81,13 +73,9 @@ def _processor() -> str:
 
 def version_tags() -> dict[str, str]:
     """Return versions of Python, this package, and those that its results depend on."""
-    tags = {"version.python": platform.python_version(), "version.shufflenet_mlflow": __version__}
-    for package in ("torch", "torchvision", "mlflow", "numpy", "opencv-python-headless", "pillow"):
-        try:
-            tags[f"version.{package}"] = version(package)
-        except PackageNotFoundError:  # installed in some way that leaves no metadata
-            continue
-    return tags
+    versions = installed_versions(("torch", "torchvision", "mlflow", "numpy", "opencv-python-headless", "pillow"))
+    versions = {"python": platform.python_version(), "shufflenet_mlflow": __version__, **versions}
+    return {f"version.{package}": version for package, version in versions.items()}
 
 
 def provenance_tags() -> dict[str, str]:

@@ -17,9 +17,10 @@ from shufflenet_mlflow.checkpoints.names import newest_first
 from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.errors import CheckpointError
-from shufflenet_mlflow.tracking.artifacts import DELETING_TAG, being_deleted
+from shufflenet_mlflow.tracking.artifacts import being_deleted
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.journal import read_pending
+from shufflenet_mlflow.tracking.names import DELETING_TAG
 from shufflenet_mlflow.tracking.remote_checkpoints import promoted_names
 from shufflenet_mlflow.tracking.target import JustWritten, RunTarget, is_trusted, manifest_in_tag
 

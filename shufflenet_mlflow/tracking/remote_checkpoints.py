@@ -36,6 +36,7 @@ from shufflenet_mlflow.tracking.artifacts import RunArtifacts, being_deleted
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.downloads import scratch_folder, shown
+from shufflenet_mlflow.tracking.names import MODEL_VERSION_TAG
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run_ids import is_missing, read_run
 
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MODEL_VERSION_TAG = "checkpoint"
-"""Tag of a registered model's version: the manifest of the checkpoint that it was made from."""
 
 _NAMED = 8
 

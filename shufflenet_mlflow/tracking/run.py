@@ -13,8 +13,9 @@ from shufflenet_mlflow.config import DEFAULT_EXPERIMENT
 from shufflenet_mlflow.errors import ResumeError, TrackingError
 from shufflenet_mlflow.runtime.signals import StopRequested
 from shufflenet_mlflow.tracking.client import mlflow_errors
-from shufflenet_mlflow.tracking.messages import JOURNAL_ID_TAG, Create, Reopen, now_ms
-from shufflenet_mlflow.tracking.provenance import DIRTY_TAG, provenance_tags
+from shufflenet_mlflow.tracking.messages import Create, Reopen, now_ms
+from shufflenet_mlflow.tracking.names import CONFIG_TAG, DIRTY_TAG, JOB_TAG, JOURNAL_ID_TAG
+from shufflenet_mlflow.tracking.provenance import provenance_tags
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.target import Message, RunTarget, manifest_in_tag
 
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-JOB_TAG = "job"
-"""Tag of a run: the name that `--job` gave it."""
-
-CONFIG_TAG = "config"
-"""Tag of a run: its configuration as JSON, from the start, so that its ID is enough to start it again."""
 
 RUN_ID_VARIABLE = "MLFLOW_RUN_ID"
 """Variable in which `mlflow run` tells its child process the run that it created for it."""

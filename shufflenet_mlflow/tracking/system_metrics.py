@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shufflenet_mlflow.tracking.messages import MetricPoints, now_ms
+from shufflenet_mlflow.tracking.names import SYSTEM_SECTION
 from shufflenet_mlflow.tracking.recorder import Recorder
 
 logger = logging.getLogger(__name__)
@@ -20,9 +21,6 @@ INTERVAL = 10.0
 """Seconds between samples, unless the variable says otherwise."""
 
 LONGEST_INTERVAL = 86_400.0
-
-PREFIX = "system/"
-"""Metrics with this prefix have their own page in the UI."""
 
 
 class SystemMetrics:
@@ -70,7 +68,7 @@ class SystemMetrics:
     def _send(self, monitors: list[Any], iters: int) -> None:
         values: dict[str, float] = {}
         for monitor in monitors:
-            values |= {f"{PREFIX}{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+            values |= {f"{SYSTEM_SECTION}{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
             monitor.clear_metrics()
         if values:
             self._recorder.record(MetricPoints(values, iters, now_ms()))

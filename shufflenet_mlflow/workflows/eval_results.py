@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.config import EVALUATION_SECTION, EVALUATION_TAG
+from shufflenet_mlflow.checkpoints.names import short_name
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.evaluation.report import Report
 from shufflenet_mlflow.export.logged import find_logged_model
@@ -15,6 +15,19 @@ from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.evaluation_metrics import OfModel, log_input_model, log_results
 from shufflenet_mlflow.tracking.messages import Params, Tags, TextArtifact
+from shufflenet_mlflow.tracking.names import (
+    EVALUATED_CHECKPOINT_TAG,
+    EVALUATED_RUN_TAG,
+    EVALUATION_CONTEXT,
+    EVALUATION_FOLDER,
+    EVALUATION_SECTION,
+    EVALUATION_TAG,
+    FIGURES_FOLDER,
+    NETWORK_TAG,
+    OWN_EVALUATION_SECTION,
+    PREDICTIONS_FILE,
+    SUMMARY_FILE,
+)
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
 from shufflenet_mlflow.tracking.run import WrapperRun, make_run, new_run
@@ -24,21 +37,8 @@ from shufflenet_mlflow.workflows.training.description import dataset_input
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import LoggedModel, MlflowClient, Run
 
-CONTEXT = "evaluation"
-"""Context of an evaluation's images in its run."""
 
 LONGEST_NAME = 100
-
-ARTIFACTS = "evaluation"
-"""Artifact folder with one folder for each set of images and checkpoint."""
-
-SUMMARY, PREDICTIONS = "summary.json", "predictions.csv"
-
-OWN_SECTION = "val"
-"""Section of the metrics in an evaluation's own run: named like a validation, so that the UI shows them together."""
-
-EVALUATED_TAG = "evaluated.run"
-"""Tag of an evaluation's own run: the run that it evaluates."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Evaluated:
         others = {
             entry.dataset.digest
             for entry in inputs
-            if entry.dataset.name == self.data and any(tag.value == CONTEXT for tag in entry.tags)
+            if entry.dataset.name == self.data and any(tag.value == EVALUATION_CONTEXT for tag in entry.tags)
         }
         if not ({owner} if owner is not None else others) - {self.listing.content_digest}:
             return self
@@ -85,8 +85,7 @@ class Evaluated:
     @property
     def folder(self) -> str:
         """Folder of its artifacts below `evaluation` and `figures`."""
-        stem = self.checkpoint.removesuffix(".pth.tar").replace("checkpoint-", "")
-        return f"{self.data}/{re.sub(r'[^A-Za-z0-9_.-]', '_', stem)}"
+        return f"{self.data}/{re.sub(r'[^A-Za-z0-9_.-]', '_', short_name(self.checkpoint))}"
 
     def summary(self) -> dict[str, Any]:
         """Return the content of `summary.json`."""
@@ -145,9 +144,9 @@ def record_in_own(run: WrapperRun, source: "Run | None", evaluated: Evaluated) -
     """
     target = run.target
     model = _logged_model(target.client, source, evaluated) if source is not None else None
-    tags = {"network": evaluated.network, "evaluated.checkpoint": evaluated.checkpoint}
+    tags = {NETWORK_TAG: evaluated.network, EVALUATED_CHECKPOINT_TAG: evaluated.checkpoint}
     if evaluated.run_id is not None:
-        tags[EVALUATED_TAG] = evaluated.run_id
+        tags[EVALUATED_RUN_TAG] = evaluated.run_id
     run.send(Tags(tags))
     values = {
         "model": evaluated.network,
@@ -164,7 +163,7 @@ def record_in_own(run: WrapperRun, source: "Run | None", evaluated: Evaluated) -
             indented(command_line()),
         )
     )
-    _record(target, evaluated, OWN_SECTION, model)
+    _record(target, evaluated, OWN_EVALUATION_SECTION, model)
     if model is not None:
         log_input_model(target, model.model_id)
 
@@ -174,13 +173,13 @@ def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "Logge
     from shufflenet_mlflow.evaluation.plots import figures_of, write_figure  # matplotlib: not before the first image
 
     report, listing = evaluated.report, evaluated.listing
-    folder = f"{ARTIFACTS}/{evaluated.folder}"
+    folder = f"{EVALUATION_FOLDER}/{evaluated.folder}"
     messages: list[Message] = [
-        TextArtifact(f"{folder}/{PREDICTIONS}", report.outcomes.to_csv(report.classes)),
+        TextArtifact(f"{folder}/{PREDICTIONS_FILE}", report.outcomes.to_csv(report.classes)),
         TextArtifact(f"{folder}/classes.csv", report.classes_csv()),
         TextArtifact(f"{folder}/confusion.csv", report.confusion_csv()),
-        TextArtifact.of_json(f"{folder}/{SUMMARY}", evaluated.summary()),
-        dataset_input(listing, name=evaluated.data, context=CONTEXT),
+        TextArtifact.of_json(f"{folder}/{SUMMARY_FILE}", evaluated.summary()),
+        dataset_input(listing, name=evaluated.data, context=EVALUATION_CONTEXT),
     ]
     for message in messages:
         message.send(target)
@@ -188,7 +187,7 @@ def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "Logge
         for name, draw in figures_of(report, listing.root).items():
             write_figure(draw(), Path(scratch) / name)
         with mlflow_errors(f"upload the figures of run {target.run_id}"):
-            target.client.log_artifacts(target.run_id, scratch, f"figures/{evaluated.folder}")
+            target.client.log_artifacts(target.run_id, scratch, f"{FIGURES_FOLDER}/{evaluated.folder}")
     values = {f"{section}/{name}": value for name, value in evaluated.metrics.items()}
     of_model = None if model is None else OfModel(model.model_id, evaluated.data, listing.content_digest)
     log_results(target, values, evaluated.iters, of_model)

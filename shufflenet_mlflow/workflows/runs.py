@@ -13,10 +13,9 @@ from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
 from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.tracking.connection import Connection
-from shufflenet_mlflow.tracking.note import NOTE_TAG
-from shufflenet_mlflow.tracking.provenance import COMMAND_TAG, COMMIT_TAG, DIRTY_TAG
+from shufflenet_mlflow.tracking.names import COMMAND_TAG, COMMIT_TAG, CONFIG_TAG, DIRTY_TAG
 from shufflenet_mlflow.tracking.redaction import redact
-from shufflenet_mlflow.tracking.run import CONFIG_TAG, wanted_experiment
+from shufflenet_mlflow.tracking.run import wanted_experiment
 from shufflenet_mlflow.tracking.run_ids import complete, read_run
 from shufflenet_mlflow.tracking.target import manifest_in_tag
 
@@ -226,11 +225,6 @@ class RunDetails:
             }
             for entry in inputs
         ]
-
-    @property
-    def note(self) -> str:
-        """Its description."""
-        return str(self.run.data.tags.get(NOTE_TAG, ""))
 
 
 _PINNED = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow")

@@ -2,7 +2,7 @@
 
 from mlflow import MlflowClient
 
-from shufflenet_mlflow.tracking.system_metrics import PREFIX
+from shufflenet_mlflow.tracking.names import SYSTEM_SECTION
 
 
 def steps(client: MlflowClient, run_id: str, name: str) -> list[int]:
@@ -21,5 +21,5 @@ def history(client: MlflowClient, run_id: str) -> dict[str, list[tuple[int, floa
     return {
         name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
         for name in client.get_run(run_id).data.metrics
-        if name != "train/images_per_second" and not name.startswith(PREFIX)
+        if name != "train/images_per_second" and not name.startswith(SYSTEM_SECTION)
     }

@@ -4,7 +4,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -14,7 +13,9 @@ from shufflenet_mlflow.data.datasets import data_name
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.models.cost import model_cost
 from shufflenet_mlflow.runtime.distributed import World
+from shufflenet_mlflow.runtime.versions import installed_versions
 from shufflenet_mlflow.tracking.messages import DatasetInput, Params, TextArtifact
+from shufflenet_mlflow.tracking.names import CLASSES_FILE, CONFIG_FILE
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
 from shufflenet_mlflow.tracking.target import Message
@@ -48,8 +49,8 @@ def describe(config: TrainConfig, data: TrainData) -> tuple[Message, ...]:
         Params.of(values),
         dataset_input(data.train, name=data_name(config.train_dir), context="training"),
         dataset_input(data.val, name=data_name(config.val_dir), context="validation"),
-        TextArtifact.of_json("config.json", config.to_dict()),
-        TextArtifact.of_json("classes.json", data.train.class_to_idx),
+        TextArtifact.of_json(CONFIG_FILE, config.to_dict()),
+        TextArtifact.of_json(CLASSES_FILE, data.train.class_to_idx),
     )
 
 
@@ -96,14 +97,9 @@ def model_cost_metrics(plan: Plan) -> dict[str, float]:
 
 def environment(plan: Plan, device: torch.device, world: World) -> dict[str, Any]:
     """Return versions and hardware that the bits of a result depend on."""
-    versions = {"python": platform.python_version()}
-    for package in ("shufflenet-mlflow", "torch", *OF_PIXELS):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # installed in some way that leaves no metadata
-            continue
     return {
-        **versions,
+        "python": platform.python_version(),
+        **installed_versions(("shufflenet-mlflow", "torch", *OF_PIXELS)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

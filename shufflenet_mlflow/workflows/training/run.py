@@ -23,10 +23,19 @@ from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.journal import Journal, is_created, new_provisional_id
 from shufflenet_mlflow.tracking.messages import Create, Reopen
+from shufflenet_mlflow.tracking.names import (
+    CONFIG_TAG,
+    CONTINUES_TAG,
+    DRIFT_TAG,
+    INIT_FROM_CHECKPOINT_TAG,
+    INIT_FROM_RUN_TAG,
+    JOB_TAG,
+    NETWORK_TAG,
+    RESUMED_FROM_ITERS_TAG,
+    RESUMED_FROM_RUN_TAG,
+)
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run import (
-    CONFIG_TAG,
-    JOB_TAG,
     WrapperRun,
     config_to_begin_with,
     make_run,
@@ -359,17 +368,17 @@ def _tags(
     """Return the tags that the run gets first; one that is continued has most of them already."""
     point, weights = attempt.resume_point, attempt.initial_weights
     if point is not None and is_continued:
-        tags = {"resumed.from_iters": str(point.iters)}
+        tags = {RESUMED_FROM_ITERS_TAG: str(point.iters)}
     else:
-        tags = {"network": config.model, CONFIG_TAG: redact(json.dumps(config.to_dict()))}
+        tags = {NETWORK_TAG: config.model, CONFIG_TAG: redact(json.dumps(config.to_dict()))}
         if len(tags[CONFIG_TAG]) > MAX_TAG_LENGTH:  # paths of thousands of characters
             del tags[CONFIG_TAG]
         if weights is not None and weights.run_id is not None:
-            tags |= {"init_from.run": weights.run_id, "init_from.checkpoint": weights.path.name}
+            tags |= {INIT_FROM_RUN_TAG: weights.run_id, INIT_FROM_CHECKPOINT_TAG: weights.path.name}
         if point is not None and attempt.is_fork and point.run_id is not None:
-            tags |= {"resumed.from_run": point.run_id, "resumed.from_iters": str(point.iters)}
+            tags |= {RESUMED_FROM_RUN_TAG: point.run_id, RESUMED_FROM_ITERS_TAG: str(point.iters)}
     if point is not None and drift:
-        tags[f"drift.{point.iters}"] = redact(json.dumps(drift))[:MAX_TAG_LENGTH]
+        tags[f"{DRIFT_TAG}{point.iters}"] = redact(json.dumps(drift))[:MAX_TAG_LENGTH]
     if attempt.job is not None:
         tags[JOB_TAG] = attempt.job
     return tags
@@ -405,7 +414,7 @@ def _open_now(
     run = client.get_run(known)
     wrapper_run = None
     if mlflow_run_id is not None and mlflow_run_id != known:
-        wrapper_run = WrapperRun(client, mlflow_run_id, tags={"continues.run": known})
+        wrapper_run = WrapperRun(client, mlflow_run_id, tags={CONTINUES_TAG: known})
     return OpenedRun(known, (), is_new, run.info.run_name, run.info.experiment_id, wrapper_run)
 
 
