@@ -53,7 +53,7 @@ def _check_database_file(uri: str) -> None:
     """MLflow would try for minutes to open a database file that cannot exist."""
     path = store_file(uri)
     if path is None:
-        _check_address(uri)
+        check_address(uri)
         return
     if path.is_dir():
         raise TrackingError(
@@ -65,8 +65,8 @@ def _check_database_file(uri: str) -> None:
         )
 
 
-def _check_address(uri: str) -> None:
-    """A server that cannot be meant would be taken for one that is away."""
+def check_address(uri: str) -> None:
+    """Raise TrackingError for an address that cannot be meant: it would be taken for a server that is down."""
     try:
         parts = urlsplit(redact(uri))  # a password may hold anything
         complete = not is_server(uri) or (parts.hostname and parts.port != 0)

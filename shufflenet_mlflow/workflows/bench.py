@@ -27,6 +27,7 @@ from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 from shufflenet_mlflow.training.loop import Trainer
 from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
+from shufflenet_mlflow.workflows.options import check_training
 from shufflenet_mlflow.workflows.training.config import Plan, plan
 from shufflenet_mlflow.workflows.training.request import TrainRequest
 from shufflenet_mlflow.workflows.training.state import bare_trainer
@@ -52,6 +53,9 @@ class BenchRequest:
     tracking_uri: str | None = None
     """A store to measure with, in which a run is made and deleted again; None: an embedded one, for the occasion."""
     cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_training({**self.options, "iterations": self.iterations, "tracking_uri": self.tracking_uri})
 
 
 @dataclass(frozen=True)

@@ -135,10 +135,10 @@ def list_runs(
         UnresolvedError: there is no such experiment.
         TrackingError: MLflow did not answer.
     """
-    prepare_environment()
-    client = connect(tracking_uri)
     parsed = tuple(Column.parse(name) for name in columns)
     order = Column.parse(sort).order(ascending=ascending)
+    prepare_environment()
+    client = connect(tracking_uri)
     name, experiment_id = wanted_experiment(client, experiment)
     if experiment_id is None:
         with mlflow_errors("list the experiments"):
