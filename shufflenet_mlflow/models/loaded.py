@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shufflenet_mlflow.checkpoints.loading import head_of, load_checkpoint, weights_of
 from shufflenet_mlflow.checkpoints.schema import check_payload, is_own
 from shufflenet_mlflow.data.mean import read_mean_image
-from shufflenet_mlflow.data.preprocess import MODES, REFERENCE_SIZE, Preprocess
+from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, MismatchError, ModelError
 from shufflenet_mlflow.models.catalog import check_network, get_variant
 from shufflenet_mlflow.models.spec import SPEC_ARGUMENTS, ModelSpec, fitting_models

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from shufflenet_mlflow.checkpoints.references import parse_reference
+from shufflenet_mlflow.checkpoints.references import is_run_id, parse_reference
 from shufflenet_mlflow.config import DEFAULT_MODEL, check_batch_to_train, check_options, check_rule, option
 from shufflenet_mlflow.errors import UnresolvedError
 from shufflenet_mlflow.models.catalog import check_network
@@ -32,6 +32,9 @@ def check_request(options: Mapping[str, Any], *, may_inherit: bool = False) -> N
     check_options(options)
     for alias in options.get("aliases") or ():
         check_rule("alias", alias)
+    for run in (options.get("run"), *(options.get("runs") or ())):
+        if run is not None:
+            run_id_of(run)
     if options.get("ref") is not None:
         parse_reference(options["ref"])
     for name in ("resume", "init_from"):
@@ -43,6 +46,18 @@ def check_request(options: Mapping[str, Any], *, may_inherit: bool = False) -> N
     if options.get("tracking_uri"):
         check_address(options["tracking_uri"])
     check_network(options, may_be_inherited=may_inherit)
+
+
+def run_id_of(ref: str) -> str:
+    """Return the run ID, or the first characters of one, in `ref`: an ID or `runs:/ID`.
+
+    Raises:
+        UnresolvedError: it is neither.
+    """
+    named = ref.removeprefix("runs:/").rstrip("/")
+    if not is_run_id(named, whole=False):
+        raise UnresolvedError(f"{ref!r} is not a run ID; `shufflenet runs` lists them", code="not-a-run-id")
+    return named
 
 
 def check_training(options: Mapping[str, Any]) -> None:

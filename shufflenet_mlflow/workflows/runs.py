@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointManifest
-from shufflenet_mlflow.checkpoints.references import is_run_id
 from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
 from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
@@ -19,6 +18,7 @@ from shufflenet_mlflow.tracking.remote_checkpoints import read_run
 from shufflenet_mlflow.tracking.run import CONFIG_TAG, wanted_experiment
 from shufflenet_mlflow.tracking.run_ids import complete
 from shufflenet_mlflow.tracking.target import manifest_in_tag
+from shufflenet_mlflow.workflows.options import run_id_of
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import MlflowClient, Run
@@ -268,9 +268,7 @@ def find_run(client: "MlflowClient", ref: str) -> "Run":
         UnresolvedError: it names none, or there is none such.
         TrackingError: MLflow did not answer.
     """
-    named = ref.removeprefix("runs:/").rstrip("/")
-    if not is_run_id(named, whole=False):
-        raise UnresolvedError(f"{ref!r} is not a run ID; `shufflenet runs` lists them", code="not-a-run-id")
+    named = run_id_of(ref)
     return read_run(client, str(complete(f"runs:/{named}", client.tracking_uri)).removeprefix("runs:/"))
 
 
