@@ -86,7 +86,7 @@ def _as_text(value: Any, where: str) -> str | None:
     if isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value):
         return ",".join(map(str, value))
     if isinstance(value, dict):
-        raise BadParameter(f"{where} is a table; options belong at the top of the file", code="value-is-table")
+        raise BadParameter(f"{where} is a table; options stand at the top of the file", code="value-is-table")
     raise BadParameter(f"{where} is neither text, a number, true or false, nor a list of them", code="value-type")
 
 

@@ -51,9 +51,9 @@ def store_file(uri: str) -> Path | None:
 
 def _check_database_file(uri: str) -> None:
     """MLflow would try for minutes to open a database file that cannot exist."""
+    check_address(uri)
     path = store_file(uri)
     if path is None:
-        check_address(uri)
         return
     if path.is_dir():
         raise TrackingError(
@@ -67,6 +67,8 @@ def _check_database_file(uri: str) -> None:
 
 def check_address(uri: str) -> None:
     """Raise TrackingError for an address that cannot be meant: it would be taken for a server that is down."""
+    if store_file(uri) is not None:
+        return
     try:
         parts = urlsplit(redact(uri))  # a password may hold anything
         complete = not is_server(uri) or (parts.hostname and parts.port != 0)

@@ -4,12 +4,13 @@ Nothing heavy is imported: the command line applies them before it imports torch
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from shufflenet_mlflow.checkpoints.references import is_run_id, parse_reference
 from shufflenet_mlflow.config import DEFAULT_MODEL, check_batch_to_train, check_options, check_rule, option
-from shufflenet_mlflow.errors import UnresolvedError
+from shufflenet_mlflow.errors import TrackingError, UnresolvedError
 from shufflenet_mlflow.models.catalog import check_network
 from shufflenet_mlflow.tracking.uris import check_address
 
@@ -39,13 +40,21 @@ def check_request(options: Mapping[str, Any], *, may_inherit: bool = False) -> N
         parse_reference(options["ref"])
     for name in ("resume", "init_from"):
         if options.get(name) is not None:
-            try:
+            with _naming(name):
                 parse_reference(options[name])
-            except UnresolvedError as error:
-                raise UnresolvedError(f"{option(name)}: {error}", code=error.code) from error
     if options.get("tracking_uri"):
-        check_address(options["tracking_uri"])
+        with _naming("tracking_uri"):
+            check_address(options["tracking_uri"])
     check_network(options, may_be_inherited=may_inherit)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the option's name before the message of an error."""
+    try:
+        yield
+    except (UnresolvedError, TrackingError) as error:
+        raise type(error)(f"{option(name)}: {error}", code=error.code) from error
 
 
 def run_id_of(ref: str) -> str:
