@@ -1,7 +1,7 @@
 """The `shufflenet` command.
 
-Commands are thin: they turn options into a request, run a job of the library and print its summary. torch and MLflow
-are imported when a command begins to work, so that help and wrong usage answer at once.
+Commands are thin: they turn options into a request, run a workflow and print its summary. torch and MLflow are imported
+when a command starts to work, so that help and wrong usage answer at once.
 """
 
 import click
@@ -31,13 +31,13 @@ def main() -> None:
     """Train, evaluate and resume ShuffleNet image classifiers, tracked in MLflow.
 
     \b
-    Begin with:
+    Start with:
       shufflenet train              the bundled handwritten digits, about a minute
       shufflenet train --train-dir images/train --val-dir images/val
-      shufflenet eval RUN_ID        the ID that was printed; its beginning will do
+      shufflenet eval RUN_ID        the ID that train prints, or its first characters
 
-    Options can also stand in a file (--config pets.toml) or in the environment (SHUFFLENET_BATCH_SIZE=128); what was
-    typed comes first, then the environment, then the file.
+    Options can also be set in a file (--config pets.toml) or in the environment (SHUFFLENET_BATCH_SIZE=128). The
+    command line takes precedence, then the environment, then the file.
     """
 
 

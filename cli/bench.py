@@ -4,7 +4,9 @@ from typing import Any
 
 import click
 
-from .commands import Command
+from shufflenet_mlflow.config import AMP_DTYPES
+
+from .commands import TrainingCommand
 from .completing import NETWORK, Folder
 from .options import (
     architecture_options,
@@ -19,29 +21,38 @@ from .options import (
 )
 
 
-@click.command(cls=Command)
+@click.command(cls=TrainingCommand)
 @options(
-    option("--model", metavar="NAME", type=NETWORK, help="See `shufflenet models`.  [default: shufflenet_v2_x0_5]"),
+    option(
+        "--model",
+        metavar="NAME",
+        type=NETWORK,
+        help="Network; `shufflenet models` lists them.  [default: shufflenet_v2_x0_5]",
+    ),
     architecture_options,
-    option("--num-classes", type=int, metavar="N", help="Width of the classifier.  [default: classes in --train-dir]"),
-    option("--input-size", type=int, metavar="PIXELS", help="A multiple of 32.  [default: 224; digits: 64]"),
+    option("--num-classes", type=int, metavar="N", help="Width of the classifier.  [default: the number of classes]"),
+    option(
+        "--input-size", type=int, metavar="PIXELS", help="Input size, a multiple of 32.  [default: 224; digits: 64]"
+    ),
     section="Network",
 )
-@option("--train-dir", metavar="DIR", type=Folder(), section="Data", help="A folder per class.  [default: digits]")
+@option(
+    "--train-dir", metavar="DIR", type=Folder(), section="Data", help="Images, one folder per class.  [default: digits]"
+)
 @option("--batch-size", type=int, metavar="N", section="Training", help="Images per iteration.  [default: 64]")
 @options(
     device_option,
-    option("--workers", type=int, metavar="N", help="Decoding processes.  [default: as in training]"),
-    option("--amp", type=click.Choice(["off", "bf16", "fp16"]), help="Mixed precision.  [default: off]"),
-    flag("--compile", help="With torch.compile."),
+    option("--workers", type=int, metavar="N", help="Processes that decode images.  [default: as in training]"),
+    option("--amp", type=click.Choice(list(AMP_DTYPES)), help="Mixed precision.  [default: off]"),
+    flag("--compile", help="Use torch.compile."),
     section="Machine",
 )
-@option("--iterations", type=click.IntRange(min=1), metavar="N", help="To measure, of each part.  [default: 20]")
+@option("--iterations", type=int, metavar="N", help="Iterations to measure, of each part.  [default: 20]")
 @option(
     "--tracking-uri",
     metavar="URI",
     section="MLflow",
-    help="Store to measure with.  [default: an embedded one, for the occasion]",
+    help="MLflow store to measure with.  [default: a temporary one]",
 )
 @cache_dir_option
 @config_option
@@ -52,7 +63,7 @@ def bench(as_json: bool, **values: Any) -> None:
 
     Names the bottleneck of an iteration: data, step, checkpoint or tracking.
 
-    Nothing is kept. With --tracking-uri a run is made there and deleted again, with its checkpoints.
+    Nothing is kept. With --tracking-uri it makes a run there, and deletes it and its checkpoints afterwards.
 
     \b
     Examples:
@@ -65,7 +76,7 @@ def bench(as_json: bool, **values: Any) -> None:
 
     from .stopping import stop_flag
 
-    with stop_flag("leaving after this iteration; once more leaves at once") as stop:
+    with stop_flag("stopping after this iteration; again to stop at once") as stop:
         from shufflenet_mlflow.workflows.bench import BenchRequest, described, run_bench
 
         from .console import ConsoleReporter, next_steps
@@ -80,8 +91,8 @@ def bench(as_json: bool, **values: Any) -> None:
         click.echo(line)
     click.echo()
     rows = [[part.name, f"{part.milliseconds:.2f}", part.detail] for part in result.parts]
-    whole = ["iteration", f"{result.milliseconds:.2f}", f"{result.images_per_second:.0f} images/s, all together"]
+    whole = ["iteration", f"{result.milliseconds:.2f}", f"{result.images_per_second:.0f} images/s in total"]
     print_table(["", "ms", ""], [*rows, whole])
     click.echo(f"\nThe first step took {result.first_step_seconds:.1f} s.")
     click.echo(f"Bottleneck: {result.bottleneck}. What would help: {result.advice}.")
-    next_steps("train with the same options, once they suit you")
+    next_steps("shufflenet train with the same options")

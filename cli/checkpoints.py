@@ -19,6 +19,7 @@ from .options import (
     ref_argument,
     tracking_uri_option,
 )
+from .recent import remember
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.workflows.checkpoints import CheckpointRow
@@ -45,7 +46,7 @@ def checkpoints() -> None:
 def ls(ref: str, tracking_uri: str | None, as_json: bool) -> None:
     """List the checkpoints of REF, a folder or a run ID, newest first.
 
-    For a folder, those in the run that it belongs to are listed too.
+    For a folder, the list includes those of its run.
 
     \b
     Examples:
@@ -68,7 +69,7 @@ def ls(ref: str, tracking_uri: str | None, as_json: bool) -> None:
     print_table(titles, [_cells(row) for row in rows], spare=("sha256", "epoch", "size"))
     waits = any(row.pending for row in rows)
     next_steps(
-        *([f"shufflenet sync {quote(ref)}    brings to MLflow what is pending"] if waits else []),
+        *([f"shufflenet sync {quote(ref)}    uploads what is pending"] if waits else []),
         f"shufflenet eval {quote(ref)}",
         f"shufflenet checkpoints verify {quote(ref)}",
     )
@@ -101,9 +102,9 @@ def _megabytes(size: int | None) -> str:
 @json_option
 @common_options
 def verify(ref: str, tracking_uri: str | None, cache_dir: Path | None, as_json: bool) -> None:
-    """Verify REF: one checkpoint, or all in a folder or a run. The exit status is 1 if one is not sound.
+    """Verify REF: one checkpoint, or all in a folder or a run. The exit status is 1 if one is invalid.
 
-    Checked are every CRC in the file, and size and SHA-256 where there is a manifest. Those of a run are fetched.
+    Checks every CRC in the file, and its size and SHA-256 if it has a manifest. A run's checkpoints are fetched first.
 
     \b
     Examples:
@@ -127,7 +128,7 @@ def verify(ref: str, tracking_uri: str | None, cache_dir: Path | None, as_json: 
     unsound = sum(not verdict.ok for verdict in verdicts)
     if unsound:
         if not as_json:
-            next_steps("resuming and eval pass over what is invalid and take the newest valid one")
+            next_steps("resuming and eval skip invalid checkpoints and take the newest valid one")
         sys.exit(1)
     if not as_json and not Path(ref).is_file():
         next_steps(f"shufflenet eval {quote(ref)}")
@@ -136,7 +137,7 @@ def verify(ref: str, tracking_uri: str | None, cache_dir: Path | None, as_json: 
 @checkpoints.command()
 @ref_argument
 @option(
-    "--output", type=Folder(path_type=Path), metavar="DIR", help="Folder to put it into.  [default: the cache folder]"
+    "--output", type=Folder(path_type=Path), metavar="DIR", help="Folder for the file.  [default: the cache folder]"
 )
 @tracking_uri_option
 @cache_dir_option
@@ -144,7 +145,7 @@ def verify(ref: str, tracking_uri: str | None, cache_dir: Path | None, as_json: 
 @json_option
 @common_options
 def pull(ref: str, output: Path | None, tracking_uri: str | None, cache_dir: Path | None, as_json: bool) -> None:
-    """Fetch the checkpoint REF and print where it is. It takes its name only once it is verified.
+    """Fetch the checkpoint REF and print its path. The file appears there once it is verified.
 
     \b
     Examples:
@@ -167,7 +168,7 @@ def pull(ref: str, output: Path | None, tracking_uri: str | None, cache_dir: Pat
 @checkpoints.command()
 @ref_argument
 @keep_options
-@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@click.option("--dry-run", is_flag=True, help="Only list what would be deleted.")
 @tracking_uri_option
 @config_option
 @json_option
@@ -181,10 +182,10 @@ def prune(
     tracking_uri: str | None,
     as_json: bool,
 ) -> None:
-    """Delete checkpoints of REF, a folder and its run or a run, but for those that a rule keeps.
+    """Delete the checkpoints of REF, a folder and its run or a run, that no --keep rule keeps.
 
-    Never deleted: the newest that verifies, the best, those that a registered model stands for, those that wait for
-    their upload, and files that this project did not write.
+    Never deleted: the newest valid one, the best, promoted ones, those that are not uploaded yet, and files that this
+    project did not write.
 
     \b
     Examples:
@@ -194,10 +195,9 @@ def prune(
     from shufflenet_mlflow.checkpoints.retention import Retention
     from shufflenet_mlflow.workflows import checkpoints as job
 
-    from .console import ConsoleReporter, next_steps
+    from .console import next_steps
     from .tables import print_json
 
-    ConsoleReporter()
     rules = Retention(keep_last, keep_best, keep_every)
     dropped = job.prune(ref, rules, dry_run=dry_run, tracking_uri=tracking_uri)
     if as_json:
@@ -208,16 +208,20 @@ def prune(
         where = " and ".join(word for word, holds in (("disk", item.on_disk), ("run", item.in_run)) if holds)
         click.echo(f"{verb}  {item.manifest.file_name}  {_megabytes(item.manifest.bytes)}  ({where})")
     click.echo(
-        f"{verb} {len(dropped)} checkpoints, {_megabytes(sum(item.manifest.bytes for item in dropped))} each place"
+        f"{verb} {len(dropped)} checkpoints, {_megabytes(sum(item.manifest.bytes for item in dropped))} in each place"
     )
     next_steps("the same without --dry-run deletes them" if dry_run else f"shufflenet checkpoints ls {quote(ref)}")
 
 
 @checkpoints.command()
 @ref_argument
-@click.option("--name", required=True, help="Registered model; it is made if there is none.")
+@click.option("--name", required=True, help="Registered model; created if it does not exist.")
 @click.option(
-    "--alias", "aliases", multiple=True, metavar="ALIAS", help="Such as champion; may be given several times."
+    "--alias",
+    "aliases",
+    multiple=True,
+    metavar="ALIAS",
+    help="Alias of the version, such as champion; may be repeated.",
 )
 @tracking_uri_option
 @cache_dir_option
@@ -232,9 +236,9 @@ def promote(
     cache_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Make the checkpoint REF of a run a version of a registered model.
+    """Register the checkpoint REF of a run as a version of a model.
 
-    models:/NAME@ALIAS then stands for it, here wherever a checkpoint is asked for, and in MLflow, which serves it. A
+    models:/NAME@ALIAS then names it, for every command that takes a checkpoint, and for MLflow, which can serve it. A
     promoted checkpoint is never pruned.
 
     \b
@@ -255,6 +259,9 @@ def promote(
         tracking_uri=tracking_uri,
         cache_dir=cache_dir,
         reporter=ConsoleReporter(),
+    )
+    remember(
+        tracking_uri, aliases={f"{promoted.name}@{alias}": f"version {promoted.version}" for alias in promoted.aliases}
     )
     if as_json:
         print_json(promoted.to_dict())

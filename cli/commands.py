@@ -1,4 +1,4 @@
-"""How every command looks and ends: help in sections, suggestions, one line for an error, exit statuses."""
+"""Common behaviour of the commands: help in sections, checks before work begins, one line per error, exit statuses."""
 
 import errno
 import json
@@ -6,27 +6,28 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import click
 from click.exceptions import NoArgsIsHelpError
 
+from shufflenet_mlflow.config import EXCLUSIONS
 from shufflenet_mlflow.errors import PeerFailedError, ShuffleNetError
 from shufflenet_mlflow.runtime.signals import EXIT_BASE, StopRequested
 
 from .errors import UsageError
-from .options import DEBUG, ERROR_PRINTED, Option
-from .settings import note_sources, sources, warn_of_unknown_variables
+from .option import DEBUG, ERROR_PRINTED, Option
+from .settings import drop_weaker, note_sources, sources, warn_of_unknown_variables
 
 SIGINT = 2
 LONGEST_LINE = 2000
-"""Characters of an error: a file can hold names of any length."""
+"""Most characters of an error: a file can hold names of any length."""
 
 
 def _write_sections(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-    """The options under the titles of their sections, in the order in which they were declared."""
+    """Write the options under the titles of their sections, in the order of their declaration."""
     sections: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(ctx):
         record = parameter.get_help_record(ctx)
@@ -41,18 +42,43 @@ def _write_sections(command: click.Command, ctx: click.Context, formatter: click
 
 
 class Command(click.Command):
-    """A command whose options stand in sections."""
+    """A command with its options in sections, whose values are checked before anything heavy is imported."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _write_sections(self, ctx, formatter)
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raise ShuffleNetError for a value or a combination that cannot work."""
+        from shufflenet_mlflow.workflows.options import check_request
+
+        check_request(options)
+
     def invoke(self, ctx: click.Context) -> Any:
         note_sources(ctx)
+        for pair in EXCLUSIONS:
+            drop_weaker(ctx, pair.first, pair.second)
+        self.check(ctx.params)
+        _set_up_logging()
         return super().invoke(ctx)
 
 
+class TrainingCommand(Command):
+    """A command with the options of training."""
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        from shufflenet_mlflow.workflows.options import check_training
+
+        check_training(options)
+
+
+def _set_up_logging() -> None:
+    from .console import setup_logging
+
+    setup_logging()
+
+
 class Group(click.Group):
-    """Commands below one name; a mistyped one is answered with what it may have been."""
+    """A group of commands; a mistyped name is answered with suggestions."""
 
     command_class = Command
 
@@ -62,6 +88,11 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         note_sources(ctx)
+        if self.invoke_without_command:
+            from shufflenet_mlflow.workflows.options import check_request
+
+            check_request(ctx.params)
+            _set_up_logging()
         return super().invoke(ctx)
 
     def resolve_command(
@@ -76,10 +107,10 @@ class Group(click.Group):
 
 
 class Main(Group):
-    """The whole command line: ends with the exit status that is documented for what happened."""
+    """The whole command line; it ends with the documented exit statuses."""
 
     as_json = False
-    """Errors are printed as JSON on stdout as well."""
+    """Whether to print errors as JSON on stdout, too."""
 
     def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **named: Any) -> Any:  # type: ignore[override]
         if not standalone_mode:
@@ -99,7 +130,7 @@ class Main(Group):
         except OSError as error:
             if error.errno != errno.EPIPE:
                 raise
-            # Whoever read the output has gone, as `head` does; what is left in the buffer has nowhere to go.
+            # The reader, such as `head`, has closed the pipe; what is left in the buffer has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(1)
         sys.exit(status if isinstance(status, int) else 0)
@@ -134,20 +165,20 @@ def _end(ctx: click.Context, error: ShuffleNetError) -> NoReturn:
 
 
 def _print_json_error(code: str, message: str) -> None:
-    """Print the error where a program that asked for JSON reads it."""
+    """Print the error as JSON on stdout."""
     from shufflenet_mlflow.tracking.redaction import redact
 
     click.echo(json.dumps({"error": {"code": code, "message": redact(message)}}))
 
 
 def _with_sources(text: str) -> str:
-    """The message, with the origin of the options in it that stood somewhere else than in the command."""
+    """Return the message, with the source of each option in it that was not typed."""
     named = set(re.findall(r"--[a-z][a-z-]+", text))
     return text + "".join(f" ({option} is from {source})" for option, source in sources().items() if option in named)
 
 
 def _show_usage_error(error: click.ClickException) -> None:
-    """What is wrong, and where to read more; click takes four lines for that."""
+    """Print the error and where to read more, in two lines instead of click's four."""
     if isinstance(error, NoArgsIsHelpError) or not isinstance(error, click.UsageError):
         error.show()
         return

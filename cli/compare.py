@@ -8,6 +8,7 @@ import click
 from .commands import Command
 from .completing import RUN, Folder
 from .options import common_options, config_option, json_option, option, tracking_uri_option
+from .recent import remember
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.compare import Comparison, PairedTest
@@ -30,10 +31,10 @@ SHOWN_CHANGES = 5
 def compare(runs: tuple[str, ...], out: Path | None, tracking_uri: str | None, as_json: bool) -> None:
     """Compare RUNs: options, results, curves, significance.
 
-    Shows which options differ, and results with the best marked; with --out the curves too.
+    Shows the options that differ, and the results with the best marked; with --out the curves, too.
 
-    Where the first run and another have been evaluated on the same images, it says which images changed sides and
-    whether the difference is more than chance (McNemar's exact test).
+    If the first run and another one were evaluated on the same images, it lists those that only one of them gets right,
+    and says whether the difference is more than chance (McNemar's exact test).
 
     \b
     Examples:
@@ -42,11 +43,11 @@ def compare(runs: tuple[str, ...], out: Path | None, tracking_uri: str | None, a
     """
     from shufflenet_mlflow.workflows.compare import run_comparison
 
-    from .console import ConsoleReporter, next_steps
+    from .console import next_steps
     from .tables import print_json
 
-    ConsoleReporter()
     summary = run_comparison(runs, out=out, tracking_uri=tracking_uri)
+    remember(tracking_uri, runs={run.run_id: run.name for run in summary.comparison.runs})
     if as_json:
         print_json({**summary.comparison.to_dict(), "written": [str(path) for path in summary.written]})
         return
@@ -69,14 +70,14 @@ def _show(comparison: "Comparison") -> None:
         rows = [
             (
                 row.metric,
-                *(f"{cell(value)}{' *' if place in row.best else '  '}" for place, value in enumerate(row.values)),
+                *(f"{cell(value)}{' *' if number in row.best else '  '}" for number, value in enumerate(row.values)),
             )
             for row in comparison.results
         ]
         print_table(("last value", *ids), rows)
         click.echo("* best")
         for section in sorted({row.metric.rpartition("/")[0] for row in comparison.results if not row.is_comparable}):
-            click.echo(f"{section} is of different images in these runs: none of its values is called better")
+            click.echo(f"{section} was measured on different images in these runs: no value is marked as best")
     for test in comparison.tests:
         click.echo()
         _show_test(test)
@@ -103,7 +104,7 @@ def _show_test(test: "PairedTest") -> None:
     for run_id, changes in ((first.run_id, test.only_first), (second.run_id, test.only_second)):
         click.echo(f"  {len(changes)} images only {run_id[:8]} gets right")
         for change in changes[:SHOWN_CHANGES]:
-            click.echo(f"    {change.path}: {change.label}, taken for {change.first} / {change.second}")
+            click.echo(f"    {change.path}: {change.label}, predicted as {change.first} / {change.second}")
         if len(changes) > SHOWN_CHANGES:
-            click.echo(f"    and {len(changes) - SHOWN_CHANGES} more; --json lists all")
+            click.echo(f"    and {len(changes) - SHOWN_CHANGES} more; --json lists them all")
     click.echo(f"  {test.verdict}")

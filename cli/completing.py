@@ -1,14 +1,14 @@
-"""What the shell offers where a network, a run or a checkpoint is to be typed.
+"""Parameter types that complete networks, runs and checkpoints.
 
-A person waits for it at every TAB, and importing MLflow takes seconds: runs are read from the store's file, or asked
-of its server, directly. Whatever goes wrong offers nothing.
+Importing MLflow takes longer than anyone waits at TAB: a server is asked directly, and of any other store there is what
+commands have met lately. If anything goes wrong, nothing is offered.
 """
 
-import contextlib
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import click
 from click.shell_completion import CompletionItem
@@ -18,17 +18,16 @@ from .errors import BadParameter
 SECONDS = 2.0
 """A server may take to answer."""
 MOST = 50
-DEFAULT_STORE = "sqlite:///mlflow.db"
 
 Found = list[tuple[str, str]]
-"""What can be typed, with what is said of it."""
+"""Words that can be typed, each with a description."""
 
 
 # Parameter types are generic in newer versions of click only: subscripting them would fail in the older ones.
 
 
 class NetworkName(click.ParamType):  # type: ignore[type-arg]
-    """The name of a network; a wrong one is an error before anything heavy is imported."""
+    """The name of a network."""
 
     name = "name"
 
@@ -48,7 +47,7 @@ class NetworkName(click.ParamType):  # type: ignore[type-arg]
 
 
 class Run(click.ParamType):  # type: ignore[type-arg]
-    """The ID of a run, or its beginning."""
+    """The ID of a run, or its first characters."""
 
     name = "run"
 
@@ -63,7 +62,7 @@ class Reference(click.ParamType):  # type: ignore[type-arg]
 
     def __init__(self, *words: str) -> None:
         self._words = words
-        """What may stand there instead of a checkpoint."""
+        """Values that do not name a checkpoint."""
 
     def shell_complete(self, ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         words = _items([(word, "") for word in self._words], incomplete)
@@ -76,7 +75,7 @@ class Reference(click.ParamType):  # type: ignore[type-arg]
 
 
 class Folder(click.Path):
-    """A folder; whether it is there, and is one, is found out where it is used."""
+    """A folder. The workflow that uses it checks whether it exists."""
 
     def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(incomplete, type="dir")]
@@ -86,36 +85,52 @@ NETWORK, RUN, REFERENCE = NetworkName(), Run(), Reference()
 
 
 def _items(found: Iterable[tuple[str, str]], incomplete: str) -> list[CompletionItem]:
-    return [CompletionItem(text, help=said or None) for text, said in found if text.startswith(incomplete)]
+    return [
+        CompletionItem(text, help=description or None) for text, description in found if text.startswith(incomplete)
+    ]
 
 
 def _store(ctx: click.Context) -> str:
-    return ctx.params.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
+    from shufflenet_mlflow.tracking.uris import uri_in_force
+
+    return uri_in_force(ctx.params.get("tracking_uri"))
 
 
 def recent_runs(uri: str) -> Found:
-    """IDs of the newest runs of the store, with their names; of all experiments."""
-    if uri.startswith("sqlite:///"):
-        return _select(
-            uri,
-            "SELECT run_uuid, name FROM runs WHERE lifecycle_stage = 'active' ORDER BY start_time DESC LIMIT ?",
-            (MOST,),
-        )
+    """Return IDs of the newest runs of the store, with their names; of all experiments."""
+    from shufflenet_mlflow.tracking.uris import is_server
+
+    if not is_server(uri):
+        return _known_runs(uri)
     experiments = _ask(uri, "experiments/search", {"max_results": 1000}).get("experiments", [])
-    asked = {
+    query = {
         "experiment_ids": [experiment["experiment_id"] for experiment in experiments],
         "max_results": MOST,
         "order_by": ["attributes.start_time DESC"],
     }
-    runs = _ask(uri, "runs/search", asked).get("runs", []) if experiments else []
+    runs = _ask(uri, "runs/search", query).get("runs", []) if experiments else []
     return [(run["info"]["run_id"], run["info"].get("run_name", "")) for run in runs]
 
 
+def _known_runs(uri: str) -> Found:
+    """Return the runs that commands have met lately, and those with a folder of checkpoints here."""
+    from shufflenet_mlflow.checkpoints.references import is_run_id
+    from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT
+
+    from .recent import recent
+
+    folders = [path.name for path in Path(DEFAULT_SAVE_ROOT).glob("*") if is_run_id(path.name)]
+    return list({**dict.fromkeys(folders, ""), **recent("runs", uri)}.items())
+
+
 def aliases(uri: str) -> Found:
-    """NAME@ALIAS of the registered models, with the version that each stands for."""
-    if uri.startswith("sqlite:///"):
-        found = _select(uri, "SELECT name || '@' || alias, version FROM registered_model_aliases ORDER BY 1", ())
-        return [(name, f"version {version}") for name, version in found]
+    """Return NAME@ALIAS of the registered models, with the version that each one names."""
+    from shufflenet_mlflow.tracking.uris import is_server
+
+    if not is_server(uri):
+        from .recent import recent
+
+        return list(recent("aliases", uri).items())
     models = _ask(uri, "registered-models/search?max_results=100", None).get("registered_models", [])
     return [
         (f"{model['name']}@{alias['alias']}", f"version {alias['version']}")
@@ -124,24 +139,8 @@ def aliases(uri: str) -> Found:
     ]
 
 
-def _select(uri: str, query: str, values: tuple[Any, ...]) -> Found:
-    import sqlite3
-
-    path = uri.removeprefix("sqlite:///").partition("?")[0]
-    with (
-        contextlib.suppress(sqlite3.Error),
-        contextlib.closing(
-            sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True, timeout=SECONDS)
-        ) as store,
-    ):
-        return [(str(first), str(second or "")) for first, second in store.execute(query, values)]
-    return []
-
-
 def _ask(uri: str, what: str, document: dict[str, Any] | None) -> dict[str, Any]:
-    """One call of MLflow's REST interface; with nothing to send it is a GET."""
-    if not uri.startswith(("http://", "https://")):
-        return {}
+    """Call MLflow's REST interface; with nothing to send it is a GET."""
     import base64
     import json
     import urllib.request
@@ -157,7 +156,7 @@ def _ask(uri: str, what: str, document: dict[str, Any] | None) -> dict[str, Any]
     elif user:
         request.add_header("Authorization", "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode())
     try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:  # noqa: S310 - of these two schemes only
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:  # noqa: S310 - http or https
             found = json.load(answer)
     except (OSError, ValueError):
         return {}

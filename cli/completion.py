@@ -21,7 +21,7 @@ VARIABLE = "_SHUFFLENET_COMPLETE"
 _BASH = """\
 %(complete_func)s() {
     local IFS=$'\\n' response completion type value before=""
-    # Bash breaks words at : and @, of which references have some; only what stands behind the last is replaced.
+    # Bash breaks words at : and @, which references contain; only the text after the last one is replaced.
     local word="${COMP_LINE:0:COMP_POINT}"
     word="${word##* }"
     [[ "$word" == *[:@=]* ]] && before="${word%%"${word##*[:@=]}"}"
@@ -45,7 +45,7 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 
 
 class _Bash(BashComplete):
-    """Completes the words as they were typed, rather than as bash breaks them."""
+    """Completes words as they were typed, not as bash breaks them."""
 
     source_template = _BASH
 
@@ -74,7 +74,7 @@ for shell in SHELLS.values():
 def completion(ctx: click.Context, shell: str) -> None:
     """Print the completion script for bash, zsh or fish.
 
-    Then TAB completes commands, options, networks, run IDs, runs:/ID and models:/NAME@ALIAS of the store in use.
+    TAB then completes commands, options, networks, run IDs, runs:/ID and models:/NAME@ALIAS of the store in use.
 
     \b
     Examples:

@@ -1,11 +1,12 @@
-"""What a person sees while a job runs: a live display on a terminal, plain lines elsewhere. All of it on stderr."""
+"""Progress and messages of a running command, on stderr: live bars on a terminal, plain lines elsewhere."""
 
 import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from shlex import quote
 
@@ -29,32 +30,21 @@ from .settings import sources
 
 WIDEST_BAR = 24
 BESIDE_BAR = 46
-"""Columns that stand beside the bar."""
+"""Columns beside the bar."""
 
 LEVELS = {"verbose": logging.DEBUG, "quiet": logging.WARNING, None: logging.INFO}
-"""What of the library's log is shown."""
+"""Verbosity -> the lowest level of the library's log that is shown."""
+
+logger = logging.getLogger("shufflenet_mlflow")
 
 
 def make_console() -> Console:
-    """Of stderr: colours on a terminal unless `NO_COLOR` is set, lines as long as they are."""
+    """Return a console of stderr: colours on a terminal unless `NO_COLOR` is set, lines of any length."""
     return Console(stderr=True, soft_wrap=True)
 
 
-class _Handler(logging.Handler):
-    def __init__(self, show: Callable[[str], None]) -> None:
-        super().__init__()
-        self._show = show
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.WARNING:
-            style, prefix = "yellow", "Warning: "
-        else:
-            style, prefix = "dim", f"{time.strftime('%H:%M:%S')} " if record.levelno < logging.INFO else ""
-        self._show(f"[{style}]{prefix}{escape(record.getMessage())}[/]")
-
-
 class _Bars(Progress):
-    """One bar for each phase that is under way, and a line of figures below them."""
+    """A bar for each running phase, and a line of figures below them."""
 
     figures = ""
 
@@ -62,6 +52,47 @@ class _Bars(Progress):
         yield self.make_tasks_table(self.tasks)
         if self.figures:
             yield Text(self.figures, style="dim", no_wrap=True, overflow="ellipsis")
+
+
+class _Screen:
+    """Stderr, with bars at its foot while something runs."""
+
+    def __init__(self) -> None:
+        self.console = make_console()
+        self.bars: _Bars | None = None
+
+    def print(self, markup: str) -> None:
+        """Print above the bars. Their thread must not draw meanwhile: rich would then erase as many lines as there
+        were, and with them one that was to stay."""
+        with nullcontext() if self.bars is None else self.bars.live._lock:
+            self.console.print(markup, highlight=False)
+
+
+@cache
+def _screen() -> _Screen:
+    return _Screen()
+
+
+class _Handler(logging.Handler):
+    """Shows the log on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = escape(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            text = f"[yellow]Warning:[/] {text}"
+        elif record.levelno < logging.INFO:
+            text = f"[dim]{time.strftime('%H:%M:%S')} {text}[/]"
+        _screen().print(text)
+
+
+def setup_logging() -> None:
+    """Show the library's log on stderr, as much of it as --verbose or --quiet asks for. Called once per command."""
+    _screen.cache_clear()
+    logger.handlers = [_Handler()]
+    logger.propagate = False
+    logger.setLevel(LEVELS[verbosity()])
+    for option, source in sources().items():
+        logger.debug("%s is from %s", option, source)
 
 
 class _LivePhase:
@@ -78,46 +109,40 @@ class _PlainPhase:
 
 
 class ConsoleReporter:
-    """Implements `shufflenet_mlflow.runtime.progress.Reporter`."""
+    """Implements `shufflenet_mlflow.runtime.progress.Reporter`. Notes and warnings take the way of the log."""
 
     def __init__(self) -> None:
-        self.console = make_console()
+        self._screen = _screen()
         self._quiet = verbosity() == "quiet"
         # Not what FORCE_COLOR says: a log file may have colours, but nothing in it can be drawn over.
-        self._live = sys.stderr.isatty() and not self.console.is_dumb_terminal and not self._quiet
-        self._bars: _Bars | None = None
+        self._live = sys.stderr.isatty() and not self._screen.console.is_dumb_terminal and not self._quiet
         self._total = self._first = 0
         self._began = time.monotonic()
         self._waiting = 0
         self._val_top1: float | None = None
-        logger = logging.getLogger("shufflenet_mlflow")
-        logger.handlers = [_Handler(self._print)]
-        logger.propagate = False
-        logger.setLevel(LEVELS[verbosity()])
-        for option, source in sources().items():
-            logger.debug("%s is from %s", option, source)
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[_LivePhase | _PlainPhase]:
-        """A bar on a terminal; phases may lie within one another."""
+        """Show a bar on a terminal; phases may be nested."""
         if name == "training":
             self._total, self._first, self._began = total, done, time.monotonic()
         if not self._live:
             yield _PlainPhase()
             return
-        outermost = self._bars is None
-        if self._bars is None:
-            self._bars = _Bars(
+        screen = self._screen
+        outermost = screen.bars is None
+        if screen.bars is None:
+            screen.bars = _Bars(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=max(4, min(WIDEST_BAR, self.console.width - BESIDE_BAR))),
+                BarColumn(bar_width=max(4, min(WIDEST_BAR, screen.console.width - BESIDE_BAR))),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                console=self.console,
+                console=screen.console,
                 transient=True,
             )
-            self._bars.start()
-        bars = self._bars
+            screen.bars.start()
+        bars = screen.bars
         task = bars.add_task(name, total=total, completed=done)
         try:
             yield _LivePhase(bars, task)
@@ -125,10 +150,10 @@ class ConsoleReporter:
             bars.remove_task(task)
             if outermost:
                 bars.stop()
-                self._bars = None
+                screen.bars = None
 
     def metrics(self, iters: int, values: Mapping[str, float]) -> None:
-        """Training metrics below the bar, or as a line; validations always as a line."""
+        """Show training metrics below the bar, or as a line; validations always as a line."""
         if "val/top1" in values:
             self._val_top1 = values["val/top1"]
             self._line(
@@ -142,8 +167,8 @@ class ConsoleReporter:
         )
         if self._waiting:
             text += f"  {self._waiting} waiting for MLflow"
-        if self._bars is not None:
-            self._bars.figures = text + ("" if self._val_top1 is None else f"  val top1 {self._val_top1:.4f}")
+        if self._screen.bars is not None:
+            self._screen.bars.figures = text + ("" if self._val_top1 is None else f"  val top1 {self._val_top1:.4f}")
         else:
             width = len(str(self._total))
             self._line(f"iteration {iters:>{width}}/{self._total}  {text}  ETA {self._eta(iters)}")
@@ -154,38 +179,32 @@ class ConsoleReporter:
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
     def note(self, text: str) -> None:
-        self._line(escape(text))
+        logger.info("%s", text)
 
     def warn(self, text: str) -> None:
-        self._print(f"[yellow]Warning:[/] {escape(text)}")
+        logger.warning("%s", text)
 
     def waiting(self, count: int) -> None:
-        """Shown in the next line of progress."""
+        """Show the count in the next line of progress."""
         self._waiting = count
 
     def _line(self, markup: str) -> None:
         if not self._quiet:
-            self._print(markup)
-
-    def _print(self, markup: str) -> None:
-        """Above the bars. Their thread must not draw meanwhile: rich would then erase as many lines as there were, and
-        with them one that was to stay."""
-        with nullcontext() if self._bars is None else self._bars.live._lock:
-            self.console.print(markup, highlight=False)
+            self._screen.print(markup)
 
 
 def next_steps(*commands: str) -> None:
-    """What to do next, on stderr; nothing with --quiet."""
+    """Suggest what to do next, on stderr; nothing with --quiet."""
     if verbosity() == "quiet":
         return
     console = make_console()
     for number, command in enumerate(commands):
-        text = _as_it_is_called(_with_store(command))
+        text = _with_path(_with_store(command))
         console.print(f"[dim]{'     ' if number else 'next:'}[/] {escape(text)}", highlight=False)
 
 
-def _as_it_is_called(command: str) -> str:
-    """The command with the path of `shufflenet`, if it was called by that and is not found without."""
+def _with_path(command: str) -> str:
+    """Return the command with the path of `shufflenet`, if it was called by that and is not on the PATH."""
     called = Path(sys.argv[0])
     if command.startswith("shufflenet ") and called.name == "shufflenet" and shutil.which("shufflenet") is None:
         return quote(str(called)) + command.removeprefix("shufflenet")
@@ -193,7 +212,7 @@ def _as_it_is_called(command: str) -> str:
 
 
 def _with_store(command: str) -> str:
-    """The command with the store that was typed for this one; a variable or a file holds for the next one too."""
+    """Return the command with this one's --tracking-uri, if it was typed; variables and files apply again anyway."""
     ctx = click.get_current_context(silent=True)
     if ctx is None or ctx.get_parameter_source("tracking_uri") is not ParameterSource.COMMANDLINE:
         return command

@@ -5,7 +5,7 @@ from shlex import quote
 
 import click
 
-from shufflenet_mlflow.config import MAX_WORKERS
+from shufflenet_mlflow.config import check_rule
 
 from .commands import Group
 from .completing import Folder
@@ -14,7 +14,7 @@ from .options import bad_image_option, common_options, config_option, json_optio
 
 @click.group(cls=Group)
 def data() -> None:
-    """Make data sets, and what networks need of them.
+    """Write data sets and mean images.
 
     \b
     Examples:
@@ -30,7 +30,7 @@ def data() -> None:
 def digits(folder: Path, as_json: bool) -> None:
     """Write the bundled handwritten digits to DIR, as DIR/train and DIR/val.
 
-    1,797 images of ten classes from scikit-learn, a fifth of them for validation. DIR must be new or empty.
+    They are 1,797 images of ten classes from scikit-learn, a fifth of them for validation. DIR must be new or empty.
 
     \b
     Example:
@@ -54,13 +54,13 @@ def digits(folder: Path, as_json: bool) -> None:
 
 @data.command()
 @click.argument("folder", metavar="DIR", type=Folder(path_type=Path))
-@option("--output", type=click.Path(path_type=Path), help="Where to write it, .npy or .xml.  [default: mean.npy]")
-@option("--input-size", type=int, metavar="PIXELS", help="A multiple of 32.  [default: 224]")
+@option("--output", type=click.Path(path_type=Path), help="File to write, .npy or .xml.  [default: mean.npy]")
+@option("--input-size", type=int, metavar="PIXELS", help="Input size, a multiple of 32.  [default: 224]")
 @option(
     "--workers",
-    type=click.IntRange(0, MAX_WORKERS),
+    type=int,
     metavar="N",
-    help="Decoding processes.  [default: one per core, at most 16]",
+    help="Processes that decode images.  [default: one per core, at most 16]",
 )
 @bad_image_option
 @config_option
@@ -74,20 +74,21 @@ def mean(
     on_bad_image: str | None,
     as_json: bool,
 ) -> None:
-    """Average the images in DIR, a folder per class, into the mean image that shufflenet_v2_large subtracts.
+    """Compute the mean image of DIR, one folder per class, for shufflenet_v2_large.
 
     \b
     Example:
       shufflenet data mean pets/train --output pets-mean.npy
       shufflenet train --config pets.toml --mean-image pets-mean.npy
     """
+    output = output or Path("mean.npy")
+    check_rule("mean_image", output, field="output")
     from shufflenet_mlflow.workflows.data import run_mean
 
     from .console import ConsoleReporter, next_steps
     from .stopping import stop_flag
     from .tables import print_json
 
-    output = output or Path("mean.npy")
     with stop_flag() as stop:
         summary = run_mean(
             folder,

@@ -1,4 +1,4 @@
-"""Wrong usage, as click's errors with a stable code."""
+"""Click's usage errors, with a stable code."""
 
 import click
 

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shufflenet_mlflow.config import MAX_WORKERS
+from shufflenet_mlflow.config import LOG_TO
 
 from .commands import Command
 from .completing import Folder
+from .option import ERROR_PRINTED
 from .options import (
-    ERROR_PRINTED,
     bad_image_option,
     cache_dir_option,
     common_options,
@@ -23,6 +23,7 @@ from .options import (
     ref_argument,
     tracking_uri_option,
 )
+from .recent import remember
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.workflows.eval import EvalSummary
@@ -37,29 +38,29 @@ WORST_CLASSES = 3
     metavar="DIR",
     type=Folder(),
     section="Data",
-    help="Images, a folder per class.  [default: the run's own]",
+    help="Images, one folder per class.  [default: the run's]",
 )
 @bad_image_option
 @network_options
 @options(
     device_option,
-    option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images at a time.  [default: the run's own]"),
+    option("--batch-size", type=int, metavar="N", help="Images per batch.  [default: the run's]"),
     option(
         "--workers",
-        type=click.IntRange(0, MAX_WORKERS),
+        type=int,
         metavar="N",
-        help="Decoding processes.  [default: one per core, at most 16]",
+        help="Processes that decode images.  [default: one per core, at most 16]",
     ),
     section="Machine",
 )
 @options(
     option(
         "--log-to",
-        type=click.Choice(["source", "new", "none"]),
-        help="Run for the result: the checkpoint's, one of its own, none.  [default: source if REF is a run or model]",
+        type=click.Choice(LOG_TO),
+        help="Run to log to: the checkpoint's, a new one, none.  [default: source if REF is a run or model]",
     ),
-    option("--experiment", metavar="NAME", help="For --log-to new.  [default: that of the checkpoint's run]"),
-    option("--run-name", metavar="NAME", help="For --log-to new.  [default: network and data]"),
+    option("--experiment", metavar="NAME", help="MLflow experiment for --log-to new.  [default: the checkpoint's]"),
+    option("--run-name", metavar="NAME", help="Name of the run for --log-to new.  [default: network and data]"),
     tracking_uri_option,
     cache_dir_option,
     section="MLflow",
@@ -73,8 +74,8 @@ def eval_(ref: str, as_json: bool, **values: Any) -> None:
     REF is a file, a folder of checkpoints, a run ID or its first characters, runs:/ID, runs:/ID@best, runs:/ID@latest,
     runs:/ID@ITERS, models:/NAME@ALIAS or models:/NAME/VERSION.
 
-    What is logged: accuracies, loss, accuracy by class, calibration, confusion matrix, the most confident mistakes,
-    throughput, and what became of each image.
+    Logs accuracies, loss, accuracy by class, calibration, confusion matrix, the most confident mistakes, throughput,
+    and the prediction for each image.
 
     \b
     Examples:
@@ -92,6 +93,9 @@ def eval_(ref: str, as_json: bool, **values: Any) -> None:
     given = {name: value for name, value in values.items() if value is not None}
     with stop_flag() as stop:
         summary = run_evaluation(EvalRequest(ref, **given), reporter=ConsoleReporter(), stop=stop)
+    met = [run_id for run_id in (summary.logged_to, summary.run_id) if run_id is not None]
+    if met:
+        remember(values["tracking_uri"], runs=dict.fromkeys(met, ""))
     if as_json:
         document = summary.to_dict()
         if summary.problem is not None:
@@ -107,7 +111,7 @@ def eval_(ref: str, as_json: bool, **values: Any) -> None:
 
 def _result_lines(summary: "EvalSummary") -> str:
     result = summary.result
-    skipped = f", {result.skipped} unreadable left out" if result.skipped else ""
+    skipped = f", {result.skipped} unreadable skipped" if result.skipped else ""
     lines = [
         f"checkpoint  {summary.checkpoint}",
         f"network     {summary.model}, iteration {summary.iters}",

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from shufflenet_mlflow.config import EXPORT_FORMATS
+
 from .commands import Command
 from .options import (
     cache_dir_option,
@@ -22,14 +24,16 @@ USES = {
     "onnx": "in Python: onnxruntime.InferenceSession('{path}')",
     "mlflow": "mlflow models serve -m {path} --env-manager local --port 5001",
 }
-"""Format -> what takes the file."""
+"""Format -> how to use the file."""
 
 
 @click.command(cls=Command)
 @ref_argument
-@click.option("--format", type=click.Choice(["pt2", "onnx", "mlflow"]), help="What to write.  [default: pt2]")
+@click.option("--format", type=click.Choice(EXPORT_FORMATS), help="Format.  [default: pt2]")
 @option(
-    "--output", type=click.Path(path_type=Path), help="File, or folder for mlflow.  [default: the checkpoint's name]"
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File, or folder for mlflow.  [default: named like the checkpoint]",
 )
 @network_options
 @tracking_uri_option
@@ -40,12 +44,12 @@ USES = {
 def export(ref: str, as_json: bool, **values: Any) -> None:
     """Write a checkpoint as pt2, ONNX or an MLflow model.
 
-    The network of REF, in a format that needs none of this package.
+    The result does not need this package: torch.export.load reads pt2, ONNX Runtime and others read onnx; mlflow is a
+    folder for `mlflow models serve -m`.
 
-    pt2 is read by torch.export.load, onnx by ONNX Runtime and others; mlflow is a folder for `mlflow models serve -m`.
-    The first two take uint8 images (N, 3, S, S), resized and cropped, for any N, and give logits; classes and the way
-    from an image to these pixels are in the file, as classifier.json. Before the file gets its name, its logits are
-    compared with the checkpoint's: they may differ by 1e-4 of the largest one.
+    pt2 and onnx map uint8 images (N, 3, S, S), resized and cropped, to logits; the file holds the classes and the
+    preprocessing as classifier.json. Before the file appears, its logits are compared with the checkpoint's: they may
+    differ by 1e-4 of the largest one.
 
     \b
     Examples:

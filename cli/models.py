@@ -14,7 +14,7 @@ from .options import common_options, json_option
 def models(as_json: bool) -> None:
     """List the networks, with size and published errors.
 
-    Work is at 224 pixels, errors are on ImageNet; input is what the published weights expect.
+    MACs are for 224 pixels, errors are on ImageNet; input is the preprocessing that the published weights expect.
 
     \b
     Examples:
@@ -60,5 +60,5 @@ def models(as_json: bool) -> None:
 
 
 def _percent(error: float) -> str:
-    """A dash where nothing was published."""
+    """Return a dash if nothing was published."""
     return "-" if math.isnan(error) else f"{error:.2f}"

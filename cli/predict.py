@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from shufflenet_mlflow.config import MAX_WORKERS
+from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE
 
 from .commands import Command
 from .errors import UsageError
@@ -33,32 +33,32 @@ from .options import (
 @bad_image_option
 @options(
     device_option,
-    option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images at a time.  [default: 64]"),
+    option("--batch-size", type=int, metavar="N", help=f"Images per batch.  [default: {DEFAULT_BATCH_SIZE}]"),
     option(
         "--workers",
-        type=click.IntRange(0, MAX_WORKERS),
+        type=int,
         metavar="N",
-        help="Decoding processes.  [default: none for a few images]",
+        help="Processes that decode images.  [default: none for a few images]",
     ),
     section="Machine",
 )
 @tracking_uri_option
 @cache_dir_option
-@option("--top", type=click.IntRange(min=1), metavar="N", help="Labels per image.  [default: 5]")
+@option("--top", type=int, metavar="N", help="Labels per image.  [default: 5]")
 @click.option(
     "--format",
     "format_",
     type=click.Choice(["table", "csv", "json"]),
-    help="What to print; table and csv as the images are done.  [default: table]",
+    help="Output format; table and csv are printed image by image.  [default: table]",
 )
 @config_option
 @json_option
 @common_options
 def predict(ref: str, images: tuple[str, ...], format_: str | None, as_json: bool, **values: Any) -> None:
-    """Say what a checkpoint takes images for.
+    """Predict the classes of images.
 
-    REF is what `shufflenet eval` takes. IMAGE is a file, a folder (all images below it), a pattern in quotes, in which
-    ** stands for folders of any depth, or - for standard input: one image, or paths, one a line or separated by NUL.
+    REF is a checkpoint as for `shufflenet eval`. IMAGE is a file, a folder (with all images below it), a quoted pattern
+    (** matches folders of any depth), or - for standard input: one image, or paths, one per line or separated by NUL.
 
     \b
     Examples:
@@ -94,5 +94,5 @@ def predict(ref: str, images: tuple[str, ...], format_: str | None, as_json: boo
 
 
 def _stdin() -> BinaryIO:
-    """Nothing, where the process was started with a closed one."""
+    """Return standard input; an empty one if the process has none."""
     return BytesIO() if sys.stdin is None else sys.stdin.buffer

@@ -1,4 +1,4 @@
-"""What `shufflenet predict` prints: a table, CSV or JSON, as the images are done."""
+"""Output of `shufflenet predict`: a table, CSV or JSON, image by image."""
 
 import shutil
 import sys
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 SHORTEST_PATH = 16
 RUNNERS_UP = 20
-"""Columns of a terminal that are left for the second label and its probability."""
+"""Columns of a terminal that are reserved for the second label and its probability."""
 
 
 class Output:
-    """Standard output: a terminal, on which a bar may stand below the rows, or a file, which gets UTF-8.
+    """Standard output: a terminal, perhaps with a bar below the rows, or a file in UTF-8.
 
-    Names of files that are no UTF-8 are written as the bytes that they are.
+    File names that are not UTF-8 are written byte for byte.
     """
 
     def __init__(self) -> None:
-        # While its bar stands, rich puts another `sys.stdout` in place, which leads to stderr.
+        # While a bar is shown, rich replaces `sys.stdout` by one that leads to stderr.
         self._file = sys.stdout
         self.is_terminal = sys.stdout is not None and sys.stdout.isatty()
 
@@ -47,20 +47,20 @@ class Output:
 
 
 def _print_json(found: "Predictions", _pictures: "Pictures", out: Output) -> None:
-    """One document, once all is well."""
+    """Print one document after the last image."""
     out.write(to_json([prediction.to_dict() for batch in found.batches for prediction in batch]) + "\n")
 
 
 def _print_csv(found: "Predictions", _pictures: "Pictures", out: Output) -> None:
-    """A line per image: path, label, probability, and so on down to the last of the labels asked for."""
+    """Print a line per image: path, then each label with its probability."""
     titles = ["path", "label", "probability"]
-    for place in range(2, found.top + 1):
-        titles += [f"label_{place}", f"probability_{place}"]
+    for rank in range(2, found.top + 1):
+        titles += [f"label_{rank}", f"probability_{rank}"]
     _stream(to_csv([titles]), csv_rows, found, out)
 
 
 def _stream(titles: str, rows: "Callable[[list[Prediction]], str]", found: "Predictions", out: Output) -> None:
-    """Rows as they come; nothing at all if the first batch fails."""
+    """Print rows batch by batch; nothing at all if the first batch fails."""
     for batch in found.batches:
         out.write(titles + rows(batch))
         titles = ""
@@ -69,14 +69,14 @@ def _stream(titles: str, rows: "Callable[[list[Prediction]], str]", found: "Pred
 
 
 def csv_rows(batch: "list[Prediction]") -> str:
-    """A line per image, without titles."""
+    """Return a line per image, without titles."""
     return to_csv([row.path, *(cell for entry in row.top for cell in entry)] for row in batch)
 
 
 def _print_table(found: "Predictions", pictures: "Pictures", out: Output) -> None:
-    """A row per image, as wide as the longest path and label: both are known before the first row.
+    """Print a row per image, as wide as the longest path and label: both are known before the first row.
 
-    On a terminal a row is one line: long paths lose their beginning, and labels that find no room are left out.
+    On a terminal a row is one line: long paths lose their beginning, and labels that do not fit are dropped.
     """
     width = shutil.get_terminal_size().columns if out.is_terminal else None
     columns = _Columns.fitting(map(printable, pictures.paths()), map(printable, found.labels), width, found.top)
@@ -86,12 +86,12 @@ def _print_table(found: "Predictions", pictures: "Pictures", out: Output) -> Non
 
 @dataclass(frozen=True)
 class _Columns:
-    """A table's columns, in cells of a terminal: some letters take two."""
+    """Widths of a table, in columns of the terminal: some letters take two."""
 
     path: int
     label: int
     width: int | None
-    """Of a whole line; None for as much as it takes."""
+    """Of a whole line; None for no limit."""
 
     @classmethod
     def fitting(cls, paths: Iterator[str], labels: Iterator[str], width: int | None, top: int) -> "_Columns":
@@ -103,14 +103,14 @@ class _Columns:
         return cls(max(path, len("path")), max(label, len("label")), width)
 
     def row(self, prediction: "Prediction") -> str:
-        """Of one image."""
+        """Return the row of one image."""
         others = [f"{printable(label)} {probability:.4f}" for label, probability in prediction.top[1:]]
         return self.line(
             printable(prediction.path), printable(prediction.label), f"{prediction.probability:.4f}", others
         )
 
     def line(self, path: str, label: str, probability: str, others: Sequence[str]) -> str:
-        """As many of `others` as there is room for."""
+        """Return a line with as many of `others` as fit."""
         if cell_len(path) > self.path:
             while cell_len(path) >= self.path:
                 path = path[1:]

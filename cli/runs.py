@@ -6,22 +6,33 @@ import click
 
 from .commands import Group
 from .options import common_options, config_option, json_option, option, options, run_argument, tracking_uri_option
+from .recent import remember
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.workflows.runs import RunDetails
 
 LIMIT = 50
 SPARE = ("started", "minutes", "status", "val/top1")
-"""Columns that a narrow terminal does without, the first of them first."""
+"""Columns that a narrow terminal drops, in this order."""
 
 
 @click.group(cls=Group, invoke_without_command=True)
 @options(
-    option("--filter", "filter_string", metavar="EXPR", help="As MLflow's search takes it.  [default: all runs]"),
-    option("--sort", metavar="COLUMN", help="Highest first.  [default: started]"),
+    option(
+        "--filter",
+        "filter_string",
+        metavar="EXPR",
+        help="Filter in the syntax of MLflow's search.  [default: all runs]",
+    ),
+    option("--sort", metavar="COLUMN", help="Column to sort by, highest first.  [default: started]"),
     click.option("--ascending", is_flag=True, help="Lowest first."),
-    option("--columns", metavar="LIST", help="Such as name,lr,best/val_top1,tags.job.  [default: what matters most]"),
-    option("--limit", type=click.IntRange(1, 50_000), metavar="N", help=f"Most rows.  [default: {LIMIT}]"),
+    option(
+        "--columns",
+        metavar="LIST",
+        is_list=True,
+        help="Columns, such as name,lr,best/val_top1,tags.job.  [default: the main ones]",
+    ),
+    option("--limit", type=int, metavar="N", help=f"Most rows.  [default: {LIMIT}]"),
     section="Rows and columns",
 )
 @option("--experiment", metavar="NAME", section="MLflow", help="MLflow experiment.  [default: shufflenet]")
@@ -33,7 +44,7 @@ SPARE = ("started", "minutes", "status", "val/top1")
 def runs(ctx: click.Context, /, as_json: bool, ascending: bool, **values: Any) -> None:
     """List runs, or show one of them.
 
-    Columns are run_id, name, status, started and minutes, every metric, every option of training, and tags.NAME.
+    Columns are run_id, name, status, started, minutes, and every metric, option of training and tags.NAME.
 
     \b
     Examples:
@@ -46,10 +57,9 @@ def runs(ctx: click.Context, /, as_json: bool, ascending: bool, **values: Any) -
         return
     from shufflenet_mlflow.workflows.runs import DEFAULT_COLUMNS, list_runs
 
-    from .console import ConsoleReporter, next_steps
+    from .console import next_steps
     from .tables import cell, print_json, print_table
 
-    ConsoleReporter()
     columns, filter_string = values["columns"], values["filter_string"] or ""
     table = list_runs(
         experiment=values["experiment"],
@@ -60,18 +70,19 @@ def runs(ctx: click.Context, /, as_json: bool, ascending: bool, **values: Any) -
         limit=values["limit"] or LIMIT,
         tracking_uri=values["tracking_uri"],
     )
+    remember(values["tracking_uri"], runs={run.info.run_id: run.info.run_name for run in table.runs})
     if as_json:
         print_json(table.to_dicts())
         return
     if not table.runs:
-        click.echo(f"experiment {table.experiment}: no runs" + (" that fit" if filter_string else ""))
-        next_steps("shufflenet train    makes one", "shufflenet runs --experiment NAME    looks elsewhere")
+        click.echo(f"experiment {table.experiment}: no runs" + (" that match" if filter_string else ""))
+        next_steps("shufflenet train    makes one", "shufflenet runs --experiment NAME    lists another experiment")
         return
     titles = [column.title for column in table.columns]
     print_table(titles, [[cell(value) for value in row] for row in table.rows()], spare=SPARE)
     if table.has_more:
         click.echo(f"the first {len(table.runs)}; --limit shows more", err=True)
-    next_steps("shufflenet runs show RUN    one in full", "shufflenet compare RUN RUN    what makes the difference")
+    next_steps("shufflenet runs show RUN    one in full", "shufflenet compare RUN RUN    their differences")
 
 
 @runs.command()
@@ -81,7 +92,7 @@ def runs(ctx: click.Context, /, as_json: bool, ascending: bool, **values: Any) -
 @json_option
 @common_options
 def show(run: str, tracking_uri: str | None, as_json: bool) -> None:
-    """Show the run RUN in full: data, code, versions, hardware, results, and the command that makes it again.
+    """Show the run RUN in full: data, code, versions, hardware, results, and the command that repeats it.
 
     \b
     Examples:
@@ -90,11 +101,11 @@ def show(run: str, tracking_uri: str | None, as_json: bool) -> None:
     """
     from shufflenet_mlflow.workflows.runs import show_run
 
-    from .console import ConsoleReporter, next_steps
+    from .console import next_steps
     from .tables import print_json
 
-    ConsoleReporter()
     details = show_run(run, tracking_uri=tracking_uri)
+    remember(tracking_uri, runs={details.run.info.run_id: details.run.info.run_name})
     if as_json:
         print_json(details.to_dict())
         return
@@ -114,7 +125,9 @@ def _lines(details: "RunDetails") -> list[str]:
     if document["command"]:
         lines.append(f"command     {document['command']}")
     if document["commit"]:
-        lines.append(f"commit      {document['commit']}" + ("  (with changes)" if document["dirty"] else ""))
+        lines.append(
+            f"commit      {document['commit']}" + ("  (with uncommitted changes)" if document["dirty"] else "")
+        )
     for title in ("versions", "hardware"):
         if document[title]:
             lines.append(f"{title:<10}  " + ", ".join(f"{name} {value}" for name, value in document[title].items()))
@@ -135,5 +148,5 @@ def _lines(details: "RunDetails") -> list[str]:
         width = max(map(len, metrics))
         lines += [f"  {name:<{width}}  {value:.6g}" for name, value in sorted(metrics.items())]
     if again := details.reproduce_lines():
-        lines += ["", "to make it again", *(f"  {line}" for line in again)]
+        lines += ["", "to repeat it", *(f"  {line}" for line in again)]
     return lines

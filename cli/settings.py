@@ -1,6 +1,6 @@
-"""Where options stand besides the command: in a file (`--config`) and in the environment (`SHUFFLENET_…`).
+"""Options from a file (`--config`) and from the environment (`SHUFFLENET_…`).
 
-The command comes first, then the environment, then the file.
+The command line comes first, then the environment, then the file.
 """
 
 import json
@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from .errors import BadParameter
-from .options import CONFIG, PREFIX, Option, spelling
+from .option import PREFIX, Option, source_of, spelling
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,7 +23,7 @@ else:
     import tomli as tomllib
 
 SOURCES = "shufflenet_mlflow.sources"
-"""Option, as `--batch-size`, -> where its value is from; only those that the command itself does not have."""
+"""Option, as `--batch-size`, -> the variable or file that its value is from; only of options that were not typed."""
 
 PRECEDENCE = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
 
@@ -32,13 +32,13 @@ OTHER_VARIABLES = ("SHUFFLENET_CACHE_DIR", "SHUFFLENET_CONFIG")
 
 
 def read_config(ctx: click.Context, path: Path) -> dict[str, Any]:
-    """The values of this command's options in a TOML file, or in a JSON one such as a run's `config.json`.
+    """Read the values of this command's options from a TOML file, or a JSON one such as a run's `config.json`.
 
     Returns:
         Parameter's name -> value, as text: they are checked as if they had been typed.
 
     Raises:
-        click.BadParameter: it cannot be read, or holds what is no option of any command.
+        click.BadParameter: the file cannot be read, or holds a key that no command knows, or a value of a wrong type.
     """
     known = {key for command in _commands(ctx.find_root().command) for key in _by_key(command)}
     own = _by_key(ctx.command)
@@ -51,6 +51,7 @@ def read_config(ctx: click.Context, path: Path) -> dict[str, Any]:
             raise BadParameter(f"{path}: there is no option {written!r}; {hint}", code="unknown-key")
         text = _as_text(value, f"{path}: {written}")
         if key in own and text is not None:
+            _check_type(value, own[key], f"{path}: {written}")
             values[str(own[key].name)] = text
     return values
 
@@ -61,24 +62,23 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise BadParameter(f"cannot read {str(path)!r}: {error.strerror}", code="config-file-unreadable") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise BadParameter(f"{path} is not {kind}: {error}", code="config-file-syntax") from error
     if not isinstance(document, dict):
         raise BadParameter(
-            f"{path} holds no options; it is to be an object, as a run's config.json is", code="config-file-not-object"
+            f"{path} holds no options; it must hold an object, as a run's config.json does",
+            code="config-file-not-object",
         )
     return document
 
 
 def _as_text(value: Any, where: str) -> str | None:
-    """A value as it would be typed; None for null."""
+    """Return a value as it would be typed; None for null."""
     if value is None:
         return None
     if isinstance(value, str) and "\0" in value:
-        raise BadParameter(
-            f"{where} (={value!r}) holds a null character; no text that can be typed has one", code="null-character"
-        )
+        raise BadParameter(f"{where} (={value!r}) holds a null character", code="null-character")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (str, int, float)):
@@ -90,6 +90,23 @@ def _as_text(value: Any, where: str) -> str | None:
     raise BadParameter(f"{where} is neither text, a number, true or false, nor a list of them", code="value-type")
 
 
+def _check_type(value: Any, option: Option, where: str) -> None:
+    """Refuse a value that text would hide: a list or a number where text is expected, a number for true or false.
+
+    Text may stand for any value, as in the environment; what is left to check is checked as if it had been typed.
+    """
+    if isinstance(value, str) or (isinstance(value, list) and option.is_list):
+        return
+    if isinstance(option.type, click.types.BoolParamType):
+        expected = None if isinstance(value, bool) else "true or false"
+    elif isinstance(option.type, (click.types.IntParamType, click.types.FloatParamType)):
+        expected = "a number" if isinstance(value, list) else None
+    else:
+        expected = "a list, or text with commas" if option.is_list else "text"
+    if expected is not None:
+        raise BadParameter(f"{where} (={value}) must be {expected}", code="value-kind")
+
+
 def _commands(command: click.Command) -> Iterator[click.Command]:
     yield command
     if isinstance(command, click.Group):
@@ -98,7 +115,7 @@ def _commands(command: click.Command) -> Iterator[click.Command]:
 
 
 def _by_key(command: click.Command) -> dict[str, Option]:
-    """Key in a file -> the option of this command."""
+    """Return the options of this command by their key in a file."""
     return {
         spelling(option).replace("-", "_"): option
         for option in command.params
@@ -107,7 +124,7 @@ def _by_key(command: click.Command) -> dict[str, Option]:
 
 
 def note_sources(ctx: click.Context) -> None:
-    """Remember where the values are from that the command itself does not have, for messages."""
+    """Remember, for messages, where the values are from that were not typed."""
     found: MutableMapping[str, str] = ctx.meta.setdefault(SOURCES, {})
     for option in ctx.command.params:
         source = source_of(ctx, option)
@@ -115,29 +132,21 @@ def note_sources(ctx: click.Context) -> None:
             found[f"--{spelling(option)}"] = source
 
 
-def source_of(ctx: click.Context, parameter: click.Parameter) -> str | None:
-    """The variable or the file that a value is from; None for one that was typed, or not given."""
-    source = ctx.get_parameter_source(str(parameter.name))
-    if source is ParameterSource.ENVIRONMENT:
-        return str(parameter.envvar)
-    if source is ParameterSource.DEFAULT_MAP:
-        return str(ctx.meta[CONFIG])
-    return None
-
-
 def sources() -> dict[str, str]:
-    """The same for all options of the command that runs: as `--batch-size` -> variable or file."""
+    """Return where the options of the running command are from: `--batch-size` -> variable or file."""
     ctx = click.get_current_context(silent=True)
     return {} if ctx is None else dict(ctx.meta.get(SOURCES, {}))
 
 
-def weaker_of(ctx: click.Context, first: str, second: str) -> str | None:
-    """Which of two options that exclude each other does not count, since the other stands in a place that goes before;
-    None if only one was given, or both in the same place."""
-    sources = [ctx.get_parameter_source(name) for name in (first, second)]
-    if not all(source in PRECEDENCE for source in sources) or sources[0] is sources[1]:
-        return None
-    return second if PRECEDENCE.index(sources[0]) < PRECEDENCE.index(sources[1]) else first
+def drop_weaker(ctx: click.Context, first: str, second: str) -> None:
+    """Drop the value of one of two options that exclude each other, if the other one's source takes precedence."""
+    ranks = {}
+    for name in (first, second):
+        source = ctx.get_parameter_source(name)
+        if source in PRECEDENCE and ctx.params.get(name) is not None:
+            ranks[name] = PRECEDENCE.index(source)
+    if len(set(ranks.values())) == 2:
+        ctx.params[max(ranks, key=lambda name: ranks[name])] = None
 
 
 def warn_of_unknown_variables(main: click.Command) -> None:

@@ -1,12 +1,12 @@
-"""What a person at the terminal is told when a signal arrives; light, to be in place before torch is imported."""
+"""The message that a signal prints; light, so that it is in place before torch is imported."""
 
 import os
 
 from shufflenet_mlflow.runtime.signals import StopFlag
 
 
-def stop_flag(what_happens: str = "leaving; once more leaves at once") -> StopFlag:
-    """A flag that tells the person at the terminal what is going on."""
+def stop_flag(what_happens: str = "stopping; again to stop at once") -> StopFlag:
+    """Return a flag that prints what the first signal leads to."""
 
     def announce(name: str) -> None:
         # In a signal handler: no buffered stream, which may be in the middle of a write.

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shufflenet_mlflow.config import AMP_DTYPES, AUGMENT_NAMES, ON_SAVE_ERROR
 from shufflenet_mlflow.runtime.signals import StopRequested, exit_status
 
-from .commands import Command
+from .commands import TrainingCommand
 from .completing import NETWORK, REFERENCE, Folder, Reference
-from .errors import BadParameter
 from .options import (
     architecture_options,
     bad_image_option,
@@ -28,7 +28,7 @@ from .options import (
     options,
     tracking_uri_option,
 )
-from .settings import weaker_of
+from .recent import remember
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.workflows.training.run import TrainSummary
@@ -47,34 +47,40 @@ REQUEST_OPTIONS = (
     "no_log_models",
     "no_system_metrics",
 )
-"""Options that say where a run is kept; the others say what it does."""
-
-EXCLUDING = (("epochs", "total_iters"), ("init_from", "pretrained"))
-"""Pairs of which one may be given; one in the command goes before the other in a file."""
+"""Options that say where a run is kept and how it is continued; the others say what it does."""
 
 
-@click.command(cls=Command)
+@click.command(cls=TrainingCommand)
 @options(
-    option("--model", metavar="NAME", type=NETWORK, help="See `shufflenet models`.  [default: shufflenet_v2_x0_5]"),
+    option(
+        "--model",
+        metavar="NAME",
+        type=NETWORK,
+        help="Network; `shufflenet models` lists them.  [default: shufflenet_v2_x0_5]",
+    ),
     architecture_options,
-    option("--num-classes", type=int, metavar="N", help="Width of the classifier.  [default: as many as folders]"),
-    option("--input-size", type=int, metavar="PIXELS", help="A multiple of 32.  [default: 224; digits: 64]"),
+    option("--num-classes", type=int, metavar="N", help="Width of the classifier.  [default: the number of classes]"),
+    option(
+        "--input-size", type=int, metavar="PIXELS", help="Input size, a multiple of 32.  [default: 224; digits: 64]"
+    ),
     option(
         "--init-from",
         metavar="REF",
         type=REFERENCE,
-        help="Begin with a checkpoint's weights.  [default: fresh ones]",
+        help="Checkpoint with the initial weights.  [default: random weights]",
     ),
-    flag("--pretrained", help="Begin with torchvision's published weights; torchvision/ networks."),
+    flag("--pretrained", help="Start from torchvision's published weights; torchvision/ networks only."),
     section="Network",
 )
 @options(
-    option("--train-dir", metavar="DIR", type=Folder(), help="Training images, a folder per class.  [default: digits]"),
-    option("--val-dir", metavar="DIR", type=Folder(), help="Validation images, same classes.  [default: digits]"),
+    option(
+        "--train-dir", metavar="DIR", type=Folder(), help="Training images, one folder per class.  [default: digits]"
+    ),
+    option("--val-dir", metavar="DIR", type=Folder(), help="Validation images of the same classes.  [default: digits]"),
     option(
         "--augment",
-        type=click.Choice(["release", "lighting", "shift", "none"]),
-        help="release: random crop, colour, flip; lighting: and colour noise; shift: random place.  "
+        type=click.Choice(AUGMENT_NAMES),
+        help="release: random crop, colours, flip; lighting: with colour noise, too; shift: random crop only.  "
         "[default: the paper's; digits: shift]",
     ),
     mean_image_option,
@@ -83,21 +89,38 @@ EXCLUDING = (("epochs", "total_iters"), ("init_from", "pretrained"))
 )
 @options(
     option("--batch-size", type=int, metavar="N", help="Images per iteration.  [default: 64]"),
-    option("--epochs", type=int, metavar="N", help="Passes over the images.  [default: the paper's; digits: 20]"),
+    option(
+        "--epochs", type=int, metavar="N", help="Passes over the training images.  [default: the paper's; digits: 20]"
+    ),
     option(
         "--total-iters",
         type=int,
         metavar="N",
-        help="Length in iterations, instead of --epochs.  [default: of --epochs]",
+        help="Length in iterations, instead of --epochs.  [default: as --epochs says]",
     ),
-    option("--lr", type=float, metavar="X", help="First learning rate.  [default: the paper's, scaled to the batch]"),
-    option("--momentum", type=float, metavar="X", help="Of SGD.  [default: the paper's, 0.9]"),
-    option("--weight-decay", type=float, metavar="X", help="Not on biases and BN.  [default: the paper's, 4e-5]"),
+    option(
+        "--lr", type=float, metavar="X", help="Initial learning rate.  [default: the paper's, scaled to the batch size]"
+    ),
+    option("--momentum", type=float, metavar="X", help="Momentum of SGD.  [default: the paper's, 0.9]"),
+    option(
+        "--weight-decay",
+        type=float,
+        metavar="X",
+        help="Weight decay, except for biases and BN.  [default: the paper's, 4e-5]",
+    ),
     option("--label-smooth", type=float, metavar="X", help="Label smoothing.  [default: the paper's, 0.1]"),
     option(
-        "--ema-decay", type=float, metavar="DECAY", help="Evaluate a moving average of the weights.  [default: none]"
+        "--ema-decay",
+        type=float,
+        metavar="DECAY",
+        help="Decay of a moving average of the weights, which is then evaluated.  [default: none]",
     ),
-    option("--seed", type=int, metavar="N", help="Of everything random.  [default: 0]"),
+    option(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="Random seed: initial weights, data order, augmentation, dropout.  [default: 0]",
+    ),
     option("--display-interval", type=int, metavar="N", help="Iterations between progress lines.  [default: 20]"),
     option(
         "--val-interval", type=int, metavar="N", help="Iterations between validations.  [default: about 10 per run]"
@@ -107,21 +130,24 @@ EXCLUDING = (("epochs", "total_iters"), ("init_from", "pretrained"))
 @options(
     device_option,
     option(
-        "--workers", type=int, metavar="N", help="Decoding processes.  [default: one per core, at most 16; digits: 0]"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="Processes that decode images.  [default: one per core, at most 16; digits: 0]",
     ),
     option(
         "--amp",
-        type=click.Choice(["off", "bf16", "fp16"]),
-        help="Mixed precision in training; fp16 with a loss scaler.  [default: off]",
+        type=click.Choice(list(AMP_DTYPES)),
+        help="Mixed precision in training; fp16 scales the loss.  [default: off]",
     ),
-    flag("--compile", help="Train with torch.compile; worth a try on a GPU, slower on most CPUs."),
+    flag("--compile", help="Train with torch.compile: often faster on a GPU, slower on most CPUs."),
     option(
         "--micro-batch-size",
         type=int,
         metavar="N",
         help="Most images per forward pass.  [default: --batch-size / processes]",
     ),
-    flag("--sync-bn", help="BN over the images of all processes; CUDA."),
+    flag("--sync-bn", help="Batch normalisation over the images of all processes; needs CUDA."),
     section="Machine",
 )
 @options(
@@ -137,8 +163,8 @@ EXCLUDING = (("epochs", "total_iters"), ("init_from", "pretrained"))
     keep_options,
     option(
         "--on-save-error",
-        type=click.Choice(["fail", "continue"]),
-        help="What a checkpoint that cannot be written means.  [default: fail]",
+        type=click.Choice(ON_SAVE_ERROR),
+        help="Stop at a checkpoint that cannot be written, or continue.  [default: fail]",
     ),
     section="Checkpoints",
 )
@@ -147,36 +173,35 @@ EXCLUDING = (("epochs", "total_iters"), ("init_from", "pretrained"))
         "--resume",
         metavar="auto|none|REF",
         type=Reference("auto", "none"),
-        help="auto: continue what lies in --save-dir; or a file, folder, run ID, runs:/ID@ITERS.  [default: auto]",
+        help="auto: continue what is in --save-dir; or a file, folder, run ID, runs:/ID@ITERS.  [default: auto]",
     ),
-    flag("--new-run", help="Resume as a run of its own."),
+    flag("--new-run", help="Continue as a new run."),
     option(
-        "--job", metavar="NAME", help="Name by which auto finds the run in MLflow, on any machine.  [default: none]"
+        "--job",
+        metavar="NAME",
+        help="Name by which --resume auto finds the run in MLflow, from any machine.  [default: none]",
     ),
-    option(
-        "--grace", type=float, metavar="SECONDS", help="To bring to MLflow what is left after a signal.  [default: 20]"
-    ),
-    flag("--requeue", help="After SIGUSR1, Slurm's warning, ask it to start the job again."),
+    option("--grace", type=float, metavar="SECONDS", help="Time to finish uploads after a signal.  [default: 20]"),
+    flag("--requeue", help="Have Slurm start the job again after its warning, SIGUSR1."),
     section="Stop and resume",
 )
 @options(
     tracking_uri_option,
     option("--experiment", metavar="NAME", help="MLflow experiment.  [default: shufflenet]"),
     option("--run-name", metavar="NAME", help="Name of the run.  [default: network, data, size]"),
-    flag("--no-log-models", help="Make no MLflow models of the best and the final checkpoint."),
-    flag("--no-system-metrics", help="Do not log how busy the machine is."),
+    flag("--no-log-models", help="Do not log the best and the final checkpoint as MLflow models."),
+    flag("--no-system-metrics", help="Do not log CPU, memory and GPU usage."),
     cache_dir_option,
     section="MLflow",
 )
 @config_option
 @json_option
 @common_options
-@click.pass_context
-def train(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
+def train(as_json: bool, **values: Any) -> None:
     """Train a network, or continue training one.
 
-    Without options it trains on the bundled handwritten digits. Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint before
-    leaving; the same command, or --resume RUN_ID, then continues where it stopped.
+    Without options it trains on the bundled handwritten digits. Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint and
+    stops; the same command, or --resume RUN_ID, then continues from there.
 
     \b
     Examples:
@@ -186,16 +211,12 @@ def train(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
       shufflenet train --config pets.toml --seed 1
       shufflenet train --resume 0123456789ab
     """
-    for pair in EXCLUDING:
-        if weaker := weaker_of(ctx, *pair):
-            values[weaker] = None
     request_options = {name: values.pop(name) for name in REQUEST_OPTIONS}
     given = {name: value for name, value in values.items() if value is not None}
-    _check_numbers(given)
 
     from .stopping import stop_flag
 
-    with stop_flag("leaving as soon as the checkpoint is safe; once more leaves at once") as stop:
+    with stop_flag("stopping once the checkpoint is saved; again to stop at once") as stop:
         try:
             with stop.at_once():
                 from shufflenet_mlflow.workflows.train import run_training
@@ -216,6 +237,8 @@ def train(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
             request_options[name] = bool(request_options[name])
         request = TrainRequest(options=given, **request_options)
         summary = run_training(request, reporter=reporter, stop=stop)
+    if summary.is_leader and summary.run_id is not None:
+        remember(request.tracking_uri, runs={summary.run_id: summary.run_name})
     if not summary.is_leader:
         pass
     elif as_json:
@@ -223,23 +246,14 @@ def train(ctx: click.Context, /, as_json: bool, **values: Any) -> None:
     else:
         click.echo("\n".join(_result_lines(summary)))
         next_steps(*_next_steps(summary))
-    if stop.signum is not None:  # it may have come after training, while the last uploads were waited for
+    if stop.signum is not None:  # perhaps during the last uploads, after training
         sys.exit(exit_status(stop.signum))
-
-
-def _check_numbers(given: dict[str, Any]) -> None:
-    """What is wrong whatever the data: reported before anything heavy is imported."""
-    for name in ("num_classes", "epochs", "total_iters"):
-        if name in given and given[name] < 1:
-            raise BadParameter(
-                f"{given[name]} is not at least 1", param_hint=f"--{name.replace('_', '-')}", code="count-below-one"
-            )
 
 
 def _result_lines(summary: "TrainSummary") -> list[str]:
     result = summary.result
     lines = [
-        f"run ID               {summary.run_id or 'none yet: MLflow was away'}",
+        f"run ID               {summary.run_id or 'none yet: MLflow did not answer'}",
         f"run name             {summary.run_name}",
         f"iterations           {result.iters}  (epoch {result.epoch})",
         f"checkpoint           {result.checkpoint or 'none yet'}",
@@ -256,7 +270,7 @@ def _next_steps(summary: "TrainSummary") -> list[str]:
     folder = quote(str(summary.save_dir))
     ref = folder if summary.pending or summary.run_id is None else summary.run_id
     if summary.pending:
-        steps.append(f"shufflenet sync {folder}    brings it there")
+        steps.append(f"shufflenet sync {folder}    sends it")
     if result.stopped_by is not None and result.checkpoint is not None:
         steps.append(f"shufflenet train --resume {ref}")
     elif result.checkpoint is not None:
@@ -272,7 +286,7 @@ def _ui_hint(summary: "TrainSummary") -> str:
     from shufflenet_mlflow.tracking.uris import store_file
 
     uri = redact(summary.tracking_uri)
-    if not summary.experiment_id:  # MLflow came back while it trained
+    if not summary.experiment_id:  # the run was made while it trained
         page = ""
     if uri.startswith("http"):
         return uri.rstrip("/") + page

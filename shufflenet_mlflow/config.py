@@ -1,4 +1,4 @@
-"""What a training run was asked to do: plain values, checked where they are built.
+"""Configuration of a training run, and the rules that an option's value must keep.
 
 No torch, mlflow or click is imported here, so that the command line can report wrong usage at once.
 """
@@ -6,10 +6,10 @@ No torch, mlflow or click is imported here, so that the command line can report 
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import platformdirs
 
@@ -23,40 +23,41 @@ DEFAULT_BATCH_SIZE = 64
 
 
 MAX_WORKERS = 1000
-"""Processes that decode images: a slip of the keyboard must not fill the machine with them."""
+"""Most processes that decode images: a typing error must not fill the machine with them."""
+MOST_CLASSES = 1_000_000
+"""A classifier this wide takes gigabytes; more is a typing error."""
+MOST_ROWS = 50_000
+"""MLflow returns no more runs at a time."""
+STRIDE = 32
+"""Every network of the series halves its input five times."""
+LARGEST_INPUT = 7168
+"""An image that is resized for a larger input would exceed `LARGEST_RESIZED`."""
 
 Number = TypeVar("Number", int, float)
 
 AMP_DTYPES = {"off": None, "bf16": "bfloat16", "fp16": "float16"}
-"""What `--amp` can be -> PyTorch's name for the numbers that training computes with."""
-
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
-
-# A field's annotation -> what may stand in it. Whole numbers are welcome where a fraction may stand.
-_TYPES: dict[str, tuple[type, ...]] = {
-    "<class 'str'>": (str,),
-    "<class 'int'>": (int,),
-    "<class 'float'>": (float, int),
-    "str | None": (str, type(None)),
-    "<class 'bool'>": (bool,),
-    "int | None": (int, type(None)),
-    "float | None": (float, int, type(None)),
-}
+"""Value of `--amp` -> PyTorch's name of the numbers that training computes with."""
+AUGMENT_NAMES = ("release", "lighting", "shift", "none")
+ON_BAD_IMAGE = ("fail", "skip")
+ON_SAVE_ERROR = ("fail", "continue")
+LOG_TO = ("source", "new", "none")
+EXPORT_FORMATS = ("pt2", "onnx", "mlflow")
+MEAN_IMAGE_SUFFIXES = (".npy", ".xml")
 
 
 def default_cache_dir() -> Path:
-    """Where remote checkpoints and the demo set are kept: `SHUFFLENET_CACHE_DIR`, or the user's cache."""
+    """Return the folder of fetched checkpoints and of the demo set: `SHUFFLENET_CACHE_DIR`, or the user's cache."""
     chosen = os.environ.get("SHUFFLENET_CACHE_DIR")
     return Path(chosen) if chosen else platformdirs.user_cache_path("shufflenet-mlflow")
 
 
 def option(name: str) -> str:
-    """How the command line spells a field."""
+    """Return a field's name as the command line spells it."""
     return "--" + name.replace("_", "-")
 
 
 def command_of(config: Mapping[str, Any]) -> list[str]:
-    """The options of `shufflenet train` that make a run of this configuration, all of them spelled out."""
+    """Return the options of `shufflenet train` that repeat this configuration, every one of them explicit."""
     words = []
     for name, value in config.items():
         if name not in FIELDS:
@@ -68,19 +69,20 @@ def command_of(config: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _require(condition: bool, field: str, value: object, rule: str) -> None:
+def _require(condition: bool, field: str, value: object, rule: str, code: str | None = None) -> None:
     if not condition:
-        raise ConfigError(f"{option(field)} (={value}) must be {rule}", code=f"option-{field.replace('_', '-')}")
+        code = code or f"option-{field.replace('_', '-')}"
+        raise ConfigError(f"{option(field)} (={value}) must be {rule}", code=code)
 
 
 def parse_numbers(text: str, field: str, kind: type[Number]) -> tuple[Number, ...]:
-    """The numbers in `text`, with commas or blanks between them and perhaps brackets around.
+    """Return the numbers in `text`, separated by commas or blanks; brackets around them are ignored.
 
     Args:
         field: the option they come from, for the message.
 
     Raises:
-        ConfigError: there is none, or one is no `kind`.
+        ConfigError: there are none, or one is not a `kind`.
     """
     words = [word for word in re.split(r"[\s,]+", text.strip(" \t\n[]()")) if word]
     try:
@@ -95,58 +97,158 @@ def parse_numbers(text: str, field: str, kind: type[Number]) -> tuple[Number, ..
 
 
 def format_numbers(numbers: Iterable[float]) -> str:
-    """The inverse of `parse_numbers`."""
+    """Return the text that `parse_numbers` reads."""
     return ",".join(map(str, numbers))
 
 
-def check_keep_rules(keep_last: int | None, keep_best: int | None, keep_every: int | None) -> None:
-    """Raise ConfigError for a number that keeps nothing."""
-    for name, value in (("keep_last", keep_last), ("keep_best", keep_best), ("keep_every", keep_every)):
-        _require(value is None or value >= 1, name, value, "at least 1")
+class Rule(NamedTuple):
+    """A condition on an option's value that neither data nor a checkpoint can change."""
+
+    text: str
+    """Completes "--lr (=0) must be …"."""
+    holds: Callable[[Any], bool]
+    code: str | None = None
+    """By default `option-` and the option's name."""
+
+
+def _between(low: int, high: int) -> Rule:
+    return Rule(f"from {low} to {high}", lambda number: low <= number <= high)
+
+
+def _one_of(words: Iterable[str]) -> Rule:
+    words = tuple(words)
+    return Rule(" or ".join((", ".join(words[:-1]), words[-1])), lambda word: word in words)
+
+
+def _match(pattern: str, text: str, code: str | None = None) -> Rule:
+    return Rule(text, lambda value: re.fullmatch(pattern, value) is not None, code)
+
+
+_COUNT = Rule("at least 1 and at most 10**12", lambda number: 1 <= number <= 10**12)
+_SHARE = Rule("at least 0 and below 1", lambda number: 0 <= number < 1)
+
+RULES: dict[str, Rule] = {
+    "num_classes": Rule(f"at least 1 and at most {MOST_CLASSES}", lambda number: 1 <= number <= MOST_CLASSES),
+    "input_size": Rule(
+        f"a multiple of {STRIDE}, from {STRIDE} to {LARGEST_INPUT}",
+        lambda size: STRIDE <= size <= LARGEST_INPUT and size % STRIDE == 0,
+    ),
+    **dict.fromkeys(
+        (
+            *("batch_size", "epochs", "total_iters", "display_interval", "val_interval", "save_interval"),
+            *("keep_last", "keep_best", "keep_every", "top", "iterations"),
+        ),
+        _COUNT,
+    ),
+    "micro_batch_size": Rule(
+        "at least 2 and at most 10**12: batch normalisation needs two images", lambda number: 2 <= number <= 10**12
+    ),
+    "lr": Rule("above 0", lambda lr: 0 < lr < math.inf),
+    "momentum": _SHARE,
+    "weight_decay": Rule("at least 0", lambda decay: 0 <= decay < math.inf),
+    "label_smooth": _SHARE,
+    "ema_decay": Rule("above 0 and below 1", lambda decay: 0 < decay < 1),
+    "seed": Rule("at least 0 and below 2**63", lambda seed: 0 <= seed < 2**63),
+    "workers": _between(0, MAX_WORKERS),
+    "limit": _between(1, MOST_ROWS),
+    "grace": Rule("at least 0 and at most 10**6", lambda seconds: 0 <= seconds <= 10**6),
+    "device": _match(r"auto|cpu|mps|cuda(:\d{1,3})?", "auto, cpu, mps, cuda or cuda:N"),
+    "job": _match(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "letters, digits, dots, hyphens and underscores, at most 100"),
+    "mean_image": Rule(
+        "called .npy, or .xml for OpenCV's format",
+        lambda path: Path(path).suffix.lower() in MEAN_IMAGE_SUFFIXES,
+        "mean-image-suffix",
+    ),
+    "amp": _one_of(AMP_DTYPES),
+    "augment": _one_of(AUGMENT_NAMES),
+    "on_bad_image": _one_of(ON_BAD_IMAGE),
+    "on_save_error": _one_of(ON_SAVE_ERROR),
+    "log_to": _one_of(LOG_TO),
+    "format": _one_of(EXPORT_FORMATS),
+    "name": _match(
+        r"[^/:@'\s][^/:@']{0,99}", "a name without / : @ and quotes, of at most 100 letters", "model-name-invalid"
+    ),
+    "alias": _match(
+        r"(?i:(?!v\d+$|latest$)[A-Za-z0-9_-]{1,100})",
+        "letters, digits, _ and -, and neither latest nor a version such as v1",
+        "alias-invalid",
+    ),
+}
+"""Option -> the rule for its value. A test runs every command with values that break them."""
+
+
+class Exclusion(NamedTuple):
+    """Two options of which one may be given."""
+
+    first: str
+    second: str
+    code: str
+
+
+EXCLUSIONS = (
+    Exclusion("epochs", "total_iters", "epochs-and-total-iters"),
+    Exclusion("init_from", "pretrained", "init-from-and-pretrained"),
+)
+
+
+def check_rule(name: str, value: Any, *, field: str | None = None) -> None:
+    """Raise ConfigError if `value` breaks the rule for the option `name`.
+
+    Args:
+        field: the option to name in the message, where another one takes such a value.
+    """
+    rule = RULES[name]
+    _require(rule.holds(value), field or name, value, rule.text, rule.code)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ConfigError if an option's value breaks its rule, or two options exclude each other.
+
+    Args:
+        options: any of them; None means not given, names without a rule are ignored.
+    """
+    for name, value in options.items():
+        if name in RULES and value is not None:
+            check_rule(name, value)
+    for pair in EXCLUSIONS:
+        first, second = options.get(pair.first), options.get(pair.second)
+        if first is not None and second is not None and second is not False:
+            shown = (option(pair.first), f"(={first})", "and", option(pair.second), f"(={second})")
+            raise ConfigError(f"{' '.join(shown)} exclude each other; give one of them", code=pair.code)
+
+
+def check_batch_to_train(batch_size: int) -> None:
+    """Raise ConfigError for a batch that batch normalisation cannot train on."""
+    _require(batch_size >= 2, "batch_size", batch_size, "at least 2: batch normalisation needs two images")
 
 
 def check_job(job: str | None) -> None:
     """Raise ConfigError for a job's name that could not be a folder's."""
-    fits = job is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", job) is not None
-    _require(fits, "job", job, "letters, digits, dots, hyphens and underscores, at most 100")
+    check_options({"job": job})
 
 
 def check_grace(grace: float | None) -> float:
-    """The grace period in seconds, `GRACE_SECONDS` unless one is given.
+    """Return the grace period in seconds, `GRACE_SECONDS` unless one is given.
 
     Raises:
-        ConfigError: it is negative, or no number.
+        ConfigError: it is out of range.
     """
-    _require(grace is None or (math.isfinite(grace) and grace >= 0), "grace", grace, "at least 0")
+    check_options({"grace": grace})
     return GRACE_SECONDS if grace is None else grace
 
 
-def check_device(device: str) -> None:
-    """Raise ConfigError for a name that no machine could have."""
-    _require(_DEVICE.fullmatch(device) is not None, "device", device, "auto, cpu, mps, cuda or cuda:N")
-
-
 def check_types(values: Mapping[str, Any]) -> None:
-    """Check the types of those values that are fields of `TrainConfig`.
-
-    Raises:
-        ConfigError: a value is of another type than its field.
-    """
-    for field in fields(TrainConfig):
-        if field.name in values:
-            value = values[field.name]
-            expected = _TYPES[str(field.type)]
-            _require(
-                isinstance(value, expected) and (expected == (bool,) or not isinstance(value, bool)),
-                field.name,
-                repr(value),
-                f"of type {' or '.join(kind.__name__ for kind in expected)}",
-            )
+    """Raise ConfigError if the value of a field of `TrainConfig` is of another type; other names are ignored."""
+    for name in FIELDS:
+        if name in values:
+            value, expected = values[name], _TYPES[name]
+            fits = isinstance(value, expected) and (expected == (bool,) or not isinstance(value, bool))
+            _require(fits, name, repr(value), f"of type {' or '.join(kind.__name__ for kind in expected)}")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run, with nothing left open: what is stored in its checkpoints and as `config.json`.
+    """A training run with every option decided, as stored in its checkpoints and as `config.json`.
 
     Keys are the command line's options, with underscores.
 
@@ -157,13 +259,13 @@ class TrainConfig:
     model: str
     """Name of the network."""
     choices: str | None
-    """Branch of each of the network's units, as numbers with commas between them; None: the published ones."""
+    """Branch of each of the network's units, comma-separated; None: the published ones."""
     scales: str | None
-    """Width of each of the network's units, likewise."""
+    """Width of each of the network's units, comma-separated; None: the published ones."""
     init_from: str | None
-    """Reference of the checkpoint whose weights training begins with, absolute; None: freshly drawn ones."""
+    """Absolute reference of the checkpoint with the initial weights; None: random ones."""
     pretrained: bool
-    """Begin with the weights that torchvision publishes."""
+    """Start from the weights that torchvision publishes."""
     train_dir: str | None
     """Folder of training images, absolute; None means the bundled digits."""
     val_dir: str | None
@@ -175,24 +277,24 @@ class TrainConfig:
     batch_size: int
     """Images per iteration."""
     total_iters: int
-    """Iterations in the whole run."""
+    """Length of the whole run, iterations."""
     lr: float
     """Learning rate at the first iteration; it falls linearly to 0."""
     momentum: float
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float
-    """On weights of two or more dimensions."""
+    """Weight decay of parameters with two or more dimensions."""
     label_smooth: float
     """Share of the target that is spread over all classes."""
     seed: int
-    """Of everything random."""
+    """Random seed: initial weights, data order, augmentation, dropout."""
     mean_image: str | None
-    """File of the mean image that is subtracted from the input, absolute; None: a mean per channel, if any. The image
-    itself is in each checkpoint."""
+    """Absolute path of the mean image that is subtracted from the input; None: a mean per channel, if any. Each
+    checkpoint holds the image itself."""
     augment: str
     """Name of the training augmentation."""
     on_bad_image: str
-    """What an unreadable file means: `fail` or `skip`."""
+    """On an unreadable image: `fail` or `skip`."""
     workers: int
     """Processes that decode images; 0 decodes in the training process."""
     device: str
@@ -204,77 +306,46 @@ class TrainConfig:
     save_interval: int
     """Iterations between two checkpoints."""
     keep_last: int | None = None
-    """Keep the newest so many checkpoints; see `shufflenet_mlflow.checkpoint.Retention`. With no rule, all are kept."""
+    """Keep this many of the newest checkpoints; see `checkpoints.retention.Retention`. Without a rule, all are kept."""
     keep_best: int | None = None
-    """Keep so many with the highest validation accuracy."""
+    """Keep this many of the checkpoints with the highest validation accuracy."""
     keep_every: int | None = None
-    """Keep those whose iteration is a multiple of this."""
+    """Keep the checkpoints whose iteration is a multiple of this."""
     on_save_error: str = "fail"
-    """What a checkpoint that cannot be written means: `fail` or `continue`."""
+    """On a checkpoint that cannot be written: `fail` or `continue`."""
     ema_decay: float | None = None
-    """Keep a moving average of the weights, of which each iteration leaves this much; None: none. Where there is one,
-    accuracies are of it."""
+    """Decay per iteration of a moving average of the weights; None: no average. If there is one, it is what validation
+    and evaluation measure."""
     micro_batch_size: int | None = None
-    """At most so many images per forward pass, which batch normalisation sees together; None: the whole batch."""
+    """Most images per forward pass, over which batch normalisation averages; None: the whole batch."""
     sync_bn: bool = False
-    """Batch normalisation sees the images of all processes together; needs CUDA."""
+    """Batch normalisation averages over the images of all processes; needs CUDA."""
     amp: str = "off"
     """Mixed precision in training: `off`, `bf16`, or `fp16` with a loss scaler. Evaluation is in full precision."""
     compile: bool = False
-    """Train with what `torch.compile` makes of the network: other rounding, minutes of preparation, then maybe faster
-    steps."""
+    """Train the network with `torch.compile`: other rounding, minutes of compilation, then possibly faster steps."""
 
     def __post_init__(self) -> None:
-        check_types(self.to_dict())
-        for name in (
-            "num_classes",
-            "batch_size",
-            "total_iters",
-            "display_interval",
-            "val_interval",
-            "save_interval",
-        ):
-            value = getattr(self, name)
-            _require(value >= 1, name, value, "at least 1")
-        _require(
-            self.input_size >= 32 and self.input_size % 32 == 0,
-            "input_size",
-            self.input_size,
-            "a multiple of 32, at least 32",
-        )
-        _require(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "above 0")
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0 and below 1")
-        _require(
-            math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            "weight_decay",
-            self.weight_decay,
-            "at least 0",
-        )
-        _require(0 <= self.label_smooth < 1, "label_smooth", self.label_smooth, "at least 0 and below 1")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0 and below 2**63")
-        _require(0 <= self.workers <= MAX_WORKERS, "workers", self.workers, f"from 0 to {MAX_WORKERS}")
-        check_device(self.device)
-        _require(self.on_bad_image in ("fail", "skip"), "on_bad_image", self.on_bad_image, "fail or skip")
-        check_keep_rules(self.keep_last, self.keep_best, self.keep_every)
-        _require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "above 0 and below 1")
-        _require(
-            self.micro_batch_size is None or self.micro_batch_size >= 2,
-            "micro_batch_size",
-            self.micro_batch_size,
-            "at least 2: batch normalisation needs two images",
-        )
-        _require(self.amp in AMP_DTYPES, "amp", self.amp, "off, bf16 or fp16")
-        _require(self.on_save_error in ("fail", "continue"), "on_save_error", self.on_save_error, "fail or continue")
+        values = self.to_dict()
+        check_types(values)
+        check_options(values)
+        check_batch_to_train(self.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field."""
+        """Return plain values by field."""
         return asdict(self)
 
 
 FIELDS = tuple(field.name for field in fields(TrainConfig))
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    name: (float, int, *get_args(hint)[1:]) if hint is float or float in get_args(hint) else get_args(hint) or (hint,)
+    for name, hint in get_type_hints(TrainConfig).items()
+}
+"""Field -> types of its values. A whole number may stand for a fraction."""
+
 FORK_MAY_NOT_CHANGE = ("model", "choices", "scales", "init_from", "pretrained", "num_classes", "seed", "batch_size")
-"""Changing one of these makes a checkpoint's continuation meaningless."""
+"""A checkpoint cannot be continued, not even as a run of its own, with one of these changed."""
 
 RESUME_MAY_CHANGE = (
     "train_dir",
@@ -291,11 +362,11 @@ RESUME_MAY_CHANGE = (
     "keep_every",
     "on_save_error",
 )
-"""These may change when a run is resumed; the content of the data and of the mean image is compared on its own."""
+"""These may change when a run is resumed; data and mean image are compared by their content."""
 
 
 def drift(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs: name -> (before, now). A field that was not there yet counts only if it is set now."""
+    """Return what differs, name -> (before, now). A field that is new in `now` counts only if it is set."""
     return {
         name: (before.get(name), value)
         for name, value in now.items()
@@ -304,14 +375,14 @@ def drift(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[
 
 
 def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: bool) -> None:
-    """Refuse options that would make a resumed run another run than it was.
+    """Raise ResumeError for changed options that would make the resumed run a different one.
 
     Args:
         before: the configuration of the run, or of its checkpoint.
-        new_run: the continuation is a run of its own, in which anything but `FORK_MAY_NOT_CHANGE` may change.
+        new_run: the continuation is a run of its own, in which all but `FORK_MAY_NOT_CHANGE` may change.
 
     Raises:
-        ResumeError: an option changed that may not; the message names it, both values and the way out.
+        ResumeError: the message names the option, both values and the way out.
     """
     changed = {name: pair for name, pair in drift(before, now.to_dict()).items() if name not in RESUME_MAY_CHANGE}
     breaking = {name: pair for name, pair in changed.items() if name in FORK_MAY_NOT_CHANGE}
@@ -319,7 +390,7 @@ def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: boo
     if refused:
         listed = ", ".join(f"{option(name)} ({was} -> {is_})" for name, (was, is_) in refused.items())
         way_out = (
-            "leave them out, or train anew with --resume none and another --save-dir"
+            "leave them out, or start a new run with --resume none and another --save-dir"
             if breaking
             else "leave them as they were, or pass --new-run to continue as a run of its own"
         )

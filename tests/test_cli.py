@@ -1,6 +1,7 @@
 """The command as people meet it: documents on stdout, one line per error, exit statuses."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from shufflenet_mlflow import create_model, save_checkpoint
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.cli.tables import print_json
+from shufflenet_mlflow.errors import ConfigError
 from shufflenet_mlflow.tracking.redaction import redact
 from tests.support.command_line import Invoke, small_options
 from tests.support.images import write_images
@@ -367,6 +369,52 @@ def test_a_full_disk_is_one_line(images: Path) -> None:
     assert "Traceback" not in result.stderr
     assert "Error: cannot write the checkpoint" in result.stderr
     assert "File too large; earlier checkpoints are intact" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "code"),
+    [
+        (["eval", "nowhere"], 1, "path-missing"),
+        (["train", "--lr", "0"], 2, "option-lr"),
+        (["train", "--lr", "fast"], 2, "usage"),
+        (["predict", "models"], 2, "no-images-named"),
+        (["frobnicate"], 2, "unknown-command"),
+        (["--json", "train"], 2, "usage"),
+    ],
+)
+def test_with_json_an_error_is_a_document(words: list[str], status: int, code: str, shufflenet: Invoke) -> None:
+    plain, result = shufflenet(*words), shufflenet(*words, "--json")
+    assert (result.exit_code, plain.exit_code) == (status, status)
+    document = json.loads(result.stdout)
+    assert document == {"error": {"code": code, "message": document["error"]["message"]}}
+    assert f"Error: {document['error']['message']}" == result.stderr.splitlines()[0]
+    if "--json" not in words:
+        assert (plain.stdout, plain.stderr) == ("", result.stderr)
+
+
+@pytest.mark.parametrize("words", [["predict", "x", "--", "--json"], ["runs", "show"]])
+def test_without_json_stdout_is_empty(words: list[str], shufflenet: Invoke) -> None:
+    result = shufflenet(*words)
+    assert (result.exit_code in (1, 2), result.stdout) == (True, "")
+
+
+def test_json_errors_hold_no_credentials(shufflenet: Invoke) -> None:
+    result = shufflenet("eval", "0" * 32, "--tracking-uri", "http://u:s3cret@127.0.0.1:9", "--json")
+    assert (result.exit_code, "s3cret" in result.output) == (1, False)
+    assert json.loads(result.stdout)["error"]["code"] == "mlflow"
+
+
+def test_warnings_look_alike_whoever_gives_them(shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object, reporter: Any, **__: object) -> None:
+        reporter.warn("from the reporter")
+        logging.getLogger("shufflenet_mlflow.x").warning("from the %s", "log")
+        reporter.note("[bold]a note[/]")
+        raise ConfigError("enough", code="enough")
+
+    monkeypatch.setattr("shufflenet_mlflow.workflows.eval.run_evaluation", run)
+    lines = ["Warning: from the reporter", "Warning: from the log", "[bold]a note[/]", "Error: enough"]
+    assert shufflenet("eval", "nowhere").stderr.splitlines() == lines
+    assert shufflenet("eval", "nowhere", "-q").stderr.splitlines() == [*lines[:2], lines[3]]
 
 
 def test_ctrl_c_before_anything_has_begun(monkeypatch: pytest.MonkeyPatch, shufflenet: Invoke) -> None:

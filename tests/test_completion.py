@@ -1,27 +1,31 @@
 """What a shell is offered at TAB: by real shells, in a store with runs and registered models."""
 
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
 from shufflenet_mlflow import list_models
 from shufflenet_mlflow.cli.completing import aliases, recent_runs
+from shufflenet_mlflow.cli.recent import FILE_NAME, recent, remember
 from tests.support.command_line import Invoke
 
 
 @pytest.fixture
-def run_id(client: MlflowClient) -> str:
-    """A run, with a registered model that has an alias."""
+def run_id(client: MlflowClient, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A run that a command has listed, and a registered model whose alias one has set."""
+    monkeypatch.setenv("SHUFFLENET_CACHE_DIR", str(tmp_path / "cache"))
     run_id: str = client.create_run(client.create_experiment("x"), run_name="a run").info.run_id
-    client.create_registered_model("pets")
-    version = client.create_model_version("pets", "models", run_id)
-    client.set_registered_model_alias("pets", "champion", version.version)
+    assert shufflenet("runs", "--experiment", "x").exit_code == 0
+    remember(None, aliases={"pets@champion": "version 1"})
     return run_id
 
 
@@ -116,6 +120,40 @@ def test_stores_that_do_not_answer_offer_nothing(tmp_path: Path) -> None:
         assert recent_runs(uri) == []
         assert aliases(uri) == []
     assert not (tmp_path / "none.db").exists()
+
+
+def test_what_commands_have_met(
+    small_train: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHUFFLENET_CACHE_DIR", str(tmp_path))
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    first = small_train("--total-iters", 1, "--run-name", "first")["run_id"]
+    assert recent_runs(uri) == [(first, "first")]
+    remember(uri, runs={"f" * 32: "second", first: ""})
+    assert recent_runs(uri) == [(first, "first"), ("f" * 32, "second")]  # the folder of the first is here
+    assert (recent("runs", None), recent("runs", "sqlite:///other.db")) == (
+        {"f" * 32: "second", first: "first"},
+        {},
+    )
+    for number in range(100):
+        remember(uri, runs={f"{number:032x}": ""}, aliases={f"a@{number}": ""})
+        remember(f"sqlite:///{number}.db", runs={f"{number:032x}": ""})
+    assert (len(recent("runs", uri)), len(json.loads((tmp_path / FILE_NAME).read_text()))) == (50, 20)
+    remember("postgresql://user:s3cret@host/x", runs={first: ""})
+    assert "s3cret" not in (tmp_path / FILE_NAME).read_text()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"sqlite:///x": 3}', '{"sqlite:///x": {"runs": []}}', "\0"])
+def test_a_damaged_file_of_recent_runs_offers_nothing(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHUFFLENET_CACHE_DIR", str(tmp_path))
+    (tmp_path / FILE_NAME).write_text(content.replace("sqlite:///x", f"sqlite:///{Path('x').absolute()}"))
+    assert recent_runs("sqlite:///x") == []
+    remember("sqlite:///x", runs={"a": "b"})
+    assert recent_runs("sqlite:///x") == [("a", "b")]
+    monkeypatch.setenv("SHUFFLENET_CACHE_DIR", "/dev/null/x")
+    remember("sqlite:///x", runs={"a": "b"})  # cannot be written: no error
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from shufflenet_mlflow.cli import main
-from shufflenet_mlflow.cli.options import Option
+from shufflenet_mlflow.cli.option import Option
 from tests.support.command_line import Invoke, small_options
 
 SmallTrain = Callable[..., dict[str, Any]]
@@ -104,7 +104,11 @@ BAD_FILES = {
     "batch_size = true": "Invalid value for '--batch-size' (from pets.toml): 'true' is not a valid integer",
     "compile = 'perhaps'": "Invalid value for '--compile' (from pets.toml): 'perhaps' is not a valid boolean",
     "model = 'shufflenet_v2_x1'": "'--model' (from pets.toml): there is no network 'shufflenet_v2_x1'; did you mean",
-    "epochs = 0": "Invalid value for --epochs: 0 is not at least 1",
+    "epochs = 0": "--epochs (=0) must be at least 1 and at most 10**12 (--epochs is from pets.toml)",
+    "batch_size = [16]": "pets.toml: batch_size (=[16]) must be a number",
+    "save_dir = 7": "pets.toml: save_dir (=7) must be text",
+    "compile = 1": "pets.toml: compile (=1) must be true or false",
+    "choices = 3": "pets.toml: choices (=3) must be a list, or text with commas",
     "lr = -1": "--lr (=-1.0) must be above 0 (--lr is from pets.toml)",
 }
 

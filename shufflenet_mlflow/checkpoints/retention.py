@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
 from shufflenet_mlflow.checkpoints.names import newest_first
-from shufflenet_mlflow.config import check_keep_rules
+from shufflenet_mlflow.config import check_options
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Retention:
     """Those whose iteration is a multiple of this."""
 
     def __post_init__(self) -> None:
-        check_keep_rules(self.keep_last, self.keep_best, self.keep_every)
+        check_options(vars(self))
 
     @property
     def is_set(self) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.compare.paired import Evaluation, Outcome, PairedTest, paired_test, read_outcomes
-from shufflenet_mlflow.errors import ConfigError
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.names import (
     EVALUATION_FOLDER,
@@ -125,19 +124,8 @@ def compare_runs(client: "MlflowClient", runs: "Sequence[Run]", *, curves: bool 
         curves: read the course of their metrics too.
 
     Raises:
-        ConfigError: there are fewer than two, or one twice.
         TrackingError: MLflow did not answer.
     """
-    ids = [run.info.run_id for run in runs]
-    if len(ids) < 2:
-        raise ConfigError(
-            f"comparing {ids[0] if ids else 'none'} takes two runs or more; `shufflenet runs` lists them",
-            code="compare-needs-two-runs",
-        )
-    if repeated := sorted({run_id for run_id in ids if ids.count(run_id) > 1}):
-        raise ConfigError(
-            f"run {repeated[0]} is given twice; name another one to compare it with", code="run-given-twice"
-        )
     columns = tuple(
         RunColumn(
             run.info.run_id,

@@ -16,18 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE
+from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE, check_options, check_rule
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.loader import BadImageLog, ImageDataset, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import Preprocess, eval_transform
 from shufflenet_mlflow.data.sampler import EvalBatches
-from shufflenet_mlflow.errors import ConfigError, DataError
+from shufflenet_mlflow.errors import DataError
 from shufflenet_mlflow.runtime.files import temporary_beside
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 
 XML_NAME = "MeanImg"
-SUFFIXES = (".npy", ".xml")
 _MOST_TAGS = 1000
 """A mean image needs about fifteen."""
 
@@ -65,14 +64,6 @@ def mean_image(
     return (total / n).permute(1, 2, 0).numpy().astype(np.float32)
 
 
-def check_suffix(path: Path) -> None:
-    """Raise ConfigError unless the file's name says one of the two formats."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(
-            f"the mean image {str(path)!r} must be called .npy, or .xml for OpenCV's format", code="mean-image-suffix"
-        )
-
-
 def check_output(path: Path) -> None:
     """Find out whether a mean image could be written to `path`, before there is one.
 
@@ -80,7 +71,7 @@ def check_output(path: Path) -> None:
         ConfigError: its name says neither format.
         DataError: it is a folder, or its folder cannot be made.
     """
-    check_suffix(path)
+    check_rule("mean_image", path, field="output")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,7 +132,7 @@ def read_mean_image(path: Path) -> Tensor:
         ConfigError: its name says neither format.
         DataError: it is missing, in another format, or holds what no mean image can hold.
     """
-    check_suffix(path)
+    check_options({"mean_image": path})
     if not path.is_file():
         lacking = "is not a file" if path.exists() else "does not exist"
         raise DataError(

@@ -9,51 +9,19 @@ The `bgr255` modes follow the original ShuffleNet release: BGR, 0-255; for evalu
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shufflenet_mlflow.checkpoints.plain import is_plain_tensor
+from shufflenet_mlflow.config import check_options
 from shufflenet_mlflow.data.decode import CentreCrop, Pixels
+from shufflenet_mlflow.data.modes import MODES as MODES
+from shufflenet_mlflow.data.modes import REFERENCE_SIZE as REFERENCE_SIZE
+from shufflenet_mlflow.data.modes import Mode as Mode
 from shufflenet_mlflow.errors import CheckpointError, ConfigError
 from shufflenet_mlflow.runtime.devices import move_images
-
-REFERENCE_SIZE = 224
-"""The input size that the published figures belong to."""
-
-LARGEST_INPUT = 7168
-"""So large that what is resized for it stays within `LARGEST_RESIZED`."""
-
-STRIDE = 32
-"""Every network of the series halves its input five times."""
-
-
-@dataclass(frozen=True)
-class Mode:
-    """How pixels are presented to a network: channel order, and (x - mean) / std on the 0-255 scale."""
-
-    channels: Literal["BGR", "RGB"]
-    mean: tuple[float, float, float] | None = None
-    """Per channel, in the order of `channels`."""
-    std: tuple[float, float, float] | None = None
-    resize: int = 256
-    """Shorter side before the centre crop, for a crop of `REFERENCE_SIZE`."""
-    antialias: bool = False
-    """Average over the pixels that are left out when an image is made smaller."""
-    takes_mean_image: bool = False
-    """A mean image may stand in the place of `mean`."""
-
-
-_IMAGENET_MEAN = (123.675, 116.28, 103.53)
-_IMAGENET_STD = (58.395, 57.12, 57.375)
-
-MODES: dict[str, Mode] = {
-    "bgr255": Mode("BGR"),
-    "bgr255_mean": Mode("BGR", mean=_IMAGENET_MEAN[::-1], takes_mean_image=True),
-    "rgb_256": Mode("RGB", _IMAGENET_MEAN, _IMAGENET_STD, antialias=True),
-    "rgb_232": Mode("RGB", _IMAGENET_MEAN, _IMAGENET_STD, resize=232, antialias=True),
-}
 
 
 @dataclass(frozen=True)
@@ -76,11 +44,7 @@ class Preprocess:
                 code="preprocess-mode-unknown",
             )
         size = self.input_size
-        if not STRIDE <= size <= LARGEST_INPUT or size % STRIDE:
-            raise ConfigError(
-                f"--input-size (={size}) must be a multiple of {STRIDE}, from {STRIDE} to {LARGEST_INPUT}",
-                code="input-size-invalid",
-            )
+        check_options({"input_size": size})
         if self.mean_image is None:
             return
         if not MODES[self.mode].takes_mean_image:

@@ -1,12 +1,11 @@
 """Promote a run's checkpoint to a version of a registered model, with aliases."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
-from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError
+from shufflenet_mlflow.errors import CheckpointError, TrackingError
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.names import MODEL_VERSION_TAG
@@ -99,21 +98,6 @@ def _stands_for(tag: str, manifest: CheckpointManifest) -> bool:
         return CheckpointManifest.from_json(tag).sha256 == manifest.sha256
     except CheckpointError:
         return False
-
-
-def check_names(name: str, aliases: Sequence[str]) -> None:
-    """Raise ConfigError for a name or an alias that MLflow refuses, or that no reference can contain."""
-    if not re.fullmatch(r"[^/:@'\s][^/:@']{0,99}", name):
-        raise ConfigError(
-            f"--name (={name}) must be a name without / : @ and quotes, of at most 100 letters",
-            code="model-name-invalid",
-        )
-    for alias in aliases:
-        if not re.fullmatch(r"(?!v\d+$|latest$)[A-Za-z0-9_-]{1,100}", alias, re.IGNORECASE):
-            raise ConfigError(
-                f"--alias (={alias}) must be letters, digits, _ and -, and neither latest nor a version such as v1",
-                code="alias-invalid",
-            )
 
 
 def _description(manifest: CheckpointManifest, run_id: str) -> str:

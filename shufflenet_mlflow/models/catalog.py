@@ -2,18 +2,21 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.errors import ModelError
+from shufflenet_mlflow.config import MOST_CLASSES, parse_numbers
+from shufflenet_mlflow.data.modes import MODES
+from shufflenet_mlflow.errors import ConfigError, ModelError
+from shufflenet_mlflow.models.search_space import check_choices, check_scales
 
 if TYPE_CHECKING:
     from torch import nn
 
-MOST_CLASSES = 1_000_000
-"""A classifier of so many takes gigabytes; more is a slip of the keyboard."""
+TORCHVISION = "torchvision/"
+"""Prefix of torchvision's own networks."""
 
 FAMILIES = {
     "v1": "shufflenet_v1",
@@ -30,7 +33,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: what a network costs, and what was published about it."""
+    """A row of the table: a network's cost and its published results."""
 
     name: str
     family: str
@@ -48,7 +51,7 @@ class Variant:
     """Further arguments of `build`."""
 
     def build(self, num_classes: int, **options: Any) -> "nn.Module":
-        """The network, freshly initialised. Only here torch is imported: the table is read by who must not wait."""
+        """Build the network with random weights. Torch is imported here, so that reading the table is fast."""
         model: nn.Module = import_module(f"{__package__}.{FAMILIES[self.family]}").build(
             self.name, num_classes, **options
         )
@@ -92,12 +95,12 @@ VARIANTS: dict[str, Variant] = {
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` takes, in the table's order."""
+    """Return the names that `create_model` takes, in the table's order."""
     return list(VARIANTS)
 
 
 def get_variant(name: str) -> Variant:
-    """The table's row for `name`.
+    """Return the table's row for `name`.
 
     Raises:
         ModelError: no such network; the message suggests the nearest names.
@@ -111,9 +114,75 @@ def get_variant(name: str) -> Variant:
 
 
 def _spelled_as_here(name: str) -> str:
-    """A name in the release's spelling, such as `ShuffleNetV2.1.0x`, in that of the table."""
+    """Return a name in the release's spelling, such as `ShuffleNetV2.1.0x`, in the table's."""
     name = name.lower().replace("shufflenetv", "shufflenet_v")
     return re.sub(r"[._+-]*(\d)\.(\d)x", r"_x\1_\2", name)
+
+
+def check_network(options: Mapping[str, Any], *, may_be_inherited: bool = False) -> dict[str, tuple[float, ...]]:
+    """Check the options that describe a network, as far as no checkpoint is needed.
+
+    Args:
+        options: `model`, `choices`, `scales`, `pretrained`, `mean_image`; None means not given.
+        may_be_inherited: without `model`, a checkpoint may name the network that takes the choices.
+
+    Returns:
+        `choices` and `scales` as numbers, if they are given.
+
+    Raises:
+        ConfigError: they are not numbers, or need a network; or the network takes no mean image.
+        ModelError: no such network, or it does not take these arguments.
+    """
+    arguments: dict[str, tuple[float, ...]] = {}
+    if options.get("choices") is not None:
+        arguments["choices"] = parse_numbers(options["choices"], "choices", int)
+    if options.get("scales") is not None:
+        arguments["scales"] = parse_numbers(options["scales"], "scales", float)
+    model = options.get("model")
+    if model is not None:
+        variant = get_variant(model)
+        check_arguments(variant, arguments)
+        if options.get("pretrained"):
+            check_published(model)
+        if options.get("mean_image") is not None:
+            _check_takes_mean_image(variant, options["mean_image"])
+    elif arguments and not may_be_inherited:
+        name = next(iter(arguments))
+        raise ConfigError(f"--{name} (={options[name]}) needs --model shufflenet_oneshot", code="choices-without-model")
+    if "choices" in arguments:
+        check_choices(arguments["choices"])  # type: ignore[arg-type]
+    if "scales" in arguments:
+        check_scales(arguments["scales"])
+    return arguments
+
+
+def check_arguments(variant: Variant, arguments: Mapping[str, object]) -> None:
+    """Raise ModelError for arguments that the network does not take."""
+    if foreign := [key for key in arguments if key not in variant.options]:
+        takers = [other.name for other in VARIANTS.values() if foreign[0] in other.options]
+        raise ModelError(
+            f"{variant.name} has no {' and no '.join(foreign)} to choose; only {', '.join(takers)} has",
+            code="model-option-unknown",
+        )
+
+
+def check_published(model: str) -> None:
+    """Raise ModelError unless torchvision publishes weights of the network."""
+    if not model.startswith(TORCHVISION):
+        raise ModelError(
+            f"--pretrained: there are no published weights of {model} to fetch; start from the release's file with "
+            f"--init-from FILE, or take a {TORCHVISION} network",
+            code="no-published-weights",
+        )
+
+
+def _check_takes_mean_image(variant: Variant, mean_image: object) -> None:
+    if not MODES[variant.preprocess].takes_mean_image:
+        takers = [other.name for other in VARIANTS.values() if MODES[other.preprocess].takes_mean_image]
+        raise ConfigError(
+            f"--mean-image {str(mean_image)!r} is for {', '.join(takers)}; {variant.name} takes none, leave it out",
+            code="mean-image-not-for-model",
+        )
 
 
 def create_model(
@@ -124,7 +193,7 @@ def create_model(
     scales: Sequence[float] | None = None,
     pretrained: bool = False,
 ) -> "nn.Module":
-    """Build the network `name` with freshly drawn, or with published, weights.
+    """Build the network `name` with random or published weights.
 
     The network maps (N, 3, H, W) float images, H and W multiples of 32, to (N, num_classes) logits; Large and ExLarge
     return four such logits in training mode, the main ones first. The original release's weights fit it key for key.
@@ -137,7 +206,7 @@ def create_model(
         scales: `shufflenet_oneshot` only: for each unit the factor of its inner width, at most 2; by default the
             released network's, or 1 where only `choices` are given.
         pretrained: `torchvision/` networks only: load the weights that torchvision publishes, from torch.hub's cache
-            or over the network; a classifier of another width than theirs stays as it was drawn.
+            or over the network; a classifier of another width keeps its random weights.
 
     Raises:
         ModelError: no such network, or it does not take these arguments.
@@ -151,17 +220,13 @@ def create_model(
         )
     options: dict[str, Any] = {"choices": choices, "scales": scales}
     given = {key: value for key, value in options.items() if value is not None}
-    if foreign := [key for key in given if key not in variant.options]:
-        takers = [other.name for other in VARIANTS.values() if foreign[0] in other.options]
-        raise ModelError(
-            f"{name} has no {' and no '.join(foreign)} to choose; only {', '.join(takers)} has",
-            code="model-option-unknown",
-        )
+    check_arguments(variant, given)
     if not pretrained:
         return variant.build(num_classes, **given)
     from shufflenet_mlflow.checkpoints.loading import load_checkpoint
     from shufflenet_mlflow.models.torchvision_v2 import fetch_weights
 
+    check_published(name)
     weights = fetch_weights(name)
     model = variant.build(num_classes, **given)
     load_checkpoint(model, weights, strict=False, reset_head=True, source=f"the published weights of {name}")

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from shufflenet_mlflow.checkpoints.loading import head_of, load_checkpoint, weights_of
 from shufflenet_mlflow.checkpoints.schema import check_payload, is_own
 from shufflenet_mlflow.data.mean import read_mean_image
-from shufflenet_mlflow.data.preprocess import MODES, REFERENCE_SIZE, Preprocess
+from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, MismatchError, ModelError
-from shufflenet_mlflow.models.catalog import VARIANTS, get_variant
+from shufflenet_mlflow.models.catalog import check_network, get_variant
 from shufflenet_mlflow.models.spec import SPEC_ARGUMENTS, ModelSpec, fitting_models
 
 
@@ -211,11 +211,5 @@ def choose_preprocess(
     if mean_image is None:
         mean = stored.mean_image if stored is not None else None
         return Preprocess(mode, input_size, mean)
-    if not MODES[mode].takes_mean_image:
-        takers = [variant.name for variant in VARIANTS.values() if MODES[variant.preprocess].takes_mean_image]
-        raise ConfigError(
-            f"--mean-image {str(mean_image)!r} is for {', '.join(takers)}; {architecture.name} has no use for one, "
-            "leave it out",
-            code="mean-image-not-for-model",
-        )
+    check_network({"model": architecture.name, "mean_image": mean_image})
     return Preprocess(mode, input_size, read_mean_image(Path(mean_image)))

@@ -1,28 +1,27 @@
 """The network found by Single Path One-Shot search: Guo et al., 2019, arXiv:1904.00420.
 
 Each of the 20 units has one of four branches (a ShuffleNetV2 branch with a 3x3, 5x5 or 7x7 kernel, or an Xception
-branch) and a searched inner width. Choices and scales are those of the released network unless others are given.
+branch) and a searched inner width; see `search_space`.
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from shufflenet_mlflow.errors import ModelError
 from shufflenet_mlflow.models.blocks import KERNELS, XCEPTION, Place, ShuffleUnit, conv_bn_act, initialise, places
+from shufflenet_mlflow.models.search_space import (
+    CHOICES,
+    SCALES,
+    STAGE_UNITS,
+    STAGE_WIDTHS,
+    check_choices,
+    check_scales,
+    complete,
+)
 
-STAGE_UNITS = (4, 4, 8, 4)
-UNITS = sum(STAGE_UNITS)
-STAGE_WIDTHS = (64, 160, 320, 640)
 FIRST_WIDTH = 16
 LAST_WIDTH = 1024
 DROPOUT = 0.1
-
-LARGEST_SCALE = 2.0
-"""The search space ends at 1.6; a number above 2 is an index into it that was taken for a scale."""
-
-CHOICES = (0, 0, 3, 1, 1, 1, 0, 0, 2, 0, 2, 1, 1, 0, 2, 0, 2, 1, 3, 2)
-SCALES = (1.4, 1.2, 0.8, 1.2, 0.6, 1.4, 0.8, 1.0, 0.6, 1.2, 1.6, 1.2, 1.0, 1.4, 1.6, 1.0, 1.0, 1.2, 1.0, 0.8)
 
 
 class ShuffleNetOneShot(nn.Module):
@@ -33,7 +32,7 @@ class ShuffleNetOneShot(nn.Module):
         scales: per unit, the inner width over half the unit's width; above 0, at most `LARGEST_SCALE`.
 
     Raises:
-        ModelError: there are not 20 of each, or one cannot be.
+        ModelError: there are not 20 of each, or one is outside the search space.
     """
 
     def __init__(self, num_classes: int, choices: Sequence[int] = CHOICES, scales: Sequence[float] = SCALES) -> None:
@@ -66,52 +65,10 @@ class ShuffleNetOneShot(nn.Module):
         return logits
 
 
-def check_choices(choices: Sequence[int]) -> None:
-    """Raise ModelError unless `choices` holds 20 integers of 0..3."""
-    if len(choices) != UNITS:
-        raise ModelError(f"choices: there are {len(choices)}, not {UNITS}, one per unit", code="choices-count")
-    for choice in choices:
-        if type(choice) is not int or choice not in range(len(KERNELS)):
-            raise ModelError(
-                f"choices: {choice!r} is none of 0, 1, 2 (kernels 3, 5, 7) and 3 (Xception)", code="choices-value"
-            )
-
-
-def check_scales(scales: Sequence[float]) -> None:
-    """Raise ModelError unless `scales` holds 20 factors that leave each unit some width."""
-    if len(scales) != UNITS:
-        raise ModelError(f"scales: there are {len(scales)}, not {UNITS}, one per unit", code="scales-count")
-    narrowest = STAGE_WIDTHS[0] // 2
-    for scale in scales:
-        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-        if not number or not 1 / narrowest <= scale <= LARGEST_SCALE:
-            raise ModelError(
-                f"scales: {scale!r} is not a factor of {1 / narrowest} to {LARGEST_SCALE}; the search space has "
-                "0.2, 0.4 … 1.6 (the factors themselves, not their indices)",
-                code="scales-value",
-            )
-
-
-def complete(
-    choices: Sequence[int] | None, scales: Sequence[float] | None
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Choices and scales with what was not given filled in: the published ones, or, with choices alone, scales of 1.
-
-    Raises:
-        ModelError: there are not 20 of each, or one cannot be.
-    """
-    if scales is None:
-        scales = SCALES if choices is None else (1.0,) * UNITS
-    choices = CHOICES if choices is None else choices
-    check_choices(choices)
-    check_scales(scales)
-    return tuple(choices), tuple(map(float, scales))
-
-
 def build(
     name: str, num_classes: int, choices: Sequence[int] | None = None, scales: Sequence[float] | None = None
 ) -> ShuffleNetOneShot:
-    """The released network or another of its search space, freshly initialised; `name` is there for the table's sake.
+    """Build the released network or another one of its search space; every family's `build` takes a `name`.
 
     Args: as for `complete`.
     """

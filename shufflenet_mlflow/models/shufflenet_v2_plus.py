@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shufflenet_mlflow.models.blocks import KERNELS, XCEPTION, Place, ShuffleUnit, conv_bn_act, initialise, places, relu
-from shufflenet_mlflow.models.oneshot import CHOICES, STAGE_UNITS
+from shufflenet_mlflow.models.search_space import CHOICES, STAGE_UNITS
 
 LAST_WIDTH = 1280
 DROPOUT = 0.2

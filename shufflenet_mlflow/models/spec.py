@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shufflenet_mlflow.checkpoints.loading import AUXILIARY_PREFIX, head_of
-from shufflenet_mlflow.config import parse_numbers
-from shufflenet_mlflow.errors import ConfigError
-from shufflenet_mlflow.models import oneshot
-from shufflenet_mlflow.models.catalog import VARIANTS, create_model
+from shufflenet_mlflow.models.catalog import VARIANTS, check_network, create_model
+from shufflenet_mlflow.models.search_space import complete
 
 SPEC_ARGUMENTS = ("choices", "scales")
 """Arguments of `create_model` that make another network of it."""
@@ -34,16 +32,9 @@ class ModelSpec:
             ConfigError: choices or scales are not numbers, or stand without a network.
             ModelError: there is no such network.
         """
-        given = {name: options[name] for name in ("choices", "scales") if options.get(name) is not None}
+        arguments = check_network({name: options.get(name) for name in ("model", *SPEC_ARGUMENTS)})
         model = options.get("model")
-        if model is None:
-            if given:
-                name, value = next(iter(given.items()))
-                raise ConfigError(f"--{name} (={value}) needs --model shufflenet_oneshot", code="choices-without-model")
-            return None
-        choices = parse_numbers(given["choices"], "choices", int) if "choices" in given else None
-        scales = parse_numbers(given["scales"], "scales", float) if "scales" in given else None
-        return cls.of(model, choices, scales)
+        return None if model is None else cls.of(model, **arguments)  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, name: str, choices: Sequence[int] | None = None, scales: Sequence[float] | None = None) -> "ModelSpec":
@@ -56,8 +47,8 @@ class ModelSpec:
             cls(name, choices, scales).build(1)
         if choices is None and scales is None:
             return cls(name)
-        completed = oneshot.complete(choices, scales)
-        return cls(name) if completed == oneshot.complete(None, None) else cls(name, *completed)
+        completed = complete(choices, scales)
+        return cls(name) if completed == complete(None, None) else cls(name, *completed)
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments of `create_model` besides name and number of classes."""

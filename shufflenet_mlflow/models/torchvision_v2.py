@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
-from shufflenet_mlflow.errors import CheckpointError, ModelError
+from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.runtime.files import sha256_of
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
 logger = logging.getLogger(__name__)
-
-PREFIX = "torchvision/"
 
 
 def build(name: str, num_classes: int) -> nn.Module:
@@ -32,27 +30,15 @@ def build(name: str, num_classes: int) -> nn.Module:
 
     from shufflenet_mlflow.models.torchvision_unit import Unit
 
-    model: nn.Module = get_model(
-        name.removeprefix(PREFIX), weights=None, num_classes=num_classes, inverted_residual=Unit
-    )
+    model: nn.Module = get_model(name.rpartition("/")[2], weights=None, num_classes=num_classes, inverted_residual=Unit)
     return model
 
 
 def published_weights(name: str) -> "WeightsEnum":
-    """torchvision's default weights of the network behind `name`.
-
-    Raises:
-        ModelError: it is not one of torchvision's.
-    """
-    if not name.startswith(PREFIX):
-        raise ModelError(
-            f"there are no published weights of {name} to fetch; download the release's file and begin from it "
-            f"(--init-from FILE), or take a {PREFIX} network",
-            code="no-published-weights",
-        )
+    """Return torchvision's default weights of one of its networks."""
     from torchvision.models import get_model_weights
 
-    weights: WeightsEnum = get_model_weights(name.removeprefix(PREFIX)).DEFAULT  # type: ignore[attr-defined]
+    weights: WeightsEnum = get_model_weights(name.rpartition("/")[2]).DEFAULT  # type: ignore[attr-defined]
     return weights
 
 

@@ -51,9 +51,9 @@ def store_file(uri: str) -> Path | None:
 
 def _check_database_file(uri: str) -> None:
     """Refuse a database file that cannot exist; MLflow would try to open it for minutes."""
+    check_address(uri)
     path = store_file(uri)
     if path is None:
-        _check_address(uri)
         return
     if path.is_dir():
         raise TrackingError(
@@ -65,8 +65,10 @@ def _check_database_file(uri: str) -> None:
         )
 
 
-def _check_address(uri: str) -> None:
-    """Refuse an address that cannot be valid; its server would seem to be away."""
+def check_address(uri: str) -> None:
+    """Raise TrackingError for an address that cannot be valid; its server would seem to be away."""
+    if store_file(uri) is not None:
+        return
     try:
         parts = urlsplit(redact(uri))  # a password may hold anything
         complete = not is_server(uri) or (parts.hostname and parts.port != 0)

@@ -34,6 +34,7 @@ from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 from shufflenet_mlflow.training.loop import Trainer
 from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
+from shufflenet_mlflow.workflows.options import check_training
 from shufflenet_mlflow.workflows.training.attempts import Attempt
 from shufflenet_mlflow.workflows.training.config import Plan, choose, complete_config
 from shufflenet_mlflow.workflows.training.data import list_data
@@ -63,6 +64,9 @@ class BenchRequest:
     tracking_uri: str | None = None
     """Store to measure with, in which a run is created and deleted again; None: a temporary embedded one."""
     cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_training({**self.options, "iterations": self.iterations, "tracking_uri": self.tracking_uri})
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shufflenet_mlflow.errors import ConfigError
 from shufflenet_mlflow.tracking.client import prepare_environment
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.workflows.runs import find_run
@@ -29,14 +30,29 @@ def run_comparison(refs: Sequence[str], *, out: Path | None, tracking_uri: str |
         out: folder for the page and the curves; None for neither.
 
     Raises:
-        ConfigError: there are fewer than two.
+        ConfigError: there are fewer than two, or one twice.
         UnresolvedError: there is no such run.
         ExportError: the folder cannot be written.
         TrackingError: MLflow did not answer.
     """
+    _require_several(refs)
+    prepare_environment()
     from shufflenet_mlflow.compare import compare_runs, write_page
 
-    prepare_environment()
     store = Connection(tracking_uri)
-    comparison = compare_runs(store.client, [find_run(store, ref) for ref in refs], curves=out is not None)
+    runs = [find_run(store, ref) for ref in refs]
+    _require_several([run.info.run_id for run in runs])
+    comparison = compare_runs(store.client, runs, curves=out is not None)
     return CompareSummary(comparison, tuple(write_page(comparison, out)) if out is not None else ())
+
+
+def _require_several(ids: Sequence[str]) -> None:
+    if len(ids) < 2:
+        raise ConfigError(
+            f"comparing {ids[0] if ids else 'none'} takes two runs or more; `shufflenet runs` lists them",
+            code="compare-needs-two-runs",
+        )
+    if repeated := sorted({run_id for run_id in ids if ids.count(run_id) > 1}):
+        raise ConfigError(
+            f"run {repeated[0]} is given twice; name another one to compare it with", code="run-given-twice"
+        )

@@ -11,13 +11,14 @@ from shufflenet_mlflow.errors import ExportError, UnresolvedError
 from shufflenet_mlflow.export import Promoted, export_file, log_model, promote
 from shufflenet_mlflow.export.logged import find_logged_model, write_model
 from shufflenet_mlflow.export.program import TOLERANCE
-from shufflenet_mlflow.export.registry import check_names, checkpoint_in_run
+from shufflenet_mlflow.export.registry import checkpoint_in_run
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.client import mlflow_errors, prepare_environment
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.resolve import resolve, run_of
 from shufflenet_mlflow.tracking.run_ids import read_run
 from shufflenet_mlflow.workflows.loading import LoadedCheckpoint, ModelRequest, source_of
+from shufflenet_mlflow.workflows.options import check_request
 
 MLFLOW_FORMAT = "mlflow"
 """A folder for `mlflow models serve -m`."""
@@ -107,7 +108,7 @@ def run_promotion(
         TrackingError: MLflow refused, or did not answer.
     """
     prepare_environment()
-    check_names(name, aliases)
+    check_request({"ref": ref, "name": name, "aliases": aliases, "tracking_uri": tracking_uri})
     store = Connection(tracking_uri)
     resolved = resolve(ref, tracking_uri=store, cache_dir=cache_dir, reporter=reporter)
     run_id = resolved.run_id or run_of(resolved.checkpoint)

@@ -11,6 +11,7 @@ from shufflenet_mlflow.models.spec import ModelSpec
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.resolve import resolve, run_of
+from shufflenet_mlflow.workflows.options import check_request
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class ModelRequest:
     mean_image: str | None = None
     tracking_uri: str | None = None
     cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_request(vars(self))
 
     def load(self, store: Connection, reporter: Reporter | None = None) -> LoadedCheckpoint:
         """Load the network of the checkpoint that `ref` names.

@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointManifest
-from shufflenet_mlflow.checkpoints.references import is_run_id
 from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
 from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
@@ -18,6 +17,7 @@ from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run import wanted_experiment
 from shufflenet_mlflow.tracking.run_ids import complete, read_run
 from shufflenet_mlflow.tracking.target import manifest_in_tag
+from shufflenet_mlflow.workflows.options import run_id_of
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import Run
@@ -134,10 +134,10 @@ def list_runs(
         UnresolvedError: there is no such experiment.
         TrackingError: MLflow did not answer.
     """
-    prepare_environment()
-    client = connect(tracking_uri)
     parsed = tuple(Column.parse(name) for name in columns)
     order = Column.parse(sort).order(ascending=ascending)
+    prepare_environment()
+    client = connect(tracking_uri)
     name, experiment_id = wanted_experiment(client, experiment)
     if experiment_id is None:
         with mlflow_errors("list the experiments"):
@@ -262,10 +262,7 @@ def find_run(store: Connection, ref: str) -> "Run":
         UnresolvedError: it names none, or there is none such.
         TrackingError: MLflow did not answer.
     """
-    named = ref.removeprefix("runs:/").rstrip("/")
-    if not is_run_id(named, whole=False):
-        raise UnresolvedError(f"{ref!r} is not a run ID; `shufflenet runs` lists them", code="not-a-run-id")
-    return read_run(store, str(complete(f"runs:/{named}", store)).removeprefix("runs:/"))
+    return read_run(store, str(complete(f"runs:/{run_id_of(ref)}", store)).removeprefix("runs:/"))
 
 
 def _with_prefix(tags: Mapping[str, str], prefix: str) -> dict[str, str]:

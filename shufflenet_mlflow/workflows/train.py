@@ -1,6 +1,6 @@
 """`shufflenet train`: options in, a trained network out, on the disk and in MLflow."""
 
-from shufflenet_mlflow.config import check_grace, check_job
+from shufflenet_mlflow.config import check_grace
 from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.launchers import Requeue, ended_with_mlflow_run
 from shufflenet_mlflow.runtime.progress import FollowerReporter, Reporter
@@ -9,6 +9,7 @@ from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 from shufflenet_mlflow.tracking.client import prepare_environment
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.training.loop import Trainer, TrainResult
+from shufflenet_mlflow.workflows.options import check_training
 from shufflenet_mlflow.workflows.training.attempts import find_attempt
 from shufflenet_mlflow.workflows.training.config import Plan, check_continuation, choose, complete_config
 from shufflenet_mlflow.workflows.training.data import check_same_data, list_data
@@ -29,7 +30,8 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
         ShuffleNetError: see `shufflenet_mlflow.errors`; the run, if there was one by then, is marked FAILED.
         StopRequested: a signal arrived before there was a run.
     """
-    check_job(request.job)
+    asked = {**request.options, "resume": request.resume, "job": request.job, "save_dir": request.save_dir}
+    check_training({**asked, "tracking_uri": request.tracking_uri})
     prepare_environment()
     stop.grace = check_grace(request.grace)
     requeue = Requeue(request.requeue, reporter)

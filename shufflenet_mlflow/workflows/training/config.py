@@ -23,9 +23,9 @@ from shufflenet_mlflow.data.loader import default_workers
 from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.data.sampler import MicroBatches
 from shufflenet_mlflow.errors import ConfigError
+from shufflenet_mlflow.models.catalog import check_published
 from shufflenet_mlflow.models.loaded import choose_preprocess
 from shufflenet_mlflow.models.spec import ModelSpec
-from shufflenet_mlflow.models.torchvision_v2 import published_weights
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.training.loop import TrainData
 from shufflenet_mlflow.training.recipe import Recipe, get_recipe
@@ -104,7 +104,7 @@ def choose(request: TrainRequest, attempt: Attempt, world: World) -> Choices:
     weights = attempt.initial_weights
     spec = weights.spec if weights is not None else ModelSpec.asked(options) or ModelSpec(DEFAULT_MODEL)
     if options.get("pretrained"):
-        published_weights(spec.name)
+        check_published(spec.name)
     train_dir, val_dir = image_folders(options)
     recipe = get_recipe(spec.name)
     augment = options.get("augment", "shift" if train_dir is None else recipe.augment)

@@ -1,0 +1,63 @@
+"""The search space of Single Path One-Shot (Guo et al., 2019, arXiv:1904.00420): what a unit's branch and width can be.
+
+No torch is imported here, so that the command line can report wrong choices and scales at once.
+"""
+
+from collections.abc import Sequence
+
+from shufflenet_mlflow.errors import ModelError
+
+STAGE_UNITS = (4, 4, 8, 4)
+UNITS = sum(STAGE_UNITS)
+STAGE_WIDTHS = (64, 160, 320, 640)
+BRANCHES = 4
+"""Kernels of 3, 5 and 7, and the Xception branch."""
+
+SMALLEST_SCALE = 2 / STAGE_WIDTHS[0]
+"""Leaves the narrowest unit one channel."""
+LARGEST_SCALE = 2.0
+"""The search space ends at 1.6; a number above 2 is an index into it, mistaken for a scale."""
+
+CHOICES = (0, 0, 3, 1, 1, 1, 0, 0, 2, 0, 2, 1, 1, 0, 2, 0, 2, 1, 3, 2)
+SCALES = (1.4, 1.2, 0.8, 1.2, 0.6, 1.4, 0.8, 1.0, 0.6, 1.2, 1.6, 1.2, 1.0, 1.4, 1.6, 1.0, 1.0, 1.2, 1.0, 0.8)
+
+
+def check_choices(choices: Sequence[int]) -> None:
+    """Raise ModelError unless `choices` holds 20 integers from 0 to 3."""
+    if len(choices) != UNITS:
+        raise ModelError(f"choices: there are {len(choices)}, not {UNITS}, one per unit", code="choices-count")
+    for choice in choices:
+        if type(choice) is not int or choice not in range(BRANCHES):
+            raise ModelError(
+                f"choices: {choice!r} is none of 0, 1, 2 (kernels 3, 5, 7) and 3 (Xception)", code="choices-value"
+            )
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """Raise ModelError unless `scales` holds 20 factors that leave each unit some width."""
+    if len(scales) != UNITS:
+        raise ModelError(f"scales: there are {len(scales)}, not {UNITS}, one per unit", code="scales-count")
+    for scale in scales:
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not number or not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+            raise ModelError(
+                f"scales: {scale!r} is not a factor of {SMALLEST_SCALE} to {LARGEST_SCALE}; the search space has "
+                "0.2, 0.4 … 1.6 (the factors themselves, not their indices)",
+                code="scales-value",
+            )
+
+
+def complete(
+    choices: Sequence[int] | None, scales: Sequence[float] | None
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return both, the missing one filled in: the published one, or scales of 1 where only choices are given.
+
+    Raises:
+        ModelError: there are not 20 of each, or one is outside the search space.
+    """
+    if scales is None:
+        scales = SCALES if choices is None else (1.0,) * UNITS
+    choices = CHOICES if choices is None else choices
+    check_choices(choices)
+    check_scales(scales)
+    return tuple(choices), tuple(map(float, scales))
