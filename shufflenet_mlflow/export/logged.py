@@ -162,7 +162,7 @@ def _begin_model(
         source_run_id=run.info.run_id,
         tags={SHA256_TAG: manifest.sha256, MODEL_VERSION_TAG: manifest.to_json()},
         params={
-            "network": network.architecture.name,
+            "network": network.spec.name,
             "num_classes": str(network.num_classes),
             "input_size": str(network.preprocess.input_size),
             "iters": str(manifest.iters),
@@ -174,7 +174,7 @@ def _begin_model(
 def _name(network: LoadedModel, manifest: CheckpointManifest) -> str:
     """MLflow takes no slashes, colons, dots, percent signs or quotes in names of logged models."""
     stem = manifest.file_name.removesuffix(".pth.tar").replace("checkpoint-", "")
-    return f"{network.architecture.name}-{stem}".translate(str.maketrans("/:.%\"'", "------"))
+    return f"{network.spec.name}-{stem}".translate(str.maketrans("/:.%\"'", "------"))
 
 
 def write_model(
