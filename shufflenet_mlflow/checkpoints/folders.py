@@ -1,4 +1,4 @@
-"""A folder of checkpoints: what is in it, and taking things out of it."""
+"""Folders of checkpoints: listing, deleting, and finding the newest valid one."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ _RECORD_SUFFIX = ".json"
 
 
 def list_manifests(directory: Path) -> list[CheckpointManifest]:
-    """The manifests of the checkpoints in `directory`, newest first; files without one are passed over."""
+    """Return the manifests of the checkpoints in `directory`, newest first; files without one are skipped."""
     manifests = (read_manifest(path) for path in list_checkpoints(directory))
     return [manifest for manifest in manifests if manifest is not None]
 
@@ -26,11 +26,11 @@ def list_manifests(directory: Path) -> list[CheckpointManifest]:
 def delete_checkpoint(path: Path) -> int:
     """Delete a checkpoint and its manifest.
 
-    First it loses its name, so that nobody begins to read it; then it is removed. What a process that is killed in
-    between leaves, `remove_leftovers` takes away.
+    It is renamed first, so that nobody starts to read it, then removed. If the process is killed in between,
+    `remove_leftovers` removes the rest.
 
     Returns:
-        The bytes that became free.
+        The number of bytes freed.
 
     Raises:
         OSError: it could not be deleted.
@@ -45,7 +45,7 @@ def delete_checkpoint(path: Path) -> int:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what killed writers and deleters left in `directory`; call while nobody writes there."""
+    """Remove what killed processes left in `directory`; call while no process writes there."""
     if not directory.is_dir():
         return
     with contextlib.suppress(OSError):  # a folder that cannot be written says so when something is saved
@@ -58,7 +58,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoint files in `directory`, newest first; [] where there is no such folder.
+    """Return the checkpoint files in `directory`, newest first; [] if there is no such folder.
 
     Raises:
         CheckpointError: the folder cannot be read.
@@ -80,13 +80,13 @@ class Resolved:
 
     path: Path
     iters: int
-    """From the file's name; 0 if it is not called like a checkpoint."""
+    """Completed iterations, from the file's name; 0 if it is not a checkpoint's name."""
     run_id: str | None = None
-    """The run it was fetched from; None for a file that was found on the disk."""
+    """The run it was downloaded from; None for a local file."""
 
 
 def resolve_file(path: Path) -> Resolved:
-    """Verify one file.
+    """Verify one file and return it.
 
     Raises:
         CheckpointError: it is corrupt or cannot be opened.
@@ -97,9 +97,9 @@ def resolve_file(path: Path) -> Resolved:
 
 
 def newest_valid(directory: Path) -> Resolved | None:
-    """The newest checkpoint in `directory` that verifies; None if there is no checkpoint.
+    """Return the newest checkpoint in `directory` that verifies, or None if there is no checkpoint.
 
-    Those that fail are named in the log and passed over.
+    Those that fail are logged and skipped.
 
     Raises:
         UnresolvedError: there are checkpoints, and all of them failed.

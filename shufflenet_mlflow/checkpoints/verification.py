@@ -1,7 +1,7 @@
-"""Reading a checkpoint: verified first, and never able to run code.
+"""Verification and reading of checkpoint files; reading never runs code from the file.
 
 `torch.load` does not check the CRCs of the zip file it reads, so one flipped bit would load silently. Here every
-member's CRC is checked before anything is loaded, and size and SHA-256 where a manifest of them exists.
+member's CRC is checked before anything is loaded, and size and SHA-256 if there is a manifest.
 """
 
 import collections
@@ -24,13 +24,13 @@ _GLOBAL = re.compile(r"GLOBAL ([\w.]+)|global ([\w.]+)|class '?([\w.]+)")
 
 
 def verify_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None) -> None:
-    """Check a checkpoint file. One in the old pickle format, which has no checksums, is read for that.
+    """Verify a checkpoint file. The old pickle format has no checksums: such a file is read instead.
 
     Args:
-        manifest: what the file must be; by default the manifest beside the file, if there is one.
+        manifest: the expected size and hash; by default the manifest beside the file, if there is one.
 
     Raises:
-        CorruptCheckpointError: the file is truncated or altered, or not what the manifest says.
+        CorruptCheckpointError: the file is truncated or altered, or does not match the manifest.
         CheckpointError: the file cannot be opened.
     """
     path = Path(path)
@@ -39,25 +39,25 @@ def verify_checkpoint(path: str | Path, manifest: CheckpointManifest | None = No
 
 
 def has_checksums(path: str | Path) -> bool:
-    """Whether verifying a checkpoint file compares anything: it is a zip file, or has a manifest."""
+    """Whether a checkpoint file has checksums to verify: it is a zip file, or has a manifest."""
     path = Path(path)
     with _opened(path) as file:
         return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC or read_manifest(path) is not None
 
 
 def read_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None) -> dict[str, Any]:
-    """Verify a checkpoint file, then load it onto the CPU, running none of its code.
+    """Verify a checkpoint file, then load it onto the CPU without running code from it.
 
     Args:
         manifest: as for `verify_checkpoint`.
 
     Returns:
-        The dict that was saved; a bare state dict is returned as it is.
+        The dict that was saved, which may be a bare state dict.
 
     Raises:
         CorruptCheckpointError: verification failed.
         UnsafeCheckpointError: the file holds more than tensors and plain containers.
-        CheckpointError: the file cannot be opened, or is no checkpoint.
+        CheckpointError: the file cannot be opened, or does not hold a dict.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -127,10 +127,10 @@ def _verify_zip(path: Path, file: BinaryIO) -> None:
 
 
 def _strange_member(members: list[zipfile.ZipInfo]) -> str | None:
-    """The name of a member that PyTorch's reader might take for something else than Python's does.
+    """Return the name of a member that PyTorch's reader might read differently from Python's, or None.
 
-    One flipped bit of the directory is enough: marked as a folder, a tensor reads as uninitialised memory, and its
-    CRC is still right.
+    One flipped bit in the zip directory is enough: PyTorch reads a tensor that is marked as a folder as uninitialised
+    memory, although its CRC is right.
     """
     names = collections.Counter(member.filename for member in members)
     for member in members:
