@@ -66,6 +66,6 @@ def export(ref: str, as_json: bool, **values: Any) -> None:
     if as_json:
         print_json(summary.to_dict())
         return
-    click.echo(f"{summary.path}  ({summary.loaded.network.architecture.name}, iteration {summary.loaded.iters})")
+    click.echo(f"{summary.path}  ({summary.loaded.network.spec.name}, iteration {summary.loaded.iters})")
     click.echo(f"largest difference from the checkpoint's logits: {summary.difference:.1e} of the largest")
     next_steps(USES[summary.format].format(path=summary.path))

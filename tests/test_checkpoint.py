@@ -93,7 +93,7 @@ def test_tags_that_do_not_belong_into_a_file_name(tag: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("iters", [-1, 3.0, "3"])
 def test_what_is_no_number_of_iterations(iters: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"iters \(={iters}\) must be a whole number, and not negative"):
+    with pytest.raises(ConfigError, match=rf"iters \(={iters}\) must be an integer, and not negative"):
         write_checkpoint(small_state(), iters, directory=tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -214,7 +214,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "models").write_text("")
-    with pytest.raises(CheckpointError, match="--save-dir takes another place"):
+    with pytest.raises(CheckpointError, match="choose another folder with --save-dir"):
         write_checkpoint(small_state(), 1, directory=tmp_path / "models")
 
 

@@ -301,7 +301,7 @@ def test_evaluating_on_other_classes_is_refused(small_train: SmallTrain, shuffle
     other = write_images(tmp_path / "other", classes=("blue", "green", "violet"))
     result = shufflenet("eval", trained["run_id"], "--val-dir", other)
     assert result.exit_code == 1
-    assert "it lacks 'red'; it alone has 'violet'" in result.stderr
+    assert "it lacks 'red'; it also has 'violet'" in result.stderr
 
 
 def test_debug_shows_the_traceback(shufflenet: Invoke) -> None:

@@ -119,7 +119,7 @@ def test_a_class_may_be_a_link_but_not_one_that_leads_nowhere(tmp_path: Path) ->
     (tmp_path / "photos" / "violet").symlink_to(tmp_path / "disk" / "violet")
     assert list_images(tmp_path / "photos").classes == ("blue", "green", "red", "violet")
     (tmp_path / "disk").rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="the link 'violet' leads nowhere; put its folder back or remove the link"):
+    with pytest.raises(DataError, match="the link 'violet' is broken; restore its target or remove the link"):
         list_images(tmp_path / "photos")
 
 
@@ -171,7 +171,7 @@ def test_non_image_file_is_named(tmp_path: Path) -> None:
 def test_differing_classes_are_listed(tmp_path: Path) -> None:
     train = list_images(write_images(tmp_path / "train"))
     val = list_images(write_images(tmp_path / "val", classes=("blue", "red", "violet")))
-    with pytest.raises(DataError, match="it lacks 'green'; it alone has 'violet'"):
+    with pytest.raises(DataError, match="it lacks 'green'; it also has 'violet'"):
         require_same_classes(train.class_to_idx, val, expected_in="train", option="--val-dir")
     require_same_classes(train.class_to_idx, train, expected_in="train", option="--val-dir")
 

@@ -103,7 +103,7 @@ def statistics_after(
     layer = nn.BatchNorm2d(3)
     kept = RunningStatistics(nn.Sequential(layer), world, len(parts))
     for part in parts:
-        with kept.part():
+        with kept.micro_batch():
             layer(part)
     kept.combine()
     assert layer.num_batches_tracked == 1

@@ -80,10 +80,10 @@ def _short(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def network(name: str = "shufflenet_v2_x0_5") -> LoadedModel:
     torch.manual_seed(0)
-    architecture = ModelSpec(name)
-    model = architecture.build(3).eval()
+    spec = ModelSpec(name)
+    model = spec.build(3).eval()
     names = {f"class {index}": index for index in range(3)}
-    return LoadedModel(model, architecture, 3, choose_preprocess(architecture, 32), names)
+    return LoadedModel(model, spec, 3, choose_preprocess(spec, 32), names)
 
 
 def png(seed: int = 0, size: tuple[int, int] = (40, 50)) -> bytes:

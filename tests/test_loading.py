@@ -258,7 +258,7 @@ def own_payload(**model: Any) -> dict[str, Any]:
 
 
 def test_a_file_that_names_its_network_is_believed() -> None:
-    assert model_from_payload(own_payload(), "x").architecture == ModelSpec("shufflenet_oneshot")
+    assert model_from_payload(own_payload(), "x").spec == ModelSpec("shufflenet_oneshot")
     assert model_from_payload(own_payload(), "x", asked=ModelSpec("shufflenet_oneshot")).num_classes == 2
     published = ModelSpec.of("shufflenet_oneshot", oneshot.CHOICES, oneshot.SCALES)
     assert model_from_payload(own_payload(), "x", asked=published).num_classes == 2

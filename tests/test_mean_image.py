@@ -62,7 +62,7 @@ def npy_header(shape: str) -> bytes:
         ("a.npy", b"", "does not hold an array of numbers"),
         ("a.npy", b"hello", "does not hold an array of numbers"),
         ("a.npy", np.array([{}], object), "does not hold an array of numbers"),
-        ("a.npy", np.zeros((3, 4, 4)), r"is float64 of shape \(3, 4, 4\), not numbers of \(height, width, 3\)"),
+        ("a.npy", np.zeros((3, 4, 4)), r"is float64 of shape \(3, 4, 4\), not numbers of shape \(height, width, 3\)"),
         ("a.npy", np.full((4, 4, 3), 0.5), "spans 0.5 to 0.5; it must be on the 0-255 scale"),
         ("a.npy", np.full((4, 4, 3), np.nan), "spans nan to nan"),
         ("a.npy", np.full((4, 4, 3), -1), "spans -1 to -1"),
@@ -102,9 +102,9 @@ def test_black_images_have_no_mean_image(tmp_path: Path) -> None:
 
 
 def test_a_mean_image_is_called_by_its_format(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="mean.png' must be called .npy, or .xml"):
+    with pytest.raises(ConfigError, match="mean.png' must end in .npy, or .xml"):
         read_mean_image(tmp_path / "mean.png")
-    with pytest.raises(ConfigError, match="mean.png' must be called .npy, or .xml"):
+    with pytest.raises(ConfigError, match="mean.png' must end in .npy, or .xml"):
         check_output(tmp_path / "mean.png")
     with pytest.raises(DataError, match=r"x.npy': it is a folder"):
         (tmp_path / "x.npy").mkdir()

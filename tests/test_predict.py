@@ -498,7 +498,7 @@ def test_with_the_bits_of_an_evaluation(count: int, equal: bool, weights: Path, 
     network = ModelRequest(str(weights), model="shufflenet_v2_x0_5", input_size=32).load(Connection()).network
     expected: list[float] = []
     evaluate(
-        move_model(network.model, CPU),
+        move_model(network.module, CPU),
         list_images("photos"),
         network.preprocess,
         EvalSettings(32, 0, CPU),

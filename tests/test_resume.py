@@ -343,5 +343,5 @@ def test_another_store_does_not_know_the_run(images: Path, tmp_path: Path, empty
 def test_weights_alone_cannot_be_resumed(images: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint-000100.pth.tar"
     torch.save({"state_dict": create_model("shufflenet_v2_x0_5", 3).state_dict()}, path)
-    with pytest.raises(ShuffleNetError, match="it lacks optimizer_state_dict.* and 12 more; --init-from begins"):
+    with pytest.raises(ShuffleNetError, match="it lacks optimizer_state_dict.* and 12 more; --init-from starts"):
         run(images, "--resume", path)

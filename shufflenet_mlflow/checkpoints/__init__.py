@@ -1,1 +1,1 @@
-"""The checkpoint file: its schema, writing, verification and loading, and the folders that hold it."""
+"""The checkpoint file: its schema, writing, verification and loading, and folders of checkpoints."""

@@ -45,7 +45,7 @@ def delete_checkpoint(path: Path) -> int:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what killed writers and deleters left in `directory`; call while nobody writes there."""
+    """Remove what killed processes left in `directory`; call while no process writes there."""
     if not directory.is_dir():
         return
     with contextlib.suppress(OSError):  # a folder that cannot be written says so when something is saved
@@ -95,7 +95,7 @@ class Resolved:
 
 
 def resolve_file(path: Path) -> Resolved:
-    """Verify one file.
+    """Verify one file and return it.
 
     Raises:
         CheckpointError: it is corrupt or cannot be opened.

@@ -1,4 +1,4 @@
-"""Putting a checkpoint's weights into a network."""
+"""Loading a checkpoint's weights into a network."""
 
 import logging
 from collections.abc import Mapping
@@ -16,42 +16,44 @@ from shufflenet_mlflow.errors import CheckpointError, MismatchError
 logger = logging.getLogger(__name__)
 
 AUXILIARY_PREFIX = "predict_"
-"""Heads that help training only; released weights may lack them."""
+"""Auxiliary heads, used in training only; released weights may lack them."""
 
 _NAMED = 5
+"""Tensors that a message names."""
 _LONGEST_NAME = 120
+"""Characters of a name that a message shows."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every tensor, by bare name."""
+    """Bare names of all tensors, by what happened to them."""
 
     loaded: tuple[str, ...]
-    """In both with equal shapes: the network has the checkpoint's."""
+    """In both with equal shapes: copied from the checkpoint."""
     missing: tuple[str, ...]
-    """In the network, not in the checkpoint: left as they were."""
+    """In the network only: unchanged."""
     unexpected: tuple[str, ...]
-    """In the checkpoint, not in the network: left out."""
+    """In the checkpoint only: ignored."""
     reshaped: tuple[str, ...]
-    """In both with different shapes: left as they were."""
+    """In both with different shapes: unchanged."""
     reset: tuple[str, ...] = ()
-    """In both with equal shapes, and left as they were on request."""
+    """In both with equal shapes, unchanged because of `reset_head`."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether every tensor of either side was loaded."""
+        """Whether every tensor of the network and of the checkpoint was loaded."""
         return not (self.missing or self.unexpected or self.reshaped or self.reset)
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
-        for what in ("missing", "unexpected", "reshaped", "reset"):
-            if names := getattr(self, what):
-                parts.append(f"{len(names)} {what}: {_name_some(names)}")
+        for outcome in ("missing", "unexpected", "reshaped", "reset"):
+            if names := getattr(self, outcome):
+                parts.append(f"{len(names)} {outcome}: {_name_some(names)}")
         return "; ".join(parts)
 
 
 def _shortened(name: str) -> str:
-    """A file can hold names of any kind and length."""
+    """Return a name fit for a message: a file can hold names of any kind and length."""
     return name if name.isprintable() and len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]!r}…"
 
 
@@ -65,15 +67,15 @@ def _source_of(checkpoint: str | Path | Mapping[str, Any]) -> str:
 
 
 def weights_of(payload: Mapping[str, Any], source: str, *, ema: bool = True) -> dict[str, Tensor]:
-    """The tensors of what a checkpoint file holds, by bare name.
+    """Return the weights in a checkpoint, by bare name.
 
     Args:
         payload: a dict with `state_dict`, or a bare state dict.
         source: what to call it in messages.
-        ema: take the moving average of the weights where there is one.
+        ema: prefer the moving average of the weights.
 
     Raises:
-        CheckpointError: it holds no state dict.
+        CheckpointError: it holds no state dict of plain tensors.
     """
     has_ema = ema and is_own(payload) and EMA_STATE_DICT in payload
     state_dict = payload[EMA_STATE_DICT] if has_ema else payload.get(STATE_DICT, payload)
@@ -102,13 +104,13 @@ def _linear_layers(model: nn.Module) -> list[str]:
 
 
 def head_of(model: nn.Module) -> str | None:
-    """Bare name of the classifier: the last linear layer that is no auxiliary head."""
+    """Return the bare name of the classifier: the last linear layer outside the auxiliary heads."""
     names = [name for name in _linear_layers(model) if not name.startswith(AUXILIARY_PREFIX)]
     return names[-1] if names else None
 
 
 def _class_layers(model: nn.Module) -> set[str]:
-    """Bare names of the layers whose outputs are classes: the classifier and those of the auxiliary heads."""
+    """Return the bare names of the layers that output classes: the classifier and those of the auxiliary heads."""
     auxiliary = {name for name in _linear_layers(model) if name.startswith(AUXILIARY_PREFIX)}
     head = head_of(model)
     return auxiliary | ({head} if head is not None else set())
@@ -118,38 +120,38 @@ def _layer_of(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def _compare(own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, untouched: set[str]) -> LoadReport:
-    """What is to become of every tensor of a network and of a checkpoint.
+def _compare(model: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, reset: set[str]) -> LoadReport:
+    """Decide for every tensor of a network and of a checkpoint whether it can be loaded.
 
     Args:
-        untouched: layers that stay as they are.
+        reset: layers to leave unchanged.
     """
-    shared = [key for key in own if key in given]
-    fitting = [key for key in shared if own[key].shape == given[key].shape]
+    shared = [key for key in model if key in weights]
+    fitting = [key for key in shared if model[key].shape == weights[key].shape]
     return LoadReport(
-        loaded=tuple(key for key in fitting if _layer_of(key) not in untouched),
-        missing=tuple(key for key in own if key not in given),
-        unexpected=tuple(key for key in given if key not in own),
-        reshaped=tuple(key for key in shared if own[key].shape != given[key].shape),
-        reset=tuple(key for key in fitting if _layer_of(key) in untouched),
+        loaded=tuple(key for key in fitting if _layer_of(key) not in reset),
+        missing=tuple(key for key in model if key not in weights),
+        unexpected=tuple(key for key in weights if key not in model),
+        reshaped=tuple(key for key in shared if model[key].shape != weights[key].shape),
+        reset=tuple(key for key in fitting if _layer_of(key) in reset),
     )
 
 
-def _faults(report: LoadReport, head: str | None) -> LoadReport:
-    """What of it may not be left out.
+def _without_tolerated(report: LoadReport, head: str | None) -> LoadReport:
+    """Return the report without the differences that `strict=False` tolerates.
 
     Args:
-        head: the layer that may be of another width, if any may.
+        head: the layer whose width may differ, if any.
     """
 
-    def is_fault(key: str) -> bool:
+    def is_needed(key: str) -> bool:
         return not key.startswith(AUXILIARY_PREFIX)
 
     return LoadReport(
         loaded=report.loaded,
-        missing=tuple(filter(is_fault, report.missing)),
-        unexpected=tuple(filter(is_fault, report.unexpected)),
-        reshaped=tuple(key for key in report.reshaped if is_fault(key) and _layer_of(key) != head),
+        missing=tuple(filter(is_needed, report.missing)),
+        unexpected=tuple(filter(is_needed, report.unexpected)),
+        reshaped=tuple(key for key in report.reshaped if is_needed(key) and _layer_of(key) != head),
     )
 
 
@@ -164,44 +166,47 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load the weights of `checkpoint` into `model`.
 
-    Names match whatever DataParallel, DDP or torch.compile wrapped either side in. The model is untouched when
-    loading fails.
+    Names match even if DataParallel, DDP or torch.compile wraps either side. If loading fails, the model is unchanged.
 
     Args:
         model: takes the weights; it may be wrapped.
-        checkpoint: a file, which is verified and read without running its code; or what such a file holds: a
-            dict with `state_dict`, or a bare state dict.
-        strict: every tensor must match. Otherwise the auxiliary `predict_*` heads may lack or differ on either side.
-        reset_head: with `strict=False`, a classifier of another width is left as it is in `model`; with "always",
-            one of the same width too, as for other classes of the same number.
-        ema: take the moving average of the weights where the file has one, as evaluation does.
+        checkpoint: a file, which is verified and read without running its code; or the content of one: a dict with
+            `state_dict`, or a bare state dict.
+        strict: require every tensor to match. Otherwise the auxiliary `predict_*` heads may be missing or differ.
+        reset_head: with `strict=False`, leave a classifier of another width as it is in `model`; with "always", also
+            one of the same width, such as for other classes of the same number.
+        ema: prefer the moving average of the weights, as evaluation does.
         source: what to call the checkpoint in messages; by default the file's name.
 
     Returns:
-        What became of every tensor. What was left out also stands in the log.
+        The names of all tensors, by what happened to them. Tensors that were not loaded are also logged.
 
     Raises:
-        MismatchError: tensors are missing, unexpected or of another shape; the message names them, its `report` all.
+        ValueError: `reset_head` is given with `strict=True`.
+        MismatchError: tensors are missing, unexpected or of another shape; the message names the first of them, its
+            `report` all.
         CheckpointError: the file cannot be used, or holds no state dict.
     """
     if strict and reset_head:
         raise ValueError("reset_head needs strict=False")
     source = source or _source_of(checkpoint)
-    given = weights_of(checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint), source, ema=ema)
-    own = {bare_key(name): (name, tensor) for name, tensor in model.state_dict().items()}
+    payload = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
+    weights = weights_of(payload, source, ema=ema)
+    state_dict = model.state_dict()
+    names = {bare_key(name): name for name in state_dict}
     report = _compare(
-        {key: tensor for key, (_, tensor) in own.items()},
-        given,
-        untouched=_class_layers(model) if reset_head == "always" else set(),
+        {key: state_dict[name] for key, name in names.items()},
+        weights,
+        reset=_class_layers(model) if reset_head == "always" else set(),
     )
-    faults = report if strict else _faults(report, head_of(model) if reset_head else None)
+    faults = report if strict else _without_tolerated(report, head_of(model) if reset_head else None)
     if not faults.is_complete:
         shapes = "".join(
-            f"; {name} is {tuple(given[name].shape)} in the checkpoint, {tuple(own[name][1].shape)} here"
-            for name in faults.reshaped[:1]
+            f"; {key} is {tuple(weights[key].shape)} in the checkpoint, {tuple(state_dict[names[key]].shape)} here"
+            for key in faults.reshaped[:1]
         )
         raise MismatchError(f"{source} does not fit the network: {faults}{shapes}", report, code="tensors-mismatch")
     if not report.is_complete:
         logger.warning("%s was loaded in part: %s", source, report)
-    model.load_state_dict({**model.state_dict(), **{own[key][0]: given[key] for key in report.loaded}})
+    model.load_state_dict({**state_dict, **{names[key]: weights[key] for key in report.loaded}})
     return report

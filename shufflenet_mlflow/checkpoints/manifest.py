@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: what it is, and what its bytes must be.
+"""The manifest of a checkpoint: its iteration and metrics, size and hash.
 
-It stands as JSON beside the file (`<file>.json`), beside the artifact, and in the run's tags
+It is stored as JSON beside the file (`<file>.json`), beside the artifact, and in the run's tags
 `checkpoint.latest` and `checkpoint.best`.
 """
 
@@ -23,13 +23,13 @@ BEST_TAG = "checkpoint.best"
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no NaN: what is not finite is null."""
+    """Return the value, or None if it is not finite: JSON has no NaN."""
     return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """One checkpoint, as its writer knew it."""
+    """Description of one checkpoint file."""
 
     path: str
     """Artifact path, `checkpoints/<file>`."""
@@ -37,9 +37,11 @@ class CheckpointManifest:
     epoch: int | None
     loss: float | None
     val_top1: float | None
-    """Top-1 accuracy on the validation set at this very state; None if it was not validated."""
+    """Top-1 accuracy of this state on the validation set, 0..1; None if it was not validated."""
     sha256: str
+    """Hex digest of the file."""
     bytes: int
+    """Size of the file."""
 
     @property
     def file_name(self) -> str:
@@ -47,19 +49,19 @@ class CheckpointManifest:
         return self.path.rpartition("/")[2]
 
     def to_json(self) -> str:
-        """JSON on one line."""
+        """Return JSON on one line, as in tags."""
         return json.dumps(asdict(self), allow_nan=False)
 
     def to_line(self) -> str:
-        """The same with its own CRC-32, as it stands in files."""
+        """Return the same JSON with its own CRC-32, as in files."""
         return json.dumps({**asdict(self), "crc32": _crc32(self.to_json())}, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "CheckpointManifest":
-        """The inverse of `to_json` and `to_line`; keys that a later version may add are passed over.
+        """Parse the output of `to_json` or `to_line`; unknown keys, which a later version may add, are ignored.
 
         Raises:
-            CheckpointError: the text is not such a manifest.
+            CheckpointError: the text is not a manifest, or its CRC is wrong.
         """
         try:
             values: dict[str, Any] = json.loads(text)
@@ -74,7 +76,7 @@ class CheckpointManifest:
             and all(map(_is_number_or_none, (manifest.epoch, manifest.loss, manifest.val_top1)))
         ):
             raise CheckpointError(f"not a checkpoint manifest: {text[:80]!r}", code="manifest-types")
-        if "crc32" in values and values.pop("crc32") != _crc32(json.dumps(values)):  # of all keys, also unknown ones
+        if "crc32" in values and values.pop("crc32") != _crc32(json.dumps(values)):  # over all keys, unknown ones too
             raise CheckpointError(f"a damaged checkpoint manifest: {text[:80]!r}", code="manifest-damaged")
         return manifest
 
@@ -88,20 +90,24 @@ def _crc32(text: str) -> str:
 
 
 def manifest_path(checkpoint: Path) -> Path:
-    """Where the manifest of the file `checkpoint` stands."""
+    """Return the path of the manifest beside the file `checkpoint`."""
     return checkpoint.with_name(checkpoint.name + ".json")
 
 
 def write_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:
-    """Put the manifest beside the file `checkpoint`."""
+    """Write the manifest beside the file `checkpoint`.
+
+    Raises:
+        OSError: it cannot be written; the former one is intact.
+    """
     write_atomically(manifest_path(checkpoint), lambda file: file.write(manifest.to_line().encode()))
 
 
 def update_manifest(checkpoint: Path, *, val_top1: float) -> CheckpointManifest | None:
-    """Note the validation accuracy of a checkpoint that was written before it was validated.
+    """Record the validation accuracy of a checkpoint that was written before it was validated.
 
     Returns:
-        The new manifest; None if there was none.
+        The new manifest, or None if the checkpoint has none.
 
     Raises:
         CheckpointError: it cannot be written; the former one is intact.
@@ -115,19 +121,19 @@ def update_manifest(checkpoint: Path, *, val_top1: float) -> CheckpointManifest 
     except OSError as error:
         raise CheckpointError(
             f"cannot write the manifest {str(manifest_path(checkpoint))!r}: {error.strerror}; "
-            "earlier checkpoints are intact, --save-dir takes another place",
+            "earlier checkpoints are intact; choose another folder with --save-dir",
             code="manifest-unwritable",
         ) from error
     return manifest
 
 
 def read_manifest(checkpoint: Path) -> CheckpointManifest | None:
-    """The manifest beside the file `checkpoint`; None if there is none, or none that can be read."""
+    """Return the manifest beside the file `checkpoint`, or None if there is none that can be read."""
     path = manifest_path(checkpoint)
     try:
         return CheckpointManifest.from_json(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, CheckpointError) as error:
-        logger.warning("the manifest %s cannot be used, the checkpoint's CRCs have to do: %s", path, error)
+        logger.warning("the manifest %s cannot be used, only the checkpoint's CRCs are checked: %s", path, error)
         return None

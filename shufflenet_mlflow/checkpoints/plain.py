@@ -1,4 +1,4 @@
-"""What a checkpoint holds: plain containers, tensors on the CPU, bare parameter names."""
+"""Conversion of a state to what a checkpoint holds: plain containers, tensors on the CPU, bare parameter names."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +9,7 @@ from torch import Tensor
 from shufflenet_mlflow.errors import CheckpointError
 
 _WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes that DataParallel, DDP and torch.compile put before a parameter's name."""
 
 _DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -17,9 +18,9 @@ _DTYPES = {
 
 
 def is_plain_tensor(value: Any) -> bool:
-    """Whether `value` is a tensor of ordinary numbers, each of which is really there.
+    """Whether `value` is a dense tensor of ordinary numbers, all of them in its storage.
 
-    A file can hold sparse, quantised and complex ones, and a small one that pretends to be of any size.
+    A file can hold sparse, quantised and complex tensors, and a small one that claims any size.
     """
     return (
         isinstance(value, Tensor)
@@ -31,14 +32,14 @@ def is_plain_tensor(value: Any) -> bool:
 
 
 def bare_key(key: str) -> str:
-    """A parameter's name without what DataParallel, DDP and torch.compile put before it."""
+    """Return a parameter's name without the prefixes of DataParallel, DDP and torch.compile."""
     while key.startswith(_WRAPPERS):
         key = key.partition(".")[2]
     return key.replace("._orig_mod.", ".")
 
 
 def bare_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The same entries under their bare names.
+    """Return the same entries under their bare names.
 
     Raises:
         CheckpointError: two entries have the same bare name.
@@ -50,86 +51,86 @@ def bare_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compact(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU; copied only if it is elsewhere, or a small view of a large storage."""
+    """Return the tensor on the CPU, copied only if it is on another device or a small view of a large storage."""
     plain = tensor.detach().cpu()
     if plain.layout == torch.strided and plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
         plain = plain.clone(memory_format=torch.contiguous_format)
     return plain
 
 
-def to_plain(value: Any, where: str = "state", *, hold: Callable[[Tensor], Tensor] = compact) -> Any:
-    """A copy of nested containers that `torch.load(weights_only=True)` can read anywhere.
+def to_plain(value: Any, where: str = "state", *, convert: Callable[[Tensor], Tensor] = compact) -> Any:
+    """Copy nested containers into a form that `torch.load(weights_only=True)` can read anywhere.
 
-    Tensors are detached and on the CPU; those that are a small view of a large storage are copied, so that the
-    file holds only what is seen. One that has several names is stored once.
+    A tensor that occurs several times is converted once, and so stored once.
 
     Args:
-        hold: what to put in the place of a tensor.
+        where: what to call `value` in messages.
+        convert: applied to each tensor.
 
     Raises:
         CheckpointError: something in it is neither a tensor nor plain; the message says where.
     """
-    held: dict[int, tuple[Tensor, Tensor]] = {}
+    converted: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def hold_once(tensor: Tensor) -> Tensor:
+    def convert_once(tensor: Tensor) -> Tensor:
         if tensor.layout != torch.strided:
-            return hold(tensor)
-        address = tensor.data_ptr()  # 0 for an empty one
-        known = held.get(address) if address else None
-        if known is not None and _are_one_view(known[0], tensor):
+            return convert(tensor)
+        address = tensor.data_ptr()  # 0 for an empty tensor
+        known = converted.get(address) if address else None
+        if known is not None and _is_same_view(known[0], tensor):
             return known[1]
-        held[address] = tensor, hold(tensor)
-        return held[address][1]
+        converted[address] = tensor, convert(tensor)
+        return converted[address][1]
 
     try:
-        return _plain(value, hold_once)
+        return _plain(value, convert_once)
     except _NotPlainError:
-        raise CheckpointError(_find_what_is_not_plain(value, where) or where, code="state-not-plain") from None
+        raise CheckpointError(_describe_not_plain(value, where) or where, code="state-not-plain") from None
 
 
-def _are_one_view(first: Tensor, second: Tensor) -> bool:
-    """Of two tensors that begin at one address."""
+def _is_same_view(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors that begin at one address are equal in type and shape."""
     same = first.dtype == second.dtype and first.device == second.device
     return same and first.shape == second.shape and first.stride() == second.stride()
 
 
 class _NotPlainError(Exception):
-    """Says only that it is so: keeping track of where costs more than the copy of a small state."""
+    """Holds no path: tracking where we are costs more than copying a small state."""
 
 
 _PLAIN = {type(None), bool, int, float, str, bytes}
 
 
-def _plain(value: Any, hold: Callable[[Tensor], Tensor]) -> Any:
+def _plain(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     kind = type(value)
     if kind in _PLAIN:
         return value
     if isinstance(value, Tensor):
-        return hold(value)
+        return convert(value)
     if isinstance(value, Mapping):
         if any(not isinstance(key, (str, int)) for key in value):
             raise _NotPlainError
-        return {key: _plain(item, hold) for key, item in value.items()}
+        return {key: _plain(item, convert) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_plain(item, hold) for item in value]
+        items = [_plain(item, convert) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, (bool, int, float, str)):  # subclasses, such as numpy.float64 or an enum
         return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
     raise _NotPlainError
 
 
-def _find_what_is_not_plain(value: Any, where: str) -> str | None:
-    """A message about the first thing in `value` that is not plain; None if all is."""
+def _describe_not_plain(value: Any, where: str) -> str | None:
+    """Return a message about the first thing in `value` that is not plain, or None if everything is."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, (str, int)):
                 return f"{where} has the key {key!r}; keys must be text or integers"
-            if message := _find_what_is_not_plain(item, f"{where}[{key!r}]"):
+            if message := _describe_not_plain(item, f"{where}[{key!r}]"):
                 return message
         return None
     if isinstance(value, (list, tuple)):
-        found = (_find_what_is_not_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
-        return next(filter(None, found), None)
+        messages = (_describe_not_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
+        return next(filter(None, messages), None)
     if value is None or isinstance(value, (Tensor, bool, int, float, str, bytes)):
         return None
     return (

@@ -1,4 +1,4 @@
-"""What can stand where a command takes a checkpoint, parsed."""
+"""Parsing of the REF that commands take: a file, a folder, a run's checkpoint or a registered model."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from shufflenet_mlflow.errors import UnresolvedError
 
 ID_LENGTH = 32
 LONGEST_NUMBER = 18
-"""Digits of an iteration."""
+"""The most digits of an iteration."""
 _RUN_ID = re.compile(r"[0-9a-f]{6,32}")
 _RUN = re.compile(r"(?P<scheme>runs:/)?(?P<id>[0-9a-f]{6,32})(?:@(?P<which>[^/]*)|/(?P<path>.+))?/?")
 _MODEL = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
@@ -26,9 +26,9 @@ class RunReference:
     """A checkpoint of an MLflow run."""
 
     run_id: str
-    """Or its first characters, of which `complete` makes the whole ID."""
+    """May be abbreviated: `tracking.run_ids` finds the full ID."""
     which: Literal["latest", "best"] | int = "latest"
-    """An integer means the checkpoint after so many iterations."""
+    """An integer means the checkpoint after that many iterations."""
     artifact: str | None = None
     """An artifact path, such as `checkpoints/checkpoint-000100.pth.tar`; overrides `which`."""
 
@@ -40,27 +40,27 @@ class RunReference:
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A version of a registered model that stands for a checkpoint."""
+    """A version of a registered model that was made from a checkpoint."""
 
     name: str
     alias: str | None
     version: str = ""
-    """Used where there is no alias."""
+    """Used if there is no alias."""
 
 
 Reference = Path | RunReference | ModelReference
 
 
 def is_run_id(text: str, *, whole: bool = True) -> bool:
-    """Whether `text` looks like an MLflow run ID or, unless it has to be `whole`, like the beginning of one."""
+    """Whether `text` looks like an MLflow run ID or, unless it has to be `whole`, like an abbreviated one."""
     return _RUN_ID.fullmatch(text) is not None and (len(text) == ID_LENGTH or not whole)
 
 
 def parse_reference(ref: str | Path) -> Reference:
-    """Tell the forms apart; a path that exists wins over a look-alike run ID.
+    """Parse a REF; an existing path wins over a look-alike run ID.
 
     Raises:
-        UnresolvedError: it is empty, or begins like a URI but is none of the known forms.
+        UnresolvedError: it is empty, or begins with `runs:` or `models:` but has none of the known forms.
     """
     if not str(ref):
         raise UnresolvedError(f"the checkpoint is empty text; a checkpoint is {FORMS}", code="reference-empty")
@@ -74,7 +74,7 @@ def parse_reference(ref: str | Path) -> Reference:
         if which.isdecimal() and len(which) <= LONGEST_NUMBER:
             return RunReference(match["id"], int(which))
         raise UnresolvedError(
-            f"{ref!r}: behind @ stands latest, best or a number of iterations", code="reference-selector"
+            f"{ref!r}: after @ comes latest, best or a number of iterations", code="reference-selector"
         )
     if match := _MODEL.fullmatch(ref):
         return ModelReference(match["name"], match["alias"], match["version"] or "")

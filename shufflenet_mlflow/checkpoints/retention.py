@@ -1,4 +1,4 @@
-"""Which checkpoints may go: a pure function of what there is."""
+"""Retention: which checkpoints may be deleted, as a pure function of their manifests."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -13,15 +13,15 @@ from shufflenet_mlflow.config import check_options
 class Retention:
     """How many checkpoints to keep; with nothing set, all of them.
 
-    Kept is what any of the rules keeps. The newest and the best are always kept.
+    A checkpoint is kept if any rule keeps it. The newest and the best are always kept.
     """
 
     keep_last: int | None = None
-    """The newest so many."""
+    """Number of the newest checkpoints to keep."""
     keep_best: int | None = None
-    """So many with the highest validation accuracy."""
+    """Number of checkpoints with the highest validation accuracy to keep."""
     keep_every: int | None = None
-    """Those whose iteration is a multiple of this."""
+    """Keep checkpoints whose iteration is a multiple of this."""
 
     def __post_init__(self) -> None:
         check_options(vars(self))
@@ -34,10 +34,10 @@ class Retention:
     def drop(
         self, checkpoints: Sequence[CheckpointManifest], protected: Collection[str] = ()
     ) -> list[CheckpointManifest]:
-        """Those of `checkpoints` that may go, oldest first.
+        """Return the checkpoints that may be deleted, oldest first.
 
         Args:
-            protected: file names that stay whatever the rules say.
+            protected: file names to keep, whatever the rules say.
         """
         if not self.is_set:
             return []
@@ -53,7 +53,7 @@ class Retention:
 
 
 def best_first(checkpoints: Sequence[CheckpointManifest]) -> list[CheckpointManifest]:
-    """Those that were validated, by accuracy; of equal ones the earliest comes first. NaN is no accuracy."""
+    """Return the validated checkpoints, highest accuracy first, equal ones earliest first. NaN is not an accuracy."""
     validated = [
         manifest for manifest in checkpoints if manifest.val_top1 is not None and not math.isnan(manifest.val_top1)
     ]

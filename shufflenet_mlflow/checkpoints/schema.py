@@ -1,4 +1,4 @@
-"""Whether what a file holds has the form that this project writes: anything may be in a file that loads."""
+"""The schema of a checkpoint file: its version, its entries and their types, and the check of a loaded file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,50 +6,59 @@ from typing import Any
 from shufflenet_mlflow.errors import CheckpointError
 
 FORMAT_VERSION = 1
+"""The entry `format_version`, an integer. Its presence tells this project's files from all others."""
 
 STATE_DICT = "state_dict"
+"""The weights: bare parameter names -> tensors."""
 
 EMA_STATE_DICT = "ema_state_dict"
 """The moving average of the weights, under the same names."""
 
 _NONE = type(None)
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "state_dict": (dict,),
-    "ema_state_dict": (dict,),
-    "scaler_state_dict": (dict,),
+_REQUIRED: dict[str, tuple[type, ...]] = {
+    STATE_DICT: (dict,),
     "optimizer_state_dict": (dict,),
     "lr_scheduler_state_dict": (dict,),
-    "iters": (int,),
-    "epoch": (int, _NONE),
-    "loss": (float, int, _NONE),
-    "metrics": (dict,),
-    "meter_state": (list,),
-    "best": (dict, _NONE),
-    "rng_state": (dict,),
-    "model": (dict,),
-    "preprocess": (dict,),
-    "class_to_idx": (dict,),
-    "config": (dict,),
-    "data": (dict,),
-    "environment": (dict,),
-    "run_id": (str, _NONE),
+    "iters": (int,),  # completed iterations, at least 0
+    "epoch": (int, _NONE),  # completed epochs
+    "loss": (float, int, _NONE),  # mean training loss
+    "metrics": (dict,),  # of the last validation, and its iteration as `validated_iters`
+    "meter_state": (list,),  # training loss and accuracy since the last report
+    "best": (dict, _NONE),  # of the best validation: {"val_top1": float, "iters": int}
+    "rng_state": (dict,),  # {"cpu": generator state}
+    "model": (dict,),  # arguments of `create_model`: {"name": str, "kwargs": dict}
+    "preprocess": (dict,),  # see `Preprocess.to_dict`
+    "class_to_idx": (dict,),  # class name -> label
+    "config": (dict,),  # the `TrainConfig`
+    "data": (dict,),  # the training and validation sets
+    "run_id": (str, _NONE),  # the MLflow run
 }
+"""The entries that a checkpoint needs to be resumed from."""
 
-_OPTIONAL = ("ema_state_dict", "scaler_state_dict", "environment")
+_OPTIONAL: dict[str, tuple[type, ...]] = {
+    EMA_STATE_DICT: (dict,),
+    "scaler_state_dict": (dict,),  # of the loss scaler, with --amp fp16
+    "environment": (dict,),  # versions of Python, PyTorch and others
+}
+"""Further entries. Only for the reader, and unchecked: `sampler_state`, `created_at`."""
 
-RESUME_KEYS = tuple(key for key in _TYPES if key not in _OPTIONAL)
-"""What is needed to continue training."""
+RESUME_KEYS = tuple(_REQUIRED)
 
 _NAMED = 3
 """Missing entries that a message names."""
 
 
+def is_own(payload: Mapping[str, Any]) -> bool:
+    """Whether this project wrote the checkpoint; in other files, entries of these names may mean anything."""
+    return "format_version" in payload
+
+
 def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: str) -> None:
-    """Check presence and types of the entries of a checkpoint.
+    """Check that a checkpoint of this project follows the schema.
 
     Args:
-        needed: the entries that must be there; others are checked only if they are.
+        needed: the entries that must be present; the others are checked if they are.
         source: what to call the checkpoint in messages.
 
     Raises:
@@ -63,36 +72,36 @@ def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: s
         )
     if missing := [key for key in needed if key not in payload]:
         listed = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
-        way_out = "; --init-from begins a training with its weights" if "state_dict" in payload else ""
+        way_out = "; --init-from starts a training run from its weights" if STATE_DICT in payload else ""
         raise CheckpointError(
             f"{source} was not written by this project's training: it lacks {listed}{way_out}", code="entries-missing"
         )
-    for key, types in _TYPES.items():
+    for key, types in {**_REQUIRED, **_OPTIONAL}.items():
         if key in payload and not _is(payload[key], types):
+            expected = " or ".join("None" if kind is _NONE else kind.__name__ for kind in types)
             raise CheckpointError(
-                f"{source}: its {key!r} is a {type(payload[key]).__name__}, which is not understood", code="entry-type"
+                f"{source}: its {key!r} is a {type(payload[key]).__name__}, not {expected}", code="entry-type"
             )
+    _check_contents(payload, source)
+
+
+def _check_contents(payload: Mapping[str, Any], source: str) -> None:
     for name, label in payload.get("class_to_idx", {}).items():
         if not (isinstance(name, str) and _is(label, (int,))):
             raise CheckpointError(
-                f"{source}: its 'class_to_idx' holds {name!r}: {label!r}, which is not understood",
+                f"{source}: its 'class_to_idx' holds {name!r}: {label!r}, not a name and a label",
                 code="class-names-invalid",
             )
     model = payload.get("model")
     if model is not None and not (isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), dict)):
         raise CheckpointError(f"{source}: its 'model' does not name a network", code="model-entry-invalid")
     if payload.get("iters", 0) < 0:
-        raise CheckpointError(
-            f"{source}: its 'iters' is {payload['iters']}, which is not understood", code="iters-entry-invalid"
-        )
+        raise CheckpointError(f"{source}: its 'iters' is {payload['iters']}, below 0", code="iters-entry-invalid")
     best = payload.get("best")
     if best is not None and not (_is(best.get("val_top1"), (float, int)) and _is(best.get("iters"), (int,))):
-        raise CheckpointError(f"{source}: its 'best' is {best!r}, which is not understood", code="best-entry-invalid")
-
-
-def is_own(payload: Mapping[str, Any]) -> bool:
-    """Whether this project wrote the checkpoint: only then do its other entries mean what they are called."""
-    return "format_version" in payload
+        raise CheckpointError(
+            f"{source}: its 'best' is {best!r}, without the numbers 'val_top1' and 'iters'", code="best-entry-invalid"
+        )
 
 
 def _is(value: Any, types: tuple[type, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""A copy of a training state that stays as it is while training goes on: what saving costs the loop."""
+"""Staging: a copy of the training state, taken so that training goes on while the copy is written."""
 
 import threading
 from collections.abc import Mapping
@@ -11,12 +11,10 @@ from shufflenet_mlflow.checkpoints.plain import compact, to_plain
 
 
 class StagingBuffer:
-    """Memory for one copy of a state, used for one copy after the other.
+    """Memory for one copy of a state, reused from copy to copy.
 
-    On a GPU the memory is pinned and the copies are queued behind the work that is under way, so that neither
-    the loop nor the device waits for them; `wait_until_copied` does.
-
-    There is room for one copy: `take` waits until the one before has been given back with `release`.
+    On a GPU the memory is pinned and copying is queued on the device, so that neither the loop nor the device waits;
+    `wait_until_copied` does. `take` waits until the previous copy has been given back with `release`.
     """
 
     def __init__(self) -> None:
@@ -26,12 +24,12 @@ class StagingBuffer:
         self._copied: Any = None
 
     def take(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state as plain containers whose tensors lie in this buffer.
+        """Return the state as plain containers whose tensors lie in this buffer.
 
         Raises:
             CheckpointError: it holds something that is neither a tensor nor plain.
         """
-        while not self._free.acquire(timeout=1.0):  # with a timeout, signals are heard meanwhile
+        while not self._free.acquire(timeout=1.0):  # without a timeout, signals would not be handled
             pass
         try:
             return self._copy(state)
@@ -44,7 +42,7 @@ class StagingBuffer:
         targets: list[Tensor] = []
         self._used = 0
 
-        def hold(tensor: Tensor) -> Tensor:
+        def stage(tensor: Tensor) -> Tensor:
             if tensor.layout != torch.strided or not tensor.numel():
                 return compact(tensor).clone()
             target = self._buffer_like(tensor)
@@ -52,7 +50,7 @@ class StagingBuffer:
             targets.append(target)
             return target
 
-        payload = to_plain(state, hold=hold)
+        payload = to_plain(state, convert=stage)
         del self._buffers[self._used :]
         if targets:
             with torch.no_grad():
@@ -61,7 +59,7 @@ class StagingBuffer:
         if any(source.is_cuda for source in sources):
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
-        return payload  # type: ignore[no-any-return]  # of a mapping it makes a dict
+        return payload  # type: ignore[no-any-return]  # a dict, as `state` is a mapping
 
     def _buffer_like(self, tensor: Tensor) -> Tensor:
         number, self._used = self._used, self._used + 1
@@ -70,15 +68,15 @@ class StagingBuffer:
             if buffer.shape == tensor.shape and buffer.dtype == tensor.dtype:
                 return buffer
             del self._buffers[number:]
-        # Contiguous, whatever the memory format of the network is here.
+        # Contiguous, whatever the network's memory format.
         self._buffers.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda))
         return self._buffers[number]
 
     def wait_until_copied(self) -> None:
-        """Return once the device has written the last copy."""
+        """Wait until the device has finished the last copy."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def release(self) -> None:
-        """The last copy is not needed any more."""
+        """Give the last copy's memory back."""
         self._free.release()

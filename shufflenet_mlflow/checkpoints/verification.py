@@ -1,7 +1,7 @@
 """Read checkpoints: verified first, and never running code from the file.
 
 `torch.load` does not check the CRCs of the zip file it reads, so one flipped bit would load silently. Here every
-member's CRC is checked before anything is loaded, and size and SHA-256 where a manifest of them exists.
+member's CRC is checked before anything is loaded, and size and SHA-256 if there is a manifest.
 """
 
 import collections
@@ -71,10 +71,10 @@ def open_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None
     A file in PyTorch's old pickle format has no checksums; it is loaded to see whether it can be.
 
     Args:
-        manifest: what the file must be; by default the manifest beside the file, if there is one.
+        manifest: the expected size and hash; by default the manifest beside the file, if there is one.
 
     Raises:
-        CorruptCheckpointError: the file is truncated or altered, or not what the manifest says.
+        CorruptCheckpointError: the file is truncated or altered, or does not match the manifest.
         CheckpointError: the file cannot be opened.
     """
     path = Path(path)
@@ -95,7 +95,7 @@ def read_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None
 
 
 def has_checksums(path: str | Path) -> bool:
-    """Whether verifying a checkpoint file compares anything: it is a zip file, or has a manifest."""
+    """Whether a checkpoint file has checksums to verify: it is a zip file, or has a manifest."""
     path = Path(path)
     with _opened(path) as file:
         return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC or read_manifest(path) is not None
@@ -158,10 +158,10 @@ def _verify_zip(path: Path, file: BinaryIO) -> None:
 
 
 def _strange_member(members: list[zipfile.ZipInfo]) -> str | None:
-    """Return the name of a zip member that PyTorch's reader may read differently from Python's; None if there is none.
+    """Return the name of a member that PyTorch's reader might read differently from Python's, or None.
 
-    One flipped bit of the directory is enough: marked as a folder, a tensor reads as uninitialised memory, and its
-    CRC is still right.
+    One flipped bit in the zip directory is enough: PyTorch reads a tensor that is marked as a folder as uninitialised
+    memory, although its CRC is right.
     """
     names = collections.Counter(member.filename for member in members)
     for member in members:

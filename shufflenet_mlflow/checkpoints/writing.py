@@ -29,16 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 class WrittenCheckpoint(NamedTuple):
-    """A checkpoint that is on the disk."""
+    """A checkpoint on the disk."""
 
     path: Path
     manifest: CheckpointManifest
 
 
 class _HashingWriter:
-    """Counts and hashes what passes through, so that the file can be compared with what was meant.
+    """A file that counts and hashes what is written to it, for comparison with what the disk then holds.
 
-    `torch.save` reports a failed write in words of its own, so the operating system's error is kept.
+    `torch.save` replaces a failed write's error by one of its own, so the operating system's is kept as `failure`.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -63,10 +63,10 @@ class _HashingWriter:
 
 @dataclass(frozen=True)
 class PreparedCheckpoint:
-    """A checkpoint that has yet to be written."""
+    """A checkpoint ready to be written."""
 
     payload: dict[str, Any]
-    """Plain containers, as they will be in the file."""
+    """The content of the file, in plain containers."""
     iters: int
     tag: str
     val_top1: float | None
@@ -87,13 +87,13 @@ def prepare_checkpoint(
     run_id: str | None = None,
     as_plain: Callable[[Mapping[str, Any]], dict[str, Any]] = to_plain,
 ) -> PreparedCheckpoint:
-    """Bring `state` into the form of the file; the arguments are those of `write_checkpoint`.
+    """Bring `state` into the form of the file; arguments as for `write_checkpoint`.
 
     Args:
-        as_plain: makes it plain; by default the tensors stay those of `state`, where that is possible.
+        as_plain: makes it plain. The default copies tensors only if it has to.
 
     Raises:
-        CheckpointError: the state is not plain data, or `epoch`, `loss` or `val_top1` is no number.
+        CheckpointError: the state is not plain data, or `epoch`, `loss` or `val_top1` is not a number.
         ConfigError: see `checkpoint_name`.
     """
     if not isinstance(state.get(STATE_DICT), Mapping):
@@ -136,18 +136,20 @@ def write_checkpoint(
 ) -> WrittenCheckpoint:
     """Write `state` to `directory` as `{tag}checkpoint-{iters:06}.pth.tar`, with its manifest beside it.
 
-    The file appears under its name only when it is whole, flushed to the disk and read back equal.
+    The file appears under its name only once it is whole, flushed to the disk and has read back equal.
 
     Args:
         state: the training state; holds at least `state_dict`.
+        iters: completed iterations.
+        tag: what to put before the name.
         epoch: completed epochs; by default `state["epoch"]`.
         loss: the training loss; by default `state["loss"]`.
-        val_top1: top-1 accuracy of this state on the validation set, 0..1; stands in the manifest only.
-        run_id: the MLflow run it belongs to.
+        val_top1: top-1 accuracy of this state on the validation set, 0..1; written to the manifest only.
+        directory: made if it does not exist.
+        run_id: the MLflow run it belongs to; by default `state["run_id"]`.
 
     Raises:
-        CheckpointError: see `prepare_checkpoint`; or the file cannot be written, and checkpoints that were there
-            before are intact.
+        CheckpointError: see `prepare_checkpoint`; or the file cannot be written (earlier checkpoints are intact).
         ConfigError: see `checkpoint_name`.
     """
     prepared = prepare_checkpoint(state, iters, tag, epoch=epoch, loss=loss, val_top1=val_top1, run_id=run_id)
@@ -155,61 +157,84 @@ def write_checkpoint(
 
 
 def write_prepared(prepared: PreparedCheckpoint, directory: str | Path) -> WrittenCheckpoint:
-    """The second half of `write_checkpoint`.
+    """Write a prepared checkpoint, as `write_checkpoint` does.
 
     Raises:
-        CheckpointError: the file cannot be written; checkpoints that were there before are intact.
+        CheckpointError: the file cannot be written; earlier checkpoints are intact.
     """
-    payload = prepared.payload
-    directory = Path(directory)
-    path = directory / prepared.file_name
-    writers: list[_HashingWriter] = []
+    path = Path(directory) / prepared.file_name
+    try:
+        manifest = _write(prepared, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint {str(path)!r}: {error.strerror}; "
+            "earlier checkpoints are intact; choose another folder with --save-dir",
+            code="checkpoint-unwritable",
+        ) from error
+    logger.debug("wrote %s, %.1f MB, SHA-256 %s…", path, manifest.bytes / 1e6, manifest.sha256[:12])
+    return WrittenCheckpoint(path, manifest)
 
-    def manifest() -> CheckpointManifest:
-        return CheckpointManifest(
-            path=f"{ARTIFACT_FOLDER}/{path.name}",
-            iters=prepared.iters,
-            epoch=payload["epoch"],
-            loss=finite(payload["loss"]),
-            val_top1=finite(prepared.val_top1),
-            sha256=writers[0].digest.hexdigest(),
-            bytes=writers[0].bytes,
-        )
+
+def _write(prepared: PreparedCheckpoint, path: Path) -> CheckpointManifest:
+    """Write the file and its manifest so that no manifest ever lies beside a file of other bytes.
+
+    A new file's manifest is written first: a process killed in between leaves a manifest without a file, never the
+    reverse. A replaced file loses its manifest first and gets the new one last.
+    """
+    replaces = os.path.exists(path)  # unlike Path.exists, never raises
+    manifests: list[CheckpointManifest] = []
 
     def write(file: BinaryIO) -> None:
-        writer = _HashingWriter(file)
-        writers.append(writer)
-        torch.save(payload, writer)  # type: ignore[arg-type]  # needs only `write` and `flush`
-        file.flush()
-        with open(file.name, "rb") as copy:
-            if sha256_of(copy) != writer.digest.hexdigest():
-                raise CheckpointError(f"{str(path)!r} did not read back as it was written", code="read-back-differs")
-        if not replaces:  # a process that is killed now leaves a manifest without a file, never the reverse
-            write_manifest(path, manifest())
+        sha256, size = _save(prepared.payload, file, path)
+        manifest = CheckpointManifest(
+            path=f"{ARTIFACT_FOLDER}/{path.name}",
+            iters=prepared.iters,
+            epoch=prepared.payload["epoch"],
+            loss=finite(prepared.payload["loss"]),
+            val_top1=finite(prepared.val_top1),
+            sha256=sha256,
+            bytes=size,
+        )
+        manifests.append(manifest)
+        if not replaces:
+            write_manifest(path, manifest)
 
-    replaces = os.path.exists(path)  # unlike Path.exists, never raises
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if replaces and manifest_path(path).exists():
-            # A manifest of other bytes must never stand beside the new file.
             manifest_path(path).unlink()
-            sync_folder(directory)
+            sync_folder(path.parent)
         write_atomically(path, write)
+        [manifest] = manifests
         if replaces:
-            write_manifest(path, manifest())
-    except BaseException as error:
+            write_manifest(path, manifest)
+    except BaseException:
         if not replaces and not os.path.exists(path):
             with contextlib.suppress(OSError):
                 manifest_path(path).unlink(missing_ok=True)
-        failure = writers[0].failure if writers else None
-        failure = failure or (error if isinstance(error, OSError) else None)
-        if failure is None or not isinstance(error, (OSError, RuntimeError)):
+        raise
+    return manifest
+
+
+def _save(payload: Mapping[str, Any], file: BinaryIO, path: Path) -> tuple[str, int]:
+    """Write the payload to `file` and read it back.
+
+    Returns:
+        SHA-256 and size.
+
+    Raises:
+        OSError: it cannot be written.
+        CheckpointError: it did not read back equal; the message names `path`.
+    """
+    writer = _HashingWriter(file)
+    try:
+        torch.save(payload, writer)  # type: ignore[arg-type]  # needs only `write` and `flush`
+    except RuntimeError as error:
+        if writer.failure is None:
             raise
-        raise CheckpointError(
-            f"cannot write the checkpoint {str(path)!r}: {failure.strerror}; "
-            "earlier checkpoints are intact, --save-dir takes another place",
-            code="checkpoint-unwritable",
-        ) from error
-    written = manifest()
-    logger.debug("wrote %s, %.1f MB, SHA-256 %s…", path, written.bytes / 1e6, written.sha256[:12])
-    return WrittenCheckpoint(path, written)
+        raise writer.failure from error
+    file.flush()
+    with open(file.name, "rb") as copy:
+        if sha256_of(copy) != writer.digest.hexdigest():
+            raise CheckpointError(f"{str(path)!r} did not read back as it was written", code="read-back-differs")
+    return writer.digest.hexdigest(), writer.bytes

@@ -1,1 +1,1 @@
-"""Image folders, preprocessing, the order of samples, and the bundled demo set."""
+"""Images: listing, decoding, augmentation, preprocessing, sampling, loading, and the bundled demo set."""

@@ -1,8 +1,8 @@
-"""How training images are varied.
+"""Augmentations of training images.
 
 `release` follows the original ShuffleNet release: RandomResizedCrop, ColorJitter(0.4, 0.4, 0.4) and a horizontal flip.
-torchvision draws the parameters; the pixels are changed on arrays of bytes, as Pillow would change them but for
-rounding, in less than half of the time.
+torchvision draws the parameters. The pixels are changed as Pillow would, up to rounding, but on arrays of bytes, which
+takes less than half the time.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from shufflenet_mlflow.data.preprocess import MODES, Mode, Preprocess, Transform
 
 @dataclass(frozen=True)
 class ShiftTransform:
-    """The evaluation resize, then a crop at a random place: for images whose orientation has meaning."""
+    """The resize of evaluation, then a random crop: for images whose orientation or colour has meaning."""
 
     preprocess: Preprocess
 
@@ -35,10 +35,10 @@ class ReleaseTransform:
     """The release's training augmentation."""
 
     FLIPPED = 0.5
-    """Share of the images that are mirrored."""
+    """Probability of a horizontal flip."""
 
     def __init__(self, preprocess: Preprocess) -> None:
-        from torchvision.transforms import v2  # a second to import, and not needed for the other augmentations
+        from torchvision.transforms import v2  # takes a second to import, and only this needs it
 
         self.preprocess = preprocess
         self._crop = v2.RandomResizedCrop(preprocess.input_size)
@@ -46,9 +46,9 @@ class ReleaseTransform:
 
     def __call__(self, pixels_HWC: Pixels) -> Tensor:
         size, channels = self.preprocess.input_size, MODES[self.preprocess.mode].channels
-        drawn = self._crop.make_params([torch.from_numpy(pixels_HWC).permute(2, 0, 1)])
-        rows = slice(drawn["top"], drawn["top"] + drawn["height"])
-        columns = slice(drawn["left"], drawn["left"] + drawn["width"])
+        crop = self._crop.make_params([torch.from_numpy(pixels_HWC).permute(2, 0, 1)])
+        rows = slice(crop["top"], crop["top"] + crop["height"])
+        columns = slice(crop["left"], crop["left"] + crop["width"])
         pixels_HWC = resize_antialiased(pixels_HWC[rows, columns], [size, size])
         pixels_HWC = change_colours(pixels_HWC, self._jitter.make_params([]))
         if float(torch.rand(1)) < self.FLIPPED:
@@ -56,26 +56,26 @@ class ReleaseTransform:
         return to_tensor(pixels_HWC, channels)
 
 
-def change_colours(pixels_HWC: Pixels, drawn: dict[str, object]) -> Pixels:
+def change_colours(pixels_HWC: Pixels, jitter: dict[str, object]) -> Pixels:
     """Change brightness, contrast and saturation as Pillow's `ImageEnhance` does.
 
     Args:
-        drawn: what `v2.ColorJitter.make_params` has drawn: the order of the changes, and the factor of each.
+        jitter: the result of `v2.ColorJitter.make_params`: the order of the changes, and the factor of each.
     """
     changes = (
-        (_brightness, drawn["brightness_factor"]),
-        (_contrast, drawn["contrast_factor"]),
-        (_saturation, drawn["saturation_factor"]),
+        (_brightness, jitter["brightness_factor"]),
+        (_contrast, jitter["contrast_factor"]),
+        (_saturation, jitter["saturation_factor"]),
     )
-    for number in drawn["fn_idx"]:  # type: ignore[attr-defined]
-        if int(number) < len(changes):  # the last would be the hue's
-            change, factor = changes[int(number)]
+    for index in jitter["fn_idx"]:  # type: ignore[attr-defined]
+        if int(index) < len(changes):  # the last index is the hue's, which stays
+            change, factor = changes[int(index)]
             pixels_HWC = change(pixels_HWC, float(factor))  # type: ignore[arg-type]
     return pixels_HWC
 
 
 _CUT_OFF = -0.499
-"""Pillow cuts off what OpenCV would round."""
+"""Turns OpenCV's rounding into Pillow's truncation."""
 
 
 def _brightness(pixels_HWC: Pixels, factor: float) -> Pixels:
@@ -88,7 +88,7 @@ def _contrast(pixels_HWC: Pixels, factor: float) -> Pixels:
 
 
 def _blend_with(pixels_HWC: Pixels, value: float, factor: float) -> Pixels:
-    """From `value` everywhere at factor 0 to the image at 1, and beyond."""
+    """Interpolate from a constant image (factor 0) to the image (factor 1), or extrapolate."""
     return cv2.addWeighted(pixels_HWC, factor, pixels_HWC, 0, (1 - factor) * value + _CUT_OFF)  # type: ignore[return-value]
 
 
@@ -99,11 +99,11 @@ def _saturation(pixels_HWC: Pixels, factor: float) -> Pixels:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are varied."""
+    """A transform, and whether lighting noise is added."""
 
     transform: Callable[[Preprocess], Transform]
     lighting: bool = False
-    """Shift each image's colour by `draw_lighting`."""
+    """Add `draw_lighting` to each image."""
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {
@@ -113,14 +113,14 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(eval_transform),
 }
 
-# Principal components of ImageNet's colours on a 0-1 scale: Krizhevsky et al., 2012, as the release has them.
+# Principal components of ImageNet's colours on a 0-1 scale: Krizhevsky et al., 2012; the values are the release's.
 LIGHTING_STD = 0.1
 _EIGENVALUES = (0.2175, 0.0188, 0.0045)
 _EIGENVECTORS_RGB = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 
 def draw_lighting(mode: Mode) -> Tensor:
-    """AlexNet's colour noise: what to add to all pixels of one image, (3,) on the 0-255 scale, in `mode`'s order."""
+    """Draw AlexNet's colour noise for one image: (3,) float32 on the 0-255 scale, in the channel order of `mode`."""
     weights = torch.randn(3) * LIGHTING_STD * torch.tensor(_EIGENVALUES)
     shift_RGB = torch.tensor(_EIGENVECTORS_RGB) @ weights * 255
     return shift_RGB.flip(0) if mode.channels == "BGR" else shift_RGB
@@ -128,9 +128,9 @@ def draw_lighting(mode: Mode) -> Tensor:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from the CPU generator as if it had just been seeded, and put it back afterwards.
+    """Seed the CPU generator within the block, and restore its state afterwards.
 
-    Only the CPU generator is touched: `torch.manual_seed` would reseed the devices' too.
+    `torch.manual_seed` would reseed the devices' generators too.
     """
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)

@@ -1,10 +1,8 @@
-"""The sets of images that a command can name: an image folder, or the bundled digits."""
+"""Data sets that a command can name: an image folder, or the bundled digits."""
 
 from pathlib import Path
 
-from shufflenet_mlflow.config import (
-    default_cache_dir,
-)
+from shufflenet_mlflow.config import default_cache_dir
 from shufflenet_mlflow.data.digits import cached_digits
 from shufflenet_mlflow.data.folder import list_images, require_images_only
 from shufflenet_mlflow.data.listing import ImageListing
@@ -13,7 +11,7 @@ DIGITS_NAME = "digits"
 
 
 def data_name(directory: str | None) -> str:
-    """What to call a data set: its folder's name, or the one above a folder called train or val."""
+    """Return a data set's name: that of its folder, or of the parent of a folder called train, val or similar."""
     if directory is None:
         return DIGITS_NAME
     path = Path(directory)
@@ -22,16 +20,22 @@ def data_name(directory: str | None) -> str:
 
 
 def list_folder(
-    directory: str | None, part: str, *, option: str, skip_bad: bool, cache_dir: Path | None
+    directory: str | None, split: str, *, option: str, skip_bad: bool, cache_dir: Path | None
 ) -> ImageListing:
-    """List `directory`, or that part of the bundled digits.
+    """List `directory`, or the bundled digits if it is None.
+
+    Args:
+        split: of the digits, `train` or `val`.
+        option: what to call the folder in messages.
+        skip_bad: allow files that are not images.
+        cache_dir: where the digits are kept; by default in the user's cache folder.
 
     Raises:
-        DataError: see `list_images`; or it holds other files than images, and `skip_bad` is False.
+        DataError: see `list_images`; or it holds files that are not images, and `skip_bad` is False.
     """
     cache_dir = cache_dir or default_cache_dir()
     if directory is None:
-        return list_images(cached_digits(cache_dir) / part)
+        return list_images(cached_digits(cache_dir) / split)
     listing = list_images(directory, option=option)
     if not skip_bad:
         require_images_only(listing, option=option)

@@ -1,7 +1,7 @@
-"""Decode an image file to RGB pixels, resize it and crop its centre.
+"""Decoding of image files to RGB pixels, resizing and centre crop.
 
 Training, evaluation and prediction decode with this module, and logged models carry a copy of it (`export.bundle`), so
-all of them see the same pixels. A logged model outlives the package that made it: nothing of the package is imported.
+all of them see the same pixels. It imports nothing of the package, which a logged model may outlive.
 """
 
 from contextlib import nullcontext
@@ -17,14 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 LARGEST_RESIZED = 1 << 26
-"""Pixels of a resized image: a file of a few bytes can be 1 pixel high and 60,000 wide."""
+"""The most pixels of a resized image: a file of a few bytes can be 1 pixel high and 60,000 wide."""
 
 LARGEST_JPEG = 1 << 28
-"""Bytes of a file that are read into memory; a larger one is left to Pillow, which reads a file piece by piece."""
+"""The most bytes of a file to read into memory; Pillow reads a larger one piece by piece."""
 
 
 class UnreadableImageError(ValueError):
-    """What should be an image is none, or none that can be used."""
+    """The file is not an image, is damaged, or is too large to use."""
 
 
 Pixels = NDArray[np.uint8]
@@ -32,9 +32,12 @@ Pixels = NDArray[np.uint8]
 
 
 def decode(source: str | BinaryIO) -> Pixels:
-    """Read an image of any kind that Pillow knows as RGB; of 16 bits per pixel the upper eight count.
+    """Decode an image of any format that Pillow reads; of 16 bits per pixel the upper eight are kept.
 
-    JPEG files without flaws are left to simplejpeg, which gives the same pixels in less time.
+    Intact JPEG files are decoded by simplejpeg, which yields the same pixels faster.
+
+    Returns:
+        uint8 (height, width, 3), RGB.
 
     Raises:
         UnreadableImageError: it cannot be opened or decoded.
@@ -51,15 +54,15 @@ def decode(source: str | BinaryIO) -> Pixels:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers of damaged files raise all kinds
-        # Pillow repeats the path, or the object, in "cannot identify image file '...'".
-        text = getattr(error, "strerror", None) or str(error).split(" '")[0].split(" <")[0]
-        raise UnreadableImageError(text or type(error).__name__) from error
+        # Without the path or object that Pillow repeats in "cannot identify image file '...'".
+        reason = getattr(error, "strerror", None) or str(error).split(" '")[0].split(" <")[0]
+        raise UnreadableImageError(reason or type(error).__name__) from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 bits per pixel in eight, as Pillow opens coloured ones; any other as it is.
+    """Reduce a grey image of 16 bits per pixel to eight, as Pillow does with coloured ones; return others unchanged.
 
-    Pillow's own conversion cuts off what is above 255, which is nearly everything.
+    Pillow's own conversion clips values above 255, which is nearly all of them.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -70,7 +73,7 @@ _JPEG = b"\xff\xd8"
 
 
 def _decode_jpeg(encoded: bytes) -> Pixels | None:
-    """None where Pillow has to decide: on flaws that can be passed over, on other colours, on an enormous size."""
+    """Decode a JPEG, or return None if Pillow has to: it has flaws, another colour space or an enormous size."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
         if colours not in ("YCbCr", "RGB", "Gray") or int(height) * int(width) > (Image.MAX_IMAGE_PIXELS or 0):
@@ -82,26 +85,26 @@ def _decode_jpeg(encoded: bytes) -> Pixels | None:
 
 
 def resize_antialiased(pixels_HWC: Pixels, size: list[int]) -> Pixels:
-    """Bilinearly, averaging over the pixels that are left out, as Pillow does but for rounding.
+    """Resize bilinearly with antialiasing, as Pillow does up to rounding.
 
     Args:
-        size: height and width, or the length of the shorter side.
+        size: [height, width], or [length of the shorter side].
     """
-    from torchvision.transforms.v2 import functional  # a second to import, and not needed for most networks
+    from torchvision.transforms.v2 import functional  # takes a second to import, and few networks need it
 
-    # PyTorch is fast, and keeps the channels together, where the pixels lie one behind the other.
+    # With contiguous pixels PyTorch is fast, and keeps the channels of a pixel together.
     image_CHW = torch.from_numpy(np.ascontiguousarray(pixels_HWC)).permute(2, 0, 1)
     return functional.resize(image_CHW, size, antialias=True).permute(1, 2, 0).numpy()
 
 
 def resize_shorter_side(pixels_HWC: Pixels, size: int, *, antialias: bool) -> Pixels:
-    """Scale so that the shorter side is `size`, bilinearly, half-pixel centres.
+    """Resize bilinearly, with half-pixel centres, so that the shorter side is `size`.
 
     Without `antialias` as the original ShuffleNet release does, with it as torchvision does; the two also round the
     longer side differently.
 
     Raises:
-        UnreadableImageError: the longer side would become enormous.
+        UnreadableImageError: the result would have more than `LARGEST_RESIZED` pixels.
     """
     height, width = pixels_HWC.shape[:2]
     if (size / min(width, height)) ** 2 * width * height > LARGEST_RESIZED:
@@ -116,9 +119,9 @@ def resize_shorter_side(pixels_HWC: Pixels, size: int, *, antialias: bool) -> Pi
 
 
 def to_tensor(pixels_HWC: Pixels, channels: str) -> Tensor:
-    """(height, width, 3) RGB -> uint8 (3, height, width) in the order of `channels`, BGR or RGB.
+    """Convert (height, width, 3) RGB to uint8 (3, height, width) in the order of `channels`, BGR or RGB.
 
-    In memory the channels of a pixel stay together, as convolutions like them on the CPU and on tensor cores.
+    Its memory format is channels-last, which convolutions prefer on the CPU and on tensor cores.
     """
     is_bgr = channels == "BGR"
     ordered_HWC = cv2.cvtColor(pixels_HWC, cv2.COLOR_RGB2BGR) if is_bgr else np.ascontiguousarray(pixels_HWC)
@@ -127,15 +130,16 @@ def to_tensor(pixels_HWC: Pixels, channels: str) -> Tensor:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """RGB pixels -> uint8 (3, crop, crop): the shorter side resized, the centre cropped."""
+    """RGB pixels -> uint8 (3, crop, crop): resize the shorter side, crop the centre."""
 
     crop: int
+    """Height and width of the result."""
     resize: int
-    """Pixels of the shorter side before the crop."""
+    """Length of the shorter side before the crop."""
     channels: str
     """BGR or RGB."""
     antialias: bool
-    """Average over the pixels that are left out when an image is made smaller."""
+    """Whether resizing antialiases."""
 
     def __call__(self, pixels_HWC: Pixels) -> Tensor:
         pixels_HWC = resize_shorter_side(pixels_HWC, self.resize, antialias=self.antialias)

@@ -1,7 +1,7 @@
 """The bundled demo set: scikit-learn's handwritten digits, written as an image folder.
 
-1,797 grey images of 8x8 pixels in ten classes (the test part of the UCI "Optical Recognition of Handwritten
-Digits" set), enlarged to 32x32. Every fifth image of a class is for validation.
+1,797 grey images of 8x8 pixels in ten classes (the test set of the UCI "Optical Recognition of Handwritten Digits"),
+enlarged to 32x32. Every fifth image of a class is for validation.
 """
 
 import os
@@ -15,24 +15,26 @@ from PIL import Image
 from shufflenet_mlflow.errors import DataError
 
 SIZE = 32
-EVERY = 5
+"""Height and width of the images."""
+VAL_EVERY = 5
+"""One in this many images of a class is for validation."""
 MAXIMUM = 16
 """The largest grey value in the source."""
 
 
 def _write_images(folder: Path) -> None:
-    from sklearn.datasets import load_digits  # 0.6 s to import: only when the set is really written
+    from sklearn.datasets import load_digits  # takes 0.6 s to import
 
     source = load_digits()
     counts: dict[int, int] = {}
     for pixels, digit in zip(source.images, source.target.tolist(), strict=True):
         number = counts[digit] = counts.get(digit, 0) + 1
-        part = folder / ("val" if number % EVERY == 0 else "train") / str(digit)
-        part.mkdir(parents=True, exist_ok=True)
+        directory = folder / ("val" if number % VAL_EVERY == 0 else "train") / str(digit)
+        directory.mkdir(parents=True, exist_ok=True)
         grey = (pixels * (255 / MAXIMUM)).round().astype(np.uint8)
         image = Image.fromarray(grey).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        # Stored, not compressed: file sizes, and with them the digest, are then equal everywhere.
-        image.save(part / f"{number:04}.png", compress_level=0)
+        # Uncompressed, so that file sizes, and with them the digest, are equal everywhere.
+        image.save(directory / f"{number:04}.png", compress_level=0)
 
 
 def write_digits(folder: str | Path) -> Path:
@@ -69,12 +71,16 @@ def write_digits(folder: str | Path) -> Path:
 
 
 def cached_digits(cache_dir: Path) -> Path:
-    """The demo set below `cache_dir`, written there the first time."""
+    """Return the folder of the demo set below `cache_dir`; the first call writes it.
+
+    Raises:
+        DataError: it cannot be written.
+    """
     folder = cache_dir / "digits-v1"
     if not folder.is_dir():
         try:
             write_digits(folder)
         except DataError:
-            if not folder.is_dir():  # another process may have been faster
+            if not folder.is_dir():  # else another process was faster
                 raise
     return folder

@@ -1,4 +1,4 @@
-"""An image folder, listed: one subfolder per class, images at any depth below it."""
+"""Image folders: one subfolder per class, images at any depth below it."""
 
 import logging
 import os
@@ -13,48 +13,48 @@ from shufflenet_mlflow.errors import DataError
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""The same as torchvision's `IMG_EXTENSIONS`; torchvision takes a second to import."""
+"""Equal to torchvision's `IMG_EXTENSIONS`; torchvision takes a second to import."""
 
 IGNORED_NAMES = {"thumbs.db", "desktop.ini"}
-"""Files that file managers leave behind; names that begin with a dot are passed over as well."""
+"""Files that file managers leave behind; names that begin with a dot are ignored as well."""
 
 _NAMED = 3
-"""How many offending files a message names before it counts the rest."""
+"""Offending files that a message names; it counts the rest."""
 
 
 def is_image_name(path: str) -> bool:
-    """Whether a file with this name is taken for an image where nobody has named it."""
+    """Whether a file found in a folder is taken for an image, by its suffix."""
     return path.lower().endswith(IMAGE_SUFFIXES)
 
 
 class _File(NamedTuple):
-    """One file, or something that looks like one."""
+    """An entry of a folder that is not a folder itself."""
 
     path: str
     """Relative to the folder that was searched, with forward slashes."""
     bytes: int | None
-    """0 for a broken link, which decoding will name; None for what is no file, such as a pipe."""
+    """0 for a broken link, which decoding will report; None for something other than a file, such as a pipe."""
 
     @property
     def is_image(self) -> bool:
-        """By its name."""
+        """Whether it is a file with an image's suffix."""
         return self.bytes is not None and is_image_name(self.path)
 
 
 def _files_below(root: str, folder: str) -> list[_File]:
-    """The files below `root`/`folder`, sorted; hidden files and folders are passed over.
+    """Return the files below `root`/`folder`, sorted; hidden files and folders are ignored.
 
     Raises:
         DataError: a folder cannot be read.
     """
-    found: list[_File] = []
-    waiting = [folder]
+    files: list[_File] = []
+    pending = [folder]
     visited: set[tuple[int, int]] = set()
     if folder:
-        above = os.stat(root)
-        visited.add((above.st_dev, above.st_ino))
-    while waiting:
-        parent = waiting.pop()
+        status = os.stat(root)
+        visited.add((status.st_dev, status.st_ino))
+    while pending:
+        parent = pending.pop()
         path = os.path.join(root, parent)
         try:
             status = os.stat(path)
@@ -67,19 +67,19 @@ def _files_below(root: str, folder: str) -> list[_File]:
                         continue
                     below = f"{parent}/{entry.name}" if parent else entry.name
                     if _is_folder(entry):
-                        waiting.append(below)
+                        pending.append(below)
                     elif entry.name.lower() not in IGNORED_NAMES:
-                        found.append(_File(below, _size_of(entry)))
+                        files.append(_File(below, _size_of(entry)))
         except OSError as error:
             raise DataError(
                 f"the folder {path!r} cannot be read: {error.strerror}", code="image-subfolder-unreadable"
             ) from None
-    found.sort()
-    return found
+    files.sort()
+    return files
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    """False for a link that leads nowhere or in a circle: decoding will name it."""
+    """Whether it is a folder; False for a broken or circular link, which decoding will report."""
     try:
         return entry.is_dir()
     except OSError:
@@ -95,7 +95,7 @@ def _size_of(entry: "os.DirEntry[str]") -> int | None:
 
 
 def image_files(folder: str) -> list[str]:
-    """Paths of the image files below `folder`, sorted.
+    """Return the paths of the image files below `folder`, sorted.
 
     Raises:
         DataError: a folder cannot be read.
@@ -104,7 +104,7 @@ def image_files(folder: str) -> list[str]:
 
 
 def files_below(folder: str) -> list[str]:
-    """Paths of the files below `folder`, relative to it, with forward slashes, sorted; hidden ones are passed over.
+    """Return the paths of the files below `folder`, relative to it, with forward slashes, sorted; without hidden ones.
 
     Raises:
         DataError: a folder cannot be read.
@@ -119,8 +119,8 @@ def list_images(root: str | Path, *, option: str = "folder") -> ImageListing:
         option: what to call the folder in messages, such as `--train-dir`.
 
     Raises:
-        DataError: the folder is missing, empty, unreadable, holds images but no class folders, a link in it leads
-            nowhere, or a class has no image.
+        DataError: the folder is missing, unreadable or without class folders, a link in it is broken, or a class has
+            no image.
     """
     root = Path(root)
     classes = _class_folders(root, option)
@@ -147,11 +147,11 @@ def list_images(root: str | Path, *, option: str = "folder") -> ImageListing:
 
 
 def _class_folders(root: Path, option: str) -> tuple[str, ...]:
-    """The names of the folders in `root`, in text order.
+    """Return the names of the folders in `root`, in text order.
 
     Raises:
-        DataError: there is none, `root` is no folder that can be read, or a link in it leads nowhere: a class would be
-            missing without a word.
+        DataError: there is none, `root` is not a readable folder, or a link in it is broken: a class would silently be
+            missing.
     """
     try:
         with os.scandir(root) as entries:
@@ -165,14 +165,14 @@ def _class_folders(root: Path, option: str) -> tuple[str, ...]:
         raise DataError(
             f"{option} {str(root)!r} is a file, not a folder of classes", code="image-folder-is-file"
         ) from None
-    except (OSError, ValueError) as error:  # ValueError: it holds a NUL
+    except (OSError, ValueError) as error:  # ValueError: the path holds a NUL
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(
             f"{option} {str(root)[:200]!r} cannot be read: {reason}", code="image-folder-unreadable"
         ) from None
-    if lost := sorted(entry.name for entry in shown if entry.is_symlink() and not os.path.exists(entry.path)):
+    if broken := sorted(entry.name for entry in shown if entry.is_symlink() and not os.path.exists(entry.path)):
         raise DataError(
-            f"{option} {str(root)!r}: the link {name_some(lost)} leads nowhere; put its folder back or remove the link",
+            f"{option} {str(root)!r}: the link {name_some(broken)} is broken; restore its target or remove the link",
             code="class-link-broken",
         )
     names = sorted(entry.name for entry in shown if _is_folder(entry))
@@ -185,17 +185,13 @@ def _class_folders(root: Path, option: str) -> tuple[str, ...]:
 
 
 def name_some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:_NAMED])
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
 def require_images_only(listing: ImageListing, *, option: str) -> None:
-    """Refuse a folder that holds other files than images.
-
-    Raises:
-        DataError: it does; the message names them.
-    """
+    """Raise DataError, which names them, if a folder holds files that are not images."""
     if listing.foreign:
         raise DataError(
             f"{option} {str(listing.root)!r} holds files that are not images: "
@@ -205,14 +201,11 @@ def require_images_only(listing: ImageListing, *, option: str) -> None:
 
 
 def require_same_classes(expected: Mapping[str, int], listing: ImageListing, *, expected_in: str, option: str) -> None:
-    """Refuse a folder whose classes are not the expected ones.
+    """Raise DataError, which names the differences, unless a folder has the expected classes.
 
     Args:
         expected: class name -> label.
         expected_in: where the expected classes come from, for the message.
-
-    Raises:
-        DataError: the two differ; the message says in what.
     """
     found = listing.class_to_idx
     if dict(expected) == found:
@@ -221,9 +214,9 @@ def require_same_classes(expected: Mapping[str, int], listing: ImageListing, *, 
     if missing := sorted(set(expected) - set(found)):
         differences.append(f"it lacks {name_some(missing)}")
     if extra := sorted(set(found) - set(expected)):
-        differences.append(f"it alone has {name_some(extra)}")
+        differences.append(f"it also has {name_some(extra)}")
     raise DataError(
         f"{option} {str(listing.root)!r} does not have the classes of {expected_in}: "
-        f"{'; '.join(differences) or 'the labels are in another order'}",
+        f"{'; '.join(differences) or 'their order differs'}",
         code="classes-differ",
     )

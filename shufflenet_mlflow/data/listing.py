@@ -1,4 +1,4 @@
-"""What lies in an image folder, and what is hashed of it."""
+"""The listing of an image folder: its classes, samples and digests."""
 
 import hashlib
 import os
@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 DIGEST_LENGTH = 32
-"""MLflow takes data set digests of 36 characters at most."""
+"""Characters of a digest; MLflow takes at most 36."""
 
 CONTENT_UP_TO = 1 << 30
-"""Bytes of a set of images whose content is hashed; of larger ones paths and sizes have to do."""
+"""The most bytes of a data set whose content is hashed; of a larger one only paths and sizes are."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,13 @@ class Sample:
     """Relative to the root, with forward slashes."""
     label: int
     bytes: int
+    """Size of the file."""
 
 
 class Samples(Sequence[Sample]):
-    """Many samples in four arrays: a million take 70 MB, which the processes that decode images share.
+    """Samples in four arrays: a million take 70 MB, shared with the worker processes.
 
-    As a million objects they would take five times as much, in each process: counting references writes to them.
+    A million objects would take five times as much, and in each process: counting references writes to them.
 
     Args:
         text: uint8, all paths one after the other, in UTF-8.
@@ -51,7 +52,7 @@ class Samples(Sequence[Sample]):
 
     @classmethod
     def of(cls, samples: Iterable[tuple[str, int, int]]) -> "Samples":
-        """From paths, labels and sizes."""
+        """Build from tuples of path, label and size."""
         text = bytearray()
         ends: list[int] = []
         labels: list[int] = []
@@ -80,13 +81,13 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]  # IndexError beyond the end, which ends an iteration
+        number = range(len(self))[index]  # raises IndexError beyond the end, which ends an iteration
         begin = self.ends[number - 1] if number else 0
         path = self.text[begin : self.ends[number]].tobytes().decode("utf-8", "surrogateescape")
         return Sample(path, int(self.labels[number]), int(self.sizes[number]))
 
     def encoded(self) -> Iterator[tuple[bytes, int]]:
-        """Each path in UTF-8, and the file's size."""
+        """Yield each path in UTF-8, and the file's size."""
         text, begin = self.text.tobytes(), 0
         for end, size in zip(self.ends.tolist(), self.sizes.tolist(), strict=True):
             yield text[begin:end], size
@@ -95,15 +96,15 @@ class Samples(Sequence[Sample]):
 
 @dataclass(frozen=True)
 class ImageListing:
-    """What lies in an image folder, in an order that does not depend on the file system."""
+    """The content of an image folder, in an order that does not depend on the file system."""
 
     root: Path
     classes: tuple[str, ...]
-    """Folder names in text order; a class's label is its place here."""
+    """Folder names in text order; a class's label is its index."""
     samples: Samples
-    """By class, then by path."""
+    """Sorted by class, then by path."""
     foreign: tuple[str, ...] = ()
-    """Files without an image's suffix, relative to the root; they were left out."""
+    """Paths of other files, without an image's suffix, relative to the root."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -115,7 +116,7 @@ class ImageListing:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of every path and size: equal for a copy elsewhere, different once a file comes or goes."""
+        """Hash of all paths and sizes: equal for a copy elsewhere, different once a file is added or removed."""
         hashed = hashlib.sha256()
         for path, size in self.samples.encoded():
             hashed.update(_entry(path, size))
@@ -123,12 +124,12 @@ class ImageListing:
 
     @property
     def is_small(self) -> bool:
-        """Whether reading all of it takes seconds at most."""
+        """Whether it has at most `CONTENT_UP_TO` bytes, which are read within seconds."""
         return int(self.samples.sizes.sum()) <= CONTENT_UP_TO
 
     @cached_property
     def content_digest(self) -> str:
-        """Hash of every path and of every file's bytes; `digest` where there is more than `CONTENT_UP_TO` to read."""
+        """Hash of all paths and contents; equal to `digest` unless `is_small`."""
         if not self.is_small:
             return self.digest
         hashed = hashlib.sha256()
@@ -143,7 +144,7 @@ def _entry(path: bytes, size: int) -> bytes:
 
 
 def _add_content(hashed: "hashlib._Hash", path: Path) -> None:
-    """Add a file's bytes; of one that cannot be read, that it cannot."""
+    """Hash a file's bytes, or a mark if it cannot be read."""
     try:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""Batches of images, decoded in worker processes."""
+"""Loading of image batches, decoded in worker processes."""
 
 import os
 import shutil
@@ -23,14 +23,14 @@ from shufflenet_mlflow.runtime.devices import usable_cores
 from shufflenet_mlflow.runtime.signals import StopFlag
 
 PREFETCHED = 2
-"""Batches that each process loads in advance."""
+"""Batches that each worker loads in advance."""
 
 DEFAULT_WORKERS_LIMIT = 16
-"""More have not been tried."""
+"""The most workers by default; more have not been measured."""
 WORKERS_FROM = 256
-"""With fewer images, starting processes takes longer than decoding."""
+"""With fewer images, starting workers takes longer than decoding."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - asked for its size only
-"""Where Linux keeps what processes share."""
+"""Linux's shared memory, through which batches come from the workers."""
 
 
 class BadImage(NamedTuple):
@@ -51,33 +51,35 @@ class Batch(NamedTuple):
     labels_N: Tensor
     """int64."""
     indices_N: Tensor
-    """int64, where in the listing each image stands."""
+    """int64, index of each image in the listing."""
     shift_NC: Tensor | None
-    """float32, what the augmentation adds to all pixels of an image; None if it adds nothing."""
+    """float32, lighting noise on the 0-255 scale, to be added to all pixels of an image; None without it."""
     bad: tuple[BadImage, ...]
     """The files of this batch that could not be decoded."""
 
 
 class Item(NamedTuple):
-    """One image, or that it could not be decoded."""
+    """One element of a batch; without an image if none could be decoded."""
 
     image_CHW: Tensor | None
+    """uint8."""
     label: int
     position: int
+    """In the listing."""
     shift_C: Tensor | None
     bad: tuple[BadImage, ...]
 
 
 class ImageDataset(Dataset[Item]):
-    """The images of a listing, through a transform.
+    """The images of a listing, decoded and transformed; its keys are (epoch, index of the sample).
 
-    Every random draw of the transform is a function of (seed, epoch, index of the sample), so an image looks
-    the same whichever process loads it.
+    Every random draw of the transform is a function of seed and key, so it does not matter which process loads an
+    image.
 
     Args:
-        lighting: draws each image's colour shift, (3,); None for none.
-        replace_bad: put the next readable image of the listing in the place of one that cannot be read, so
-            that a training batch keeps its size; otherwise the batch is smaller.
+        lighting: draws each image's lighting noise, (3,), if any.
+        replace_bad: replace an unreadable image by the next readable one of the listing, so that a batch keeps its
+            size; otherwise the batch is smaller.
     """
 
     def __init__(
@@ -99,15 +101,15 @@ class ImageDataset(Dataset[Item]):
         return len(self.listing)
 
     def __getitem__(self, key: Key) -> Item:
-        epoch, first = key
+        epoch, requested = key
         bad: list[BadImage] = []
         for offset in range(len(self) if self.replace_bad else 1):
-            index = (first + offset) % len(self)
+            index = (requested + offset) % len(self)
             sample = self.listing.samples[index]
             path = str(self.listing.root / sample.path)
             try:
                 pixels_HWC = decode(path)
-                with seeded(derive_seed(self.seed, epoch, first)):
+                with seeded(derive_seed(self.seed, epoch, requested)):
                     image_CHW = self.transform(pixels_HWC)
                     shift_C = self.lighting() if self.lighting else None
                 return Item(image_CHW, sample.label, index, shift_C, tuple(bad))
@@ -117,7 +119,7 @@ class ImageDataset(Dataset[Item]):
 
 
 def collate(items: list[Item]) -> Batch:
-    """Stack the images that could be read, where the training process can see them if this is a worker."""
+    """Stack the images that could be decoded; in a worker, into shared memory."""
     bad = tuple(entry for item in items for entry in item.bad)
     images_HWC = [item.image_CHW.permute(1, 2, 0) for item in items if item.image_CHW is not None]
     labels = [item.label for item in items if item.image_CHW is not None]
@@ -134,21 +136,21 @@ def collate(items: list[Item]) -> Batch:
 
 
 def _start_worker(_worker_id: int) -> None:
-    """Leave Ctrl-C and the like, which reach the whole process group, to the main process.
+    """Ignore signals such as Ctrl-C, which reach the whole process group: the main process handles them.
 
-    The loader ends its workers through a queue, and they end by themselves once their parent is gone.
+    The loader stops its workers through a queue, and they exit once their parent is gone.
     """
-    for number in StopFlag.SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for signum in StopFlag.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     cv2.setNumThreads(0)
 
 
 def make_loader(
     dataset: Dataset[Item], batches: Sampler[list[Key]], *, workers: int, pin_memory: bool
 ) -> DataLoader[Item]:
-    """A loader that yields a `Batch` for each list of keys in `batches`, in order.
+    """Return a loader that yields a `Batch` for each list of keys in `batches`, in order.
 
-    It never draws from the global random generator, which belongs to the training state.
+    It does not draw from the global random generator, which belongs to the training state.
     """
     return DataLoader(
         dataset,
@@ -163,10 +165,10 @@ def make_loader(
 
 
 class BadImageLog:
-    """Decides what a batch's unreadable files mean: an error, or a count.
+    """The unreadable files met so far: the first is an error unless they are to be skipped.
 
     Args:
-        skip: count them instead of raising.
+        skip: collect them instead of raising.
     """
 
     def __init__(self, *, skip: bool) -> None:
@@ -174,10 +176,10 @@ class BadImageLog:
         self.seen: dict[str, str] = {}
 
     def new_in(self, batch: Batch) -> list[BadImage]:
-        """The files of this batch that were not known to be unreadable.
+        """Return the unreadable files of this batch that were not met before.
 
         Raises:
-            BadImageError: there is one, and it is not to be skipped.
+            BadImageError: there is one, and `skip` is False.
         """
         new = [bad for bad in dict.fromkeys(batch.bad) if bad.path not in self.seen]
         if new and not self.skip:
@@ -187,10 +189,10 @@ class BadImageLog:
 
 
 def batches_of(loader: DataLoader[Item]) -> Iterator[Batch]:
-    """The loader's batches, with their type.
+    """Yield the loader's batches.
 
     Raises:
-        DataError: a process that reads them died.
+        DataError: a worker died.
     """
     with worker_deaths_reported():
         yield from loader
@@ -198,7 +200,7 @@ def batches_of(loader: DataLoader[Item]) -> Iterator[Batch]:
 
 @contextmanager
 def worker_deaths_reported() -> Iterator[None]:
-    """Raise DataError where PyTorch raises its own error for a process that died while loading images."""
+    """Raise DataError instead of PyTorch's own error if a worker dies."""
     try:
         yield
     except RuntimeError as error:
@@ -209,9 +211,9 @@ def worker_deaths_reported() -> Iterator[None]:
 
 
 def worker_death(error: RuntimeError) -> DataError | None:
-    """What to say if `error` is PyTorch's report of a dead worker process; None for any other error.
+    """Return the DataError for PyTorch's report of a dead worker, or None for any other error.
 
-    PyTorch raises it from a signal handler, so it can come up anywhere in the main process.
+    PyTorch raises it from a signal handler, so it can occur anywhere in the main process.
     """
     if "DataLoader worker" not in str(error):
         return None
@@ -223,17 +225,17 @@ def worker_death(error: RuntimeError) -> DataError | None:
 
 
 def default_workers(images: int, batch_size: int, input_size: int) -> int:
-    """Processes that decode images, unless told: one per core that is there for this process.
+    """Return the default number of workers: one per core available to this process, none for few images.
 
-    Fewer where the memory through which their batches come does not hold so many: in containers it is often small.
+    Fewer if shared memory, which is often small in containers, cannot hold their batches.
     """
     if images < WORKERS_FROM:
         return 0
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     processes = max(1, int(local)) if local.isdecimal() else 1
-    batch = batch_size * 3 * input_size**2
+    batch_bytes = batch_size * 3 * input_size**2
     try:
-        in_memory = shutil.disk_usage(SHARED_MEMORY).free // (2 * PREFETCHED * batch * processes)
+        memory_limit = shutil.disk_usage(SHARED_MEMORY).free // (2 * PREFETCHED * batch_bytes * processes)
     except OSError:  # not Linux
-        in_memory = DEFAULT_WORKERS_LIMIT
-    return min(DEFAULT_WORKERS_LIMIT, max(1, usable_cores() // processes), in_memory)
+        memory_limit = DEFAULT_WORKERS_LIMIT
+    return min(DEFAULT_WORKERS_LIMIT, max(1, usable_cores() // processes), memory_limit)

@@ -1,7 +1,7 @@
-"""The mean image that Large subtracts from its input: computing one, and its two file formats.
+"""The mean image that Large subtracts from its input: computing it, and its two file formats.
 
-A mean image is kept as float32 (height, width, 3), BGR, on the 0-255 scale: in OpenCV's XML under the name `MeanImg`,
-as the original release does, or as `.npy`.
+A file holds float32 (height, width, 3), BGR, on the 0-255 scale: OpenCV's XML under the name `MeanImg`, as in the
+original release, or `.npy`.
 """
 
 import contextlib
@@ -28,19 +28,20 @@ from shufflenet_mlflow.runtime.signals import StopFlag
 
 XML_NAME = "MeanImg"
 _MOST_TAGS = 1000
-"""A mean image needs about fifteen."""
+"""The most XML tags of a file; a mean image has about fifteen."""
 
 
 def mean_image(
     listing: ImageListing, input_size: int, *, workers: int, bad_images: BadImageLog, reporter: Reporter, stop: StopFlag
 ) -> NDArray[np.float32]:
-    """The mean of all images, each prepared as for evaluation.
+    """Compute the mean of all images, each resized and cropped as for evaluation.
 
     Returns:
-        (input_size, input_size, 3) BGR, 0-255.
+        float32 (input_size, input_size, 3), BGR, 0-255.
 
     Raises:
-        DataError: a file could not be read and is not to be skipped, or none could be read.
+        BadImageError: a file could not be read and is not to be skipped.
+        DataError: no file could be read.
         StopRequested: a signal arrived.
     """
     dataset = ImageDataset(listing, eval_transform(Preprocess("bgr255", input_size)), replace_bad=False)
@@ -65,11 +66,11 @@ def mean_image(
 
 
 def check_output(path: Path) -> None:
-    """Find out whether a mean image could be written to `path`, before there is one.
+    """Check that a mean image can be written to `path`, before it is computed.
 
     Raises:
-        ConfigError: its name says neither format.
-        DataError: it is a folder, or its folder cannot be made.
+        ConfigError: its suffix is that of neither format.
+        DataError: it is a folder, or its parent folder cannot be created.
     """
     check_rule("mean_image", path, field="output")
     try:
@@ -94,16 +95,16 @@ def _check_scale(path: Path, mean_HWC: NDArray[Any]) -> None:
 
 
 def write_mean_image(path: Path, mean_HWC: NDArray[np.float32]) -> None:
-    """Write a mean image in the format that the file's suffix names; the file appears whole or not at all.
+    """Write a mean image in the format of the file's suffix; the file appears whole or not at all.
 
     Raises:
-        ConfigError: the suffix is another one.
-        DataError: the file cannot be written, or all images were black.
+        ConfigError: the suffix is that of neither format.
+        DataError: the file cannot be written, or the mean image is not on the 0-255 scale.
     """
     check_output(path)
     _check_scale(path, mean_HWC)
     aside = temporary_beside(path)
-    aside = aside.with_name(f"{aside.name}{path.suffix.lower()}")  # both writers look at the suffix
+    aside = aside.with_name(f"{aside.name}{path.suffix.lower()}")  # both writers need the suffix
     try:
         if path.suffix.lower() == ".npy":
             np.save(aside, mean_HWC)
@@ -129,14 +130,14 @@ def read_mean_image(path: Path) -> Tensor:
         float32 (3, height, width), BGR, 0-255.
 
     Raises:
-        ConfigError: its name says neither format.
-        DataError: it is missing, in another format, or holds what no mean image can hold.
+        ConfigError: its suffix is that of neither format.
+        DataError: it is missing, unreadable, in another format, of another shape or not on the 0-255 scale.
     """
     check_options({"mean_image": path})
     if not path.is_file():
-        lacking = "is not a file" if path.exists() else "does not exist"
+        problem = "is not a file" if path.exists() else "does not exist"
         raise DataError(
-            f"the mean image {str(path)!r} {lacking}; `shufflenet data mean DIR` makes one", code="mean-image-invalid"
+            f"the mean image {str(path)!r} {problem}; `shufflenet data mean DIR` makes one", code="mean-image-invalid"
         )
     try:
         mean_HWC = _read_npy(path) if path.suffix.lower() == ".npy" else _read_xml(path)
@@ -145,11 +146,11 @@ def read_mean_image(path: Path) -> Tensor:
             f"the mean image {str(path)!r} cannot be read: {_reason(error)}", code="mean-image-unreadable"
         ) from error
     if mean_HWC is None:
-        what = "an array of numbers" if path.suffix.lower() == ".npy" else f"OpenCV XML with a matrix {XML_NAME!r}"
-        raise DataError(f"the mean image {str(path)!r} does not hold {what}", code="mean-image-entry-missing")
+        content = "an array of numbers" if path.suffix.lower() == ".npy" else f"OpenCV XML with a matrix {XML_NAME!r}"
+        raise DataError(f"the mean image {str(path)!r} does not hold {content}", code="mean-image-entry-missing")
     if mean_HWC.ndim != 3 or mean_HWC.shape[2] != 3 or not mean_HWC.size or mean_HWC.dtype.kind not in "fiu":
         raise DataError(
-            f"the mean image {str(path)!r} is {mean_HWC.dtype} of shape {mean_HWC.shape}, not numbers of "
+            f"the mean image {str(path)!r} is {mean_HWC.dtype} of shape {mean_HWC.shape}, not numbers of shape "
             "(height, width, 3)",
             code="mean-image-shape",
         )
@@ -160,20 +161,20 @@ def read_mean_image(path: Path) -> Tensor:
 
 def _read_npy(path: Path) -> NDArray[Any] | None:
     try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: its header can claim any size
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped, as a header can claim any size
     except (ValueError, EOFError, OverflowError, MemoryError, SyntaxError, tokenize.TokenError):
         return None
     return loaded if isinstance(loaded, np.ndarray) else None
 
 
 def _read_xml(path: Path) -> NDArray[Any] | None:
-    if path.read_bytes().count(b"<") > _MOST_TAGS:  # nested deeply, they make OpenCV overflow its stack
+    if path.read_bytes().count(b"<") > _MOST_TAGS:  # nested deeply, they overflow OpenCV's stack
         return None
     try:
         storage = cv2.FileStorage(str(path), cv2.FILE_STORAGE_READ)
         matrix: NDArray[Any] | None = storage.getNode(XML_NAME).mat()
         storage.release()
-    except (cv2.error, SystemError):  # no XML, cut short, or another kind of node
+    except (cv2.error, SystemError):  # not XML, truncated, or another kind of node
         return None
     return matrix
 

@@ -1,10 +1,11 @@
-"""From a decoded image to the tensor a network takes.
+"""Preprocessing: from a decoded image to a network's input.
 
-Two halves. On the CPU, an image becomes a uint8 tensor of the right size and channel order: that is what
-travels between processes and to the device. On the device, it becomes float and is normalised.
+It has two steps. On the CPU an image becomes a uint8 tensor of the right size and channel order, which is what goes
+from process to process and to the device. On the device it becomes float and is normalised.
 
-The `bgr255` modes follow the original ShuffleNet release: BGR, 0-255; for evaluation the shorter side goes to 256 (at
-224 px input) with OpenCV's INTER_LINEAR and the centre is cropped. The `rgb` modes are those of torchvision's weights.
+The `bgr255` modes follow the original ShuffleNet release: BGR, 0-255; for evaluation the shorter side is resized to 256
+(at 224 px input) with OpenCV's INTER_LINEAR and the centre is cropped. The `rgb` modes are those of torchvision's
+weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,8 +30,13 @@ class Preprocess:
     """A mode at an input size; stored in every checkpoint, so that evaluation repeats it.
 
     Args:
-        mean_image: float32 (3, input_size, input_size) on the 0-255 scale, in the mode's channel order; subtracted in
-            the place of the mode's mean.
+        mode: a key of `MODES`.
+        input_size: pixels; a multiple of `STRIDE`.
+        mean_image: float32 (3, input_size, input_size) on the 0-255 scale, in the mode's channel order; subtracted
+            instead of the mode's mean.
+
+    Raises:
+        ConfigError: there is no such mode, or input size or mean image do not suit it.
     """
 
     mode: str
@@ -71,19 +77,19 @@ class Preprocess:
         return torch.equal(self.mean_image, other.mean_image)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values and the mean image, if there is one, for a checkpoint."""
+        """Return the checkpoint's entry: plain values, and the mean image if there is one."""
         values: dict[str, Any] = {"mode": self.mode, "input_size": self.input_size}
         return values if self.mean_image is None else {**values, "mean_image": self.mean_image}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "the checkpoint") -> "Preprocess":
-        """The inverse of `to_dict`.
+        """Build from the output of `to_dict`.
 
         Args:
             source: what to call the checkpoint in messages.
 
         Raises:
-            CheckpointError: a value is missing or not of this version.
+            CheckpointError: a value is missing or invalid.
         """
         try:
             mode, input_size, mean_image = values["mode"], values["input_size"], values.get("mean_image")
@@ -109,13 +115,13 @@ Transform = Callable[[Pixels], Tensor]
 
 
 def eval_transform(preprocess: Preprocess) -> CentreCrop:
-    """Resize the shorter side, crop the centre."""
+    """Return the transform of evaluation: resize the shorter side, crop the centre."""
     mode = MODES[preprocess.mode]
     return CentreCrop(preprocess.input_size, preprocess.resize_size, mode.channels, mode.antialias)
 
 
 class ToInput:
-    """The second half: from uint8 images on the CPU to a network's input on `device`."""
+    """The second step: from uint8 images on the CPU to a network's input on `device`."""
 
     def __init__(self, preprocess: Preprocess, device: torch.device) -> None:
         mode = MODES[preprocess.mode]
@@ -129,10 +135,10 @@ class ToInput:
             self._std = torch.tensor(mode.std, device=device).view(3, 1, 1)
 
     def __call__(self, images_NCHW: Tensor, shift_NC: Tensor | None = None) -> Tensor:
-        """uint8 (N, 3, H, W) -> float32 (N, 3, H, W), normalised, in the memory format that suits the device.
+        """Convert uint8 (N, 3, H, W) to normalised float32 (N, 3, H, W), in the memory format that suits the device.
 
         Args:
-            shift_NC: added to all pixels of an image before, on the 0-255 scale.
+            shift_NC: lighting noise on the 0-255 scale, added to all pixels of an image before normalisation.
         """
         x_NCHW = move_images(images_NCHW, self._device).float()
         if shift_NC is not None:

@@ -86,7 +86,7 @@ def predict(
     batches = EvalBatches(len(pictures), settings.batch_size)
     loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")
     to_input, labels = ToInput(network.preprocess, settings.device), network.labels
-    model = move_model(network.model, settings.device).eval()
+    model = move_model(network.module, settings.device).eval()
     with context.reporter.phase("predicting", len(batches)) as phase:
         for batch in batches_of(loader):
             context.stop.check()

@@ -161,7 +161,7 @@ def _begin_model(
         source_run_id=run.info.run_id,
         tags={MODEL_SHA256_TAG: manifest.sha256, MODEL_VERSION_TAG: manifest.to_json()},
         params={
-            "network": network.architecture.name,
+            "network": network.spec.name,
             "num_classes": str(network.num_classes),
             "input_size": str(network.preprocess.input_size),
             "iters": str(manifest.iters),
@@ -172,7 +172,7 @@ def _begin_model(
 
 def _name(network: LoadedModel, manifest: CheckpointManifest) -> str:
     """Return a name without the slashes, colons, dots, percent signs and quotes that MLflow refuses."""
-    return f"{network.architecture.name}-{short_name(manifest.file_name)}".translate(str.maketrans("/:.%\"'", "------"))
+    return f"{network.spec.name}-{short_name(manifest.file_name)}".translate(str.maketrans("/:.%\"'", "------"))
 
 
 def write_model(

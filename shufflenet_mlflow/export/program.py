@@ -28,7 +28,7 @@ class PixelsToLogits(nn.Module):
 
     def __init__(self, network: LoadedModel) -> None:
         super().__init__()
-        self.network = network.model.cpu().eval()
+        self.network = network.module.cpu().eval()
         self._to_input = ToInput(network.preprocess, torch.device("cpu"))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def settings_of(network: LoadedModel) -> dict[str, Any]:
     `classifier.Classifier` works with it.
     """
     return {
-        "network": network.architecture.name,
+        "network": network.spec.name,
         "labels": network.labels,
         "prepare": asdict(eval_transform(network.preprocess)),
         "input": f"{INPUT}: uint8 (N, 3, {network.preprocess.input_size}, {network.preprocess.input_size})",

@@ -83,7 +83,7 @@ def named(members: dict[str, nn.Module]) -> nn.Sequential:
 
 
 @dataclass(frozen=True)
-class Place:
+class UnitSpec:
     """Where a unit stands in a network whose every stage begins by halving the image."""
 
     stage: int
@@ -99,7 +99,7 @@ class Place:
         return 1 if self.index else 2
 
 
-def places(in_channels: int, widths: Sequence[int], repeats: Sequence[int]) -> Iterator[Place]:
+def unit_specs(in_channels: int, widths: Sequence[int], repeats: Sequence[int]) -> Iterator[UnitSpec]:
     """The units of consecutive stages, in order.
 
     Args:
@@ -109,7 +109,7 @@ def places(in_channels: int, widths: Sequence[int], repeats: Sequence[int]) -> I
     """
     for stage, (width, count) in enumerate(zip(widths, repeats, strict=True)):
         for index in range(count):
-            yield Place(stage, index, in_channels, width)
+            yield UnitSpec(stage, index, in_channels, width)
             in_channels = width
 
 

@@ -14,13 +14,13 @@ from torch.nn import functional
 from shufflenet_mlflow.models.blocks import (
     KERNELS,
     XCEPTION,
-    Place,
+    UnitSpec,
     initialise,
     named,
     named_conv_bn,
-    places,
     relu,
     require_splittable,
+    unit_specs,
 )
 from shufflenet_mlflow.models.shuffling import split_even_odd
 
@@ -130,11 +130,11 @@ class DetNAS(nn.Module):
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
 
-        def unit(place: Place, choice: int) -> DetNASUnit:
-            name = f"{place.stage + 1}{string.ascii_lowercase[place.index]}"
-            return DetNASUnit(name, place.in_channels, place.out_channels, choice=choice, stride=place.stride)
+        def unit(spec: UnitSpec, choice: int) -> DetNASUnit:
+            name = f"{spec.stage + 1}{string.ascii_lowercase[spec.index]}"
+            return DetNASUnit(name, spec.in_channels, spec.out_channels, choice=choice, stride=spec.stride)
 
-        stages = places(backbone.first, backbone.widths, backbone.units)
+        stages = unit_specs(backbone.first, backbone.widths, backbone.units)
         self.first_conv = named_conv_bn(3, backbone.first, 3, stride=2, bias=True)
         self.features = nn.Sequential(*(unit(*pair) for pair in zip(stages, backbone.choices, strict=True)))
         self.last_conv = named_conv_bn(backbone.widths[-1], backbone.last, 1, bias=True)

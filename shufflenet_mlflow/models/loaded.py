@@ -26,7 +26,7 @@ from shufflenet_mlflow.models.spec import SPEC_ARGUMENTS, ModelSpec, fitting_mod
 class ModelDescription:
     """What a checkpoint says about its network; None where it says nothing."""
 
-    architecture: ModelSpec | None
+    spec: ModelSpec | None
     preprocess: Preprocess | None
     class_to_idx: Mapping[str, int] | None
 
@@ -45,13 +45,13 @@ def describe(payload: Mapping[str, Any], source: str) -> ModelDescription:
         return ModelDescription(None, None, None)
     check_payload(payload, ("state_dict",), source)
     return ModelDescription(
-        architecture=_architecture(payload["model"], source) if "model" in payload else None,
+        spec=_spec(payload["model"], source) if "model" in payload else None,
         preprocess=Preprocess.from_dict(payload["preprocess"], source) if "preprocess" in payload else None,
         class_to_idx=payload.get("class_to_idx"),
     )
 
 
-def _architecture(model: Mapping[str, Any], source: str) -> ModelSpec:
+def _spec(model: Mapping[str, Any], source: str) -> ModelSpec:
     kwargs = {key: value for key, value in model["kwargs"].items() if key != "num_classes"}
     if unknown := sorted(set(map(str, kwargs)) - set(SPEC_ARGUMENTS)):
         raise CheckpointError(
@@ -101,8 +101,8 @@ def identify(
 
 
 @contextmanager
-def suggest_fitting_models(weights: Mapping[str, Tensor], source: str, architecture: ModelSpec) -> Iterator[None]:
-    """Where loading `weights` into `architecture` fails and other networks of the table would do, name those.
+def suggest_fitting_models(weights: Mapping[str, Tensor], source: str, spec: ModelSpec) -> Iterator[None]:
+    """Where loading `weights` into `spec` fails and other networks of the table would do, name those.
 
     Raises:
         MismatchError: as the block does.
@@ -110,20 +110,20 @@ def suggest_fitting_models(weights: Mapping[str, Tensor], source: str, architect
     try:
         yield
     except MismatchError as error:
-        fitting = [name for name in fitting_models(weights) if name != architecture.name]
+        fitting = [name for name in fitting_models(weights) if name != spec.name]
         if not fitting:
             raise
         raise MismatchError(
-            f"{source} does not fit {architecture.name}; it fits --model {' or '.join(fitting)}",
+            f"{source} does not fit {spec.name}; it fits --model {' or '.join(fitting)}",
             error.report,
             code="model-does-not-fit",
         ) from error
 
 
-def classes_in(weights: Mapping[str, Tensor], architecture: ModelSpec) -> int:
+def classes_in(weights: Mapping[str, Tensor], spec: ModelSpec) -> int:
     """The width of the classifier among `weights`; 1000 if it has none."""
     with torch.device("meta"):
-        head = head_of(architecture.build(1))
+        head = head_of(spec.build(1))
     weight = weights.get(f"{head}.weight")
     return 1000 if weight is None or not weight.dim() or not len(weight) else len(weight)
 
@@ -132,8 +132,8 @@ def classes_in(weights: Mapping[str, Tensor], architecture: ModelSpec) -> int:
 class LoadedModel:
     """A network with its weights, and what belongs to it."""
 
-    model: nn.Module
-    architecture: ModelSpec
+    module: nn.Module
+    spec: ModelSpec
     num_classes: int
     preprocess: Preprocess
     class_to_idx: Mapping[str, int] | None
@@ -174,24 +174,24 @@ def model_from_payload(
         CheckpointError: it does not fit the network.
     """
     described = describe(payload, source)
-    architecture = identify(described.architecture, asked, payload, source)
+    spec = identify(described.spec, asked, payload, source)
     weights = weights_of(payload, source)
-    num_classes = classes_in(weights, architecture)
+    num_classes = classes_in(weights, spec)
     stored_size = described.preprocess.input_size if described.preprocess else REFERENCE_SIZE
     preprocess = choose_preprocess(
-        architecture,
+        spec,
         input_size if input_size is not None else stored_size,
         mean_image=mean_image,
         stored=described.preprocess,
     )
-    model = architecture.build(num_classes)
-    with suggest_fitting_models(weights, source, architecture):
-        load_checkpoint(model, weights, strict=False, source=source)
-    return LoadedModel(model, architecture, num_classes, preprocess, described.class_to_idx)
+    module = spec.build(num_classes)
+    with suggest_fitting_models(weights, source, spec):
+        load_checkpoint(module, weights, strict=False, source=source)
+    return LoadedModel(module, spec, num_classes, preprocess, described.class_to_idx)
 
 
 def choose_preprocess(
-    architecture: ModelSpec,
+    spec: ModelSpec,
     input_size: int,
     *,
     mean_image: str | None = None,
@@ -207,9 +207,9 @@ def choose_preprocess(
         ConfigError: the network takes no mean image, or it is of another size.
         DataError: the mean image cannot be read.
     """
-    mode = stored.mode if stored is not None else get_variant(architecture.name).preprocess
+    mode = stored.mode if stored is not None else get_variant(spec.name).preprocess
     if mean_image is None:
         mean = stored.mean_image if stored is not None else None
         return Preprocess(mode, input_size, mean)
-    check_network({"model": architecture.name, "mean_image": mean_image})
+    check_network({"model": spec.name, "mean_image": mean_image})
     return Preprocess(mode, input_size, read_mean_image(Path(mean_image)))

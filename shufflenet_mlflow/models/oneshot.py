@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from shufflenet_mlflow.models.blocks import KERNELS, XCEPTION, Place, ShuffleUnit, conv_bn_act, initialise, places
+from shufflenet_mlflow.models.blocks import (
+    KERNELS,
+    XCEPTION,
+    ShuffleUnit,
+    UnitSpec,
+    conv_bn_act,
+    initialise,
+    unit_specs,
+)
 from shufflenet_mlflow.models.search_space import (
     CHOICES,
     SCALES,
@@ -40,18 +48,18 @@ class ShuffleNetOneShot(nn.Module):
         check_choices(choices)
         check_scales(scales)
 
-        def unit(place: Place, choice: int, scale: float) -> ShuffleUnit:
+        def unit(spec: UnitSpec, choice: int, scale: float) -> ShuffleUnit:
             return ShuffleUnit(
-                place.in_channels,
-                place.out_channels,
-                mid_channels=int(place.out_channels // 2 * scale),
+                spec.in_channels,
+                spec.out_channels,
+                mid_channels=int(spec.out_channels // 2 * scale),
                 kernel=KERNELS[choice],
-                stride=place.stride,
+                stride=spec.stride,
                 xception=choice == XCEPTION,
             )
 
         self.first_conv = nn.Sequential(*conv_bn_act(3, FIRST_WIDTH, 3, stride=2))
-        self.features = nn.Sequential(*map(unit, places(FIRST_WIDTH, STAGE_WIDTHS, STAGE_UNITS), choices, scales))
+        self.features = nn.Sequential(*map(unit, unit_specs(FIRST_WIDTH, STAGE_WIDTHS, STAGE_UNITS), choices, scales))
         self.conv_last = nn.Sequential(*conv_bn_act(STAGE_WIDTHS[-1], LAST_WIDTH, 1))
         self.globalpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(DROPOUT)

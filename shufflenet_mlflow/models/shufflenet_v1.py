@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shufflenet_mlflow.errors import ModelError
-from shufflenet_mlflow.models.blocks import Place, conv_bn, conv_bn_act, initialise, places
+from shufflenet_mlflow.models.blocks import UnitSpec, conv_bn, conv_bn_act, initialise, unit_specs
 from shufflenet_mlflow.models.shuffling import channel_shuffle
 
 STAGE_UNITS = (4, 8, 4)
@@ -93,16 +93,16 @@ class ShuffleNetV1(nn.Module):
         self.first_conv = nn.Sequential(*conv_bn_act(3, first, 3, stride=2))
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
-        def unit(place: Place) -> GroupedUnit:
+        def unit(spec: UnitSpec) -> GroupedUnit:
             return GroupedUnit(
-                place.in_channels,
-                place.out_channels,
+                spec.in_channels,
+                spec.out_channels,
                 groups=groups,
-                stride=place.stride,
-                first_groups=1 if place.stage == place.index == 0 else None,
+                stride=spec.stride,
+                first_groups=1 if spec.stage == spec.index == 0 else None,
             )
 
-        self.features = nn.Sequential(*map(unit, places(first, stages, STAGE_UNITS)))
+        self.features = nn.Sequential(*map(unit, unit_specs(first, stages, STAGE_UNITS)))
         self.globalpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(nn.Linear(stages[-1], num_classes, bias=False))
         initialise(self)

@@ -7,7 +7,7 @@ x2.0 drops out 20 % of the features before the classifier.
 
 from torch import Tensor, nn
 
-from shufflenet_mlflow.models.blocks import Place, ShuffleUnit, conv_bn_act, initialise, places
+from shufflenet_mlflow.models.blocks import ShuffleUnit, UnitSpec, conv_bn_act, initialise, unit_specs
 
 STAGE_UNITS = (4, 8, 4)
 
@@ -22,9 +22,9 @@ WIDTHS: dict[str, tuple[int, int, int, int, int]] = {
 DROPOUT = {"shufflenet_v2_x2_0": 0.2}
 
 
-def _unit(place: Place) -> ShuffleUnit:
+def _unit(spec: UnitSpec) -> ShuffleUnit:
     return ShuffleUnit(
-        place.in_channels, place.out_channels, mid_channels=place.out_channels // 2, kernel=3, stride=place.stride
+        spec.in_channels, spec.out_channels, mid_channels=spec.out_channels // 2, kernel=3, stride=spec.stride
     )
 
 
@@ -41,7 +41,7 @@ class ShuffleNetV2(nn.Module):
         first, *stages, last = widths
         self.first_conv = nn.Sequential(*conv_bn_act(3, first, 3, stride=2))
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.features = nn.Sequential(*map(_unit, places(first, stages, STAGE_UNITS)))
+        self.features = nn.Sequential(*map(_unit, unit_specs(first, stages, STAGE_UNITS)))
         self.conv_last = nn.Sequential(*conv_bn_act(stages[-1], last, 1))
         self.globalpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()

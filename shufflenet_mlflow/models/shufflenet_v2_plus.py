@@ -8,7 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from shufflenet_mlflow.models.blocks import KERNELS, XCEPTION, Place, ShuffleUnit, conv_bn_act, initialise, places, relu
+from shufflenet_mlflow.models.blocks import (
+    KERNELS,
+    XCEPTION,
+    ShuffleUnit,
+    UnitSpec,
+    conv_bn_act,
+    initialise,
+    relu,
+    unit_specs,
+)
 from shufflenet_mlflow.models.search_space import CHOICES, STAGE_UNITS
 
 LAST_WIDTH = 1280
@@ -43,17 +52,17 @@ class SqueezeExcite(nn.Module):
         return gated
 
 
-def _unit(place: Place, choice: int) -> ShuffleUnit:
-    activation: Callable[[], nn.Module] = nn.Hardswish if place.stage >= HARD_SWISH_FROM else relu
+def _unit(spec: UnitSpec, choice: int) -> ShuffleUnit:
+    activation: Callable[[], nn.Module] = nn.Hardswish if spec.stage >= HARD_SWISH_FROM else relu
     return ShuffleUnit(
-        place.in_channels,
-        place.out_channels,
-        mid_channels=place.out_channels // 2,
+        spec.in_channels,
+        spec.out_channels,
+        mid_channels=spec.out_channels // 2,
         kernel=KERNELS[choice],
-        stride=place.stride,
+        stride=spec.stride,
         xception=choice == XCEPTION,
         activation=activation,
-        squeeze=SqueezeExcite if place.stage >= SQUEEZE_FROM else None,
+        squeeze=SqueezeExcite if spec.stage >= SQUEEZE_FROM else None,
     )
 
 
@@ -68,7 +77,7 @@ class ShuffleNetV2Plus(nn.Module):
         super().__init__()
         first, *stages = widths
         self.first_conv = nn.Sequential(*conv_bn_act(3, first, 3, stride=2, activation=nn.Hardswish))
-        self.features = nn.Sequential(*map(_unit, places(first, stages, STAGE_UNITS), CHOICES))
+        self.features = nn.Sequential(*map(_unit, unit_specs(first, stages, STAGE_UNITS), CHOICES))
         self.conv_last = nn.Sequential(*conv_bn_act(stages[-1], LAST_WIDTH, 1, activation=nn.Hardswish))
         self.globalpool = nn.AdaptiveAvgPool2d(1)
         self.LastSE = SqueezeExcite(LAST_WIDTH)

@@ -1,4 +1,4 @@
-"""Running statistics of batch normalisation: the same on every process, and re-estimated at the end."""
+"""Running statistics of batch normalisation: equal in all processes, and re-estimated after training."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,53 +13,53 @@ from shufflenet_mlflow.runtime.distributed import World
 
 
 def bn_layers(model: nn.Module) -> list[_BatchNorm]:
-    """All layers of batch normalisation that keep running statistics."""
-    found = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    return [layer for layer in found if layer.running_mean is not None]
+    """Return the batch normalisation layers that keep running statistics."""
+    layers = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return [layer for layer in layers if layer.running_mean is not None]
 
 
 class RunningStatistics:
-    """Makes an iteration count once for the running statistics, whatever parts it is computed in.
+    """Updates the running statistics once per iteration, however many micro-batches it is divided into.
 
-    Each part updates them from where the iteration began; the mean of the results, over all parts in all processes,
-    is what the next iteration begins with. Without that they would depend on the order of the parts, and on the process
-    that happens to write the checkpoint. (DistributedDataParallel takes the first process's.)
+    Each micro-batch updates them from their values at the start of the iteration; the mean of the results, over all
+    micro-batches in all processes, is kept. Otherwise they would depend on the order of the micro-batches, and on the
+    process that writes the checkpoint. (DistributedDataParallel broadcasts the first process's.)
 
     Args:
-        rounds: parts per process.
+        accumulation_steps: micro-batches per process.
     """
 
-    def __init__(self, model: nn.Module, world: World, rounds: int) -> None:
+    def __init__(self, model: nn.Module, world: World, accumulation_steps: int) -> None:
         layers = bn_layers(model)
         self._means = [cast(Tensor, tensor) for layer in layers for tensor in (layer.running_mean, layer.running_var)]
         self._counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
-        self._world, self._parts = world, world.size * rounds
+        self._world, self._micro_batches = world, world.size * accumulation_steps
         self._before: list[Tensor] = []
         self._sum = torch.empty(0)
 
     @contextmanager
-    def part(self) -> Iterator[None]:
-        """Around the forward pass of one part."""
-        if self._parts == 1:
+    def micro_batch(self) -> Iterator[None]:
+        """Wrap the forward pass of one micro-batch."""
+        if self._micro_batches == 1:
             yield
             return
-        kept = [*self._means, *self._counts]
+        statistics = [*self._means, *self._counts]
         first = not self._before
         if first:
-            self._before = [tensor.clone() for tensor in kept]
+            self._before = [tensor.clone() for tensor in statistics]
         else:
-            for tensor, before in zip(kept, self._before, strict=True):
+            for tensor, before in zip(statistics, self._before, strict=True):
                 tensor.copy_(before)
         yield
         after = self._flat()
         self._sum = after if first else self._sum + after
 
     def combine(self) -> None:
-        """After the last part."""
-        if self._parts == 1:
+        """Set the statistics to the mean over the iteration's micro-batches; call after the last one."""
+        if self._micro_batches == 1:
             return
         self._before = []
-        self._set(self._world.sum(self._sum) / self._parts)
+        self._set(self._world.sum(self._sum) / self._micro_batches)
 
     def _flat(self) -> Tensor:
         return torch.cat([tensor.flatten() for tensor in self._means]) if self._means else torch.empty(0)
@@ -70,13 +70,13 @@ class RunningStatistics:
             tensor.copy_(mean.view_as(tensor))
 
     def average(self) -> None:
-        """Replace each process's statistics by the mean over all of them."""
+        """Replace each process's statistics by their mean over all processes."""
         if self._world.size > 1:
             self._set(self._world.sum(self._flat()) / self._world.size)
 
 
 class _AllOf(nn.ModuleList):
-    """Several networks that see the same input."""
+    """Several networks that are given the same input."""
 
     def forward(self, x: Tensor) -> None:
         for model in self:
@@ -84,22 +84,22 @@ class _AllOf(nn.ModuleList):
 
 
 def reestimate_bn(models: Sequence[nn.Module], inputs: Iterable[Tensor], world: World | None = None) -> None:
-    """Replace the running statistics by the cumulative average over `inputs`, and over all processes.
+    """Replace the running statistics by their average over `inputs` and over all processes.
 
     Args:
-        models: all in one pass over `inputs`.
-        inputs: float (N, 3, H, W) batches on the models' device; as many in each process.
+        models: all are updated in one pass over `inputs`.
+        inputs: float (N, 3, H, W) batches on the models' device; the same number in each process.
     """
-    together = _AllOf(models)
+    all_models = _AllOf(models)
     modes = [model.training for model in models]
-    layers = bn_layers(together)
+    layers = bn_layers(all_models)
     momenta = [layer.momentum for layer in layers]
     try:
-        together.train()
-        update_bn(inputs, together)
-    finally:  # `update_bn` leaves them unset when `inputs` raises
+        all_models.train()
+        update_bn(inputs, all_models)
+    finally:  # `update_bn` does not restore the momentum if `inputs` raises
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         for model, mode in zip(models, modes, strict=True):
             model.train(mode)
-    RunningStatistics(together, world or World(), 1).average()
+    RunningStatistics(all_models, world or World(), 1).average()

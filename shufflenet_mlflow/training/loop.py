@@ -257,10 +257,10 @@ class Trainer:
             size = len(batch.labels_N)
             labels = batch.labels_N.to(state.device, non_blocking=True)
             images = self.to_input(batch)
-            state.randomness.begin_part(number)
+            state.randomness.begin_micro_batch(number)
             with _gradients_kept_here(network) if number != micro_batches.local_indices[-1] else nullcontext():
                 with self._autocast():
-                    with self._statistics.part():
+                    with self._statistics.micro_batch():
                         outputs = network(images)
                     loss, logits = training_loss(outputs, labels, self._loss_function)
                 # The mean over the batch, as the processes' gradients are averaged.

@@ -1,4 +1,4 @@
-"""The random numbers that the network itself draws in training."""
+"""The random state of training: what the network draws, for dropout."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +10,10 @@ from shufflenet_mlflow.data.sampler import derive_seed
 
 
 class StepRandomness:
-    """What the network itself draws, for dropout: one number per iteration, from which each part's generators follow.
+    """Seeds for what the network itself draws: one number per iteration, and from it one seed per micro-batch.
 
-    So nothing depends on which process computes which part, one small state is all there is to save, and a device's
-    own generator needs no saving: it is seeded anew for each part.
+    So draws do not depend on which process computes which micro-batch, and one small state is all there is to save:
+    devices' own generators are reseeded for each micro-batch.
     """
 
     def __init__(self, seed: int) -> None:
@@ -21,17 +21,17 @@ class StepRandomness:
         self._seed = 0
 
     def begin_iteration(self) -> None:
-        """Draw this iteration's number; the same in every process."""
+        """Draw the iteration's number, the same in every process."""
         self._seed = int(torch.randint(2**62, (), generator=self.generator))
 
-    def begin_part(self, part: int) -> None:
-        """Seed the generators of all devices for that part of the batch."""
-        torch.manual_seed(derive_seed(self._seed, part))
+    def begin_micro_batch(self, index: int) -> None:
+        """Seed the generators of all devices for the micro-batch `index`, counted over all processes."""
+        torch.manual_seed(derive_seed(self._seed, index))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generator that everything follows from."""
+        """Return the state of the generator that all seeds follow from."""
         return {"cpu": self.generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore the output of `state_dict`."""
         self.generator.set_state(state["cpu"])

@@ -1,4 +1,4 @@
-"""Everything that changes while a network trains, and its way into a checkpoint and back."""
+"""The training state: everything that changes during training, saved to and restored from checkpoints."""
 
 import math
 import warnings
@@ -21,12 +21,12 @@ from shufflenet_mlflow.training.rng import StepRandomness
 
 
 class TrainingState:
-    """Network, optimizer and schedule, and where training stands.
+    """Network, optimizer, schedule and progress.
 
     Args:
-        ema: the moving average of the network's weights, if there is to be one.
-        scaler: of the loss, if gradients are computed in a precision in which they would vanish.
-        seed: of what the network itself draws.
+        ema: the moving average of the network's weights, if any.
+        scaler: scales the loss so that gradients in float16 do not vanish.
+        seed: of the network's own draws, such as dropout.
         world: the processes that train together; by default this one alone.
     """
 
@@ -52,38 +52,38 @@ class TrainingState:
         self.meter = Meter(device, world)
         self.iters = 0
         self.loss = math.nan
-        """Mean training loss of the last stretch that was reported; see `current_loss`."""
+        """Mean training loss at the last report; see `current_loss`."""
         self.validation: dict[str, float] = {}
-        """The last validation's metrics."""
+        """Metrics of the last validation."""
         self.validated_iters = 0
-        """The iteration of the last validation."""
+        """Iteration of the last validation."""
         self.best: dict[str, float] | None = None
         """`val_top1` and `iters` of the best validation so far."""
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The network that accuracies are of: the moving average where there is one."""
+        """The network to evaluate: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     @property
     def lr(self) -> float:
-        """The rate of the next iteration."""
+        """The learning rate of the next iteration."""
         lr: float = self.optimizer.param_groups[0]["lr"]
         return lr
 
     def current_loss(self) -> float:
-        """Mean training loss since the last report, or of the stretch before it if that was just now."""
+        """Return the mean training loss since the last report, or the one reported if no iteration followed."""
         mean = self.meter.means()["train/loss"]
         return self.loss if math.isnan(mean) else mean
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`."""
+        """Accumulate the gradients of `loss`."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
-        """One iteration's gradients are complete: change the weights, the rate and the average.
+        """Update weights, learning rate and moving average from the accumulated gradients.
 
-        With a scaler whose scale was too high the weights stay as they are, and the scale falls.
+        If the loss scale was too high, the weights stay unchanged and the scale is lowered.
         """
         if self.scaler is None:
             self.optimizer.step()
@@ -99,10 +99,10 @@ class TrainingState:
         self.iters += 1
 
     def check_finite(self) -> None:
-        """Waits for the device.
+        """Check the losses so far; waits for the device.
 
         Raises:
-            NonFiniteLossError: a loss since the last check was NaN or infinite.
+            NonFiniteLossError: one of them was NaN or infinite.
         """
         bad = self.meter.first_bad()
         if bad is not None:
@@ -114,7 +114,7 @@ class TrainingState:
             )
 
     def record_validation(self, values: dict[str, float]) -> bool:
-        """Keep a validation's metrics; True if its `val/top1` is the best so far. NaN never is."""
+        """Record a validation's metrics and return whether its `val/top1` is the best so far; NaN never is."""
         self.validation, self.validated_iters = values, self.iters
         top1 = values["val/top1"]
         if math.isnan(top1) or (self.best is not None and top1 <= self.best["val_top1"]):
@@ -123,7 +123,7 @@ class TrainingState:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """The part of a checkpoint that changes; tensors are shared with the live ones."""
+        """Return the training state's entries of a checkpoint (see `checkpoints.schema`); tensors are not copied."""
         optional: dict[str, Any] = {}
         if self.ema is not None:
             optional["ema_state_dict"] = self.ema.module.state_dict()
@@ -142,7 +142,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, payload: Mapping[str, Any], config: TrainConfig) -> None:
-        """Continue from a checkpoint, with the rates of `config`, which differ from its own in a fork.
+        """Restore a checkpoint, with learning rate, momentum and weight decay of `config`, which a fork may change.
 
         Raises:
             CheckpointError: it holds weights only, or state of another kind.
@@ -151,9 +151,9 @@ class TrainingState:
             metrics = dict(payload["metrics"])
             load_checkpoint(self.model, payload, ema=False)
             if self.ema is not None:
-                load_checkpoint(self.ema.module, payload)  # one that begins in a fork begins with the weights
-                self.ema.n_averaged.fill_(1)  # above 0 means that the next weights are averaged, not taken
-            if self.scaler is not None and "scaler_state_dict" in payload:  # it, too, may begin in a fork
+                load_checkpoint(self.ema.module, payload)  # the weights, if a fork introduces the average
+                self.ema.n_averaged.fill_(1)  # 0 would replace the average by the next weights
+            if self.scaler is not None and "scaler_state_dict" in payload:  # a fork may introduce the scaler
                 self.scaler.load_state_dict(payload["scaler_state_dict"])
             self._load_optimizer(payload["optimizer_state_dict"])
             self.scheduler.load_state_dict(payload["lr_scheduler_state_dict"])
@@ -175,13 +175,13 @@ class TrainingState:
         self.scheduler.base_lrs = [config.lr for _ in self.optimizer.param_groups]
 
     def _load_optimizer(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the optimizer's state; how it computes, and how its tensors lie in memory, stays as it is here."""
+        """Load the optimizer's state, but keep this one's implementation and the memory format of its tensors."""
         fused = self.optimizer.defaults["fused"]
         self.optimizer.load_state_dict(dict(state_dict))
         for group in self.optimizer.param_groups:
             group.update(fused=fused, foreach=None)
             for parameter in group["params"]:
-                of_parameter = self.optimizer.state.get(parameter, {})
-                for name, value in of_parameter.items():
+                parameter_state = self.optimizer.state.get(parameter, {})
+                for name, value in parameter_state.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        of_parameter[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+                        parameter_state[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)

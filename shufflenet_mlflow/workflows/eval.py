@@ -226,7 +226,7 @@ def _evaluate(
     began = time.perf_counter()
     with worker_deaths_reported():
         result = evaluate(
-            move_model(network.model, device),
+            move_model(network.module, device),
             listing,
             network.preprocess,
             settings,
@@ -242,7 +242,7 @@ def _evaluate(
         checkpoint=loaded.path,
         run_id=loaded.run_id,
         iters=loaded.iters,
-        model=network.architecture.name,
+        model=network.spec.name,
         images_per_second=result.n / seconds,
     )
     return summary, listing

@@ -47,7 +47,7 @@ class ExportSummary:
         return {
             "path": str(self.path),
             "format": self.format,
-            "model": self.loaded.network.architecture.name,
+            "model": self.loaded.network.spec.name,
             "classes": self.loaded.network.labels,
             "checkpoint": str(self.loaded.path),
             "run_id": self.loaded.run_id,

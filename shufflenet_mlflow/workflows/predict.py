@@ -69,7 +69,7 @@ def _predict(
     if len(pictures) >= WORKERS_FROM:
         # As in an evaluation, with the same bits. For fewer images folding takes longer than it saves; and one alone
         # is then answered with the bits of a served model.
-        network = replace(network, model=fuse_bn(network.model))
+        network = replace(network, module=fuse_bn(network.module))
     batch_size = request.batch_size or DEFAULT_BATCH_SIZE
     workers = default_workers(len(pictures), batch_size, network.preprocess.input_size)
     settings = EvalSettings(
