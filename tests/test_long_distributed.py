@@ -21,7 +21,7 @@ from tests.support.payloads import assert_equal_payloads
 from tests.support.processes import DOUBLE_PRECISION, Process, finish, kill, start, torchrun, wait_for_iteration, worker
 from tests.support.proxy import Proxy
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(600)]
 
 ITERATIONS = 40
 

@@ -14,7 +14,7 @@ from shufflenet_mlflow.runtime.devices import usable_cores
 from tests.support.doc_pages import PAGES, ROOT, Fence, fences
 from tests.support.doc_terminal import Terminal, errors_in, furnish
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(1800)]
 
 Timings = list[tuple[str, float]]
 """Where each block stands, and how many seconds it took."""

@@ -15,7 +15,7 @@ from shufflenet_mlflow.errors import MismatchError
 from tests.support.command_line import Invoke
 from tests.support.payloads import assert_equal_payloads
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.alone]
 
 GIANTS = ["shufflenet_v2_large", "shufflenet_v2_exlarge"]
 

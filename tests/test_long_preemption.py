@@ -26,7 +26,7 @@ from tests.support.mlflow_server import Server
 from tests.support.processes import finish, start
 from tests.support.proxy import Proxy
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(900)]
 
 GRACE = 20
 """Seconds; what `--grace` is by default."""

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from tests.support.command_line import small_options
+from tests.support.effort import repetitions
 from tests.support.metrics import history
 from tests.support.mlflow_server import Server
 from tests.support.payloads import assert_equal_payloads
@@ -24,9 +25,9 @@ ITERATIONS = 40
 EPOCH = 4
 """Iterations: the small set has 36 images, a batch 8."""
 
-CHAINS = 5
+CHAINS = repetitions(full=5, ci=3)
 KILLS = 4
-"""In each chain; 20 in all."""
+"""In each chain; 20 in all in the full run."""
 
 
 @pytest.fixture(autouse=True)
