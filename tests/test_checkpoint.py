@@ -281,7 +281,7 @@ def test_flipped_bits_and_truncations_are_detected_or_change_nothing(with_record
 
 
 def test_no_single_bit_of_the_directory_changes_a_tensor(tmp_path: Path) -> None:
-    """Every bit from the tensor's entry on, without a manifest: one there can make PyTorch read it as nothing."""
+    """Flip every bit from the tensor's entry on, without a manifest: some make PyTorch read an empty tensor."""
     path, _ = write_checkpoint({"state_dict": {"w": torch.arange(4.0)}}, 1, directory=tmp_path)
     manifest_path(path).unlink()
     original, payload = path.read_bytes(), read_checkpoint(path)
@@ -364,7 +364,7 @@ def test_a_tensor_of_several_names_is_stored_once(tmp_path: Path) -> None:
 
 
 def test_manifests_of_later_versions_are_read() -> None:
-    """Keys that are not known here are passed over, and still covered by the checksum."""
+    """Unknown keys are ignored, but the checksum still covers them."""
     manifest = CheckpointManifest("checkpoints/checkpoint-000003.pth.tar", 3, 1, 0.5, None, "0" * 64, 9)
     later = {**json.loads(manifest.to_json()), "é": [1, 0.1]}
     line = json.dumps({**later, "crc32": f"{zlib.crc32(json.dumps(later).encode()):08x}"})

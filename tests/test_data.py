@@ -56,7 +56,7 @@ def test_listing(images: Path) -> None:
 
 
 def test_the_content_of_every_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where its size stays; of large sets only that."""
+    """A file's content counts even if its size is the same; in large sets only the size does."""
     write_images(tmp_path / "a", per_class=2)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     first, copy = list_images(tmp_path / "a"), list_images(tmp_path / "b")
@@ -74,8 +74,8 @@ def test_the_content_of_every_file_counts(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_digest_follows_the_content_not_the_place(tmp_path: Path) -> None:
     first = list_images(write_images(tmp_path / "a"))
-    again = list_images(write_images(tmp_path / "elsewhere" / "b"))
-    assert first.digest == again.digest
+    copy = list_images(write_images(tmp_path / "elsewhere" / "b"))
+    assert first.digest == copy.digest
     assert len(first.digest) <= 36
     (tmp_path / "a" / "red" / "003.png").unlink()
     assert list_images(tmp_path / "a").digest != first.digest
@@ -113,7 +113,7 @@ def test_links_that_lead_nowhere_are_listed_and_named_when_they_are_decoded(tmp_
 
 
 def test_a_class_may_be_a_link_but_not_one_that_leads_nowhere(tmp_path: Path) -> None:
-    """Else a class whose disk is not there would be missing without a word."""
+    """Otherwise a class on a disk that is not mounted would silently be missing."""
     write_images(tmp_path / "photos")
     write_images(tmp_path / "disk", classes=("violet",))
     (tmp_path / "photos" / "violet").symlink_to(tmp_path / "disk" / "violet")
@@ -230,7 +230,7 @@ def test_pixels_are_those_that_pillow_decodes(mode: str, kind: str, options: dic
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_of_sixteen_bits_the_upper_eight_count(kind: str) -> None:
-    """Pillow's conversion would make nearly all of it white."""
+    """Pillow's own conversion would turn nearly all of the image white."""
     deep = np.random.default_rng(0).integers(0, 1 << 16, (20, 30), dtype=np.uint16)
     found = decode(BytesIO(encoded(Image.fromarray(deep), kind)))
     assert np.array_equal(found, np.repeat((deep >> 8)[:, :, None], 3, axis=2))
@@ -525,8 +525,8 @@ def test_training_batches_keep_their_size(folder_with_bad_files: Path) -> None:
 
 
 def test_dead_workers_are_told_from_other_errors() -> None:
-    told = worker_death(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"))
-    assert "a data loading process died (DataLoader worker (pid 7) is killed by signal: Killed. )" in str(told)
+    error = worker_death(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"))
+    assert "a data loading process died (DataLoader worker (pid 7) is killed by signal: Killed. )" in str(error)
     assert worker_death(RuntimeError("something else")) is None
 
 

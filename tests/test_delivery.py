@@ -1,4 +1,4 @@
-"""What reaches MLflow: committed in order, once, also where the server was away from the start."""
+"""Delivery to MLflow: in order, once, even if the server was unreachable from the start."""
 
 import json
 import signal
@@ -101,10 +101,10 @@ def test_no_pointer_moves_before_its_payload(
     second = checkpoint(tmp_path, 2, 0.9)
     with monkeypatch.context() as patch:
 
-        def away(*_arguments: Any, **_keywords: Any) -> None:
+        def refuse(*_arguments: Any, **_keywords: Any) -> None:
             raise ConnectionError("Connection refused")
 
-        patch.setattr(owner, broken, away)
+        patch.setattr(owner, broken, refuse)
         with pytest.raises(TrackingError, match="connection refused"):
             second.send(target)
     assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (1, 1)
@@ -119,12 +119,12 @@ def test_what_arrives_damaged_is_not_committed(
     target = RunTarget(client, run_id, tmp_path, is_new=True)
     original = RunArtifacts.put_file
 
-    def flip(me: RunArtifacts, path: Path) -> None:
-        original(me, path)
-        there = Path(me._local_folder() or "") / "checkpoints" / path.name
-        data = bytearray(there.read_bytes())
+    def flip(artifacts: RunArtifacts, path: Path) -> None:
+        original(artifacts, path)
+        uploaded = Path(artifacts._local_folder() or "") / "checkpoints" / path.name
+        data = bytearray(uploaded.read_bytes())
         data[len(data) // 2] ^= 1
-        there.write_bytes(data)
+        uploaded.write_bytes(data)
 
     monkeypatch.setattr(RunArtifacts, "put_file", flip)
     with pytest.raises(TrackingError, match="did not arrive whole: its SHA-256 there is"):
@@ -145,7 +145,7 @@ def test_elsewhere_the_size_is_confirmed(
 
 
 def test_pointers_never_move_backwards(client: MlflowClient, run_id: str, tmp_path: Path) -> None:
-    """An old journal is delivered after the run has gone on elsewhere."""
+    """An old journal is delivered after the run was resumed elsewhere."""
     target = RunTarget(client, run_id, tmp_path, is_new=True)
     checkpoint(tmp_path, 20, 0.8).send(target)
     for late in (checkpoint(tmp_path, 10, 0.7), checkpoint(tmp_path, 15, float("nan"))):
@@ -225,7 +225,7 @@ def test_metrics_are_batched_and_each_point_is_kept_once(
 
 
 def test_a_long_stretch_that_was_repeated_is_kept_once(client: MlflowClient, run_id: str, journal: Journal) -> None:
-    """A run died and went on while the server was away: both attempts' points arrive in one request."""
+    """A run died and was resumed while the server was unreachable: one request has both attempts' points."""
     put(journal, run_id, *(MetricPoints({"a": step}, step, 1) for step in range(200)))
     put(journal, run_id, *(MetricPoints({"a": step}, step, 2) for step in range(50, 250)))
     deliver_now(client, journal, TRACKING_KINDS)
@@ -304,10 +304,10 @@ def test_appending_never_waits_for_a_server_that_hangs(
 def test_a_signal_ends_the_wait(
     client: MlflowClient, run_id: str, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(*_arguments: Any, **_keywords: Any) -> Any:
+    def refuse(*_arguments: Any, **_keywords: Any) -> Any:
         raise ConnectionError("Connection refused")
 
-    monkeypatch.setattr(MlflowClient, "log_batch", away)
+    monkeypatch.setattr(MlflowClient, "log_batch", refuse)
     monkeypatch.setattr(delivery, "GIVE_UP_SECONDS", 1e9)  # nothing but the signal ends it
     put(journal, run_id, MetricPoints({"a": 1.0}, 1, 1))
     stop = StopFlag()
@@ -349,7 +349,7 @@ def test_a_bug_in_sending_is_reported_and_loses_nothing(
 
 @pytest.fixture
 def away(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Every call to the store fails while `.on`; the store counts as a server."""
+    """Make every call to the store fail while `.on` is set; the store counts as a server."""
 
     class Away:
         on = True
@@ -392,20 +392,21 @@ def test_a_run_that_began_without_its_server(images: Path, client: MlflowClient,
     away.on = False
     report = sync()
     assert (report.sent, report.pending) == (summary.pending, ())
-    [made] = all_runs(client)
-    assert (made.info.run_id, made.info.run_name, made.info.status) == (report.run_id, "offline", "FINISHED")
-    assert made.data.params["batch_size"] == "8"
-    assert len(made.inputs.dataset_inputs) == 2
-    again = run(images, "--save-dir", "models")  # the folder knows its run
-    assert again.run_id == report.run_id
-    assert_same_end(client, again, uninterrupted)
+    [created_run] = all_runs(client)
+    info = created_run.info
+    assert (info.run_id, info.run_name, info.status) == (report.run_id, "offline", "FINISHED")
+    assert created_run.data.params["batch_size"] == "8"
+    assert len(created_run.inputs.dataset_inputs) == 2
+    repeated = run(images, "--save-dir", "models")  # the folder knows its run
+    assert repeated.run_id == report.run_id
+    assert_same_end(client, repeated, uninterrupted)
     assert sync().sent == 0
 
 
 def test_a_process_of_its_own_understands_the_whole_journal(
     images: Path, shufflenet: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which has not imported what wrote it; nothing may be set aside for that."""
+    """It has not imported the modules that wrote the journal, and must not set entries aside because of that."""
     monkeypatch.setattr("shufflenet_mlflow.tracking.delivery.GIVE_UP_SECONDS", 0.5)
     words = [*small_options(images), "--total-iters", 2, "--save-dir", "models", "--tracking-uri", "http://127.0.0.1:9"]
     words.remove("--no-log-models")
@@ -453,10 +454,10 @@ def test_a_run_without_its_server_is_resumed_without_it(
     assert (ended.run_id, ended.result.iters) == (None, 12)
     away.on = False
     assert sync().pending == ()
-    [made] = all_runs(client)
-    assert made.info.status == "FINISHED"
-    again = run(images, "--save-dir", "models")
-    assert_same_end(client, again, uninterrupted)
+    [created_run] = all_runs(client)
+    assert created_run.info.status == "FINISHED"
+    repeated = run(images, "--save-dir", "models")
+    assert_same_end(client, repeated, uninterrupted)
 
 
 def test_a_run_is_made_once_however_often_that_is_interrupted(
@@ -485,7 +486,7 @@ def test_an_answer_is_not_an_outage(images: Path, client: MlflowClient, monkeypa
 def test_the_newest_checkpoint_may_lie_on_this_disk_only(
     images: Path, client: MlflowClient, away: Any, uninterrupted: Any
 ) -> None:
-    """The server went away, then the process stopped: the run ID still finds what was saved last."""
+    """The server fails before the process stops: the run ID still finds the last checkpoint."""
     from tests.support.training import run_until
 
     def switch(phase: str, done: int) -> None:

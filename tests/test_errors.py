@@ -1,4 +1,4 @@
-"""Every error that a user can cause: the list, and a proof that nothing is missing from it.
+"""Every error that a user can cause, and a check that none is missing here.
 
 To add one: a `Mistake(command, exit status, what its line must hold ...)` below, in the section of its command. What it
 must hold is the value, the place (option, file, run) and the way out. The command runs in a folder of its own which has
@@ -46,7 +46,7 @@ TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "M
 
 @dataclass(frozen=True, eq=False)
 class Mistake:
-    """Something a user does wrong."""
+    """A mistake that a user makes, and the error that it must give."""
 
     command: str
     status: int
@@ -58,9 +58,10 @@ class Mistake:
     """Whether it is found out once work has begun, so that a run and its checkpoints may be there."""
 
     def __str__(self) -> str:
-        made = self.make.__name__.lstrip("_") if self.make else ""
+        preparation = self.make.__name__.lstrip("_") if self.make else ""
         variables = " ".join(f"{name}={value}" for name, value in self.variables.items())
-        text = " ".join(filter(None, (variables, self.command, made, *(f"{k}:{v!r}" for k, v in self.files.items()))))
+        files = " ".join(f"{name}:{content!r}" for name, content in self.files.items())
+        text = " ".join(filter(None, (variables, self.command, preparation, files)))
         return text.encode("ascii", "backslashreplace").decode()[:120]
 
 
@@ -80,7 +81,7 @@ def config(content: str | bytes, *says: str, name: str = "pets.toml") -> Mistake
 
 
 def _saved(name: str = "strange.pth.tar", **changes: Any) -> Callable[[], object]:
-    """Makes a checkpoint with some entries changed; None removes one."""
+    """Save a checkpoint with some entries changed; None removes one."""
 
     def make() -> None:
         payload = {**read_checkpoint(Path(CHECKPOINT)), **changes}
@@ -103,7 +104,7 @@ def _hostile() -> None:
 
 
 def _own_models() -> None:
-    """A copy that may be changed."""
+    """Copy the models, so that they can be changed."""
     shutil.copytree("models", "own")
 
 
@@ -736,7 +737,7 @@ MISTAKES = [
 
 @dataclass(frozen=True)
 class World:
-    """A trained run, to be copied."""
+    """A trained run, which each test copies."""
 
     folder: Path
     run: str
@@ -764,7 +765,7 @@ def world(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_database
 
 @pytest.fixture
 def here(world: World, workplace: Path, images: Path) -> Path:
-    """The working directory, with the world in it."""
+    """Copy the world into the working directory."""
     shutil.copy(world.folder / "mlflow.db", "mlflow.db")
     for name in ("images", "models"):
         Path(name).symlink_to(world.folder / name)
@@ -816,9 +817,9 @@ def test_every_mistake_is_one_line(
     else:
         assert result.stdout == ""
     assert "s3cret" not in result.output
-    said, _, line = result.stderr.rpartition("Error: ")
+    shown_before, _, line = result.stderr.rpartition("Error: ")
     allowed = ALLOWED_BEFORE + PROGRESS * mistake.begins
-    assert all(text.startswith(allowed) for text in said.splitlines()), result.stderr
+    assert all(text.startswith(allowed) for text in shown_before.splitlines()), result.stderr
     error, *rest = line.splitlines()
     assert not rest or (mistake.status == 2 and len(rest) == 1 and re.fullmatch(r"Try '.* --help'\.", rest[0])), line
     for part in mistake.says:
@@ -950,13 +951,13 @@ ELSEWHERE: dict[str, str] = {
 
 
 def test_nothing_is_missing(recorder: Recorder) -> None:
-    """Each place that makes an error was reached above, or it is known where it is, or why nobody can."""
+    """Every call that makes an error was reached above, is tested elsewhere, or cannot be reached by users."""
     if recorder.tried != {*MISTAKES, *CALLS}:
         pytest.skip("needs the whole list")
     missing = recorder.sites.keys() - recorder.reached.keys() - ELSEWHERE.keys()
     assert not missing, "in no list:\n" + "\n".join(sorted(missing))
-    gone = ELSEWHERE.keys() - recorder.sites.keys()
-    assert not gone, "no longer in the code:\n" + "\n".join(sorted(gone))
+    obsolete = ELSEWHERE.keys() - recorder.sites.keys()
+    assert not obsolete, "no longer in the code:\n" + "\n".join(sorted(obsolete))
     reached = {key: recorder.reached[key] for key in ELSEWHERE.keys() & recorder.reached.keys()}
     assert not reached, f"reached after all: {reached}"
 

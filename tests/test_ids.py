@@ -1,4 +1,4 @@
-"""The first characters of a run's ID stand for it, and a mistyped one is answered with what it may have been."""
+"""Run IDs can be abbreviated, and the error for a mistyped one suggests similar ones."""
 
 import json
 import sqlite3
@@ -23,7 +23,7 @@ OTHER = "0123456789abcdef0123456789abcdef"
 
 @pytest.fixture
 def three_runs(client: MlflowClient, workplace: Path) -> None:
-    """Runs of known IDs, which MLflow would draw; each has one checkpoint."""
+    """Create runs with known IDs, which MLflow would draw at random; each has one checkpoint."""
     experiment = client.create_experiment("x")
     for number, run_id in enumerate((FIRST, SECOND, OTHER)):
         drawn = client.create_run(experiment, run_name=f"run {number}").info.run_id
@@ -92,7 +92,7 @@ def test_commands_take_it(
         result = shufflenet(*words, "--json")
         assert result.exit_code == 0, result.output
         assert run_id in result.stdout or words[1] in ("ls", "verify", "prune")
-    begun = small_train("--init-from", f"{short}@4", "--total-iters", 2)["run_id"]
-    assert json.loads(client.get_run(begun).data.tags["config"])["init_from"] == f"{run_id}@4"
+    fork_id = small_train("--init-from", f"{short}@4", "--total-iters", 2)["run_id"]
+    assert json.loads(client.get_run(fork_id).data.tags["config"])["init_from"] == f"{run_id}@4"
     ambiguous = shufflenet("compare", short, run_id)
     assert (ambiguous.exit_code, f"run {run_id} is given twice" in ambiguous.stderr) == (2, True)

@@ -181,9 +181,9 @@ def test_the_error_carries_the_whole_list() -> None:
     with pytest.raises(MismatchError, match=r"and \d+ more") as caught:
         load_checkpoint(model, create_model("shufflenet_v1_x0_5_g3", 10).state_dict())
     report: Any = caught.value.report
-    own, given = set(model.state_dict()), set(create_model("shufflenet_v1_x0_5_g3", 10).state_dict())
-    assert set(report.missing) == own - given
-    assert set(report.unexpected) == given - own
+    expected, found = set(model.state_dict()), set(create_model("shufflenet_v1_x0_5_g3", 10).state_dict())
+    assert set(report.missing) == expected - found
+    assert set(report.unexpected) == found - expected
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,4 +1,4 @@
-"""Every page of the documentation, run from top to bottom as a reader would run it. Minutes: marked long."""
+"""Every page of the documentation, run from top to bottom as a reader would."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from tests.support.doc_terminal import Terminal, errors_in, furnish
 pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(1800)]
 
 Timings = list[tuple[str, float]]
-"""Where each block stands, and how many seconds it took."""
+"""Page and line of each block, and the seconds that it took."""
 
 
 def name_of(page: Path) -> str:
@@ -30,7 +30,7 @@ def runnable(page: Path) -> list[Fence]:
 
 @pytest.fixture(scope="module")
 def furniture(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
-    """What lies in the folder of each page; also an empty store, which takes seconds to make."""
+    """Write the files of each page's folder, with an empty store, which takes seconds to create."""
     folder = tmp_path_factory.mktemp("furniture")
     furnish(folder)
     shutil.copy(empty_database, folder / "mlflow.db")
@@ -39,7 +39,7 @@ def furniture(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) ->
 
 @pytest.fixture(scope="module")
 def environment(cache_dir: Path) -> dict[str, str]:
-    """This environment's commands, no settings of MLflow, and what makes runs quick."""
+    """Return environment variables: this environment's PATH, no settings of MLflow, options for quick runs."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "SHUFFLENET_"))}
     return {
         **kept,
@@ -63,24 +63,24 @@ def terminal(furniture: Path, tmp_path: Path) -> Iterator[Terminal]:
 
 
 SHOWN_FOLDER = "/data"
-"""Where pages say that they are."""
+"""The folder that pages name in their output."""
 
 
 def run_page(page: Path, terminal: Terminal, environment: dict[str, str]) -> Timings:
-    """Run the blocks of a page; the errors that it shows below a block are those that were printed."""
+    """Run the blocks of a page, and check that the errors it shows were printed."""
     timings = []
-    said = ""
+    output = ""
     stale = []
     try:
         for fence in fences(page):
             if fence.language == "text":
-                printed = errors_in(said, str(terminal.folder))
+                printed = errors_in(output, str(terminal.folder))
                 lines = [line for line in errors_in(fence.text, SHOWN_FOLDER) if line not in printed]
                 if lines:
                     stale.append("\n".join((f"{fence.where} shows", *lines, "but printed was", *printed)))
             elif fence in runnable(page):
                 began = time.monotonic()
-                said = terminal.run(fence, environment)
+                output = terminal.run(fence, environment)
                 timings.append((fence.where, time.monotonic() - began))
     finally:
         terminal.close()
@@ -95,7 +95,7 @@ def outcomes(
     environment: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[Path, "Future[Timings]"]]:
-    """The pages that are to be tested, as many at a time as there are cores: most of the time goes into imports."""
+    """Run the selected pages, as many at a time as there are cores."""
     items = [item for item in request.session.items if getattr(item, "originalname", "") == "test_a_page_runs"]
     pages = [item.callspec.params["page"] for item in items]
     outcomes = {}
@@ -111,7 +111,7 @@ def outcomes(
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=name_of)
 def test_a_page_runs(page: Path, outcomes: dict[Path, "Future[Timings]"]) -> None:
-    """With -s it says how long each block takes."""
+    """With -s this prints how long each block takes."""
     timings = outcomes[page].result()
     for where, seconds in timings:
         sys.stdout.write(f"{where}: {seconds:.1f} s\n")
@@ -119,7 +119,7 @@ def test_a_page_runs(page: Path, outcomes: dict[Path, "Future[Timings]"]) -> Non
 
 
 def test_a_block_that_fails_is_named(terminal: Terminal, environment: dict[str, str]) -> None:
-    """A command in the middle fails: page, line, commands and output are told, and the rest is not run."""
+    """The message has page, line, commands and output, and the rest of the block is not run."""
     fence = Fence(ROOT / "README.md", 12, "console", "echo before\nshufflenet eval nowhere\ntouch after\n", None)
     with pytest.raises(AssertionError, match=r"README\.md:12: exit status 1") as caught:
         terminal.run(fence, environment)
@@ -137,7 +137,7 @@ def test_what_one_block_sets_the_next_one_sees(terminal: Terminal, environment: 
 
 
 def test_the_newest_run_is_looked_up_when_a_command_begins(terminal: Terminal, environment: dict[str, str]) -> None:
-    """A run with a checkpoint comes before one without, such as an evaluation's, and OTHER_RUN_ID is the one before."""
+    """Runs with checkpoints come before those without, such as evaluations; OTHER_RUN_ID is the second newest."""
     train = (
         "import mlflow, torch\nfrom shufflenet_mlflow import save_checkpoint\nmlflow.set_experiment('x')\n"
         "for name in ('first', 'second'):\n    with mlflow.start_run(run_name=name):\n"

@@ -42,7 +42,7 @@ def finish(process: Process) -> Any:
 
 
 def disturb(server: Server, proxy: Proxy, kind: str, seconds: float) -> None:
-    """One outage, after which the server answers again."""
+    """Cause one outage, after which the server answers again."""
     if kind == "killed":
         server.kill()
         time.sleep(seconds)
@@ -97,15 +97,15 @@ def check(server: Server, run_id: str, directory: Path) -> None:
     saved = {manifest.iters for manifest in list_manifests(directory)}
     assert saved >= set(every)
     assert steps(client, run_id, "loss") == sorted(saved)
-    there = Path(server.folder) / "artifacts" / run.info.experiment_id / run_id / "artifacts" / "checkpoints"
+    uploads = Path(server.folder) / "artifacts" / run.info.experiment_id / run_id / "artifacts" / "checkpoints"
     for path, manifest in zip(list_checkpoints(directory), list_manifests(directory), strict=True):
-        assert hashlib.sha256((there / path.name).read_bytes()).hexdigest() == manifest.sha256
+        assert hashlib.sha256((uploads / path.name).read_bytes()).hexdigest() == manifest.sha256
     assert json.loads(run.data.tags["checkpoint.latest"])["path"].endswith("bnps-checkpoint-000300.pth.tar")
     assert len(run.inputs.dataset_inputs) == 2
 
 
 def test_a_server_that_is_away_all_the_time(server: Server, images: Path, tmp_path: Path) -> None:
-    """Dead at the start and at the end; `sync` brings it all from another process."""
+    """It is unreachable from start to end; `sync` delivers everything from another process."""
     proxy = Proxy(server)
     proxy.mode = "503"
     options = ["--total-iters", ITERATIONS, "--save-interval", SAVE_EVERY, "--val-interval", 100, "--save-dir", "m"]

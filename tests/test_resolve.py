@@ -1,4 +1,4 @@
-"""What can stand for a checkpoint, and what is found behind it."""
+"""References to checkpoints, and what they resolve to."""
 
 import json
 import logging
@@ -172,18 +172,18 @@ def test_nothing_is_fetched_twice_and_the_cache_heals(
 def test_a_folder_that_another_process_takes_for_stale(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between making and locking a folder for a download, a second process removes what looks left behind."""
+    """A second process removes the folder for a download before the first has locked it."""
     removed: list[Path] = []
 
-    def late(path: Path, what: str) -> FileLock:
+    def late(path: Path, name: str) -> FileLock:
         if removed:
-            return FileLock(path, what)
+            return FileLock(path, name)
         removed.append(path.parent)
         if moment == "while":
-            raise BusyError(what)
-        lock = FileLock(path, what) if moment == "when it is locked" else None
+            raise BusyError(name)
+        lock = FileLock(path, name) if moment == "when it is locked" else None
         shutil.rmtree(path.parent)
-        return lock or FileLock(path, what)
+        return lock or FileLock(path, name)
 
     monkeypatch.setattr(fetching, "FileLock", late)
     with fetching.scratch_folder(tmp_path) as scratch:

@@ -1,4 +1,4 @@
-"""What a retention policy keeps, and that deleting obeys it: on the disk, in the run, and nothing else."""
+"""What a retention policy keeps, and that only the rest is deleted, on the disk and in the run."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def dropped(rules: Retention, found: list[CheckpointManifest], protected: tuple[
 
 
 @pytest.mark.parametrize(
-    ("rules", "gone"),
+    ("rules", "dropped"),
     [
         (Retention(), []),
         (Retention(keep_last=2), [1, 2, 3]),
@@ -40,9 +40,9 @@ def dropped(rules: Retention, found: list[CheckpointManifest], protected: tuple[
         (Retention(keep_best=1), [1, 2, 3, 4]),
     ],
 )
-def test_rules_without_validation(rules: Retention, gone: list[int]) -> None:
-    assert dropped(rules, manifests(1, 2, 3, 4, 5)) == gone
-    assert dropped(rules, manifests(5, 3, 1, 2, 4)) == gone  # in whatever order they are listed
+def test_rules_without_validation(rules: Retention, dropped: list[int]) -> None:
+    assert dropped(rules, manifests(1, 2, 3, 4, 5)) == dropped
+    assert dropped(rules, manifests(5, 3, 1, 2, 4)) == dropped  # in whatever order they are listed
 
 
 def test_the_best_stay() -> None:
@@ -75,7 +75,7 @@ def test_the_reestimated_state_is_newer_than_the_one_before() -> None:
 
 @pytest.fixture
 def run_id(client: MlflowClient) -> str:
-    """Five checkpoints in ./models and in the run; the third is the best."""
+    """Save five checkpoints in ./models and in a run; the third is the best."""
     run = client.create_run(client.create_experiment("retention"))
     for iters in range(1, 6):
         state = {"state_dict": {"w": torch.full((3,), float(iters))}}
@@ -99,8 +99,8 @@ def in_run(client: MlflowClient, run_id: str) -> list[int]:
 
 
 def test_it_deletes_here_and_there(client: MlflowClient, run_id: str) -> None:
-    gone = prune_run(target(client, run_id), Retention(keep_last=2))
-    assert [item.manifest.iters for item in gone] == [1, 2]
+    dropped = prune_run(target(client, run_id), Retention(keep_last=2))
+    assert [item.manifest.iters for item in dropped] == [1, 2]
     assert on_disk() == in_run(client, run_id) == [3, 4, 5]
     assert DELETING_TAG not in client.get_run(run_id).data.tags
 
@@ -140,7 +140,7 @@ def test_a_deletion_that_was_cut_short_is_completed(client: MlflowClient, run_id
 
 
 def test_two_phases_on_the_disk(run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between them, the file has lost its name, and the next start removes the rest."""
+    """If it is killed between them, the file has lost its name, and the next start removes the rest."""
     path = Path("models/checkpoint-000001.pth.tar")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 

@@ -1,4 +1,4 @@
-"""Looking at runs, and comparing them."""
+"""Listing, showing and comparing runs."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from tests.support.training import run
 
 @pytest.fixture
 def two(images: Path) -> tuple[str, str]:
-    """Two runs that differ in their rate."""
+    """Train two runs with different learning rates."""
     ids = [run(images, "--lr", rate, "--run-name", f"rate {rate}").run_id for rate in (0.02, 0.005)]
     return str(ids[0]), str(ids[1])
 
@@ -180,7 +180,7 @@ def outcomes(right: set[int], images: int) -> dict[str, Outcome]:
 
 
 def test_a_paired_test_by_hand() -> None:
-    """1 and 9 of ten images that changed sides: 2 * (1 + 10) / 2**10."""
+    """Of ten images that only one run got right, 1 and 9: 2 * (1 + 10) / 2**10."""
     first, second = {0, 20}, {*range(1, 10), 20}
     test = paired_test(evaluation("a", 2, 30), evaluation("b", 10, 30), [outcomes(first, 30), outcomes(second, 30)])
     assert (len(test.only_first), len(test.only_second), test.images) == (1, 9, 30)

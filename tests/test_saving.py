@@ -1,4 +1,4 @@
-"""Saving behind the loop: a copy that does not change, in order, one at a time, with errors that are heard."""
+"""Saving in the background: from a copy, in order, one at a time, with errors reported."""
 
 import resource
 import threading
@@ -158,7 +158,7 @@ def test_the_best_is_marked_behind_its_writing(recorder: Recorder, tmp_path: Pat
 
 @pytest.fixture
 def full_disk() -> Iterator[Callable[[bool], None]]:
-    """`full_disk(True)`: files may not be larger than 20 kB."""
+    """Return a switch: while it is on, files may not grow beyond 20 kB."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def switch(on: bool) -> None:
@@ -252,7 +252,7 @@ def statuses(client: MlflowClient) -> list[str]:
 def test_a_disk_that_fills_up_while_training(
     choice: str, images: Path, client: MlflowClient, full_disk: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Full from the 4th to the 9th iteration; checkpoints after each are due."""
+    """The disk is full from iteration 4 to 9, and every iteration saves a checkpoint."""
     original = store_module.write_prepared
 
     def write(prepared: Any, directory: Path) -> Any:
@@ -284,8 +284,8 @@ def test_retention_while_training(images: Path, client: MlflowClient) -> None:
     assert {"checkpoint-000005.pth.tar", "checkpoint-000010.pth.tar"} < set(left)
     assert any(name in best for name in left)
     assert len(left) <= 5
-    there = {item.path.rpartition("/")[2] for item in client.list_artifacts(str(summary.run_id), "checkpoints")}
-    assert there == {part for name in left for part in (name, f"{name}.json")}
+    uploaded = {item.path.rpartition("/")[2] for item in client.list_artifacts(str(summary.run_id), "checkpoints")}
+    assert uploaded == {part for name in left for part in (name, f"{name}.json")}
 
 
 def test_rules_are_inherited_and_can_be_changed_on_resuming(images: Path, client: MlflowClient) -> None:

@@ -1,4 +1,4 @@
-"""Options from files and from the environment: what counts, what is refused, and that messages say where it stood."""
+"""Options from files and from the environment: precedence, refusals, and messages that name the source."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SmallTrain = Callable[..., dict[str, Any]]
 
 
 def commands(command: click.Command = main, name: str = "") -> dict[str, click.Command]:
-    """Every command by its words."""
+    """Return every command by its words."""
     found = {name: command}
     if isinstance(command, click.Group):
         for word, one in command.commands.items():
@@ -153,7 +153,7 @@ def test_messages_say_which_variable_it_was(shufflenet: Invoke, monkeypatch: pyt
 def test_empty_variables_and_empty_words_count_as_not_given(
     small_train: SmallTrain, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`mlflow run` passes empty words; the environment and the file then count."""
+    """`mlflow run` passes empty words; then the environment and the file apply."""
     monkeypatch.setenv("SHUFFLENET_SEED", "5")
     monkeypatch.setenv("SHUFFLENET_MOMENTUM", "")
     found = params(client, small_train("--total-iters", 1, "--seed", ""))
@@ -208,7 +208,7 @@ def test_help_is_complete(words: str, shufflenet: Invoke) -> None:
 
 
 def test_an_option_means_the_same_everywhere() -> None:
-    """One name, one type; and one variable."""
+    """One name has one type and one variable."""
     seen: dict[str, tuple[str, str]] = {}
     for words, command in commands().items():
         for option in command.params:

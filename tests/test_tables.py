@@ -1,4 +1,4 @@
-"""Tables in any width: nothing is cut in a pipe, and a terminal gets lines that fit."""
+"""Tables in any width: a pipe gets everything, and a terminal gets lines that fit."""
 
 from rich.cells import cell_len
 
