@@ -30,7 +30,7 @@ def dropped(rules: Retention, found: list[CheckpointManifest], protected: tuple[
 
 
 @pytest.mark.parametrize(
-    ("rules", "dropped"),
+    ("rules", "dropped_iters"),
     [
         (Retention(), []),
         (Retention(keep_last=2), [1, 2, 3]),
@@ -40,9 +40,9 @@ def dropped(rules: Retention, found: list[CheckpointManifest], protected: tuple[
         (Retention(keep_best=1), [1, 2, 3, 4]),
     ],
 )
-def test_rules_without_validation(rules: Retention, dropped: list[int]) -> None:
-    assert dropped(rules, manifests(1, 2, 3, 4, 5)) == dropped
-    assert dropped(rules, manifests(5, 3, 1, 2, 4)) == dropped  # in whatever order they are listed
+def test_rules_without_validation(rules: Retention, dropped_iters: list[int]) -> None:
+    assert dropped(rules, manifests(1, 2, 3, 4, 5)) == dropped_iters
+    assert dropped(rules, manifests(5, 3, 1, 2, 4)) == dropped_iters  # in whatever order they are listed
 
 
 def test_the_best_stay() -> None:
