@@ -119,7 +119,7 @@ def test_stores_that_do_not_answer_offer_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_server_is_asked(server: "object", client: MlflowClient) -> None:
+def test_completion_from_a_server(server: "object", client: MlflowClient) -> None:
     uri = server.uri  # type: ignore[attr-defined]
     store_client = MlflowClient(uri)
     run_id = store_client.create_run(store_client.create_experiment("completion"), run_name="a run").info.run_id

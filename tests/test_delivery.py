@@ -112,7 +112,7 @@ def test_no_pointer_moves_before_its_payload(
     assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (2, 2)
 
 
-def test_what_arrives_damaged_is_not_committed(
+def test_a_damaged_upload_is_not_committed(
     client: MlflowClient, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = checkpoint(tmp_path, 1)
@@ -161,7 +161,7 @@ def test_pointers_never_move_backwards(client: MlflowClient, run_id: str, tmp_pa
 
 
 @pytest.mark.parametrize("value", ['"0.5"', "NaN", "[]", "true"])
-def test_a_pointer_that_someone_edited_is_mended(value: str, client: MlflowClient, run_id: str, tmp_path: Path) -> None:
+def test_an_edited_pointer_is_repaired(value: str, client: MlflowClient, run_id: str, tmp_path: Path) -> None:
     target = RunTarget(client, run_id, tmp_path, is_new=True)
     checkpoint(tmp_path, 1, 0.5).send(target)
     for tag in (BEST_TAG, LATEST_TAG):
@@ -224,7 +224,7 @@ def test_metrics_are_batched_and_each_point_is_kept_once(
     assert len(steps(client, run_id, "a")) == 310
 
 
-def test_a_long_stretch_that_was_repeated_is_kept_once(client: MlflowClient, run_id: str, journal: Journal) -> None:
+def test_many_repeated_points_are_kept_once(client: MlflowClient, run_id: str, journal: Journal) -> None:
     """A run died and was resumed while the server was unreachable: one request has both attempts' points."""
     put(journal, run_id, *(MetricPoints({"a": step}, step, 1) for step in range(200)))
     put(journal, run_id, *(MetricPoints({"a": step}, step, 2) for step in range(50, 250)))
@@ -232,7 +232,7 @@ def test_a_long_stretch_that_was_repeated_is_kept_once(client: MlflowClient, run
     assert sorted(steps(client, run_id, "a")) == list(range(250))
 
 
-def test_what_mlflow_will_never_take_does_not_block_the_rest(
+def test_entries_that_mlflow_refuses_do_not_block_the_rest(
     client: MlflowClient, run_id: str, journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = MetricPoints({"no/such\nname": 1.0}, 1, 1)
@@ -262,7 +262,7 @@ def test_a_deleted_run_keeps_its_entries(client: MlflowClient, run_id: str, jour
         (RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "bad"}), RefusedError),
     ],
 )
-def test_which_answers_are_final(
+def test_final_refusals(
     error: Exception, kind: type[TrackingError], client: MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer(*_arguments: Any, **_keywords: Any) -> None:
@@ -319,7 +319,7 @@ def test_a_signal_ends_the_wait(
     assert journal.pending == 1
 
 
-def test_a_bug_in_sending_is_reported_and_loses_nothing(
+def test_a_bug_in_delivery_is_reported_and_loses_nothing(
     client: MlflowClient, run_id: str, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, fail = MlflowClient.log_batch, True
@@ -380,7 +380,7 @@ def sync(directory: str = "models") -> Any:
     return run_sync(Path(directory), dry_run=False, tracking_uri=None, reporter=LoggingReporter(), stop=StopFlag())
 
 
-def test_a_run_that_began_without_its_server(images: Path, client: MlflowClient, away: Any, uninterrupted: Any) -> None:
+def test_a_run_started_offline(images: Path, client: MlflowClient, away: Any, uninterrupted: Any) -> None:
     reporter = Reporter()
     summary = run(images, "--save-dir", "models", "--run-name", "offline", reporter=reporter)
     assert summary.run_id is None
@@ -403,7 +403,7 @@ def test_a_run_that_began_without_its_server(images: Path, client: MlflowClient,
     assert sync().sent == 0
 
 
-def test_a_process_of_its_own_understands_the_whole_journal(
+def test_another_process_understands_the_whole_journal(
     images: Path, shufflenet: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has not imported the modules that wrote the journal, and must not set entries aside because of that."""
@@ -423,7 +423,7 @@ def test_a_process_of_its_own_understands_the_whole_journal(
     assert client.search_logged_models([made.info.experiment_id])
 
 
-def test_the_server_comes_while_a_run_without_it_goes_on(
+def test_the_server_returns_during_an_offline_run(
     images: Path, client: MlflowClient, away: Any, uninterrupted: Any
 ) -> None:
     def switch(phase: str, done: int) -> None:
@@ -443,9 +443,7 @@ def test_the_server_comes_while_a_run_without_it_goes_on(
     assert read_checkpoint(summary.save_dir / "bnps-checkpoint-000012.pth.tar")["run_id"] == summary.run_id
 
 
-def test_a_run_without_its_server_is_resumed_without_it(
-    images: Path, client: MlflowClient, away: Any, uninterrupted: Any
-) -> None:
+def test_an_offline_run_resumes_offline(images: Path, client: MlflowClient, away: Any, uninterrupted: Any) -> None:
     from tests.support.training import run_until
 
     stopped = run_until(images, "training", 5, "--save-dir", "models")
@@ -460,7 +458,7 @@ def test_a_run_without_its_server_is_resumed_without_it(
     assert_same_end(client, repeated, uninterrupted)
 
 
-def test_a_run_is_made_once_however_often_that_is_interrupted(
+def test_a_run_is_created_once_despite_interruptions(
     images: Path, client: MlflowClient, away: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(images, "--save-dir", "models")
@@ -483,7 +481,7 @@ def test_an_answer_is_not_an_outage(images: Path, client: MlflowClient, monkeypa
         run(images, "--experiment", "gone")
 
 
-def test_the_newest_checkpoint_may_lie_on_this_disk_only(
+def test_the_newest_checkpoint_may_be_local_only(
     images: Path, client: MlflowClient, away: Any, uninterrupted: Any
 ) -> None:
     """The server fails before the process stops: the run ID still finds the last checkpoint."""
@@ -552,7 +550,7 @@ def test_sync_of_what_is_no_folder() -> None:
         sync("nowhere")
 
 
-def test_which_store_a_journal_belongs_to(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
+def test_the_store_of_a_journal(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
     assert stored_uri("http://me:secret@host:5000") == "http://host:5000"
     assert stored_uri("sqlite:///mlflow.db") == f"sqlite:///{workplace}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")

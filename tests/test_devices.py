@@ -70,7 +70,7 @@ def test_cores_are_those_that_the_process_may_use(
     assert devices.usable_cores() == 8
 
 
-def test_auto_is_a_device_that_is_there() -> None:
+def test_auto_is_an_existing_device() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -159,7 +159,7 @@ print(settled())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_freed_memory_is_used_again() -> None:
+def test_freed_memory_is_reused() -> None:
     ran = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     returned, kept = map(int, ran.stdout.split())
     assert kept < 1000

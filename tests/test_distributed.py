@@ -53,7 +53,7 @@ def test_every_division_makes_the_same_global_batches(processes: int, micro_batc
             assert max(sizes) <= max(micro_batch_size, 1)
 
 
-def test_as_many_parts_in_fewer_processes_are_the_same_parts() -> None:
+def test_fewer_processes_keep_the_micro_batches() -> None:
     def parts(processes: int) -> list[Any]:
         divisions = [MicroBatches.of(12, 3, rank, processes) for rank in range(processes)]
         assert divisions[0].count == 4
@@ -160,7 +160,7 @@ def test_a_signal_ends_the_wait_for_the_others() -> None:
         ({"RANK": "2"}, r"RANK \(=2\) must be at least 0 and below its WORLD_SIZE \(=2\); torchrun sets all"),
     ],
 )
-def test_an_environment_that_no_launcher_makes(
+def test_invalid_launcher_environments(
     environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -170,13 +170,13 @@ def test_an_environment_that_no_launcher_makes(
         pass
 
 
-def test_what_pytorch_says_of_a_lost_process() -> None:
+def test_pytorchs_error_for_a_lost_process() -> None:
     message = "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:11157: Connection reset by peer"
     assert "has lost another process" in str(loss_of_process(RuntimeError(message)))
     assert loss_of_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
-def test_a_division_too_fine_for_batch_normalisation(images: Path) -> None:
+def test_micro_batches_too_small_for_batch_normalisation(images: Path) -> None:
     with pytest.raises(ConfigError, match=r"--micro-batch-size \(=1\) must be at least 2"):
         run(images, "--micro-batch-size", 1)
 

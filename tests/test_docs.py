@@ -88,7 +88,7 @@ def test_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize("page", LINKING, ids=name_of)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_are_not_broken(page: Path) -> None:
     for line, target in links(page):
         if re.match(r"[a-z]+:", target):
             continue
@@ -100,7 +100,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(leads_to), f"{name_of(page)}:{line}: {target} is not among its headings"
 
 
-def test_pictures_are_used() -> None:
+def test_every_picture_is_shown() -> None:
     shown = {(page.parent / target).resolve() for page in LINKING for _, target in links(page) if ":" not in target}
     assert {path for path in (ROOT / "docs").iterdir() if path.suffix in (".png", ".svg")} <= shown
 

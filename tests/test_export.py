@@ -164,7 +164,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         export_file(network(), tmp_path / "net.onnx", "onnx")
 
 
-def test_a_name_that_is_too_long_for_the_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_too_long_for_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(files.FORMATS, "pt2", (lambda _, path: path.write_bytes(b""), files.load_pt2))
     with pytest.raises(ExportError, match="File name too long; --output names another file"):
         export_file(network(), tmp_path / ("x" * 250), "pt2")
@@ -309,7 +309,7 @@ def test_a_model_is_made_once_per_checkpoint(client: MlflowClient, images: Path)
         assert len({point.step for point in points}) == len(points)
 
 
-def test_an_unfinished_model_is_taken_up(client: MlflowClient, images: Path) -> None:
+def test_an_unfinished_model_is_completed(client: MlflowClient, images: Path) -> None:
     """A process that is killed during the upload leaves such a model; a finished one is not touched."""
     summary = run(images)
     stored = client.get_run(summary.run_id)
@@ -344,7 +344,7 @@ def test_a_network_that_cannot_be_exported_holds_nothing_up(
 
 
 @pytest.mark.parametrize("why_no_backing_stores", ["the endpoint", "the checkpoint"])
-def test_what_will_never_be_made_holds_nothing_up(
+def test_models_that_cannot_be_created_do_not_block_delivery(
     client: MlflowClient, images: Path, monkeypatch: pytest.MonkeyPatch, why_no_backing_stores: str
 ) -> None:
     """A server without logged models, or a deleted checkpoint: the entry is set aside, not retried for ever."""
@@ -408,7 +408,7 @@ def test_promoting(client: MlflowClient, images: Path, shufflenet: Invoke) -> No
     assert json.loads(result.stdout)["iters"] == 5
 
 
-def test_a_file_that_is_not_the_runs(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
+def test_a_file_of_another_run(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
     """Another run in the same folder has replaced the file."""
     summary = run(images)
     path = summary.result.checkpoint

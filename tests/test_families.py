@@ -146,7 +146,7 @@ def test_only_oneshot_has_choices() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a,b", "1,2.5", "1;2"])
-def test_lists_that_are_none(text: str) -> None:
+def test_invalid_lists(text: str) -> None:
     with pytest.raises(ConfigError, match="--choices"):
         parse_numbers(text, "choices", int)
 
@@ -304,7 +304,7 @@ def test_a_configuration_of_before_the_option_counts_as_without_it(small_train: 
         assert f"changed {words[0]}" in refused.stderr or "no published weights" in refused.stderr
 
 
-def test_the_same_command_again_continues_what_it_began(
+def test_repeating_the_command_resumes(
     small_train: SmallTrain, shufflenet: Invoke, images: Path, tmp_path: Path
 ) -> None:
     path = write_original(tmp_path / "model.pth.tar", create_model("shufflenet_v2_x0_5", 10))
@@ -338,7 +338,7 @@ def test_the_same_command_again_continues_what_it_began(
         (["--model", "shufflenet_v2_large", "--mean-image", "x.png"], 2, "must be called .npy, or .xml"),
     ],
 )
-def test_bad_beginnings_are_one_line_and_leave_nothing(
+def test_invalid_initial_weights_are_one_line_and_leave_nothing(
     arguments: list[str],
     status: int,
     message: str,

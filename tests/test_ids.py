@@ -34,7 +34,7 @@ def three_runs(client: MlflowClient, workplace: Path) -> None:
 
 
 @pytest.mark.usefixtures("three_runs")
-def test_the_beginning_of_an_id_stands_for_the_run(tmp_path: Path, client: MlflowClient) -> None:
+def test_id_prefixes_name_a_run(tmp_path: Path, client: MlflowClient) -> None:
     for ref, iters in (("012345", 3), ("runs:/abcdef00", 1), ("abcdef11@best", 2), (f"runs:/{SECOND[:9]}@2", 2)):
         if not ref.endswith("best"):  # none of them was validated
             assert resolve(ref, cache_dir=tmp_path).iters == iters
@@ -45,14 +45,14 @@ def test_the_beginning_of_an_id_stands_for_the_run(tmp_path: Path, client: Mlflo
 
 
 @pytest.mark.usefixtures("three_runs")
-def test_anything_else_stays_as_it_is(workplace: Path) -> None:
+def test_other_references_are_unchanged(workplace: Path) -> None:
     (workplace / "012345").mkdir()
     for ref in ("012345", "01234", "models", OTHER, f"runs:/{OTHER}@best", "models:/net@x", Path("abcdef00")):
         assert complete(ref, None) == ref
 
 
 @pytest.mark.usefixtures("three_runs")
-def test_what_begins_none_or_several() -> None:
+def test_prefixes_of_no_run_or_several() -> None:
     with pytest.raises(UnresolvedError, match=rf"several runs' IDs in sqlite:.*{SECOND} \(run 1\), {FIRST} \(run 0\);"):
         complete("abcdef", None)
     with pytest.raises(UnresolvedError, match="'abcdef22' is no file or folder, and begins no run's ID in sqlite"):

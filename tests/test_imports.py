@@ -29,7 +29,7 @@ FAST = ("runs", "train", "eval")
 
 
 @pytest.mark.parametrize("job", [job if job in FAST else pytest.param(job, marks=pytest.mark.long) for job in IMPORTED])
-def test_a_job_begins_with_no_more_than_it_needs(job: str, tmp_path: Path) -> None:
+def test_workflows_import_only_what_they_need(job: str, tmp_path: Path) -> None:
     assert imported(f"import shufflenet_mlflow.workflows.{job}", tmp_path) == IMPORTED[job]
 
 
@@ -63,7 +63,7 @@ else:
 
 
 @pytest.mark.long
-def test_what_is_there_before_the_first_image(images: Path, tmp_path: Path) -> None:
+def test_imports_before_the_first_image(images: Path, tmp_path: Path) -> None:
     """torchvision serves the crops of `release`; MLflow brings scipy and scikit-learn where it finds them."""
     folders = ["--train-dir", str(images / "train"), "--val-dir", str(images / "val"), "--input-size", "32"]
     options = ["--batch-size", "8", "--save-dir", str(tmp_path / "saved"), "--workers", "0", "--augment", "shift"]

@@ -76,7 +76,7 @@ def test_the_next_process_goes_on(journal: Journal, reopen: Callable[[Journal], 
     assert read_pending(tmp_path).run_id == RUN
 
 
-def test_a_line_that_was_cut_off_is_no_damage(
+def test_a_truncated_last_line_is_not_damage(
     journal: Journal, reopen: Callable[[Journal], Journal], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     logging.getLogger("shufflenet_mlflow").propagate = True
@@ -109,7 +109,7 @@ def test_damage_is_named_and_set_aside(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_altered_entry_ever_comes_back(seed: int, tmp_path: Path) -> None:
+def test_altered_entries_are_never_read(seed: int, tmp_path: Path) -> None:
     """Flip bits and truncate at random: an entry is read as it was written, or not at all."""
     generator = random.Random(seed)
     journal = Journal(tmp_path)
@@ -155,7 +155,7 @@ def test_a_file_system_without_locks_is_not_called_busy(tmp_path: Path, monkeypa
         Journal(tmp_path)
 
 
-def test_what_arrives_after_the_end_is_written_nowhere(tmp_path: Path) -> None:
+def test_confirmations_after_closing_are_ignored(tmp_path: Path) -> None:
     """A request that hung returns when another file has the descriptor's number."""
     journal = Journal(tmp_path)
     fill(journal, 1)
@@ -198,7 +198,7 @@ def test_a_full_disk_loses_nothing_while_the_process_lives(journal: Journal, tmp
     assert [entry.body["n"] for entry in read_pending(tmp_path).entries] == [3, 4]
 
 
-def test_a_full_disk_when_a_run_takes_the_folder(journal: Journal, tmp_path: Path) -> None:
+def test_a_full_disk_at_the_start_of_a_run(journal: Journal, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
@@ -220,7 +220,7 @@ def test_a_journal_of_a_later_version(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / JOURNAL_NAME).read_bytes() == before
 
 
-def test_it_does_not_grow_for_ever(journal: Journal, tmp_path: Path) -> None:
+def test_the_journal_is_compacted(journal: Journal, tmp_path: Path) -> None:
     for number in range(6000):
         fill(journal, number)
         journal.delivered(journal.oldest()[0].seq)
@@ -229,7 +229,7 @@ def test_it_does_not_grow_for_ever(journal: Journal, tmp_path: Path) -> None:
     assert numbers(journal) == [6000]
 
 
-def test_a_run_that_was_yet_to_be_made(tmp_path: Path, reopen: Callable[[Journal], Journal]) -> None:
+def test_a_run_that_does_not_exist_yet(tmp_path: Path, reopen: Callable[[Journal], Journal]) -> None:
     key = new_provisional_id()
     journal = Journal(tmp_path)
     journal.set_owner(key, "http://127.0.0.1:5000")

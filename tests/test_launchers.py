@@ -48,7 +48,7 @@ def move_away(folder: str) -> None:
         os.rename(folder, f"{folder}-of-another-machine-{len(list(Path().iterdir()))}")
 
 
-def test_a_job_goes_on_by_its_name_on_another_machine(
+def test_a_job_resumes_by_its_name_on_another_machine(
     images: Path, client: MlflowClient, tmp_path: Path, uninterrupted: Any
 ) -> None:
     stopped = run_until(images, "training", 5, "--job", "pets-1")
@@ -82,9 +82,7 @@ def test_a_job_that_began_with_other_options_is_another_run(images: Path, client
     assert len(runs_of(client)) == 2
 
 
-def test_a_run_without_a_checkpoint_begins_again_by_its_id(
-    images: Path, client: MlflowClient, uninterrupted: Any
-) -> None:
+def test_a_run_without_a_checkpoint_restarts_by_its_id(images: Path, client: MlflowClient, uninterrupted: Any) -> None:
     """The ID is enough: options, classes and images come from the run."""
     with pytest.raises(Death):
         run(images, reporter=die_at(3))
@@ -102,7 +100,7 @@ def test_a_run_without_a_checkpoint_begins_again_by_its_id(
     assert_same_end(client, resumed, uninterrupted)
 
 
-def test_a_run_that_begins_again_has_its_mean_image(images: Path, client: MlflowClient, tmp_path: Path) -> None:
+def test_a_restarted_run_keeps_its_mean_image(images: Path, client: MlflowClient, tmp_path: Path) -> None:
     """There is no checkpoint yet to take the mean image from, so it is read again."""
     mean = tmp_path / "mean.npy"
     np.save(mean, np.full((32, 32, 3), 100, np.float32))
@@ -111,7 +109,7 @@ def test_a_run_that_begins_again_has_its_mean_image(images: Path, client: Mlflow
     assert planned.data.preprocess.mean_image is not None
 
 
-def test_another_division_is_not_called_rounding(images: Path) -> None:
+def test_another_micro_batch_size_is_not_called_rounding(images: Path) -> None:
     """Another division changes which images batch normalisation sees together."""
     stopped = run_until(images, "training", 5, "--save-dir", "models")
     path = list_checkpoints(stopped.save_dir)[0]
@@ -124,7 +122,7 @@ def test_another_division_is_not_called_rounding(images: Path) -> None:
     assert any("divided into 1 parts, and were into 4: batch normalisation sees other" in w for w in reporter.warnings)
 
 
-def test_what_lies_here_and_is_up_to_date_is_not_fetched(images: Path, tmp_path: Path) -> None:
+def test_local_checkpoints_that_are_current_are_not_downloaded(images: Path, tmp_path: Path) -> None:
     stopped = run_until(images, "training", 5)
     cache = tmp_path / "cache"
     resumed = run(images, "--resume", stopped.run_id, "--cache-dir", cache)
@@ -145,7 +143,7 @@ def test_a_job_is_forked_by_its_name(images: Path, client: MlflowClient) -> None
 
 
 @pytest.mark.parametrize("options", [[], ["--job", "pets"], ["--save-dir", "empty"]])
-def test_nothing_is_there_to_be_forked(options: list[object], images: Path, client: MlflowClient) -> None:
+def test_forking_needs_a_checkpoint(options: list[object], images: Path, client: MlflowClient) -> None:
     with pytest.raises(ConfigError, match="--new-run: nothing is there to be forked; name a checkpoint with --resume"):
         run(images, "--new-run", *options)
     assert runs_of(client) == []
@@ -170,7 +168,7 @@ def test_every_drift_is_recorded(images: Path, client: MlflowClient) -> None:
     assert drifted == {"workers": [0, 1], "save_interval": [5, 6]}
 
 
-def test_a_change_of_what_rounds_is_said(images: Path) -> None:
+def test_a_change_of_rounding_is_reported(images: Path) -> None:
     stopped = run_until(images, "training", 5, "--save-dir", "models")
     path = list_checkpoints(stopped.save_dir)[0]
     reporter = Reporter()
@@ -334,7 +332,7 @@ def test_two_trainings_in_one_job_of_slurm(images: Path, slurm: Path) -> None:
     assert run(images, *short, "--lr", 0.02).run_id != first.run_id
 
 
-def test_a_warning_before_training_asks_too(images: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_before_training_requeues(images: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_arguments: Any, **_named: Any) -> Any:
         signal.raise_signal(signal.SIGUSR1)
 
@@ -345,12 +343,12 @@ def test_a_warning_before_training_asks_too(images: Path, slurm: Path, monkeypat
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
-def test_who_cancels_a_job_means_it(by: int, images: Path, slurm: Path) -> None:
+def test_cancelled_jobs_are_not_requeued(by: int, images: Path, slurm: Path) -> None:
     run_until(images, "training", 2, "--requeue", by=by)
     assert not slurm.exists()
 
 
-def test_a_requeue_that_fails_is_said(images: Path, slurm: Path, tmp_path: Path) -> None:
+def test_a_failed_requeue_is_reported(images: Path, slurm: Path, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
 
     def pull(phase: str, done: int) -> None:
@@ -371,7 +369,7 @@ def test_the_grace_period_is_checked(images: Path) -> None:
         run(images, "--grace", -1)
 
 
-def test_without_grace_nothing_is_waited_for(images: Path, client: MlflowClient, tmp_path: Path) -> None:
+def test_without_grace_nothing_is_awaited(images: Path, client: MlflowClient, tmp_path: Path) -> None:
     """What has not arrived stays in the journal, from which the run is resumed."""
     stopped = run_until(images, "training", 6, "--save-dir", "m", "--grace", 0, by=signal.SIGUSR1)
     assert stopped.result.checkpoint == Path("m/checkpoint-000006.pth.tar")

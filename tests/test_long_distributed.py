@@ -103,7 +103,7 @@ def stop_and_wait(process: Process) -> None:
     assert process.returncode != 0
 
 
-def test_a_run_goes_on_with_another_number_of_processes(
+def test_a_run_resumes_with_another_number_of_processes(
     images: Path, client: MlflowClient, tmp_path: Path, alone: dict[str, list[float]]
 ) -> None:
     """Two processes, one, then two, each time in an empty folder."""

@@ -12,7 +12,7 @@ import pytest
 
 from shufflenet_mlflow.runtime.devices import usable_cores
 from tests.support.doc_pages import PAGES, ROOT, Fence, fences
-from tests.support.doc_terminal import Terminal, errors_in, furnish
+from tests.support.doc_terminal import Terminal, errors_in, write_page_data
 
 pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(1800)]
 
@@ -29,10 +29,10 @@ def runnable(page: Path) -> list[Fence]:
 
 
 @pytest.fixture(scope="module")
-def furniture(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
+def page_data(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
     """Write the files of each page's folder, with an empty store, which takes seconds to create."""
-    folder = tmp_path_factory.mktemp("furniture")
-    furnish(folder)
+    folder = tmp_path_factory.mktemp("page_data")
+    write_page_data(folder)
     shutil.copy(empty_database, folder / "mlflow.db")
     return folder
 
@@ -55,8 +55,8 @@ def environment(cache_dir: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def terminal(furniture: Path, tmp_path: Path) -> Iterator[Terminal]:
-    shutil.copytree(furniture, tmp_path / "home")
+def terminal(page_data: Path, tmp_path: Path) -> Iterator[Terminal]:
+    shutil.copytree(page_data, tmp_path / "home")
     terminal = Terminal(tmp_path / "home", tmp_path)
     yield terminal
     terminal.close()
@@ -91,7 +91,7 @@ def run_page(page: Path, terminal: Terminal, environment: dict[str, str]) -> Tim
 @pytest.fixture(scope="module")
 def outcomes(
     request: pytest.FixtureRequest,
-    furniture: Path,
+    page_data: Path,
     environment: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[Path, "Future[Timings]"]]:
@@ -102,7 +102,7 @@ def outcomes(
     with ThreadPoolExecutor(usable_cores()) as pool:
         for page in pages:
             folder = tmp_path_factory.mktemp("page")
-            shutil.copytree(furniture, folder / "home")
+            shutil.copytree(page_data, folder / "home")
             outcomes[page] = pool.submit(run_page, page, Terminal(folder / "home", folder), environment)
         yield outcomes
         for outcome in outcomes.values():
@@ -127,7 +127,7 @@ def test_a_block_that_fails_is_named(terminal: Terminal, environment: dict[str, 
     assert not (terminal.folder / "after").exists()
 
 
-def test_what_one_block_sets_the_next_one_sees(terminal: Terminal, environment: dict[str, str]) -> None:
+def test_blocks_share_variables_and_folder(terminal: Terminal, environment: dict[str, str]) -> None:
     page = ROOT / "README.md"
     terminal.run(Fence(page, 1, "console", "export COLOUR='a b'\nmkdir -p in && cd in\n", None), environment)
     terminal.run(Fence(page, 2, "console", 'test "$COLOUR" = "a b"\ntest -d ../pets\n', None), environment)

@@ -78,7 +78,7 @@ def npy_header(shape: str) -> bytes:
         ("a.xml", b"<?xml version='1.0'?><opencv_storage><MeanImg type_id='opencv-matrix'><rows>4", "does not hold"),
     ],
 )
-def test_files_that_are_no_mean_image(name: str, content: object, message: str, tmp_path: Path) -> None:
+def test_invalid_mean_images(name: str, content: object, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)

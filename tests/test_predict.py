@@ -98,7 +98,7 @@ def rows_of(result: Result) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- which images are meant
 
 
-def test_files_folders_and_how_often() -> None:
+def test_files_folders_and_repetitions() -> None:
     """Images keep the order given, folders are sorted, and repeated names are repeated."""
     put("b.png", "photos/2.png", "photos/10.jpg", "photos/more/1.PNG", "photos/.hidden.png", "photos/.x/1.png")
     Path("photos/notes.txt").touch()
@@ -168,7 +168,7 @@ def test_paths_on_standard_input() -> None:
     assert found("folder", "-", "a b.png", stdin=b"c[1].png") == ["folder/1.png", "folder/2.png", "c[1].png", "a b.png"]
 
 
-def test_what_find_prints() -> None:
+def test_paths_from_find() -> None:
     """Names of all kinds, with and without NULs."""
     put(*ODD)
     printed = {
@@ -192,7 +192,7 @@ def test_an_image_on_standard_input(kind: str) -> None:
 
 
 @pytest.mark.parametrize("text", [b"P2\n2 2\n9\n0 3 6 9\n", b"P3 1 1 255 0 0 255 "])
-def test_an_image_that_is_text(text: bytes) -> None:
+def test_text_on_standard_input(text: bytes) -> None:
     """A list begins with a path that exists."""
     assert find_pictures("-", lambda: io.BytesIO(text)).piped == text
     put(os.fsdecode(text.split(b"\n")[0]))
@@ -210,7 +210,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_is_not_there(words: tuple[str, ...], predict: Predict) -> None:
+def test_missing_paths(words: tuple[str, ...], predict: Predict) -> None:
     """The error comes before the checkpoint is read."""
     put("a.png")
     Path("empty").mkdir()
@@ -236,7 +236,7 @@ def test_what_is_not_there(words: tuple[str, ...], predict: Predict) -> None:
         (b"\xff\xd8\xff\xe0\0\x10JFIF", "'-' is not a readable image"),
     ],
 )
-def test_what_standard_input_may_not_hold(stdin: bytes, expected: str, predict: Predict) -> None:
+def test_invalid_standard_input(stdin: bytes, expected: str, predict: Predict) -> None:
     put("a.png")
     Path("empty").mkdir()
     result = predict("-", stdin=stdin)
@@ -252,7 +252,7 @@ def test_standard_input_only_once(predict: Predict) -> None:
     assert (result.exit_code, "only once" in result.stderr) == (2, True)
 
 
-def test_no_image_at_all(predict: Predict) -> None:
+def test_no_images_given(predict: Predict) -> None:
     """A pipe is read only on request; the error says how."""
     result = predict(stdin=encoded())
     assert result.exit_code == 2
@@ -400,7 +400,7 @@ def test_one_document(predict: Predict) -> None:
     assert (result.exit_code, "exclude each other" in result.stderr) == (2, True)
 
 
-def test_nobody_takes_what_is_printed(weights: Path) -> None:
+def test_a_closed_pipe_ends_silently(weights: Path) -> None:
     """With `| head` it ends silently."""
     put(*(f"photos/{number:03}.png" for number in range(300)))
     words = process(weights, "photos", "--format", "csv", "--batch-size", 4, "--workers", 2)
@@ -477,7 +477,9 @@ def evaluated(client: MlflowClient, run_id: str, val_dir: Path) -> dict[str, dic
     return {str(val_dir / row["path"]): row for row in csv.DictReader(io.StringIO(text))}
 
 
-def test_each_image_as_in_an_evaluation(client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
+def test_each_image_is_predicted_as_in_an_evaluation(
+    client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path
+) -> None:
     summary = run(images)
     val_dir = write_images(tmp_path / "more" / "val", per_class=20, seed=2)
     result = shufflenet("eval", summary.run_id, "--val-dir", val_dir, "--batch-size", 32, "--json")
@@ -491,7 +493,7 @@ def test_each_image_as_in_an_evaluation(client: MlflowClient, images: Path, shuf
 
 
 @pytest.mark.parametrize(("count", "equal"), [(WORKERS_FROM, True), (WORKERS_FROM - 1, False)])
-def test_with_the_bits_of_an_evaluation(count: int, equal: bool, weights: Path, predict: Predict) -> None:
+def test_predictions_equal_an_evaluation_bit_for_bit(count: int, equal: bool, weights: Path, predict: Predict) -> None:
     """Many images: batch normalisation is fused then, as in `eval`; for fewer, rounding differs."""
     put(*(f"photos/class/{number:03}.png" for number in range(count)))
     network = ModelRequest(str(weights), model="shufflenet_v2_x0_5", input_size=32).load().network
@@ -546,7 +548,7 @@ def many_files() -> Iterator[Path]:
     shutil.rmtree("many")
 
 
-def test_thousands_of_names_are_no_matter(many_files: Path) -> None:
+def test_many_names_take_little_memory(many_files: Path) -> None:
     """However they are given, they are found in the same order and take little memory."""
     below = found("many")
     assert len(below) == 20_000

@@ -55,7 +55,7 @@ def test_classes() -> None:
     assert SIX.confusion_csv().splitlines()[1] == "class 0,3,1,0"
 
 
-def test_of_very_many_classes_only_the_pairs_that_occur_are_kept(tmp_path: Path) -> None:
+def test_many_classes_keep_only_pairs_that_occur(tmp_path: Path) -> None:
     """A matrix of 40,000 classes would take 13 GB."""
     report = report_of([0, 0, 39_999], [0, 7, 7], [0.9, 0.8, 0.7], classes=40_000)
     assert report.confusion_csv().splitlines() == [
@@ -185,7 +185,7 @@ def test_evaluating_twice_adds_no_points(client: MlflowClient, images: Path, shu
     assert [point.step for point in client.get_metric_history(summary.run_id, "val/top1")] == [4, 8, 12]
 
 
-def test_where_it_goes_by_default(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
+def test_default_destination(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
     summary = run(images)
     assert evaluate(shufflenet, summary.result.checkpoint)["logged_to"] is None  # a file
     assert evaluate(shufflenet, summary.run_id, "--log-to", "none")["logged_to"] is None
@@ -267,7 +267,7 @@ def test_a_file_without_a_run_cannot_go_to_it(
     assert found["logged_to"]
 
 
-def test_a_store_that_goes_away_takes_no_result_with_it(
+def test_results_survive_an_outage_of_the_store(
     images: Path, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = run(images)

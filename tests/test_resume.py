@@ -112,7 +112,7 @@ def whole_and_parts(images: Path, *options: object) -> tuple[Any, Any]:
     return read_checkpoint(whole.result.checkpoint), read_checkpoint(parts.result.checkpoint)
 
 
-def test_dropout_goes_on_where_it_was(images: Path) -> None:
+def test_dropout_resumes(images: Path) -> None:
     whole, parts = whole_and_parts(images, *DROPOUT)
     assert_equal_payloads(whole["state_dict"], parts["state_dict"])
 
@@ -125,7 +125,7 @@ def test_a_generator_that_is_not_restored_is_noticed(images: Path, monkeypatch: 
         assert_equal_payloads(whole["state_dict"], parts["state_dict"])
 
 
-def test_the_moving_average_goes_on_where_it_was(images: Path, shufflenet: Invoke) -> None:
+def test_the_moving_average_resumes(images: Path, shufflenet: Invoke) -> None:
     whole, parts = whole_and_parts(images, "--ema-decay", 0.9)
     assert_equal_payloads(whole["ema_state_dict"], parts["ema_state_dict"])
     assert_equal_payloads(whole["state_dict"], parts["state_dict"])
@@ -136,7 +136,7 @@ def test_the_moving_average_goes_on_where_it_was(images: Path, shufflenet: Invok
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_goes_on_where_it_was(amp: str, images: Path) -> None:
+def test_mixed_precision_resumes(amp: str, images: Path) -> None:
     whole, parts = whole_and_parts(images, "--amp", amp)
     assert_equal_payloads(whole["state_dict"], parts["state_dict"])
     assert_equal_payloads(whole["optimizer_state_dict"], parts["optimizer_state_dict"])
@@ -146,7 +146,7 @@ def test_mixed_precision_goes_on_where_it_was(amp: str, images: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_compiled_network_goes_on_where_it_was(images: Path) -> None:
+def test_a_compiled_network_resumes(images: Path) -> None:
     whole, parts = whole_and_parts(images, "--compile")
     for name in ("state_dict", "optimizer_state_dict"):
         assert_equal_payloads(parts[name], whole[name])
@@ -220,7 +220,7 @@ def test_options_that_change_the_run_are_refused(images: Path) -> None:
             run(images, "--save-dir", "models", *changed)
 
 
-def test_harmless_options_may_change(images: Path) -> None:
+def test_options_that_keep_the_weights_may_change(images: Path) -> None:
     run_until(images, "training", 2, "--save-dir", "models")
     harmless = ["--workers", 1, "--display-interval", 3, "--val-interval", 6, "--save-interval", 7, "--device", "cpu"]
     assert run(images, "--save-dir", "models", *harmless).result.iters == 12

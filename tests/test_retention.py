@@ -45,7 +45,7 @@ def test_rules_without_validation(rules: Retention, dropped_iters: list[int]) ->
     assert dropped(rules, manifests(5, 3, 1, 2, 4)) == dropped_iters  # in whatever order they are listed
 
 
-def test_the_best_stay() -> None:
+def test_the_best_are_kept() -> None:
     top1 = {1: 0.1, 2: 0.9, 3: 0.5, 4: float("nan"), 5: None, 6: 0.2}
     found = manifests(1, 2, 3, 4, 5, 6, 7, top1=top1)
     assert dropped(Retention(keep_last=1), found) == [1, 3, 4, 5, 6]
@@ -54,11 +54,11 @@ def test_the_best_stay() -> None:
     assert dropped(Retention(keep_last=2, keep_every=5), found) == [1, 3, 4]
 
 
-def test_of_equal_accuracies_the_first_is_the_best() -> None:
+def test_the_first_of_equal_accuracies_is_best() -> None:
     assert dropped(Retention(keep_best=1), manifests(1, 2, 3, top1={1: 0.5, 2: 0.5})) == [2]
 
 
-def test_protected_names_stay() -> None:
+def test_protected_checkpoints_are_kept() -> None:
     assert dropped(Retention(keep_last=1), manifests(1, 2, 3), ("checkpoint-000001.pth.tar",)) == [2]
 
 
@@ -98,21 +98,21 @@ def in_run(client: MlflowClient, run_id: str) -> list[int]:
     return found
 
 
-def test_it_deletes_here_and_there(client: MlflowClient, run_id: str) -> None:
+def test_it_deletes_on_disk_and_in_the_run(client: MlflowClient, run_id: str) -> None:
     dropped = prune_run(target(client, run_id), Retention(keep_last=2))
     assert [item.manifest.iters for item in dropped] == [1, 2]
     assert on_disk() == in_run(client, run_id) == [3, 4, 5]
     assert DELETING_TAG not in client.get_run(run_id).data.tags
 
 
-def test_what_was_promoted_stays(client: MlflowClient, run_id: str) -> None:
+def test_promoted_checkpoints_are_kept(client: MlflowClient, run_id: str) -> None:
     client.create_registered_model("pets")
     client.create_model_version("pets", f"runs:/{run_id}/checkpoints/checkpoint-000002.pth.tar", run_id)
     prune_run(target(client, run_id), Retention(keep_last=1))
     assert on_disk() == in_run(client, run_id) == [2, 3, 5]
 
 
-def test_what_it_did_not_write_stays(client: MlflowClient, run_id: str) -> None:
+def test_foreign_files_are_kept(client: MlflowClient, run_id: str) -> None:
     manifest_path(Path("models/checkpoint-000001.pth.tar")).unlink()
     other = save_checkpoint({"state_dict": {"w": torch.zeros(7)}}, 0, directory="models")  # of no run
     Path("models/checkpoint-000002.pth.tar").write_bytes(other.read_bytes())
@@ -122,7 +122,7 @@ def test_what_it_did_not_write_stays(client: MlflowClient, run_id: str) -> None:
     assert in_run(client, run_id) == [3, 5]
 
 
-def test_the_newest_that_verifies_stays(client: MlflowClient, run_id: str) -> None:
+def test_the_newest_valid_checkpoint_is_kept(client: MlflowClient, run_id: str) -> None:
     path = Path("models/checkpoint-000005.pth.tar")
     path.write_bytes(path.read_bytes()[:-1])
     prune_run(target(client, run_id), Retention(keep_last=1))

@@ -29,7 +29,7 @@ def params(client: MlflowClient, trained: dict[str, Any]) -> dict[str, str]:
     return dict(client.get_run(trained["run_id"]).data.params)
 
 
-def test_what_was_typed_comes_before_the_environment_and_that_before_the_file(
+def test_command_line_overrides_environment_overrides_file(
     images: Path, shufflenet: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("pets.toml").write_text(
@@ -59,7 +59,7 @@ def test_what_was_typed_comes_before_the_environment_and_that_before_the_file(
     }
 
 
-def test_the_configuration_of_a_run_makes_another_like_it(
+def test_a_runs_configuration_reproduces_it(
     small_train: SmallTrain, shufflenet: Invoke, client: MlflowClient, tmp_path: Path
 ) -> None:
     first = small_train("--total-iters", 4, "--seed", 3)
@@ -76,9 +76,7 @@ def test_the_configuration_of_a_run_makes_another_like_it(
     assert (evaluated.exit_code, json.loads(evaluated.stdout)["n"]) == (0, 15)
 
 
-def test_of_options_that_exclude_each_other_the_stronger_place_counts(
-    images: Path, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exclusive_options_follow_precedence(images: Path, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("pets.toml").write_text("total_iters = 9999")
     words = ["train", *small_options(images), "--config", "pets.toml"]
     at = words.index("--total-iters")
@@ -160,7 +158,7 @@ def test_empty_variables_and_empty_words_count_as_not_given(
     assert (found["seed"], found["momentum"]) == ("5", "0.9")
 
 
-def test_variables_that_are_none_are_named(shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_variables_are_named(shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHUFFLENET_BATCHSIZE", "7")
     result = shufflenet("models")
     warning = "Warning: SHUFFLENET_BATCHSIZE is set, and is no option's variable; did you mean SHUFFLENET_BATCH_SIZE?\n"

@@ -161,7 +161,7 @@ def test_the_whole_way(
     assert (path is not None, iters) == (True, 12)
 
 
-def test_the_command_that_makes_a_run_again_works(
+def test_the_shown_command_reproduces_the_run(
     store: str, client: MlflowClient, images: Path, as_json: Callable[..., Any]
 ) -> None:
     first = run(images, "--lr", "3e-3", "--ema-decay", 0.9)

@@ -33,5 +33,5 @@ def test_a_terminal_gets_what_fits() -> None:
     assert "…" in fitted(TITLES, ROWS, 50, spare=("status", "loss"))[0][1]
 
 
-def test_a_table_without_rows() -> None:
+def test_an_empty_table() -> None:
     assert fitted(TITLES, [], 80) == (["run_id  name  loss  status"], [])

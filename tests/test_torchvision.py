@@ -280,7 +280,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[AnyAnswer]]:
     server.server_close()
 
 
-def test_what_is_downloaded_is_checked(
+def test_downloads_are_verified(
     hub: Path, answer: type[AnyAnswer], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answer, "content", b"something else")

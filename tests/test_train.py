@@ -131,7 +131,7 @@ def test_one_class_is_mentioned(tmp_path: Path) -> None:
     assert f"{str(tmp_path / 'train')!r} has one class only: there is nothing to tell apart" in reporter.notes
 
 
-def test_handlers_are_put_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopFlag() as stop:
         assert signal.getsignal(signal.SIGTERM) != before[0]

@@ -69,7 +69,7 @@ def test_memory_that_runs_out_is_one_line(images: Path, client: MlflowClient, mo
     assert list_checkpoints(Path("models"))[0].name == "checkpoint-000005.pth.tar"
 
 
-def test_what_a_gpu_says_of_its_memory() -> None:
+def test_pytorchs_error_for_gpu_memory() -> None:
     error = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"
     )
@@ -215,7 +215,7 @@ def test_an_outage_in_the_middle_loses_nothing(
     assert reporter.waited[-1] == 0
 
 
-def test_a_final_upload_that_failed_is_made_up_for(
+def test_a_failed_final_upload_is_repeated(
     images: Path, client: MlflowClient, outage: Outage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last iteration has two checkpoints; the second must not get lost."""
