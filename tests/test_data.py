@@ -520,7 +520,7 @@ def test_bad_files_are_left_out_and_counted(folder_with_bad_files: Path) -> None
 def test_training_batches_keep_their_size(folder_with_bad_files: Path) -> None:
     batches = list(batches_of(loader_of(folder_with_bad_files, replace_bad=True)))
     assert [len(batch.labels_N) for batch in batches] == [6, 6]
-    # Samples 5 and 6 are unreadable: the next readable one, sample 7, stands in for both.
+    # Samples 5 and 6 are unreadable: the next readable one, sample 7, replaces both.
     assert torch.equal(batches[0].images_NCHW[5], batches[1].images_NCHW[1])
 
 

@@ -1,4 +1,4 @@
-"""What a retention policy keeps, and that only the rest is deleted, on the disk and in the run."""
+"""Retention policies: which checkpoints they keep, and that only the others are deleted, on disk and in the run."""
 
 import json
 from pathlib import Path
