@@ -178,7 +178,7 @@ def outcomes(right: set[int], images: int) -> dict[str, Outcome]:
 
 
 def test_a_paired_test_by_hand() -> None:
-    """Of ten images that only one run classified correctly, each run has 1 and 9: 2 * (1 + 10) / 2**10."""
+    """Ten images are correct in one run only, split 1 to 9: p = 2 * (1 + 10) / 2**10."""
     first, second = {0, 20}, {*range(1, 10), 20}
     test = paired_test(evaluation("a", 2, 30), evaluation("b", 10, 30), [outcomes(first, 30), outcomes(second, 30)])
     assert (len(test.only_first), len(test.only_second), test.images) == (1, 9, 30)
