@@ -2,23 +2,29 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= dev
 BIN = $(VENV)/bin
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --editable
+PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test long lint docs check clean
+.PHONY: demo install test long lint docs check clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(INSTALL) '.[$(EXTRAS)]'
 	touch $@
+
+install: $(VENV)/.installed  ## the environment; EXTRAS=dev,docs,deployments for everything at once
 
 demo: $(VENV)/.installed  ## train on the bundled digits, tracked in ./mlflow.db
 	$(BIN)/shufflenet train
 
 test: $(VENV)/.installed  ## the fast tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadfile
 
 long: $(VENV)/.installed  ## the tests that take minutes: servers, `mlflow run`, killed processes
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m 'long and not alone' -n 2 --dist loadfile
+	$(PYTEST) -m 'long and alone'
 
 lint: $(VENV)/.installed  ## style, formatting, who imports whom, types
 	$(BIN)/ruff check .
@@ -26,11 +32,8 @@ lint: $(VENV)/.installed  ## style, formatting, who imports whom, types
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
-	touch $@
-
-docs: $(VENV)/.installed-docs  ## the site, into site/
+docs: $(VENV)/.installed  ## the site, into site/
+	$(BIN)/mkdocs --version > /dev/null 2>&1 || $(INSTALL) '.[dev,docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 check: lint test docs long  ## everything

@@ -1,4 +1,4 @@
-"""`shufflenet bench`, and what training chooses from the machine."""
+"""`shufflenet bench`, and the defaults that training derives from the machine."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_bench_says_what_it_measured(images: Path, workplace: Path, shufflenet: 
 
 
 @pytest.mark.long
-def test_bench_makes_a_store_for_the_occasion(images: Path, client: MlflowClient, shufflenet: Invoke) -> None:
+def test_bench_uses_a_temporary_store(images: Path, client: MlflowClient, shufflenet: Invoke) -> None:
     folder = ["--train-dir", str(images / "train"), "--input-size", "32", "--batch-size", "8"]
     result = shufflenet("bench", *folder, "--iterations", "1")
     assert result.exit_code == 0, result.output

@@ -92,7 +92,7 @@ def test_tags_that_do_not_belong_into_a_file_name(tag: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("iters", [-1, 3.0, "3"])
-def test_what_is_no_number_of_iterations(iters: Any, tmp_path: Path) -> None:
+def test_invalid_numbers_of_iterations(iters: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"iters \(={iters}\) must be an integer, and not negative"):
         write_checkpoint(small_state(), iters, directory=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -101,7 +101,7 @@ def test_what_is_no_number_of_iterations(iters: Any, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- writing and reading
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_a_written_checkpoint_reads_back_equal(tmp_path: Path) -> None:
     state = {**small_state(), "nested": {"list": [1, 2.5, "x", None, True], "tuple": (1, torch.ones(2))}}
     path, manifest = write_checkpoint(state, 7, directory=tmp_path, run_id="r" * 32, val_top1=0.5)
     payload = read_checkpoint(path)
@@ -164,7 +164,7 @@ def test_not_finite_values_are_null_in_the_record(tmp_path: Path) -> None:
         ({"state_dict": {}, "epoch": "3"}, "epoch is a str; give a number"),
     ],
 )
-def test_what_is_not_plain_is_refused(state: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_objects_that_are_not_plain_data_are_refused(state: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         write_checkpoint(state, 1, directory=tmp_path)
 
@@ -233,7 +233,7 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
         list_checkpoints(tmp_path)
 
 
-def test_nobody_sees_half_a_file(tmp_path: Path) -> None:
+def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
     target = tmp_path / "checkpoint-000001.pth.tar"
 
     def write(file: Any) -> None:
@@ -281,7 +281,7 @@ def test_flipped_bits_and_truncations_are_detected_or_change_nothing(with_record
 
 
 def test_no_single_bit_of_the_directory_changes_a_tensor(tmp_path: Path) -> None:
-    """Every bit from the tensor's entry on, without a manifest: one there can make PyTorch read it as nothing."""
+    """Flip every bit from the tensor's entry on, without a manifest: some make PyTorch read an empty tensor."""
     path, _ = write_checkpoint({"state_dict": {"w": torch.arange(4.0)}}, 1, directory=tmp_path)
     manifest_path(path).unlink()
     original, payload = path.read_bytes(), read_checkpoint(path)
@@ -325,7 +325,7 @@ def test_size_and_hash_come_from_the_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nothing behind", b"hello", b"\x80\x02}q\x00."])
-def test_files_that_are_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+def test_invalid_checkpoints(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint-000001.pth.tar"
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
@@ -364,7 +364,7 @@ def test_a_tensor_of_several_names_is_stored_once(tmp_path: Path) -> None:
 
 
 def test_manifests_of_later_versions_are_read() -> None:
-    """Keys that are not known here are passed over, and still covered by the checksum."""
+    """Unknown keys are ignored, but the checksum still covers them."""
     manifest = CheckpointManifest("checkpoints/checkpoint-000003.pth.tar", 3, 1, 0.5, None, "0" * 64, 9)
     later = {**json.loads(manifest.to_json()), "é": [1, 0.1]}
     line = json.dumps({**later, "crc32": f"{zlib.crc32(json.dumps(later).encode()):08x}"})

@@ -19,7 +19,7 @@ from tests.support.command_line import Invoke, small_options
 
 @pytest.fixture
 def run_id(client: MlflowClient) -> str:
-    """Four checkpoints in ./models and in the run, whose folder knows that; the second is the best."""
+    """Save four checkpoints in ./models and in a run; the second is the best."""
     run_id = str(client.create_run(client.create_experiment("commands")).info.run_id)
     for iters in (10, 20, 30, 40):
         state = {"state_dict": {"w": torch.full((3,), float(iters))}, "epoch": iters // 10, "loss": 1 / iters}
@@ -81,10 +81,10 @@ def test_ls_shows_what_is_pending_and_what_is_only_there(
 def test_ls_of_a_folder_works_without_its_server(
     run_id: str, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(*_arguments: Any) -> Any:
+    def refuse(*_arguments: Any) -> Any:
         raise ConnectionError("Connection refused")
 
-    monkeypatch.setattr(MlflowClient, "get_run", away)
+    monkeypatch.setattr(MlflowClient, "get_run", refuse)
     result = shufflenet("checkpoints", "ls", "models", "--json")
     rows = json.loads(result.stdout)
     assert [(row["iters"], row["remote"], row["latest"], row["best"]) for row in rows] == [

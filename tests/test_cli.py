@@ -1,4 +1,4 @@
-"""The command as people meet it: documents on stdout, one line per error, exit statuses."""
+"""The command line as users see it: documents on stdout, one line per error, exit statuses."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ SmallTrain = Callable[..., dict[str, Any]]
 
 
 def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
+    """Run the command in its own process."""
     words = [sys.executable, "-m", "shufflenet_mlflow", *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
 
@@ -105,8 +105,8 @@ def test_models(shufflenet: Invoke) -> None:
 def test_data_digits(shufflenet: Invoke, tmp_path: Path) -> None:
     result = shufflenet("data", "digits", tmp_path / "digits", "--json")
     assert json.loads(result.stdout) == {"directory": str(tmp_path / "digits"), "train": 1442, "val": 355}
-    again = shufflenet("data", "digits", tmp_path / "digits")
-    assert (again.exit_code, again.stderr.count("\n")) == (1, 1)
+    second = shufflenet("data", "digits", tmp_path / "digits")
+    assert (second.exit_code, second.stderr.count("\n")) == (1, 1)
 
 
 def test_bundled_digits_train(shufflenet: Invoke) -> None:
@@ -141,15 +141,15 @@ def test_the_run_that_mlflow_made_is_adopted(
     small_train: SmallTrain, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = client.create_experiment("projects")
-    made = client.create_run(experiment, run_name="made").info.run_id
-    client.log_param(made, "lr", "2e-2")  # as `mlflow run -P lr=2e-2` does
-    client.log_param(made, "seed", "''")
-    client.log_param(made, "epochs", "3")
-    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    wrapper_run_id = client.create_run(experiment, run_name="made").info.run_id
+    client.log_param(wrapper_run_id, "lr", "2e-2")  # as `mlflow run -P lr=2e-2` does
+    client.log_param(wrapper_run_id, "seed", "''")
+    client.log_param(wrapper_run_id, "epochs", "3")
+    monkeypatch.setenv("MLFLOW_RUN_ID", wrapper_run_id)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
     trained = small_train()
-    assert trained["run_id"] == made
-    run = client.get_run(made)
+    assert trained["run_id"] == wrapper_run_id
+    run = client.get_run(wrapper_run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "made")
     assert (run.data.params["lr"], run.data.params["resolved/lr"]) == ("2e-2", "0.02")
     assert run.data.params["resolved/seed"] == "0"
@@ -162,10 +162,10 @@ def test_eval_logs_to_the_run_that_mlflow_made(
     small_train: SmallTrain, shufflenet: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = small_train()
-    made = client.create_run(client.create_experiment("projects")).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    wrapper_run_id = client.create_run(client.create_experiment("projects")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", wrapper_run_id)
     assert shufflenet("eval", trained["run_id"]).exit_code == 0
-    run = client.get_run(made)
+    run = client.get_run(wrapper_run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["val/top1"] == trained["val_top1"]
     assert run.data.tags["evaluated.run"] == trained["run_id"]
@@ -174,10 +174,10 @@ def test_eval_logs_to_the_run_that_mlflow_made(
 def test_a_failing_eval_fails_the_run_that_mlflow_made(
     shufflenet: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = client.create_run(client.create_experiment("projects")).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    wrapper_run_id = client.create_run(client.create_experiment("projects")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", wrapper_run_id)
     assert shufflenet("eval", "nowhere").exit_code == 1
-    assert client.get_run(made).info.status == "FAILED"
+    assert client.get_run(wrapper_run_id).info.status == "FAILED"
 
 
 def test_resuming_below_mlflow_run_continues_the_old_run_and_says_so(
@@ -186,11 +186,11 @@ def test_resuming_below_mlflow_run_continues_the_old_run_and_says_so(
     trained = small_train()
     experiment = client.create_experiment("projects")
     for options, status in (([], "FINISHED"), (["--seed", 9], "RUNNING")):
-        made = client.create_run(experiment).info.run_id
-        monkeypatch.setenv("MLFLOW_RUN_ID", made)
+        wrapper_run_id = client.create_run(experiment).info.run_id
+        monkeypatch.setenv("MLFLOW_RUN_ID", wrapper_run_id)
         result = shufflenet("train", "--resume", trained["run_id"], *options, "--json")
         assert (result.exit_code == 0) == (status == "FINISHED")
-        run = client.get_run(made)
+        run = client.get_run(wrapper_run_id)
         assert run.info.status == status  # wrong options are found before it is adopted: MLflow then ends it
     assert client.get_run(trained["run_id"]).info.status == "FINISHED"
     [continued] = client.search_runs([experiment], "attributes.status = 'FINISHED'")
@@ -255,7 +255,7 @@ def test_strange_checkpoints_are_one_line(
     tmp_path: Path,
     strange_base: dict[str, Any],
 ) -> None:
-    """Whatever loads may be in a file: it works or is one line."""
+    """A file may hold anything that loads: the command works or prints one line."""
     path = tmp_path / "checkpoint-000010.pth.tar"
     torch.save({**strange_base, **change}, path)
     evaluated = shufflenet("eval", path, "--val-dir", images / "val", "--workers", 0)
@@ -272,7 +272,7 @@ def test_strange_checkpoints_are_one_line(
 
 @pytest.fixture(scope="module")
 def strange_base(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> dict[str, Any]:
-    """The payload of a sound checkpoint at iteration 10."""
+    """Return the payload of a valid checkpoint at iteration 10."""
     folder = tmp_path_factory.mktemp("strange")
     words = ["train", *map(str, small_options(images)), "--save-dir", str(folder / "models")]
     result = CliRunner().invoke(main, [*words, "--tracking-uri", f"sqlite:///{folder}/mlflow.db"])
@@ -325,7 +325,7 @@ def test_credentials_are_never_shown(userinfo: str, debug: list[str], shufflenet
 def test_credentials_are_never_in_a_journal(
     userinfo: str, images: Path, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server is away, so everything that was meant for it lies on the disk."""
+    """The server is unreachable, so everything meant for it is on the disk."""
     monkeypatch.setattr("shufflenet_mlflow.tracking.delivery.GIVE_UP_SECONDS", 0.5)
     uri = f"http://{userinfo}@127.0.0.1:9/?token=s3cret"
     result = shufflenet(

@@ -1,4 +1,4 @@
-"""What a shell is offered at TAB: by real shells, in a store with runs and registered models."""
+"""Completion in real shells, for a store with runs and registered models."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def run_id(client: MlflowClient, shufflenet: Invoke, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shufflenet: Invoke) -> None:
-    """`shufflenet` is a command, and this package; what bash needs lies in the working directory."""
+    """Put the command `shufflenet` on PATH, and bash's script into the working directory."""
     Path("completion.bash").write_text(shufflenet("completion", "bash").stdout)
     program = tmp_path / "shufflenet"
     program.write_text(f"#!{sys.executable}\nfrom shufflenet_mlflow.cli import main\nmain(prog_name='shufflenet')\n")
@@ -40,7 +40,7 @@ def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shufflenet: Invoke)
 
 
 def complete(line: str) -> list[str]:
-    """What bash would put in the place of the last word of `line`, as far as bash breaks words."""
+    """Return what bash would replace the last word of `line` with."""
     script = f"""
         source completion.bash
         compopt() {{ COMPREPLY+=("<$2>"); }}
@@ -157,12 +157,12 @@ def test_a_damaged_file_of_recent_runs_offers_nothing(
 
 
 @pytest.mark.long
-def test_a_server_is_asked(server: "object", client: MlflowClient) -> None:
+def test_completion_from_a_server(server: "object", client: MlflowClient) -> None:
     uri = server.uri  # type: ignore[attr-defined]
-    there = MlflowClient(uri)
-    run_id = there.create_run(there.create_experiment("completion"), run_name="a run").info.run_id
-    there.create_registered_model("pets")
-    version = there.create_model_version("pets", "s3://bucket/models", run_id)
-    there.set_registered_model_alias("pets", "champion", version.version)
+    store_client = MlflowClient(uri)
+    run_id = store_client.create_run(store_client.create_experiment("completion"), run_name="a run").info.run_id
+    store_client.create_registered_model("pets")
+    version = store_client.create_model_version("pets", "s3://bucket/models", run_id)
+    store_client.set_registered_model_alias("pets", "champion", version.version)
     assert (run_id, "a run") in recent_runs(uri)
     assert aliases(uri) == [("pets@champion", "version 1")]

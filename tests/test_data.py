@@ -56,7 +56,7 @@ def test_listing(images: Path) -> None:
 
 
 def test_the_content_of_every_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where its size stays; of large sets only that."""
+    """A file's content counts even if its size is the same; in large sets only the size does."""
     write_images(tmp_path / "a", per_class=2)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     first, copy = list_images(tmp_path / "a"), list_images(tmp_path / "b")
@@ -72,10 +72,10 @@ def test_the_content_of_every_file_counts(tmp_path: Path, monkeypatch: pytest.Mo
     assert list_images(tmp_path / "b").content_digest == first.digest
 
 
-def test_digest_follows_the_content_not_the_place(tmp_path: Path) -> None:
+def test_the_digest_depends_on_content_only(tmp_path: Path) -> None:
     first = list_images(write_images(tmp_path / "a"))
-    again = list_images(write_images(tmp_path / "elsewhere" / "b"))
-    assert first.digest == again.digest
+    copy = list_images(write_images(tmp_path / "elsewhere" / "b"))
+    assert first.digest == copy.digest
     assert len(first.digest) <= 36
     (tmp_path / "a" / "red" / "003.png").unlink()
     assert list_images(tmp_path / "a").digest != first.digest
@@ -113,7 +113,7 @@ def test_links_that_lead_nowhere_are_listed_and_named_when_they_are_decoded(tmp_
 
 
 def test_a_class_may_be_a_link_but_not_one_that_leads_nowhere(tmp_path: Path) -> None:
-    """Else a class whose disk is not there would be missing without a word."""
+    """Otherwise a class on a disk that is not mounted would silently be missing."""
     write_images(tmp_path / "photos")
     write_images(tmp_path / "disk", classes=("violet",))
     (tmp_path / "photos" / "violet").symlink_to(tmp_path / "disk" / "violet")
@@ -124,7 +124,7 @@ def test_a_class_may_be_a_link_but_not_one_that_leads_nowhere(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
+def test_files_without_permission_are_named(tmp_path: Path) -> None:
     write_images(tmp_path, per_class=1)
     picture, folder = tmp_path / "blue" / "000.png", tmp_path / "red"
     picture.chmod(0)
@@ -229,14 +229,14 @@ def test_pixels_are_those_that_pillow_decodes(mode: str, kind: str, options: dic
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_of_sixteen_bits_the_upper_eight_count(kind: str) -> None:
-    """Pillow's conversion would make nearly all of it white."""
+def test_sixteen_bits_keep_the_upper_eight(kind: str) -> None:
+    """Pillow's own conversion would turn nearly all of the image white."""
     deep = np.random.default_rng(0).integers(0, 1 << 16, (20, 30), dtype=np.uint16)
     found = decode(BytesIO(encoded(Image.fromarray(deep), kind)))
     assert np.array_equal(found, np.repeat((deep >> 8)[:, :, None], 3, axis=2))
 
 
-def test_of_an_animation_the_first_picture_counts() -> None:
+def test_the_first_frame_of_an_animation_is_used() -> None:
     first, second = photograph(), Image.new("RGB", (120, 90))
     content = encoded(first, "WEBP", save_all=True, append_images=[second], lossless=True)
     assert np.array_equal(decode(BytesIO(content)), np.asarray(first))
@@ -412,7 +412,7 @@ def test_an_epoch_is_a_permutation_and_epochs_differ() -> None:
     assert other_seed.batch(0) != order.batch(0)
 
 
-def test_any_iteration_can_be_the_first() -> None:
+def test_batches_from_any_iteration() -> None:
     order = SampleOrder(num_samples=37, batch_size=5, seed=0)
     whole = list(TrainBatches(order, 0, 40))
     for start in (1, 6, 7, 8, 39):
@@ -420,7 +420,7 @@ def test_any_iteration_can_be_the_first() -> None:
     assert len(TrainBatches(order, 40, 40)) == 0
 
 
-def test_starting_late_costs_nothing() -> None:
+def test_starting_late_is_fast() -> None:
     order = SampleOrder(num_samples=1000, batch_size=10, seed=0)
     epoch, _ = order.batch(10**9)[0]
     assert epoch == 10**7
@@ -520,13 +520,13 @@ def test_bad_files_are_left_out_and_counted(folder_with_bad_files: Path) -> None
 def test_training_batches_keep_their_size(folder_with_bad_files: Path) -> None:
     batches = list(batches_of(loader_of(folder_with_bad_files, replace_bad=True)))
     assert [len(batch.labels_N) for batch in batches] == [6, 6]
-    # Samples 5 and 6 are unreadable: the next readable one, sample 7, stands in for both.
+    # Samples 5 and 6 are unreadable: the next readable one, sample 7, replaces both.
     assert torch.equal(batches[0].images_NCHW[5], batches[1].images_NCHW[1])
 
 
 def test_dead_workers_are_told_from_other_errors() -> None:
-    told = worker_death(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"))
-    assert "a data loading process died (DataLoader worker (pid 7) is killed by signal: Killed. )" in str(told)
+    error = worker_death(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"))
+    assert "a data loading process died (DataLoader worker (pid 7) is killed by signal: Killed. )" in str(error)
     assert worker_death(RuntimeError("something else")) is None
 
 

@@ -1,4 +1,4 @@
-"""What reaches MLflow: committed in order, once, also where the server was away from the start."""
+"""Delivery to MLflow: in order, once, even if the server was unreachable from the start."""
 
 import json
 import signal
@@ -101,10 +101,10 @@ def test_no_pointer_moves_before_its_payload(
     second = checkpoint(tmp_path, 2, 0.9)
     with monkeypatch.context() as patch:
 
-        def away(*_arguments: Any, **_keywords: Any) -> None:
+        def refuse(*_arguments: Any, **_keywords: Any) -> None:
             raise ConnectionError("Connection refused")
 
-        patch.setattr(owner, broken, away)
+        patch.setattr(owner, broken, refuse)
         with pytest.raises(TrackingError, match="connection refused"):
             second.send(target)
     assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (1, 1)
@@ -112,19 +112,19 @@ def test_no_pointer_moves_before_its_payload(
     assert (tagged(client, run_id, LATEST_TAG), tagged(client, run_id, BEST_TAG)) == (2, 2)
 
 
-def test_what_arrives_damaged_is_not_committed(
+def test_a_damaged_upload_is_not_committed(
     client: MlflowClient, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = checkpoint(tmp_path, 1)
     target = RunTarget(client, run_id, tmp_path, is_new=True)
     original = RunArtifacts.put_file
 
-    def flip(me: RunArtifacts, path: Path) -> None:
-        original(me, path)
-        there = Path(me._local_folder() or "") / "checkpoints" / path.name
-        data = bytearray(there.read_bytes())
+    def flip(artifacts: RunArtifacts, path: Path) -> None:
+        original(artifacts, path)
+        uploaded = Path(artifacts._local_folder() or "") / "checkpoints" / path.name
+        data = bytearray(uploaded.read_bytes())
         data[len(data) // 2] ^= 1
-        there.write_bytes(data)
+        uploaded.write_bytes(data)
 
     monkeypatch.setattr(RunArtifacts, "put_file", flip)
     with pytest.raises(TrackingError, match="did not arrive whole: its SHA-256 there is"):
@@ -145,7 +145,7 @@ def test_elsewhere_the_size_is_confirmed(
 
 
 def test_pointers_never_move_backwards(client: MlflowClient, run_id: str, tmp_path: Path) -> None:
-    """An old journal is delivered after the run has gone on elsewhere."""
+    """An old journal is delivered after the run was resumed elsewhere."""
     target = RunTarget(client, run_id, tmp_path, is_new=True)
     checkpoint(tmp_path, 20, 0.8).send(target)
     for late in (checkpoint(tmp_path, 10, 0.7), checkpoint(tmp_path, 15, float("nan"))):
@@ -161,7 +161,7 @@ def test_pointers_never_move_backwards(client: MlflowClient, run_id: str, tmp_pa
 
 
 @pytest.mark.parametrize("value", ['"0.5"', "NaN", "[]", "true"])
-def test_a_pointer_that_someone_edited_is_mended(value: str, client: MlflowClient, run_id: str, tmp_path: Path) -> None:
+def test_an_edited_pointer_is_repaired(value: str, client: MlflowClient, run_id: str, tmp_path: Path) -> None:
     target = RunTarget(client, run_id, tmp_path, is_new=True)
     checkpoint(tmp_path, 1, 0.5).send(target)
     for tag in (BEST_TAG, LATEST_TAG):
@@ -224,15 +224,15 @@ def test_metrics_are_batched_and_each_point_is_kept_once(
     assert len(steps(client, run_id, "a")) == 310
 
 
-def test_a_long_stretch_that_was_repeated_is_kept_once(client: MlflowClient, run_id: str, journal: Journal) -> None:
-    """A run died and went on while the server was away: both attempts' points arrive in one request."""
+def test_many_repeated_points_are_kept_once(client: MlflowClient, run_id: str, journal: Journal) -> None:
+    """A run died and was resumed while the server was unreachable: one request has both attempts' points."""
     put(journal, run_id, *(MetricPoints({"a": step}, step, 1) for step in range(200)))
     put(journal, run_id, *(MetricPoints({"a": step}, step, 2) for step in range(50, 250)))
     deliver_now(client, journal, TRACKING_KINDS)
     assert sorted(steps(client, run_id, "a")) == list(range(250))
 
 
-def test_what_mlflow_will_never_take_does_not_block_the_rest(
+def test_entries_that_mlflow_refuses_do_not_block_the_rest(
     client: MlflowClient, run_id: str, journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = MetricPoints({"no/such\nname": 1.0}, 1, 1)
@@ -262,7 +262,7 @@ def test_a_deleted_run_keeps_its_entries(client: MlflowClient, run_id: str, jour
         (RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "bad"}), RefusedError),
     ],
 )
-def test_which_answers_are_final(
+def test_final_refusals(
     error: Exception, kind: type[TrackingError], client: MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer(*_arguments: Any, **_keywords: Any) -> None:
@@ -304,10 +304,10 @@ def test_appending_never_waits_for_a_server_that_hangs(
 def test_a_signal_ends_the_wait(
     client: MlflowClient, run_id: str, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(*_arguments: Any, **_keywords: Any) -> Any:
+    def refuse(*_arguments: Any, **_keywords: Any) -> Any:
         raise ConnectionError("Connection refused")
 
-    monkeypatch.setattr(MlflowClient, "log_batch", away)
+    monkeypatch.setattr(MlflowClient, "log_batch", refuse)
     monkeypatch.setattr(delivery, "GIVE_UP_SECONDS", 1e9)  # nothing but the signal ends it
     put(journal, run_id, MetricPoints({"a": 1.0}, 1, 1))
     stop = StopFlag()
@@ -319,7 +319,7 @@ def test_a_signal_ends_the_wait(
     assert journal.pending == 1
 
 
-def test_a_bug_in_sending_is_reported_and_loses_nothing(
+def test_a_bug_in_delivery_is_reported_and_loses_nothing(
     client: MlflowClient, run_id: str, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, fail = MlflowClient.log_batch, True
@@ -349,7 +349,7 @@ def test_a_bug_in_sending_is_reported_and_loses_nothing(
 
 @pytest.fixture
 def away(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Every call to the store fails while `.on`; the store counts as a server."""
+    """Make every call to the store fail while `.on` is set; the store counts as a server."""
 
     class Away:
         on = True
@@ -380,7 +380,7 @@ def sync(directory: str = "models") -> Any:
     return run_sync(Path(directory), dry_run=False, tracking_uri=None, reporter=LoggingReporter(), stop=StopFlag())
 
 
-def test_a_run_that_began_without_its_server(images: Path, client: MlflowClient, away: Any, uninterrupted: Any) -> None:
+def test_a_run_started_offline(images: Path, client: MlflowClient, away: Any, uninterrupted: Any) -> None:
     reporter = Reporter()
     summary = run(images, "--save-dir", "models", "--run-name", "offline", reporter=reporter)
     assert summary.run_id is None
@@ -392,20 +392,21 @@ def test_a_run_that_began_without_its_server(images: Path, client: MlflowClient,
     away.on = False
     report = sync()
     assert (report.sent, report.pending) == (summary.pending, ())
-    [made] = all_runs(client)
-    assert (made.info.run_id, made.info.run_name, made.info.status) == (report.run_id, "offline", "FINISHED")
-    assert made.data.params["batch_size"] == "8"
-    assert len(made.inputs.dataset_inputs) == 2
-    again = run(images, "--save-dir", "models")  # the folder knows its run
-    assert again.run_id == report.run_id
-    assert_same_end(client, again, uninterrupted)
+    [created_run] = all_runs(client)
+    info = created_run.info
+    assert (info.run_id, info.run_name, info.status) == (report.run_id, "offline", "FINISHED")
+    assert created_run.data.params["batch_size"] == "8"
+    assert len(created_run.inputs.dataset_inputs) == 2
+    repeated = run(images, "--save-dir", "models")  # the folder knows its run
+    assert repeated.run_id == report.run_id
+    assert_same_end(client, repeated, uninterrupted)
     assert sync().sent == 0
 
 
-def test_a_process_of_its_own_understands_the_whole_journal(
+def test_another_process_understands_the_whole_journal(
     images: Path, shufflenet: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which has not imported what wrote it; nothing may be set aside for that."""
+    """It has not imported the modules that wrote the journal, and must not set entries aside because of that."""
     monkeypatch.setattr("shufflenet_mlflow.tracking.delivery.GIVE_UP_SECONDS", 0.5)
     words = [*small_options(images), "--total-iters", 2, "--save-dir", "models", "--tracking-uri", "http://127.0.0.1:9"]
     words.remove("--no-log-models")
@@ -422,7 +423,7 @@ def test_a_process_of_its_own_understands_the_whole_journal(
     assert client.search_logged_models([made.info.experiment_id])
 
 
-def test_the_server_comes_while_a_run_without_it_goes_on(
+def test_the_server_returns_during_an_offline_run(
     images: Path, client: MlflowClient, away: Any, uninterrupted: Any
 ) -> None:
     def switch(phase: str, done: int) -> None:
@@ -442,9 +443,7 @@ def test_the_server_comes_while_a_run_without_it_goes_on(
     assert read_checkpoint(summary.save_dir / "bnps-checkpoint-000012.pth.tar")["run_id"] == summary.run_id
 
 
-def test_a_run_without_its_server_is_resumed_without_it(
-    images: Path, client: MlflowClient, away: Any, uninterrupted: Any
-) -> None:
+def test_an_offline_run_resumes_offline(images: Path, client: MlflowClient, away: Any, uninterrupted: Any) -> None:
     from tests.support.training import run_until
 
     stopped = run_until(images, "training", 5, "--save-dir", "models")
@@ -453,13 +452,13 @@ def test_a_run_without_its_server_is_resumed_without_it(
     assert (ended.run_id, ended.result.iters) == (None, 12)
     away.on = False
     assert sync().pending == ()
-    [made] = all_runs(client)
-    assert made.info.status == "FINISHED"
-    again = run(images, "--save-dir", "models")
-    assert_same_end(client, again, uninterrupted)
+    [created_run] = all_runs(client)
+    assert created_run.info.status == "FINISHED"
+    repeated = run(images, "--save-dir", "models")
+    assert_same_end(client, repeated, uninterrupted)
 
 
-def test_a_run_is_made_once_however_often_that_is_interrupted(
+def test_a_run_is_created_once_despite_interruptions(
     images: Path, client: MlflowClient, away: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(images, "--save-dir", "models")
@@ -482,10 +481,10 @@ def test_an_answer_is_not_an_outage(images: Path, client: MlflowClient, monkeypa
         run(images, "--experiment", "gone")
 
 
-def test_the_newest_checkpoint_may_lie_on_this_disk_only(
+def test_the_newest_checkpoint_may_be_local_only(
     images: Path, client: MlflowClient, away: Any, uninterrupted: Any
 ) -> None:
-    """The server went away, then the process stopped: the run ID still finds what was saved last."""
+    """The server fails before the process stops: the run ID still finds the last checkpoint."""
     from tests.support.training import run_until
 
     def switch(phase: str, done: int) -> None:
@@ -551,7 +550,7 @@ def test_sync_of_what_is_no_folder() -> None:
         sync("nowhere")
 
 
-def test_which_store_a_journal_belongs_to(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
+def test_the_store_of_a_journal(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
     assert stored_uri("http://me:secret@host:5000") == "http://host:5000"
     assert stored_uri("sqlite:///mlflow.db") == f"sqlite:///{workplace}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")

@@ -1,4 +1,4 @@
-"""Where networks compute and how their tensors lie in memory."""
+"""Devices and memory formats of networks."""
 
 import subprocess
 import sys
@@ -70,12 +70,12 @@ def test_cores_are_those_that_the_process_may_use(
     assert devices.usable_cores() == 8
 
 
-def test_auto_is_a_device_that_is_there() -> None:
+def test_auto_is_an_existing_device() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(fused: bool, between: Callable[[TrainingState], TrainingState] = lambda state: state) -> TrainingState:
-    """Four steps; what lies between the first two and the others may replace the state."""
+    """Train for four steps, with a hook after two of them that may replace the state."""
     state = fresh_state(fused)
     generator = torch.Generator().manual_seed(1)
     for iteration in range(4):
@@ -101,7 +101,7 @@ def test_a_fused_step_is_the_same_step() -> None:
 
 
 def test_momentum_lies_in_memory_as_its_weights_do_also_after_loading() -> None:
-    """PyTorch's fused SGD goes through both as they lie in memory: with two layouts it would mix up the weights."""
+    """PyTorch's fused SGD walks both in memory order: two layouts would mix up the weights."""
 
     def through_a_checkpoint(state: TrainingState) -> TrainingState:
         payload = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone().contiguous(), state.state_dict())
@@ -159,7 +159,7 @@ print(settled())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_freed_memory_is_used_again() -> None:
+def test_freed_memory_is_reused() -> None:
     ran = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     returned, kept = map(int, ran.stdout.split())
     assert kept < 1000

@@ -1,4 +1,4 @@
-"""Several processes: the same samples in the same order, the same losses but for rounding, every image counted once."""
+"""Several processes: the same samples in the same order, the same losses up to rounding, every image counted once."""
 
 import threading
 from collections.abc import Callable
@@ -41,8 +41,8 @@ def test_every_division_makes_the_same_global_batches(processes: int, micro_batc
         for number, expected in enumerate(first):
             parts = [
                 part
-                for micro_batches, own in zip(divisions, by_rank, strict=True)
-                for part in own[
+                for micro_batches, local in zip(divisions, by_rank, strict=True)
+                for part in local[
                     number * micro_batches.accumulation_steps : (number + 1) * micro_batches.accumulation_steps
                 ]
             ]
@@ -53,7 +53,7 @@ def test_every_division_makes_the_same_global_batches(processes: int, micro_batc
             assert max(sizes) <= max(micro_batch_size, 1)
 
 
-def test_as_many_parts_in_fewer_processes_are_the_same_parts() -> None:
+def test_fewer_processes_keep_the_micro_batches() -> None:
     def parts(processes: int) -> list[Any]:
         divisions = [MicroBatches.of(12, 3, rank, processes) for rank in range(processes)]
         assert divisions[0].count == 4
@@ -72,7 +72,7 @@ def test_evaluation_counts_each_image_once(num_samples: int, processes: int) -> 
 
 
 class Together:
-    """A world whose processes are threads of this one."""
+    """A world whose processes are threads of this process."""
 
     def __init__(self, size: int) -> None:
         self.worlds = [self.Member(self, rank, size) for rank in range(size)]
@@ -129,7 +129,7 @@ def test_running_statistics_do_not_depend_on_who_computes_which_part() -> None:
 
 
 def test_processes_that_start_again_do_not_meet_their_predecessors() -> None:
-    """On a real store, which keeps what every earlier attempt has written."""
+    """The store is a real one and keeps what earlier attempts have written."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def attempt(size: int) -> set[str]:
@@ -160,7 +160,7 @@ def test_a_signal_ends_the_wait_for_the_others() -> None:
         ({"RANK": "2"}, r"RANK \(=2\) must be at least 0 and below its WORLD_SIZE \(=2\); torchrun sets all"),
     ],
 )
-def test_an_environment_that_no_launcher_makes(
+def test_invalid_launcher_environments(
     environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -170,22 +170,20 @@ def test_an_environment_that_no_launcher_makes(
         pass
 
 
-def test_what_pytorch_says_of_a_lost_process() -> None:
-    said = "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:11157: Connection reset by peer"
-    assert "has lost another process" in str(loss_of_process(RuntimeError(said)))
+def test_pytorchs_error_for_a_lost_process() -> None:
+    message = "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:11157: Connection reset by peer"
+    assert "has lost another process" in str(loss_of_process(RuntimeError(message)))
     assert loss_of_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
-def test_a_division_too_fine_for_batch_normalisation(images: Path) -> None:
+def test_micro_batches_too_small_for_batch_normalisation(images: Path) -> None:
     with pytest.raises(ConfigError, match=r"--micro-batch-size \(=1\) must be at least 2"):
         run(images, "--micro-batch-size", 1)
 
 
 @pytest.mark.long
-def test_parts_of_a_batch_train_as_they_would_in_several_processes(
-    images: Path, client: MlflowClient, tmp_path: Path
-) -> None:
-    """Two real processes against one that computes the same two parts: equal but for rounding, and resumable as one."""
+def test_micro_batches_train_as_several_processes_do(images: Path, client: MlflowClient, tmp_path: Path) -> None:
+    """Compare two processes with one that computes the same two micro-batches: equal up to rounding."""
     options = ["--micro-batch-size", 4, "--ema-decay", 0.9]
     alone = run(images, *options, "--save-dir", "alone")
     words = [*small_options(images), *options, "--save-dir", "m", "--json"]

@@ -1,4 +1,4 @@
-"""What the documentation says about itself and the command line; `test_long_docs.py` runs it."""
+"""The documentation's links, commands and tables; `test_long_docs.py` runs its blocks."""
 
 import re
 from pathlib import Path
@@ -45,8 +45,8 @@ def console_commands() -> list[Any]:
 
 
 @pytest.mark.parametrize("arguments", console_commands())
-def test_commands_are_ones_that_there_are(arguments: list[str]) -> None:
-    """Also those of blocks that are not run."""
+def test_commands_and_options_exist(arguments: list[str]) -> None:
+    """Blocks that are not run count, too."""
     check_arguments(main, arguments)
 
 
@@ -88,7 +88,7 @@ def test_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize("page", LINKING, ids=name_of)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_are_not_broken(page: Path) -> None:
     for line, target in links(page):
         if re.match(r"[a-z]+:", target):
             continue
@@ -100,7 +100,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(leads_to), f"{name_of(page)}:{line}: {target} is not among its headings"
 
 
-def test_pictures_are_used() -> None:
+def test_every_picture_is_shown() -> None:
     shown = {(page.parent / target).resolve() for page in LINKING for _, target in links(page) if ":" not in target}
     assert {path for path in (ROOT / "docs").iterdir() if path.suffix in (".png", ".svg")} <= shown
 
@@ -133,7 +133,7 @@ def test_commands_and_options_are_documented(names: list[str], command: click.Co
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda variant: variant.name)
 def test_networks_are_documented(variant: Variant) -> None:
-    """Each has its row, with the numbers of the table of variants."""
+    """Each has a row with the numbers from the table of variants."""
     millions = (f"{variant.parameters / 1e6:.2f}", f"{variant.macs / 1e6:,.0f}")
     row = [f"`{variant.name}`", *millions, str(variant.top1_error), str(variant.top5_error)]
     assert f"| {' | '.join(row)} |" in (ROOT / "docs" / "networks.md").read_text()
@@ -143,7 +143,7 @@ def test_networks_are_documented(variant: Variant) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Knows mkdocs' own tags, which name functions."""
+    """A YAML loader that ignores mkdocs' own tags, which name functions."""
 
 
 _Loader.add_multi_constructor("!", lambda *_: None)
@@ -157,7 +157,7 @@ def in_nav(entry: Any) -> list[str]:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    """That all that is in it is there, `mkdocs build` checks."""
+    """`mkdocs build` checks the reverse."""
     nav = in_nav(yaml.load((ROOT / "mkdocs.yml").read_text(), _Loader)["nav"])
     pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
     assert pages | {"index.md", "contributing.md", "changelog.md"} <= set(nav)

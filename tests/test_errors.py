@@ -1,11 +1,11 @@
-"""Every error that a user can cause: the list, and a proof that nothing is missing from it.
+"""Every error that a user can cause, and a check that none is missing here.
 
 To add one: a `Mistake(command, exit status, what its line must hold ...)` below, in the section of its command. What it
 must hold is the value, the place (option, file, run) and the way out. The command runs in a folder of its own which has
 `images/train` and `images/val`, a trained run in `mlflow.db` with its checkpoints in `models`, and what `files` and
 `make` write; {run} stands for the run's ID, {small} for the options of a short training. Errors that no command reaches
-are in `CALLS`. A new `raise` that is in neither fails `test_nothing_is_missing`, which prints its key; if nobody can
-cause it, or another test does, it goes into `ELSEWHERE` with the reason or with that test.
+are in `CALLS`. A new `raise` that is in neither fails `test_the_list_of_errors_is_complete`, which prints its key; if
+nobody can cause it, or another test does, it goes into `ELSEWHERE` with the reason or with that test.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "M
 
 @dataclass(frozen=True, eq=False)
 class Mistake:
-    """Something a user does wrong."""
+    """A mistake that a user makes, and the error that it must give."""
 
     command: str
     status: int
@@ -58,9 +58,10 @@ class Mistake:
     """Whether it is found out once work has begun, so that a run and its checkpoints may be there."""
 
     def __str__(self) -> str:
-        made = self.make.__name__.lstrip("_") if self.make else ""
+        preparation = self.make.__name__.lstrip("_") if self.make else ""
         variables = " ".join(f"{name}={value}" for name, value in self.variables.items())
-        text = " ".join(filter(None, (variables, self.command, made, *(f"{k}:{v!r}" for k, v in self.files.items()))))
+        files = " ".join(f"{name}:{content!r}" for name, content in self.files.items())
+        text = " ".join(filter(None, (variables, self.command, preparation, files)))
         return text.encode("ascii", "backslashreplace").decode()[:120]
 
 
@@ -80,7 +81,7 @@ def config(content: str | bytes, *says: str, name: str = "pets.toml") -> Mistake
 
 
 def _saved(name: str = "strange.pth.tar", **changes: Any) -> Callable[[], object]:
-    """Makes a checkpoint with some entries changed; None removes one."""
+    """Save a checkpoint with some entries changed; None removes one."""
 
     def make() -> None:
         payload = {**read_checkpoint(Path(CHECKPOINT)), **changes}
@@ -103,7 +104,7 @@ def _hostile() -> None:
 
 
 def _own_models() -> None:
-    """A copy that may be changed."""
+    """Copy the models, so that they can be changed."""
     shutil.copytree("models", "own")
 
 
@@ -736,7 +737,7 @@ MISTAKES = [
 
 @dataclass(frozen=True)
 class World:
-    """A trained run, to be copied."""
+    """A trained run, which each test copies."""
 
     folder: Path
     run: str
@@ -764,7 +765,7 @@ def world(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_database
 
 @pytest.fixture
 def here(world: World, workplace: Path, images: Path) -> Path:
-    """The working directory, with the world in it."""
+    """Copy the world into the working directory."""
     shutil.copy(world.folder / "mlflow.db", "mlflow.db")
     for name in ("images", "models"):
         Path(name).symlink_to(world.folder / name)
@@ -804,7 +805,7 @@ def test_every_mistake_is_one_line(
     for name, value in mistake.variables.items():
         monkeypatch.setenv(name, value)
     before = _contents(here)
-    recorder.made.clear()
+    recorder.pending.clear()
     result = shufflenet(*_words(mistake.command, world))
     recorder.shown(str(mistake), result.stderr)
     recorder.tried.add(mistake)
@@ -816,9 +817,9 @@ def test_every_mistake_is_one_line(
     else:
         assert result.stdout == ""
     assert "s3cret" not in result.output
-    said, _, line = result.stderr.rpartition("Error: ")
+    shown_before, _, line = result.stderr.rpartition("Error: ")
     allowed = ALLOWED_BEFORE + PROGRESS * mistake.begins
-    assert all(text.startswith(allowed) for text in said.splitlines()), result.stderr
+    assert all(text.startswith(allowed) for text in shown_before.splitlines()), result.stderr
     error, *rest = line.splitlines()
     assert not rest or (mistake.status == 2 and len(rest) == 1 and re.fullmatch(r"Try '.* --help'\.", rest[0])), line
     for part in mistake.says:
@@ -866,7 +867,7 @@ CALLS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_calls_that_no_command_makes(call: str, here: Path, recorder: Recorder) -> None:
     before = _contents(here)
-    recorder.made.clear()
+    recorder.pending.clear()
     function, says = CALLS[call]
     with pytest.raises(ShuffleNetError) as caught:
         function()
@@ -904,9 +905,9 @@ ELSEWHERE: dict[str, str] = {
     "journal-unreadable": "nobody: needs a file that may not be read, and tests may run as root",
     "locked-by-other-process": "test_journal.py::test_one_process_at_a_time",
     "locked-by-this-process": "test_journal.py::test_one_process_at_a_time",
-    "logged-model-refused": "test_export.py::test_what_will_never_be_made_holds_nothing_up",
+    "logged-model-refused": "test_export.py::test_models_that_cannot_be_created_do_not_block_delivery",
     "logged-model-run-deleted": "test_export.py::test_models_of_a_deleted_run_wait",
-    "manifest-unwritable": "test_saving.py::test_a_best_that_cannot_be_marked",
+    "manifest-unwritable": "test_saving.py::test_marking_the_best_fails",
     "mean-image-changed": "test_families.py::test_the_mean_image_travels_in_the_checkpoint",
     "mean-image-unreadable": "nobody: needs a file that may not be read, and tests may run as root",
     "model-arguments-differ": "test_loading.py::test_a_file_that_names_its_network_is_believed",
@@ -922,8 +923,8 @@ ELSEWHERE: dict[str, str] = {
     "peer-failed": "nobody: said by the first process of the job alone",
     "peers-images-differ": "test_long_distributed.py::test_processes_with_other_options_end_with_one_line",
     "peers-options-differ": "test_long_distributed.py::test_processes_with_other_options_end_with_one_line",
-    "process-lost": "test_distributed.py::test_what_pytorch_says_of_a_lost_process",
-    "promote-other-file": "test_export.py::test_a_file_that_is_not_the_runs",
+    "process-lost": "test_distributed.py::test_pytorchs_error_for_a_lost_process",
+    "promote-other-file": "test_export.py::test_a_file_of_another_run",
     "published-weights-cache": "test_torchvision.py::test_a_damaged_cache_is_named",
     "published-weights-damaged": "test_torchvision.py::test_a_damaged_cache_is_named",
     "published-weights-empty": "test_torchvision.py::test_a_cache_without_weights_is_named",
@@ -933,15 +934,15 @@ ELSEWHERE: dict[str, str] = {
     "registered-model-no-checkpoint": "test_resolve.py::test_registered_models",
     "rendezvous-timed-out": "test_distributed.py::test_a_signal_ends_the_wait_for_the_others",
     "run-config-invalid": "nobody: the run's configuration is written by this package",
-    "run-id-ambiguous": "test_ids.py::test_what_begins_none_or_several",
-    "run-id-unknown": "test_ids.py::test_what_begins_none_or_several",
-    "save-dir-of-other-run": "test_launchers.py::test_a_run_without_a_checkpoint_begins_again_by_its_id",
+    "run-id-ambiguous": "test_ids.py::test_prefixes_of_no_run_or_several",
+    "run-id-unknown": "test_ids.py::test_prefixes_of_no_run_or_several",
+    "save-dir-of-other-run": "test_launchers.py::test_a_run_without_a_checkpoint_restarts_by_its_id",
     "save-not-delivered": "test_delivery.py::test_save_checkpoint_notes_what_it_could_not_bring",
-    "run-without-checkpoint": "test_resolve.py::test_what_is_not_there_says_what_is",
+    "run-without-checkpoint": "test_resolve.py::test_a_missing_checkpoint_lists_what_exists",
     "save-not-journaled": "test_delivery.py::test_save_checkpoint_notes_what_it_could_not_bring",
-    "sync-interrupted": "test_delivery.py::test_a_run_that_began_without_its_server",
+    "sync-interrupted": "test_delivery.py::test_a_run_started_offline",
     "upload-not-listed": "test_delivery.py::test_elsewhere_the_size_is_confirmed",
-    "upload-sha256-differs": "test_delivery.py::test_what_arrives_damaged_is_not_committed",
+    "upload-sha256-differs": "test_delivery.py::test_a_damaged_upload_is_not_committed",
     "upload-size-differs": "test_delivery.py::test_elsewhere_the_size_is_confirmed",
     "worker-died": "test_train_failures.py::test_a_dead_worker_is_an_error_and_loses_nothing",
     "zip-member-invalid": "test_checkpoint.py::test_no_single_bit_of_the_directory_changes_a_tensor",
@@ -949,20 +950,20 @@ ELSEWHERE: dict[str, str] = {
 """Code -> the test that provokes it, or why nobody can, in a test."""
 
 
-def test_nothing_is_missing(recorder: Recorder) -> None:
-    """Each place that makes an error was reached above, or it is known where it is, or why nobody can."""
+def test_the_list_of_errors_is_complete(recorder: Recorder) -> None:
+    """Every call that makes an error was reached above, is tested elsewhere, or cannot be reached by users."""
     if recorder.tried != {*MISTAKES, *CALLS}:
         pytest.skip("needs the whole list")
     missing = recorder.sites.keys() - recorder.reached.keys() - ELSEWHERE.keys()
     assert not missing, "in no list:\n" + "\n".join(sorted(missing))
-    gone = ELSEWHERE.keys() - recorder.sites.keys()
-    assert not gone, "no longer in the code:\n" + "\n".join(sorted(gone))
+    obsolete = ELSEWHERE.keys() - recorder.sites.keys()
+    assert not obsolete, "no longer in the code:\n" + "\n".join(sorted(obsolete))
     reached = {key: recorder.reached[key] for key in ELSEWHERE.keys() & recorder.reached.keys()}
     assert not reached, f"reached after all: {reached}"
 
 
 @pytest.mark.parametrize("key", ELSEWHERE)
-def test_what_is_elsewhere_is_there(key: str) -> None:
+def test_tests_elsewhere_exist(key: str) -> None:
     where = ELSEWHERE[key]
     if where.startswith("nobody: "):
         return

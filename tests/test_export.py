@@ -1,4 +1,4 @@
-"""Exported programs, logged models, promotion: equal to the checkpoint, and each made once."""
+"""Exported programs, logged models, promotion: equal to the checkpoint, and created once."""
 
 import ast
 import base64
@@ -57,7 +57,7 @@ SMALL = (
 
 @contextmanager
 def short_networks() -> Iterator[None]:
-    """V2 with two units in each stage, one of each kind: exporting all sixteen takes four times as long."""
+    """Shorten V2 to two units per stage, one of each kind: exporting all sixteen takes four times as long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shufflenet_v2, "STAGE_UNITS", (2, 2, 2))
         forget_networks()
@@ -66,14 +66,14 @@ def short_networks() -> Iterator[None]:
 
 
 def forget_networks() -> None:
-    """What is kept of them by name would be another network's."""
+    """Clear what is cached by name: it would belong to another network."""
     for kept in (_body, _count):
         kept.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _short(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Long tests have whole networks."""
+    """Shorten networks in fast tests; long ones use whole networks."""
     with nullcontext() if request.node.get_closest_marker("long") else short_networks():
         yield
 
@@ -119,7 +119,7 @@ OF_EACH_FAMILY = ("shufflenet_v1_x0_5_g8", "shufflenet_v2_plus_small", "shufflen
     ],
 )
 def test_every_network_can_be_exported(name: str, form: str, tmp_path: Path) -> None:
-    """All but the two giants, which have the same blocks."""
+    """The two giants are left out: they have the same blocks."""
     assert export_file(network(name), tmp_path / f"net.{form}", form) <= 1e-4
 
 
@@ -165,7 +165,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         export_file(network(), tmp_path / "net.onnx", "onnx")
 
 
-def test_a_name_that_is_too_long_for_the_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_too_long_for_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(files.FORMATS, "pt2", (lambda _, path: path.write_bytes(b""), files.load_pt2))
     with pytest.raises(ExportError, match="File name too long; --output names another file"):
         export_file(network(), tmp_path / ("x" * 250), "pt2")
@@ -174,7 +174,7 @@ def test_a_name_that_is_too_long_for_the_file_beside_it(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("form", ["mlflow", *(pytest.param(form, marks=pytest.mark.long) for form in ("pt2", "onnx"))])
 def test_a_checkpoint_of_the_release(form: str, tmp_path: Path, shufflenet: Invoke) -> None:
-    """It names neither network nor classes, and belongs to no run."""
+    """The file names neither network nor classes, and belongs to no run."""
     model = create_model("shufflenet_v2_x0_5", 4)
     torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, "old.pth.tar")
     words = ["export", "old.pth.tar", "--format", form, "--input-size", 32, "--output", tmp_path / "out"]
@@ -213,7 +213,7 @@ def test_output_that_cannot_be_written(tmp_path: Path, shufflenet: Invoke) -> No
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a logged model of `network()` consists of. Not to be changed."""
+    """Write the files of a logged model of `network()`; tests share them, so they only read."""
     folder = tmp_path_factory.mktemp("written") / "model"
     with short_networks():
         write_model(network(), folder)
@@ -227,13 +227,13 @@ def test_the_logged_model_asks_for_what_its_code_imports(written: Path) -> None:
     owners = packages_distributions()
     tops = {module.split(".")[0] for module in modules}
     needed = {top: {owner.lower() for owner in owners[top]} for top in tops if top in owners}
-    asked = {re.split("[=<>]", line)[0] for line in (written / "requirements.txt").read_text().split()}
-    assert all(names & asked for names in needed.values()), needed
+    required = {re.split("[=<>]", line)[0] for line in (written / "requirements.txt").read_text().split()}
+    assert all(names & required for names in needed.values()), needed
     assert {"simplejpeg", "cv2", "PIL", "torch"} <= needed.keys()
 
 
 def test_the_logged_code_needs_nothing_of_this_package(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no permission to unpickle."""
+    """It needs no permission to unpickle either."""
     code = (written / "classifier.py").read_text()
     assert "from shufflenet_mlflow" not in code
     assert "import shufflenet_mlflow" not in code
@@ -273,7 +273,7 @@ def test_ranking() -> None:
 
 
 def test_a_classifier_from_files(written: Path) -> None:
-    """It answers as the network does that it was made from."""
+    """It gives the answers of the network from which it was exported."""
     ours, artifacts = network(), written / "artifacts"
     classifier = Classifier.load(artifacts / "network.pt2", artifacts / "classifier.json")
     [found] = classifier.classify([io.BytesIO(png())], 2)
@@ -310,26 +310,26 @@ def test_a_model_is_made_once_per_checkpoint(client: MlflowClient, images: Path)
         assert len({point.step for point in points}) == len(points)
 
 
-def test_an_unfinished_model_is_taken_up(client: MlflowClient, images: Path) -> None:
-    """As a process leaves it that was killed while it uploaded; a finished one is left alone."""
+def test_an_unfinished_model_is_completed(client: MlflowClient, images: Path) -> None:
+    """A process that is killed during the upload leaves such a model; a finished one is not touched."""
     summary = run(images)
     stored = client.get_run(summary.run_id)
     manifest = manifest_in_tag(stored.data.tags, "checkpoint.latest")
     tags = {MODEL_SHA256_TAG: manifest.sha256}
-    begun = client.create_logged_model(stored.info.experiment_id, "begun", summary.run_id, tags)
+    unfinished = client.create_logged_model(stored.info.experiment_id, "begun", summary.run_id, tags)
     assert find_logged_model(client, stored, manifest) is None
-    made = log_model(client, stored, manifest, summary.result.checkpoint)
-    assert [model.model_id for model in models_of(client, summary.run_id)] == [made]
-    assert made == begun.model_id
-    assert str(client.get_logged_model(made).status) == "READY"
-    pyfunc.load_model(f"models:/{made}")
-    assert log_model(client, stored, manifest, summary.result.checkpoint) == made
+    model_id = log_model(client, stored, manifest, summary.result.checkpoint)
+    assert [model.model_id for model in models_of(client, summary.run_id)] == [model_id]
+    assert model_id == unfinished.model_id
+    assert str(client.get_logged_model(model_id).status) == "READY"
+    pyfunc.load_model(f"models:/{model_id}")
+    assert log_model(client, stored, manifest, summary.result.checkpoint) == model_id
 
 
 def test_a_network_that_cannot_be_exported_holds_nothing_up(
     client: MlflowClient, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is reported, and what waits behind it is delivered."""
+    """The failure is reported, and the entries behind it are delivered."""
     from shufflenet_mlflow.export import logged
 
     def fail(*_: object) -> None:
@@ -345,10 +345,10 @@ def test_a_network_that_cannot_be_exported_holds_nothing_up(
 
 
 @pytest.mark.parametrize("why_no_backing_stores", ["the endpoint", "the checkpoint"])
-def test_what_will_never_be_made_holds_nothing_up(
+def test_models_that_cannot_be_created_do_not_block_delivery(
     client: MlflowClient, images: Path, monkeypatch: pytest.MonkeyPatch, why_no_backing_stores: str
 ) -> None:
-    """A server without logged models, and a checkpoint that somebody has deleted: set aside, not tried for ever."""
+    """A server without logged models, or a deleted checkpoint: the entry is set aside, not retried for ever."""
     summary = run(images)
     target = RunTarget(client, summary.run_id, Path("nowhere"))
     if why_no_backing_stores == "the endpoint":
@@ -398,8 +398,8 @@ def test_promoting(client: MlflowClient, images: Path, shufflenet: Invoke) -> No
 
     first = promote(summary.run_id, "--alias", "champion", "--alias", "newest")
     assert (first["version"], first["uri"], first["aliases"]) == ("1", "models:/pets@champion", ["champion", "newest"])
-    again = promote(summary.result.checkpoint)
-    assert (again["version"], again["uri"], again["model_id"]) == ("1", "models:/pets/1", first["model_id"])
+    second = promote(summary.result.checkpoint)
+    assert (second["version"], second["uri"], second["model_id"]) == ("1", "models:/pets/1", first["model_id"])
     second = promote(f"runs:/{summary.run_id}@5", "--alias", "champion")
     assert second["version"] == "2"
     version = client.get_model_version_by_alias("pets", "champion")
@@ -409,8 +409,8 @@ def test_promoting(client: MlflowClient, images: Path, shufflenet: Invoke) -> No
     assert json.loads(result.stdout)["iters"] == 5
 
 
-def test_a_file_that_is_not_the_runs(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
-    """Another training in the same folder has taken its name."""
+def test_a_file_of_another_run(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
+    """Another run in the same folder has replaced the file."""
     summary = run(images)
     path = summary.result.checkpoint
     payload = dict(read_checkpoint(path))
@@ -430,14 +430,14 @@ def test_a_file_that_is_not_the_runs(client: MlflowClient, images: Path, shuffle
 def test_names_that_no_reference_could_hold(
     client: MlflowClient, shufflenet: Invoke, words: tuple[str, ...], named: str
 ) -> None:
-    """Nothing is begun: not even the checkpoint is looked for."""
+    """The name is refused before the checkpoint is looked up."""
     result = shufflenet("checkpoints", "promote", "nowhere", *words)
     assert (result.exit_code, f"(={named})" in result.output) == (2, True), result.output
     assert client.search_registered_models() == []
 
 
 def test_versions_that_mlflow_made_itself(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
-    """Registered in the UI: the logged model says which checkpoint it is."""
+    """For a version registered in the UI, the logged model names the checkpoint."""
     summary = run(images, *WITH_MODELS)
     model = models_of(client, summary.run_id)[0]
     client.create_registered_model("ui")

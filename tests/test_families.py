@@ -33,17 +33,17 @@ SHORT = ("--total-iters", 3, "--save-interval", 2, "--val-interval", 2, "--displ
 def train_interrupted(
     small_train: SmallTrain, folder: Path, *arguments: object
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Train; then lose all but the first checkpoint, and resume from that in a run of its own.
+    """Train, delete all checkpoints except the first, and resume from that in a new run.
 
     Returns:
-        What both printed, and the final payload of the first.
+        What both commands printed, and the last payload of the first.
     """
     whole = small_train(*SHORT, "--save-dir", folder, *arguments)
     expected = read_checkpoint(whole["checkpoint"])
     for path in folder.glob("*checkpoint-000003*"):
         path.unlink()
-    again = small_train("--resume", folder, "--new-run", "--save-dir", f"{folder}-again", *SHORT, *arguments)
-    return whole, again, expected
+    resumed_run = small_train("--resume", folder, "--new-run", "--save-dir", f"{folder}-again", *SHORT, *arguments)
+    return whole, resumed_run, expected
 
 
 # ---------------------------------------------------------------- every family trains
@@ -51,14 +51,14 @@ def train_interrupted(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_trains_and_resumes_bit_for_bit(name: str, small_train: SmallTrain, shufflenet: Invoke) -> None:
-    whole, again, expected = train_interrupted(small_train, Path("models"), "--model", name, "--lr", 0.001)
+    whole, resumed_run, expected = train_interrupted(small_train, Path("models"), "--model", name, "--lr", 0.001)
     assert np.isfinite(whole["loss"])
-    resumed = read_checkpoint(again["checkpoint"])
+    resumed = read_checkpoint(resumed_run["checkpoint"])
     for key in ("state_dict", "optimizer_state_dict", "rng_state", "metrics", "loss"):
         assert_equal_payloads(resumed[key], expected[key], key)
     assert expected["model"] == {"name": name, "kwargs": {"num_classes": 3}}
     assert all(tensor.isfinite().all() for tensor in expected["state_dict"].values())
-    evaluated = shufflenet("eval", again["checkpoint"], "--json")
+    evaluated = shufflenet("eval", resumed_run["checkpoint"], "--json")
     assert json.loads(evaluated.stdout)["top1"] == whole["val_top1"]
 
 
@@ -79,7 +79,7 @@ def test_recipes_follow_the_papers() -> None:
 
 
 def test_lighting_is_in_what_is_trained_on(small_train: SmallTrain) -> None:
-    """Nothing else differs between the two: crops, jitter and flips are the same."""
+    """Nothing else differs between the two runs: crops, jitter and flips are the same."""
     plain = small_train("--total-iters", 1, "--augment", "release")
     lit = small_train("--total-iters", 1, "--augment", "lighting")
     assert plain["loss"] != lit["loss"]
@@ -94,8 +94,8 @@ SCALES = format_numbers([0.2, 0.4, 1.6, 1.0] * 5)
 
 def test_any_network_of_the_search_space_trains(small_train: SmallTrain, shufflenet: Invoke) -> None:
     options = ("--model", "shufflenet_oneshot", "--choices", f"[{CHOICES.replace(',', ', ')}]", "--scales", SCALES)
-    whole, again, expected = train_interrupted(small_train, Path("models"), *options)
-    assert_equal_payloads(read_checkpoint(again["checkpoint"])["state_dict"], expected["state_dict"])
+    whole, resumed_run, expected = train_interrupted(small_train, Path("models"), *options)
+    assert_equal_payloads(read_checkpoint(resumed_run["checkpoint"])["state_dict"], expected["state_dict"])
     assert expected["model"]["kwargs"] == {
         "num_classes": 3,
         "choices": [3, 2, 1, 0] * 5,
@@ -105,7 +105,7 @@ def test_any_network_of_the_search_space_trains(small_train: SmallTrain, shuffle
     weights = expected["state_dict"]
     assert weights["features.1.branch_main.3.weight"].shape == (12, 1, 7, 7)
     assert weights["features.2.branch_main.0.weight"].shape == (51, 32, 1, 1)
-    evaluated = shufflenet("eval", again["checkpoint"], "--json")
+    evaluated = shufflenet("eval", resumed_run["checkpoint"], "--json")
     assert json.loads(evaluated.stdout)["top1"] == whole["val_top1"]
     refused = shufflenet("train", "--resume", "models", "--choices", CHOICES[::-1], "--scales", SCALES)
     assert (refused.exit_code, "changed --choices" in refused.stderr) == (1, True), refused.output
@@ -146,7 +146,7 @@ def test_only_oneshot_has_choices() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a,b", "1,2.5", "1;2"])
-def test_lists_that_are_none(text: str) -> None:
+def test_invalid_lists(text: str) -> None:
     with pytest.raises(ConfigError, match="--choices"):
         parse_numbers(text, "choices", int)
 
@@ -162,7 +162,7 @@ def test_lists_in_any_spelling() -> None:
 
 @pytest.fixture(params=[shufflenet_v2_large, shufflenet_v2_exlarge], ids=["large", "exlarge"])
 def short_giant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> DeeplySupervised:
-    """Large or ExLarge with two units in each stage, one of each kind."""
+    """Shorten Large and ExLarge to two units per stage, one of each kind."""
     monkeypatch.setattr(request.param, "STAGE_UNITS", (2, 2, 2, 2))
     torch.manual_seed(0)
     model: DeeplySupervised = request.param.build("", 5)
@@ -274,7 +274,7 @@ def test_training_begins_with_a_run_and_its_network(
 
 
 def client_best(client: MlflowClient, document: dict[str, Any], folder: Path) -> Path:
-    """The file that the run's best checkpoint is."""
+    """Return the path of the run's best checkpoint."""
     manifest = json.loads(client.get_run(document["run_id"]).data.tags["checkpoint.best"])
     return folder / "parent" / Path(manifest["path"]).name
 
@@ -304,7 +304,7 @@ def test_a_configuration_of_before_the_option_counts_as_without_it(small_train: 
         assert f"changed {words[0]}" in refused.stderr or "no published weights" in refused.stderr
 
 
-def test_the_same_command_again_continues_what_it_began(
+def test_repeating_the_command_resumes(
     small_train: SmallTrain, shufflenet: Invoke, images: Path, tmp_path: Path
 ) -> None:
     path = write_original(tmp_path / "model.pth.tar", create_model("shufflenet_v2_x0_5", 10))
@@ -338,7 +338,7 @@ def test_the_same_command_again_continues_what_it_began(
         (["--model", "shufflenet_v2_large", "--mean-image", "x.png"], 2, "must end in .npy, or .xml"),
     ],
 )
-def test_bad_beginnings_are_one_line_and_leave_nothing(
+def test_invalid_initial_weights_are_one_line_and_leave_nothing(
     arguments: list[str],
     status: int,
     message: str,
@@ -403,11 +403,11 @@ def test_a_file_for_other_networks_or_folders_is_refused(
         assert result.exit_code in (1, 2)
         assert message in result.stderr
         assert result.stderr.count("\n") == 1, result.stderr
-    own = small_train()["checkpoint"]
-    result = shufflenet("eval", own, "--model", "shufflenet_v1_x0_5_g3")
+    checkpoint = small_train()["checkpoint"]
+    result = shufflenet("eval", checkpoint, "--model", "shufflenet_v1_x0_5_g3")
     assert (result.exit_code, "holds shufflenet_v2_x0_5, not --model" in result.stderr) == (2, True)
-    assert shufflenet("eval", own, "--model", "shufflenet_v2_x0_5", "--input-size", 64).exit_code == 0
-    assert shufflenet("eval", own, "--input-size", 0).exit_code == 2
+    assert shufflenet("eval", checkpoint, "--model", "shufflenet_v2_x0_5", "--input-size", 64).exit_code == 0
+    assert shufflenet("eval", checkpoint, "--input-size", 0).exit_code == 2
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -433,7 +433,7 @@ def test_a_file_that_would_run_code_never_does(legacy: bool, images: Path, shuff
 
 @pytest.fixture
 def short_large(monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    """Options that train Large, which here has few and narrow units."""
+    """Return options that train Large with few and narrow units."""
     monkeypatch.setattr(shufflenet_v2_large, "STAGE_UNITS", (2, 2, 2, 2))
     monkeypatch.setattr(shufflenet_v2_large, "STAGE_WIDTHS", (32, 16, 16, 16))
     monkeypatch.setattr(shufflenet_v2_large, "LAST_WIDTH", 64)
@@ -448,20 +448,20 @@ def test_the_mean_image_travels_in_the_checkpoint(
     document = json.loads(result.stdout)
     assert (document["n"], document["input_size"], document["mean_image"]) == (36, 32, "mean.xml")
     arguments = (*short_large, "--mean-image", "mean.xml")
-    whole, again, payload = train_interrupted(small_train, Path("models"), *arguments)
+    whole, resumed_run, payload = train_interrupted(small_train, Path("models"), *arguments)
     assert payload["config"]["augment"] == "lighting"
     assert whole["loss"] > 2  # four losses of about log 3, weighed; the main one alone would be about 1.1
     assert payload["preprocess"]["mode"] == "bgr255_mean"
     mean = payload["preprocess"]["mean_image"]
     assert mean.shape == (3, 32, 32)
     assert mean.mean((1, 2)).tolist() == pytest.approx(document["mean_bgr"], abs=1e-3)
-    resumed = read_checkpoint(again["checkpoint"])
+    resumed = read_checkpoint(resumed_run["checkpoint"])
     assert_equal_payloads(resumed["state_dict"], payload["state_dict"])
     assert_equal_payloads(resumed["preprocess"], payload["preprocess"])
 
     Path("mean.xml").unlink()  # needed no more, nor by the same command
-    assert small_train("--resume", "models-again", "--lr", 0.0001, *SHORT)["run_id"] == again["run_id"]
-    assert small_train("--save-dir", "models-again", *arguments, *SHORT)["run_id"] == again["run_id"]
+    assert small_train("--resume", "models-again", "--lr", 0.0001, *SHORT)["run_id"] == resumed_run["run_id"]
+    assert small_train("--save-dir", "models-again", *arguments, *SHORT)["run_id"] == resumed_run["run_id"]
     tuned = read_checkpoint(small_train("--init-from", "models-again", *TINY)["checkpoint"])
     assert tuned["preprocess"] == {"mode": "bgr255_mean", "input_size": 32}  # weights only
     evaluated = json.loads(shufflenet("eval", "models-again", "--json").stdout)

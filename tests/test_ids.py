@@ -1,4 +1,4 @@
-"""The first characters of a run's ID stand for it, and a mistyped one is answered with what it may have been."""
+"""Run IDs can be abbreviated, and the error for a mistyped one suggests similar ones."""
 
 import json
 import sqlite3
@@ -23,7 +23,7 @@ OTHER = "0123456789abcdef0123456789abcdef"
 
 @pytest.fixture
 def three_runs(client: MlflowClient, workplace: Path) -> None:
-    """Runs of known IDs, which MLflow would draw; each has one checkpoint."""
+    """Create runs with known IDs, which MLflow would draw at random; each has one checkpoint."""
     experiment = client.create_experiment("x")
     for number, run_id in enumerate((FIRST, SECOND, OTHER)):
         drawn = client.create_run(experiment, run_name=f"run {number}").info.run_id
@@ -34,7 +34,7 @@ def three_runs(client: MlflowClient, workplace: Path) -> None:
 
 
 @pytest.mark.usefixtures("three_runs")
-def test_the_beginning_of_an_id_stands_for_the_run(tmp_path: Path, client: MlflowClient) -> None:
+def test_id_prefixes_name_a_run(tmp_path: Path, client: MlflowClient) -> None:
     for ref, iters in (("012345", 3), ("runs:/abcdef00", 1), ("abcdef11@best", 2), (f"runs:/{SECOND[:9]}@2", 2)):
         if not ref.endswith("best"):  # none of them was validated
             assert resolve(ref, cache_dir=tmp_path).iters == iters
@@ -45,14 +45,14 @@ def test_the_beginning_of_an_id_stands_for_the_run(tmp_path: Path, client: Mlflo
 
 
 @pytest.mark.usefixtures("three_runs")
-def test_anything_else_stays_as_it_is(workplace: Path) -> None:
+def test_other_references_are_unchanged(workplace: Path) -> None:
     (workplace / "012345").mkdir()
     for ref in ("012345", "01234", "models", OTHER, f"runs:/{OTHER}@best", "models:/net@x", Path("abcdef00")):
         assert complete(ref, None) == ref
 
 
 @pytest.mark.usefixtures("three_runs")
-def test_what_begins_none_or_several() -> None:
+def test_prefixes_of_no_run_or_several() -> None:
     with pytest.raises(UnresolvedError, match=rf"several run IDs in sqlite:.*{SECOND} \(run 1\), {FIRST} \(run 0\);"):
         complete("abcdef", None)
     with pytest.raises(UnresolvedError, match="'abcdef22' is no file or folder, and begins no run's ID in sqlite"):
@@ -92,7 +92,7 @@ def test_commands_take_it(
         result = shufflenet(*words, "--json")
         assert result.exit_code == 0, result.output
         assert run_id in result.stdout or words[1] in ("ls", "verify", "prune")
-    begun = small_train("--init-from", f"{short}@4", "--total-iters", 2)["run_id"]
-    assert json.loads(client.get_run(begun).data.tags["config"])["init_from"] == f"{run_id}@4"
+    fork_id = small_train("--init-from", f"{short}@4", "--total-iters", 2)["run_id"]
+    assert json.loads(client.get_run(fork_id).data.tags["config"])["init_from"] == f"{run_id}@4"
     ambiguous = shufflenet("compare", short, run_id)
     assert (ambiguous.exit_code, f"run {run_id} is given twice" in ambiguous.stderr) == (2, True)

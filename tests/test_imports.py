@@ -1,4 +1,4 @@
-"""What each command imports: a second here and there is what a person waits for."""
+"""Imports of each command: people wait for every second of them."""
 
 import json
 import os
@@ -12,7 +12,7 @@ PACKAGES = ("matplotlib", "mlflow", "onnx", "scipy", "sklearn", "torch", "torch.
 
 
 def imported(code: str, folder: Path) -> set[str]:
-    """Which of the packages that take long a process has imported after `code`, run in `folder`."""
+    """Return the slow packages that a process has imported after `code`, run in `folder`."""
     code = f"import json, sys\n{code}\nprint(json.dumps(sorted({set(PACKAGES)!r} & sys.modules.keys())))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=os.environ)
     assert ran.returncode == 0, ran.stderr
@@ -29,12 +29,12 @@ FAST = ("runs", "train", "eval")
 
 
 @pytest.mark.parametrize("job", [job if job in FAST else pytest.param(job, marks=pytest.mark.long) for job in IMPORTED])
-def test_a_job_begins_with_no_more_than_it_needs(job: str, tmp_path: Path) -> None:
+def test_workflows_import_only_what_they_need(job: str, tmp_path: Path) -> None:
     assert imported(f"import shufflenet_mlflow.workflows.{job}", tmp_path) == IMPORTED[job]
 
 
 def test_a_wrong_path_is_named_at_once(tmp_path: Path) -> None:
-    """Before torch is there."""
+    """The error comes before torch is imported."""
     words = ["predict", "weights", "nowhere.png"]
     code = (
         f"import shufflenet_mlflow.cli as cli\ntry:\n    cli.main({words!r})\nexcept SystemExit as end:\n    print(end)"
@@ -63,7 +63,7 @@ else:
 
 
 @pytest.mark.long
-def test_what_is_there_before_the_first_image(images: Path, tmp_path: Path) -> None:
+def test_imports_before_the_first_image(images: Path, tmp_path: Path) -> None:
     """torchvision serves the crops of `release`; MLflow brings scipy and scikit-learn where it finds them."""
     folders = ["--train-dir", str(images / "train"), "--val-dir", str(images / "val"), "--input-size", "32"]
     options = ["--batch-size", "8", "--save-dir", str(tmp_path / "saved"), "--workers", "0", "--augment", "shift"]

@@ -1,4 +1,4 @@
-"""The journal: what was appended is read back in order, once, whatever happened to the process or the file."""
+"""The journal: entries are read back in order, once, whatever happens to the process or the file."""
 
 import contextlib
 import errno
@@ -30,15 +30,15 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 @pytest.fixture
 def reopen(tmp_path: Path) -> Callable[[Journal], Journal]:
-    """What the next process finds after this one was killed: nothing is tidied up."""
+    """Open the journal as the next process does after this one was killed."""
 
-    def again(journal: Journal) -> Journal:
+    def open_after_kill(journal: Journal) -> Journal:
         journal._lock.release()
         os.close(journal._descriptor)
         journal.close = lambda: None  # type: ignore[method-assign]
         return Journal(tmp_path)
 
-    return again
+    return open_after_kill
 
 
 def numbers(journal: Journal, most: int = 1000) -> list[int]:
@@ -62,27 +62,32 @@ def test_in_order_and_once(journal: Journal) -> None:
 def test_the_next_process_goes_on(journal: Journal, reopen: Callable[[Journal], Journal], tmp_path: Path) -> None:
     fill(journal, 1, 2, 3)
     journal.delivered(journal.oldest()[0].seq)
-    again = reopen(journal)
-    assert (numbers(again), again.pending, again.run, again.uri) == ([2, 3], 2, RUN, "http://127.0.0.1:5000")
-    again.delivered(again.oldest(2)[-1].seq)
-    again.close()
+    reopened = reopen(journal)
+    assert (numbers(reopened), reopened.pending, reopened.run, reopened.uri) == (
+        [2, 3],
+        2,
+        RUN,
+        "http://127.0.0.1:5000",
+    )
+    reopened.delivered(reopened.oldest(2)[-1].seq)
+    reopened.close()
     assert read_pending(tmp_path).entries == ()
     assert (tmp_path / JOURNAL_NAME).read_bytes().count(b"\n") == 1
     assert read_pending(tmp_path).run_id == RUN
 
 
-def test_a_line_that_was_cut_off_is_no_damage(
+def test_a_truncated_last_line_is_not_damage(
     journal: Journal, reopen: Callable[[Journal], Journal], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     logging.getLogger("shufflenet_mlflow").propagate = True
     fill(journal, 1, 2)
     with open(tmp_path / JOURNAL_NAME, "ab") as file:
         file.write(b'1234abcd {"seq":3,"ru')
-    again = reopen(journal)
-    fill(again, 3)
-    assert numbers(again) == [1, 2, 3]
+    reopened = reopen(journal)
+    fill(reopened, 3)
+    assert numbers(reopened) == [1, 2, 3]
     assert not caplog.text
-    again.close()
+    reopened.close()
 
 
 def test_damage_is_named_and_set_aside(
@@ -92,20 +97,20 @@ def test_damage_is_named_and_set_aside(
     fill(journal, 1, 2, 3)
     data = (tmp_path / JOURNAL_NAME).read_bytes()
     (tmp_path / JOURNAL_NAME).write_bytes(data.replace(b'"n":2', b'"n":7'))
-    again = reopen(journal)
-    assert numbers(again) == [1, 3]
+    reopened = reopen(journal)
+    assert numbers(reopened) == [1, 3]
     assert "1 lines were damaged and 1 entries are missing" in caplog.text
     assert b'"n":7' in (tmp_path / DAMAGED_NAME).read_bytes()
-    assert again.was_damaged
+    assert reopened.was_damaged
     caplog.clear()
-    third = reopen(again)
-    assert (numbers(third), caplog.text, third.was_damaged) == ([1, 3], "", False)
-    third.close()
+    reopened_twice = reopen(reopened)
+    assert (numbers(reopened_twice), caplog.text, reopened_twice.was_damaged) == ([1, 3], "", False)
+    reopened_twice.close()
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_altered_entry_ever_comes_back(seed: int, tmp_path: Path) -> None:
-    """Random flips and truncations: what is read is what was written, or nothing."""
+def test_altered_entries_are_never_read(seed: int, tmp_path: Path) -> None:
+    """Flip bits and truncate at random: an entry is read as it was written, or not at all."""
     generator = random.Random(seed)
     journal = Journal(tmp_path)
     fill(journal, *range(30))
@@ -118,16 +123,16 @@ def test_no_altered_entry_ever_comes_back(seed: int, tmp_path: Path) -> None:
         else:
             del damaged[generator.randrange(len(damaged)) :]
         (tmp_path / JOURNAL_NAME).write_bytes(damaged)
-        again = Journal(tmp_path)
-        found = numbers(again)
+        reopened = Journal(tmp_path)
+        found = numbers(reopened)
         assert found == sorted(set(found))
         assert set(found) <= set(range(30))
         if trial % 4:
             assert len(found) >= 28  # a lost line break costs two
-            assert len(found) == 30 or again.was_damaged
+            assert len(found) == 30 or reopened.was_damaged
         else:
             assert found == list(range(len(found)))
-        again._lock.release()
+        reopened._lock.release()
 
 
 def test_one_process_at_a_time(journal: Journal, tmp_path: Path) -> None:
@@ -150,8 +155,8 @@ def test_a_file_system_without_locks_is_not_called_busy(tmp_path: Path, monkeypa
         Journal(tmp_path)
 
 
-def test_what_arrives_after_the_end_is_written_nowhere(tmp_path: Path) -> None:
-    """A request that hung comes back when the descriptor's number is another file's."""
+def test_confirmations_after_closing_are_ignored(tmp_path: Path) -> None:
+    """A request that hung returns when another file has the descriptor's number."""
     journal = Journal(tmp_path)
     fill(journal, 1)
     journal.bind(new_provisional_id(), RUN)
@@ -193,7 +198,7 @@ def test_a_full_disk_loses_nothing_while_the_process_lives(journal: Journal, tmp
     assert [entry.body["n"] for entry in read_pending(tmp_path).entries] == [3, 4]
 
 
-def test_a_full_disk_when_a_run_takes_the_folder(journal: Journal, tmp_path: Path) -> None:
+def test_a_full_disk_at_the_start_of_a_run(journal: Journal, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
@@ -215,7 +220,7 @@ def test_a_journal_of_a_later_version(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / JOURNAL_NAME).read_bytes() == before
 
 
-def test_it_does_not_grow_for_ever(journal: Journal, tmp_path: Path) -> None:
+def test_the_journal_is_compacted(journal: Journal, tmp_path: Path) -> None:
     for number in range(6000):
         fill(journal, number)
         journal.delivered(journal.oldest()[0].seq)
@@ -224,7 +229,7 @@ def test_it_does_not_grow_for_ever(journal: Journal, tmp_path: Path) -> None:
     assert numbers(journal) == [6000]
 
 
-def test_a_run_that_was_yet_to_be_made(tmp_path: Path, reopen: Callable[[Journal], Journal]) -> None:
+def test_a_run_that_does_not_exist_yet(tmp_path: Path, reopen: Callable[[Journal], Journal]) -> None:
     key = new_provisional_id()
     journal = Journal(tmp_path)
     journal.set_owner(key, "http://127.0.0.1:5000")
@@ -232,10 +237,10 @@ def test_a_run_that_was_yet_to_be_made(tmp_path: Path, reopen: Callable[[Journal
     assert read_pending(tmp_path).run_id is None
     journal.bind(key, RUN)
     assert journal.run_id_of(key) == RUN
-    again = reopen(journal)
-    assert (again.run, again.run_id_of(key), read_pending(tmp_path).run_id) == (key, RUN, RUN)
-    again.delivered(again.oldest()[0].seq)
-    again.close()
+    reopened = reopen(journal)
+    assert (reopened.run, reopened.run_id_of(key), read_pending(tmp_path).run_id) == (key, RUN, RUN)
+    reopened.delivered(reopened.oldest()[0].seq)
+    reopened.close()
     assert read_pending(tmp_path).run_id == RUN  # also after it was written anew
 
 

@@ -1,4 +1,4 @@
-"""Jobs by name, and what torchrun and Slurm say of an attempt: the same command goes on where the last one ended."""
+"""Named jobs, and attempts under torchrun and Slurm: the same command resumes where the last one ended."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def runs_of(client: MlflowClient) -> list[Any]:
 
 
 class Death(BaseException):
-    """Nothing is saved for it."""
+    """An end for which nothing is saved, as with SIGKILL."""
 
 
 def die_at(iteration: int) -> Reporter:
@@ -45,12 +45,12 @@ def die_at(iteration: int) -> Reporter:
 
 
 def move_away(folder: str) -> None:
-    """What another machine does not have."""
+    """Remove what another machine would not have."""
     if Path(folder).exists():
         os.rename(folder, f"{folder}-of-another-machine-{len(list(Path().iterdir()))}")
 
 
-def test_a_job_goes_on_by_its_name_on_another_machine(
+def test_a_job_resumes_by_its_name_on_another_machine(
     images: Path, client: MlflowClient, tmp_path: Path, uninterrupted: Any
 ) -> None:
     stopped = run_until(images, "training", 5, "--job", "pets-1")
@@ -76,7 +76,7 @@ def test_a_job_that_died_before_its_first_checkpoint_begins_the_same_run(
 
 
 def test_a_job_that_began_with_other_options_is_another_run(images: Path, client: MlflowClient) -> None:
-    """Nothing is lost by that: the first one had no checkpoint."""
+    """Nothing is lost: the first run had no checkpoint."""
     with pytest.raises(Death):
         run(images, "--job", "early", reporter=die_at(3))
     move_away("models")
@@ -84,10 +84,8 @@ def test_a_job_that_began_with_other_options_is_another_run(images: Path, client
     assert len(runs_of(client)) == 2
 
 
-def test_a_run_without_a_checkpoint_begins_again_by_its_id(
-    images: Path, client: MlflowClient, uninterrupted: Any
-) -> None:
-    """From the ID alone: options, classes, images and all."""
+def test_a_run_without_a_checkpoint_restarts_by_its_id(images: Path, client: MlflowClient, uninterrupted: Any) -> None:
+    """The ID is enough: options, classes and images come from the run."""
     with pytest.raises(Death):
         run(images, reporter=die_at(3))
     [died] = runs_of(client)
@@ -104,8 +102,8 @@ def test_a_run_without_a_checkpoint_begins_again_by_its_id(
     assert_same_end(client, resumed, uninterrupted)
 
 
-def test_a_run_that_begins_again_has_its_mean_image(images: Path, client: MlflowClient, tmp_path: Path) -> None:
-    """The image is in each checkpoint, but there is none yet: it is read again."""
+def test_a_restarted_run_keeps_its_mean_image(images: Path, client: MlflowClient, tmp_path: Path) -> None:
+    """There is no checkpoint yet to take the mean image from, so it is read again."""
     mean = tmp_path / "mean.npy"
     np.save(mean, np.full((32, 32, 3), 100, np.float32))
     options = {**request(images).options, "model": "shufflenet_v2_large", "mean_image": str(mean)}
@@ -113,8 +111,8 @@ def test_a_run_that_begins_again_has_its_mean_image(images: Path, client: Mlflow
     assert choose(TrainRequest({}), attempt, World()).preprocess.mean_image is not None
 
 
-def test_another_division_is_not_called_rounding(images: Path) -> None:
-    """What batch normalisation sees together is another thing."""
+def test_another_micro_batch_size_is_not_called_rounding(images: Path) -> None:
+    """Another division changes which images batch normalisation sees together."""
     stopped = run_until(images, "training", 5, "--save-dir", "models")
     path = list_checkpoints(stopped.save_dir)[0]
     payload = read_checkpoint(path)
@@ -127,7 +125,7 @@ def test_another_division_is_not_called_rounding(images: Path) -> None:
     assert any(expected in warning for warning in reporter.warnings)
 
 
-def test_what_lies_here_and_is_up_to_date_is_not_fetched(images: Path, tmp_path: Path) -> None:
+def test_local_checkpoints_that_are_current_are_not_downloaded(images: Path, tmp_path: Path) -> None:
     stopped = run_until(images, "training", 5)
     cache = tmp_path / "cache"
     resumed = run(images, "--resume", stopped.run_id, "--cache-dir", cache)
@@ -136,7 +134,7 @@ def test_what_lies_here_and_is_up_to_date_is_not_fetched(images: Path, tmp_path:
 
 
 def test_a_job_is_forked_by_its_name(images: Path, client: MlflowClient) -> None:
-    """The fork is the job from then on."""
+    """From then on the job's name means the fork."""
     stopped = run_until(images, "training", 5, "--job", "pets")
     with pytest.raises(ResumeError, match="pass --new-run"):
         run(images, "--job", "pets", "--lr", 0.01)
@@ -148,7 +146,7 @@ def test_a_job_is_forked_by_its_name(images: Path, client: MlflowClient) -> None
 
 
 @pytest.mark.parametrize("options", [[], ["--job", "pets"], ["--save-dir", "empty"]])
-def test_nothing_is_there_to_be_forked(options: list[object], images: Path, client: MlflowClient) -> None:
+def test_forking_needs_a_checkpoint(options: list[object], images: Path, client: MlflowClient) -> None:
     with pytest.raises(ConfigError, match="--new-run: nothing was found to fork; name a checkpoint with --resume"):
         run(images, "--new-run", *options)
     assert runs_of(client) == []
@@ -173,7 +171,7 @@ def test_every_drift_is_recorded(images: Path, client: MlflowClient) -> None:
     assert drifted == {"workers": [0, 1], "save_interval": [5, 6]}
 
 
-def test_a_change_of_what_rounds_is_said(images: Path) -> None:
+def test_a_change_of_rounding_is_reported(images: Path) -> None:
     stopped = run_until(images, "training", 5, "--save-dir", "models")
     path = list_checkpoints(stopped.save_dir)[0]
     reporter = Reporter()
@@ -189,7 +187,7 @@ def test_a_change_of_what_rounds_is_said(images: Path) -> None:
 
 
 def restarted(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """What torchrun sets for a process alone."""
+    """Set the environment variables of torchrun with one process."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
 
@@ -234,7 +232,7 @@ def test_an_attempt_of_torchrun_does_not_fork_again(
 
 
 def test_a_forks_attempts_are_one_fork(images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No folder, no name, one of the attempts on another disk."""
+    """Without a folder or a name, and one attempt on another disk."""
     parent = run_until(images, "training", 2)
     fork = ["--resume", parent.run_id, "--new-run", "--lr", 0.01]
     restarted(monkeypatch, 0)
@@ -251,16 +249,16 @@ def test_a_forks_attempts_are_one_fork(images: Path, client: MlflowClient, monke
 def test_attempts_without_a_server_are_one_run(
     images: Path, monkeypatch: pytest.MonkeyPatch, client: MlflowClient, uninterrupted: Any
 ) -> None:
-    """The server is away in all of them; one dies before its first checkpoint, one after it."""
+    """The server is unreachable throughout; one attempt dies before its first checkpoint, one after it."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    away = ["--tracking-uri", "http://127.0.0.1:9", "--grace", 0]
+    unreachable = ["--tracking-uri", "http://127.0.0.1:9", "--grace", 0]
     monkeypatch.setattr("shufflenet_mlflow.tracking.delivery.GIVE_UP_SECONDS", 0.1)
     for number, iteration in enumerate((3, 7)):
         restarted(monkeypatch, number)
         with pytest.raises(Death):
-            run(images, *away, reporter=die_at(iteration))
+            run(images, *unreachable, reporter=die_at(iteration))
     restarted(monkeypatch, 2)
-    ended = run(images, *away)
+    ended = run(images, *unreachable)
     assert ended.result.iters == 12
     assert ended.run_id is None
     uri = os.environ["MLFLOW_TRACKING_URI"]
@@ -284,18 +282,18 @@ def test_several_machines_need_a_name(images: Path, monkeypatch: pytest.MonkeyPa
 def test_a_container_that_is_started_again_continues_the_run_it_was_given(
     images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any
 ) -> None:
-    """Kubernetes starts a failed pod anew: the same `MLFLOW_RUN_ID`, an empty disk."""
-    made = client.create_run(client.create_experiment("by mlflow run")).info.run_id
+    """Kubernetes restarts a failed pod with the same `MLFLOW_RUN_ID` and an empty disk."""
+    run_id = client.create_run(client.create_experiment("by mlflow run")).info.run_id
     for iteration in (3, 7):  # before the first checkpoint, and after it
-        monkeypatch.setenv("MLFLOW_RUN_ID", made)
+        monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
         with pytest.raises(Death):
             run(images, reporter=die_at(iteration))
         move_away("models")
-    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
     resumed = run(images)
-    assert resumed.run_id == made
+    assert resumed.run_id == run_id
     assert len(runs_of(client)) == 1
-    assert client.get_run(made).data.tags["resumed.from_iters"] == "5"
+    assert client.get_run(run_id).data.tags["resumed.from_iters"] == "5"
     assert_same_end(client, resumed, uninterrupted)
 
 
@@ -304,17 +302,17 @@ def test_a_container_that_is_started_again_continues_the_run_it_was_given(
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A job of Slurm's, whose `scontrol` writes down what it is asked for."""
-    asked = tmp_path / "asked"
+    """Set up a Slurm job with a `scontrol` that records its arguments."""
+    log = tmp_path / "asked"
     program = tmp_path / "bin" / "scontrol"
     program.parent.mkdir()
     program.write_text(
-        f'#!/bin/sh\necho "$@" >> {asked}\n[ ! -e {tmp_path}/broken ] || {{ echo no such job >&2; exit 1; }}\n'
+        f'#!/bin/sh\necho "$@" >> {log}\n[ ! -e {tmp_path}/broken ] || {{ echo no such job >&2; exit 1; }}\n'
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    return asked
+    return log
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGUSR1")
@@ -337,7 +335,7 @@ def test_two_trainings_in_one_job_of_slurm(images: Path, slurm: Path) -> None:
     assert run(images, *short, "--lr", 0.02).run_id != first.run_id
 
 
-def test_a_warning_before_training_asks_too(images: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_before_training_requeues(images: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_arguments: Any, **_named: Any) -> Any:
         signal.raise_signal(signal.SIGUSR1)
 
@@ -348,12 +346,12 @@ def test_a_warning_before_training_asks_too(images: Path, slurm: Path, monkeypat
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
-def test_who_cancels_a_job_means_it(by: int, images: Path, slurm: Path) -> None:
+def test_cancelled_jobs_are_not_requeued(by: int, images: Path, slurm: Path) -> None:
     run_until(images, "training", 2, "--requeue", by=by)
     assert not slurm.exists()
 
 
-def test_a_requeue_that_fails_is_said(images: Path, slurm: Path, tmp_path: Path) -> None:
+def test_a_failed_requeue_is_reported(images: Path, slurm: Path, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
 
     def pull(phase: str, done: int) -> None:
@@ -374,8 +372,8 @@ def test_the_grace_period_is_checked(images: Path) -> None:
         run(images, "--grace", -1)
 
 
-def test_without_grace_nothing_is_waited_for(images: Path, client: MlflowClient, tmp_path: Path) -> None:
-    """What has not arrived by then stays in the journal, and the run goes on from it."""
+def test_without_grace_nothing_is_awaited(images: Path, client: MlflowClient, tmp_path: Path) -> None:
+    """What has not arrived stays in the journal, from which the run is resumed."""
     stopped = run_until(images, "training", 6, "--save-dir", "m", "--grace", 0, by=signal.SIGUSR1)
     assert stopped.result.checkpoint == Path("m/checkpoint-000006.pth.tar")
     resumed = run(images, "--save-dir", "m")
@@ -384,7 +382,7 @@ def test_without_grace_nothing_is_waited_for(images: Path, client: MlflowClient,
 
 
 def test_a_signal_while_the_data_is_listed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has been made by then, so it may end anywhere."""
+    """Nothing has been created by then, so the process may end anywhere."""
     import shufflenet_mlflow.data.datasets as planning
 
     listed = planning.list_images
@@ -402,13 +400,13 @@ def test_a_signal_while_the_data_is_listed(images: Path, monkeypatch: pytest.Mon
 def test_a_signal_while_the_run_is_made_leaves_it_killed(
     images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It exists by then, so it has to be ended."""
+    """The run exists by then, so its status has to be set."""
     make_run = opening.make_run
 
     def interrupted(*arguments: Any) -> Any:
-        made = make_run(*arguments)
+        run_id = make_run(*arguments)
         signal.raise_signal(signal.SIGTERM)
-        return made
+        return run_id
 
     monkeypatch.setattr(opening, "make_run", interrupted)
     with StopFlag() as stop:

@@ -89,7 +89,7 @@ def test_tolerant_resets_a_head_of_another_width_only_when_asked() -> None:
 
 
 @pytest.mark.parametrize("payload", [{}, {"epoch": 3}, {"state_dict": 5}, {"state_dict": {}}])
-def test_dicts_without_weights(payload: dict[str, Any]) -> None:
+def test_dicts_without_weights_are_refused(payload: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="holds no state dict"):
         load_checkpoint(small_model(), payload)
 
@@ -181,9 +181,9 @@ def test_the_error_carries_the_whole_list() -> None:
     with pytest.raises(MismatchError, match=r"and \d+ more") as caught:
         load_checkpoint(model, create_model("shufflenet_v1_x0_5_g3", 10).state_dict())
     report: Any = caught.value.report
-    own, given = set(model.state_dict()), set(create_model("shufflenet_v1_x0_5_g3", 10).state_dict())
-    assert set(report.missing) == own - given
-    assert set(report.unexpected) == given - own
+    expected, found = set(model.state_dict()), set(create_model("shufflenet_v1_x0_5_g3", 10).state_dict())
+    assert set(report.missing) == expected - found
+    assert set(report.unexpected) == found - expected
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -202,7 +202,7 @@ def test_1000_classes_against_10(name: str, tmp_path: Path) -> None:
         assert torch.equal(value, before[key] if key in report.reshaped else source.state_dict()[key]), key
 
 
-def test_what_is_left_out_stands_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_images_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = WithAuxiliaryHead(10)
     source = {key: value for key, value in WithAuxiliaryHead(1000).state_dict().items() if "predict" not in key}
     with caplog.at_level(logging.WARNING, "shufflenet_mlflow"):
@@ -227,7 +227,7 @@ def test_a_head_for_other_classes_of_the_same_number_is_left_alone_on_request() 
 # ---------------------------------------------------------------- which network a file belongs to
 
 
-def test_the_width_of_the_head_comes_from_the_file() -> None:
+def test_the_head_width_comes_from_the_file() -> None:
     for name in FAMILIES:
         network = model_from_payload(create_model(name, 7).state_dict(), "x", asked=ModelSpec(name))
         assert network.num_classes == 7

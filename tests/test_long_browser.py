@@ -1,4 +1,4 @@
-"""The UI in a real browser: whoever opens it sees which run was better, on what data, and what became of it."""
+"""The UI in a real browser: it shows which run was better, on what data, and what became of it."""
 
 from collections.abc import Iterator
 from pathlib import Path

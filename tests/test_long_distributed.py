@@ -1,4 +1,4 @@
-"""Processes under a real `torchrun`: lost ones, fewer of them, machines with nothing in common."""
+"""Processes under a real `torchrun`: killed ones, other numbers of them, machines that share nothing."""
 
 import json
 import os
@@ -21,19 +21,19 @@ from tests.support.payloads import assert_equal_payloads
 from tests.support.processes import DOUBLE_PRECISION, Process, finish, kill, start, torchrun, wait_for_iteration, worker
 from tests.support.proxy import Proxy
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(600)]
 
 ITERATIONS = 40
 
 
 def options(images: Path, *more: object) -> list[object]:
-    own = ("--total-iters", ITERATIONS, "--display-interval", 1, "--save-interval", 5, "--val-interval", 8)
-    return [*small_options(images), *own, *more]
+    intervals = ("--total-iters", ITERATIONS, "--display-interval", 1, "--save-interval", 5, "--val-interval", 8)
+    return [*small_options(images), *intervals, *more]
 
 
 @pytest.fixture(scope="module")
 def alone(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> dict[str, list[float]]:
-    """The curves of one process that computes two parts per batch."""
+    """Return the curves of one process that computes two micro-batches per batch."""
     folder = tmp_path_factory.mktemp("alone")
     uri = f"sqlite:///{folder}/mlflow.db"
     words = options(images, "--micro-batch-size", 4, "--tracking-uri", uri, "--json")
@@ -52,7 +52,7 @@ def only_run(client: MlflowClient) -> Any:
 
 
 def assert_close(found: dict[str, list[float]], expected: dict[str, list[float]]) -> None:
-    """Equal but for rounding, which forty steps with four images in each BN amplify."""
+    """Compare curves up to rounding, which forty steps with four images in each BN amplify."""
     for name, curve in expected.items():
         assert found[name] == pytest.approx(curve, rel=1e-3, abs=1e-4), name
 
@@ -61,7 +61,7 @@ def assert_close(found: dict[str, list[float]], expected: dict[str, list[float]]
 def test_a_lost_process_is_started_again_and_the_run_goes_on(
     victim: int, images: Path, client: MlflowClient, tmp_path: Path, alone: dict[str, list[float]]
 ) -> None:
-    """One command, no name, no folder: `torchrun` starts the processes again, and there is still one run."""
+    """With one command, no name and no folder, `torchrun` restarts the processes, and there is one run."""
     process = start(tmp_path / "work", "train", *options(images), "--json", under=torchrun(2, max_restarts=2))
     wait_for_iteration(process, 17)
     worker(process, victim).send_signal(signal.SIGKILL)
@@ -73,11 +73,11 @@ def test_a_lost_process_is_started_again_and_the_run_goes_on(
     assert int(found.data.tags["resumed.from_iters"]) <= 17 + 5
 
 
-def test_whatever_divides_a_batch_the_losses_are_the_same(images: Path, client: MlflowClient, tmp_path: Path) -> None:
-    """Four parts: one after the other, two by two in two processes, or each in one of four.
+def test_losses_do_not_depend_on_how_a_batch_is_divided(images: Path, client: MlflowClient, tmp_path: Path) -> None:
+    """Four micro-batches: in one process, two in each of two, or one in each of four.
 
-    The gradients of four parts are added in another order then, and a young network multiplies what that rounds by a
-    thousand in each step. So this looks at the first steps, in double precision.
+    The gradients are then added in another order, and a network at its start multiplies that rounding by a thousand
+    in each step. So this compares the first steps, in double precision.
     """
     words = [*options(images), "--total-iters", 6, "--val-interval", 3, "--batch-size", 16, "--micro-batch-size", 4]
     found = []
@@ -97,16 +97,16 @@ def test_whatever_divides_a_batch_the_losses_are_the_same(images: Path, client: 
 
 
 def stop_and_wait(process: Process) -> None:
-    """SIGTERM for the launcher, as a scheduler sends it."""
+    """Send SIGTERM to the launcher, as a scheduler does, and wait."""
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode != 0
 
 
-def test_a_run_goes_on_with_another_number_of_processes(
+def test_a_run_resumes_with_another_number_of_processes(
     images: Path, client: MlflowClient, tmp_path: Path, alone: dict[str, list[float]]
 ) -> None:
-    """Two, one, then two again, each in an empty folder."""
+    """Two processes, one, then two, each time in an empty folder."""
     first = start(tmp_path / "first", "train", *options(images), under=torchrun(2))
     wait_for_iteration(first, 9)
     stop_and_wait(first)
@@ -130,7 +130,7 @@ def test_two_machines_that_share_nothing(
 ) -> None:
     """Two launchers with folders and caches of their own; only the first machine reaches MLflow.
 
-    Both are killed, and the job goes on by its name in two empty folders.
+    Both are killed, and the job is resumed by its name in two empty folders.
     """
     reaches = {"MLFLOW_TRACKING_URI": server.uri}
     does_not = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
@@ -170,7 +170,7 @@ def test_two_machines_that_share_nothing(
 
 
 def test_three_processes_go_on_bit_for_bit(images: Path, client: MlflowClient, tmp_path: Path) -> None:
-    """From three on the order matters in which gradients are added up: it must be the same after resuming."""
+    """With three or more, the order in which gradients are added matters, and must be the same after resuming."""
     words = [*options(images), "--total-iters", 12, "--save-interval", 6, "--batch-size", 9, "--json"]
     whole = finish(start(tmp_path / "whole", "train", *words, "--save-dir", "m", under=torchrun(3)))
     middle = tmp_path / "whole" / "m" / "checkpoint-000006.pth.tar"
@@ -183,7 +183,7 @@ def test_three_processes_go_on_bit_for_bit(images: Path, client: MlflowClient, t
 
 
 def test_processes_with_other_options_end_with_one_line(images: Path, tmp_path: Path) -> None:
-    """The interval decides who waits for whom: they would wait for ever."""
+    """With different intervals they would wait for each other for ever."""
     port = str(free_port())
 
     def begin(rank: int, *more: object) -> Process:
@@ -203,10 +203,10 @@ def test_processes_with_other_options_end_with_one_line(images: Path, tmp_path: 
 def test_a_signal_for_everyone_still_leaves_time_to_deliver(
     signum: int, server: Server, proxy: Proxy, images: Path, tmp_path: Path
 ) -> None:
-    """Slurm signals each process of a step, `torchrun` among them, which passes it on; the server is slow besides."""
-    asked, scontrol = tmp_path / "asked", tmp_path / "bin" / "scontrol"
+    """Slurm signals each process of a step and `torchrun`, which forwards the signal; the server is slow, too."""
+    scontrol_log, scontrol = tmp_path / "asked", tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {scontrol_log}\n')
     scontrol.chmod(0o755)
     env = {
         "MLFLOW_TRACKING_URI": proxy.uri,
@@ -234,4 +234,4 @@ def test_a_signal_for_everyone_still_leaves_time_to_deliver(
     assert found.info.status == "KILLED"
     newest = list_checkpoints(tmp_path / "work" / "m")[0]
     assert json.loads(found.data.tags["checkpoint.latest"])["path"].endswith(newest.name)
-    assert asked.exists() == (signum == signal.SIGUSR1)
+    assert scontrol_log.exists() == (signum == signal.SIGUSR1)

@@ -1,4 +1,4 @@
-"""Every page of the documentation, run from top to bottom as a reader would run it. Minutes: marked long."""
+"""Every page of the documentation, run from top to bottom as a reader would."""
 
 import os
 import shutil
@@ -12,12 +12,12 @@ import pytest
 
 from shufflenet_mlflow.runtime.devices import usable_cores
 from tests.support.doc_pages import PAGES, ROOT, Fence, fences
-from tests.support.doc_terminal import Terminal, errors_in, furnish
+from tests.support.doc_terminal import Terminal, errors_in, write_page_data
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(1800)]
 
 Timings = list[tuple[str, float]]
-"""Where each block stands, and how many seconds it took."""
+"""Page and line of each block, and the seconds that it took."""
 
 
 def name_of(page: Path) -> str:
@@ -29,17 +29,17 @@ def runnable(page: Path) -> list[Fence]:
 
 
 @pytest.fixture(scope="module")
-def furniture(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
-    """What lies in the folder of each page; also an empty store, which takes seconds to make."""
-    folder = tmp_path_factory.mktemp("furniture")
-    furnish(folder)
+def page_data(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
+    """Write the files of each page's folder, with an empty store, which takes seconds to create."""
+    folder = tmp_path_factory.mktemp("page_data")
+    write_page_data(folder)
     shutil.copy(empty_database, folder / "mlflow.db")
     return folder
 
 
 @pytest.fixture(scope="module")
 def environment(cache_dir: Path) -> dict[str, str]:
-    """This environment's commands, no settings of MLflow, and what makes runs quick."""
+    """Return environment variables: this environment's PATH, no settings of MLflow, options for quick runs."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "SHUFFLENET_"))}
     return {
         **kept,
@@ -55,32 +55,32 @@ def environment(cache_dir: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def terminal(furniture: Path, tmp_path: Path) -> Iterator[Terminal]:
-    shutil.copytree(furniture, tmp_path / "home")
+def terminal(page_data: Path, tmp_path: Path) -> Iterator[Terminal]:
+    shutil.copytree(page_data, tmp_path / "home")
     terminal = Terminal(tmp_path / "home", tmp_path)
     yield terminal
     terminal.close()
 
 
 SHOWN_FOLDER = "/data"
-"""Where pages say that they are."""
+"""The folder that pages name in their output."""
 
 
 def run_page(page: Path, terminal: Terminal, environment: dict[str, str]) -> Timings:
-    """Run the blocks of a page; the errors that it shows below a block are those that were printed."""
+    """Run the blocks of a page, and check that the errors it shows were printed."""
     timings = []
-    said = ""
+    output = ""
     stale = []
     try:
         for fence in fences(page):
             if fence.language == "text":
-                printed = errors_in(said, str(terminal.folder))
+                printed = errors_in(output, str(terminal.folder))
                 lines = [line for line in errors_in(fence.text, SHOWN_FOLDER) if line not in printed]
                 if lines:
                     stale.append("\n".join((f"{fence.where} shows", *lines, "but printed was", *printed)))
             elif fence in runnable(page):
                 began = time.monotonic()
-                said = terminal.run(fence, environment)
+                output = terminal.run(fence, environment)
                 timings.append((fence.where, time.monotonic() - began))
     finally:
         terminal.close()
@@ -91,18 +91,18 @@ def run_page(page: Path, terminal: Terminal, environment: dict[str, str]) -> Tim
 @pytest.fixture(scope="module")
 def outcomes(
     request: pytest.FixtureRequest,
-    furniture: Path,
+    page_data: Path,
     environment: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[Path, "Future[Timings]"]]:
-    """The pages that are to be tested, as many at a time as there are cores: most of the time goes into imports."""
+    """Run the selected pages, as many at a time as there are cores."""
     items = [item for item in request.session.items if getattr(item, "originalname", "") == "test_a_page_runs"]
     pages = [item.callspec.params["page"] for item in items]
     outcomes = {}
     with ThreadPoolExecutor(usable_cores()) as pool:
         for page in pages:
             folder = tmp_path_factory.mktemp("page")
-            shutil.copytree(furniture, folder / "home")
+            shutil.copytree(page_data, folder / "home")
             outcomes[page] = pool.submit(run_page, page, Terminal(folder / "home", folder), environment)
         yield outcomes
         for outcome in outcomes.values():
@@ -111,7 +111,7 @@ def outcomes(
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=name_of)
 def test_a_page_runs(page: Path, outcomes: dict[Path, "Future[Timings]"]) -> None:
-    """With -s it says how long each block takes."""
+    """With -s this prints how long each block takes."""
     timings = outcomes[page].result()
     for where, seconds in timings:
         sys.stdout.write(f"{where}: {seconds:.1f} s\n")
@@ -119,7 +119,7 @@ def test_a_page_runs(page: Path, outcomes: dict[Path, "Future[Timings]"]) -> Non
 
 
 def test_a_block_that_fails_is_named(terminal: Terminal, environment: dict[str, str]) -> None:
-    """A command in the middle fails: page, line, commands and output are told, and the rest is not run."""
+    """The message has page, line, commands and output, and the rest of the block is not run."""
     fence = Fence(ROOT / "README.md", 12, "console", "echo before\nshufflenet eval nowhere\ntouch after\n", None)
     with pytest.raises(AssertionError, match=r"README\.md:12: exit status 1") as caught:
         terminal.run(fence, environment)
@@ -127,7 +127,7 @@ def test_a_block_that_fails_is_named(terminal: Terminal, environment: dict[str, 
     assert not (terminal.folder / "after").exists()
 
 
-def test_what_one_block_sets_the_next_one_sees(terminal: Terminal, environment: dict[str, str]) -> None:
+def test_blocks_share_variables_and_folder(terminal: Terminal, environment: dict[str, str]) -> None:
     page = ROOT / "README.md"
     terminal.run(Fence(page, 1, "console", "export COLOUR='a b'\nmkdir -p in && cd in\n", None), environment)
     terminal.run(Fence(page, 2, "console", 'test "$COLOUR" = "a b"\ntest -d ../pets\n', None), environment)
@@ -137,7 +137,7 @@ def test_what_one_block_sets_the_next_one_sees(terminal: Terminal, environment: 
 
 
 def test_the_newest_run_is_looked_up_when_a_command_begins(terminal: Terminal, environment: dict[str, str]) -> None:
-    """A run with a checkpoint comes before one without, such as an evaluation's, and OTHER_RUN_ID is the one before."""
+    """Runs with checkpoints come before those without, such as evaluations; OTHER_RUN_ID is the second newest."""
     train = (
         "import mlflow, torch\nfrom shufflenet_mlflow import save_checkpoint\nmlflow.set_experiment('x')\n"
         "for name in ('first', 'second'):\n    with mlflow.start_run(run_name=name):\n"

@@ -15,14 +15,14 @@ from shufflenet_mlflow.errors import MismatchError
 from tests.support.command_line import Invoke
 from tests.support.payloads import assert_equal_payloads
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.alone]
 
 GIANTS = ["shufflenet_v2_large", "shufflenet_v2_exlarge"]
 
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """These do gain from more than one."""
+    """Use two threads: large networks gain from more than one."""
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
@@ -44,11 +44,13 @@ def test_it_trains_and_resumes_bit_for_bit(
     assert all(tensor.isfinite().all() for tensor in expected["state_dict"].values())
     for path in (tmp_path / "whole").glob("*checkpoint-000002*"):
         path.unlink()
-    again = small_train("--resume", tmp_path / "whole", "--new-run", "--save-dir", tmp_path / "again", *options, *often)
-    resumed = read_checkpoint(again["checkpoint"])
+    repeat = small_train(
+        "--resume", tmp_path / "whole", "--new-run", "--save-dir", tmp_path / "again", *options, *often
+    )
+    resumed = read_checkpoint(repeat["checkpoint"])
     for key in ("state_dict", "optimizer_state_dict", "metrics"):
         assert_equal_payloads(resumed[key], expected[key], key)
-    evaluated = json.loads(shufflenet("eval", again["checkpoint"], "--json").stdout)
+    evaluated = json.loads(shufflenet("eval", repeat["checkpoint"], "--json").stdout)
     assert evaluated["top1"] == whole["val_top1"]
     shutil.rmtree("mlruns")
 

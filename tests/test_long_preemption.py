@@ -1,4 +1,4 @@
-"""Signals at random moments of every phase, in a real terminal: the checkpoint is safe in time, and the run goes on."""
+"""Signals at random moments of every phase, in a real terminal: a checkpoint is saved in time, and the run resumes."""
 
 import json
 import os
@@ -26,17 +26,17 @@ from tests.support.mlflow_server import Server
 from tests.support.processes import finish, start
 from tests.support.proxy import Proxy
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(900)]
 
 GRACE = 20
-"""Seconds; what `--grace` is by default."""
+"""Seconds; the default of `--grace`."""
 
 ITERATIONS = 24
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough validation images for a pass that takes a while."""
+def many_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write enough validation images for a pass that takes a while."""
     root = tmp_path_factory.mktemp("many")
     write_images(root / "train", per_class=64)
     write_images(root / "val", per_class=200, seed=1)
@@ -44,27 +44,27 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Terminal:
-    """The command with a terminal of its own for what it shows, which names each phase."""
+    """`shufflenet train` in its own terminal, where it shows the name of each phase."""
 
     def __init__(self, folder: Path, uri: str, *words: object) -> None:
         folder.mkdir()
-        shown, own = pty.openpty()
-        self.shown, self.text = shown, ""
+        controller, terminal = pty.openpty()
+        self.shown, self.text = controller, ""
         self.poll = select.poll()  # select() takes no descriptors above 1023
-        self.poll.register(shown, select.POLLIN)
+        self.poll.register(controller, select.POLLIN)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "shufflenet_mlflow", "train", *map(str, words), "--json"],
             cwd=folder,
             env={**os.environ, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120"},
             stdout=subprocess.PIPE,
-            stderr=own,
+            stderr=terminal,
             text=True,
             start_new_session=True,
         )
-        os.close(own)
+        os.close(terminal)
 
     def read(self, seconds: float) -> None:
-        """What it shows meanwhile."""
+        """Read what it shows for so many seconds."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             if not self.poll.poll(left * 1000):
@@ -78,7 +78,7 @@ class Terminal:
             self.text += data.decode(errors="replace")
 
     def wait_for(self, phase: str) -> None:
-        """Until it names that phase."""
+        """Wait until it shows the name of that phase."""
         deadline = time.monotonic() + 120
         while phase not in self.text:
             assert time.monotonic() < deadline, self.text[-2000:]
@@ -86,7 +86,7 @@ class Terminal:
             self.read(0.02)
 
     def end(self) -> tuple[int, str]:
-        """Its exit status and what it printed on stdout."""
+        """Wait for its end, and return its exit status and stdout."""
         assert self.process.stdout is not None
         while self.process.poll() is None:
             self.read(0.05)
@@ -96,9 +96,9 @@ class Terminal:
             return self.process.returncode, printed.read()
 
 
-def words(many: Path) -> list[object]:
+def words(many_images: Path) -> list[object]:
     return [
-        *(*small_options(many), "--total-iters", ITERATIONS, "--val-interval", 8, "--save-interval", 10),
+        *(*small_options(many_images), "--total-iters", ITERATIONS, "--val-interval", 8, "--save-interval", 10),
         *("--save-dir", "m", "--grace", GRACE),
     ]
 
@@ -114,13 +114,13 @@ MOMENTS = [
 
 @pytest.mark.parametrize(("phase", "signum"), MOMENTS)
 def test_a_signal_in_any_phase(
-    phase: str, signum: int, server: Server, proxy: Proxy, many: Path, tmp_path: Path
+    phase: str, signum: int, server: Server, proxy: Proxy, many_images: Path, tmp_path: Path
 ) -> None:
     dice = random.Random(f"{phase} {signum}")
     if phase == "sending to MLflow":
         proxy.mode = "slow"
     try:
-        terminal = Terminal(tmp_path / "here", proxy.uri, *words(many), "--run-name", f"{phase} {signum}")
+        terminal = Terminal(tmp_path / "here", proxy.uri, *words(many_images), "--run-name", f"{phase} {signum}")
         if phase == "start-up":
             terminal.read(dice.uniform(1.5, 2.2))
             assert "training" not in terminal.text
@@ -140,7 +140,7 @@ def test_a_signal_in_any_phase(
     if phase == "start-up":
         assert out == ""
         assert not list_checkpoints(tmp_path / "here" / "m")
-        finish(start(tmp_path / "here", "train", *words(many), "--json", env={"MLFLOW_TRACKING_URI": proxy.uri}))
+        finish(start(tmp_path / "here", "train", *words(many_images), "--json", env={"MLFLOW_TRACKING_URI": proxy.uri}))
         return
     stopped: dict[str, Any] = json.loads(out)
     assert verify_checkpoint(tmp_path / "here" / stopped["checkpoint"]) is None
@@ -151,7 +151,7 @@ def test_a_signal_in_any_phase(
         words_to_resume = ["--resume", run_id]
         folder = tmp_path / "there"
     else:
-        words_to_resume = words(many)
+        words_to_resume = words(many_images)
         folder = tmp_path / "here"
     ended = finish(start(folder, "train", *words_to_resume, "--json", env={"MLFLOW_TRACKING_URI": server.uri}))
     assert (ended["run_id"], ended["iters"]) == (run_id, ITERATIONS)
@@ -161,11 +161,11 @@ def test_a_signal_in_any_phase(
 
 
 def test_a_second_signal_leaves_at_once_and_loses_nothing(
-    server: Server, proxy: Proxy, many: Path, tmp_path: Path
+    server: Server, proxy: Proxy, many_images: Path, tmp_path: Path
 ) -> None:
     proxy.mode = "slow"
     try:
-        terminal = Terminal(tmp_path / "here", proxy.uri, *words(many))
+        terminal = Terminal(tmp_path / "here", proxy.uri, *words(many_images))
         terminal.wait_for("sending to MLflow")
         terminal.process.send_signal(signal.SIGTERM)
         terminal.read(0.3)
@@ -177,14 +177,14 @@ def test_a_second_signal_leaves_at_once_and_loses_nothing(
     assert time.monotonic() - sent < 2
     assert status == 128 + signal.SIGTERM
     env = {"MLFLOW_TRACKING_URI": server.uri}
-    ended = finish(start(tmp_path / "here", "train", *words(many), "--json", env=env))
+    ended = finish(start(tmp_path / "here", "train", *words(many_images), "--json", env=env))
     assert ended["iters"] == ITERATIONS
     client = MlflowClient(server.uri)
     assert steps(client, ended["run_id"], "train/loss") == list(range(2, ITERATIONS + 1, 2))
 
 
 def test_the_phases_are_named_as_these_tests_expect() -> None:
-    """Else a moment could be met in another phase, unnoticed."""
+    """Otherwise signals could arrive in another phase, unnoticed."""
     source = (Path(__file__).parent.parent / "shufflenet_mlflow").rglob("*.py")
     named = set(re.findall(r'phase\(\s*"([^"]+)"', "".join(path.read_text() for path in source)))
     assert {phase for phase, _ in MOMENTS} - {"start-up"} <= named

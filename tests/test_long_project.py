@@ -1,4 +1,4 @@
-"""`mlflow run`, the wheel, the bare checkout. Minutes: marked long."""
+"""`mlflow run`, the wheel, and a checkout that is not installed."""
 
 import json
 import os
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is tracked, as a clone would have it."""
+    """Copy the files that a clone would have."""
     folder = tmp_path_factory.mktemp("checkout") / "project"
     folder.mkdir()
     for name in ("shufflenet_mlflow", "cli"):
@@ -91,10 +91,10 @@ def test_resuming_continues_the_run_and_says_so_in_the_one_that_mlflow_made(
     assert result.returncode == 0, result.stderr
     assert client.get_run(stopped.run_id).info.status == "FINISHED"
     assert steps(client, stopped.run_id, "train/loss") == [2, 4, 6, 8, 10, 12]
-    made = newest_run(client)
-    assert made.info.run_id != stopped.run_id
-    assert (made.info.status, made.data.tags["continues.run"]) == ("FINISHED", stopped.run_id)
-    assert made.data.metrics == {}
+    wrapper_run = newest_run(client)
+    assert wrapper_run.info.run_id != stopped.run_id
+    assert (wrapper_run.info.status, wrapper_run.data.tags["continues.run"]) == ("FINISHED", stopped.run_id)
+    assert wrapper_run.data.metrics == {}
 
 
 def test_failure_is_failure(checkout: Path, client: MlflowClient) -> None:
@@ -108,7 +108,7 @@ def test_failure_is_failure(checkout: Path, client: MlflowClient) -> None:
 
 
 def test_the_bare_checkout_runs(checkout: Path) -> None:
-    """Without the finder of the editable installation there is no `shufflenet_mlflow.cli` but the one beside."""
+    """Without the editable installation's finder, `shufflenet_mlflow.cli` is the folder `cli` beside the package."""
     code = (
         "import runpy, sys\n"
         "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
@@ -154,7 +154,7 @@ def git(*words: object, cwd: Path) -> str:
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The address of the bare repositories below `folder`: MLflow takes one on the disk for a plain folder."""
+    """Serve the bare repositories in `folder`: MLflow would take one on the disk for a plain folder."""
     port = free_port()
     daemon = subprocess.Popen(
         ["git", "daemon", "--export-all", f"--base-path={folder}", "--listen=127.0.0.1", f"--port={port}", str(folder)],
@@ -187,7 +187,7 @@ def mlflow_run_small(uri: str, images: Path) -> "subprocess.CompletedProcess[str
 
 
 def test_from_a_git_uri(checkout: Path, client: MlflowClient, images: Path, tmp_path: Path) -> None:
-    """As from a server: MLflow clones it, and the run says which commit it was."""
+    """MLflow clones the repository, and the run names the commit."""
     work = tmp_path / "work"
     shutil.copytree(checkout, work)
     git("init", "--quiet", cwd=work)
@@ -226,7 +226,7 @@ def small_parameters(images: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("signum", "whom"),
+    ("signum", "receiver"),
     [
         (signal.SIGTERM, "mlflow run alone"),
         (signal.SIGKILL, "mlflow run alone"),
@@ -235,9 +235,9 @@ def small_parameters(images: Path) -> dict[str, object]:
     ],
 )
 def test_a_signal_ends_run_and_process(
-    checkout: Path, client: MlflowClient, images: Path, tmp_path: Path, signum: int, whom: str
+    checkout: Path, client: MlflowClient, images: Path, tmp_path: Path, signum: int, receiver: str
 ) -> None:
-    """No run is left RUNNING, no process goes on, and the checkpoint is there to continue from."""
+    """No run is left RUNNING, no process survives, and there is a checkpoint to resume from."""
     words = [f"{name}={value}" for name, value in small_parameters(images).items()]
     words += ["total_iters=100000", "display_interval=5", f"save_dir={tmp_path / 'models'}"]
     process = subprocess.Popen(
@@ -254,7 +254,7 @@ def test_a_signal_ends_run_and_process(
     wait_for_iteration(process, 10)
     children = psutil.Process(process.pid).children(recursive=True)
     assert any("shufflenet_mlflow" in child.cmdline() for child in children)
-    if whom == "everyone":
+    if receiver == "everyone":
         os.killpg(process.pid, signum)
     else:
         process.send_signal(signum)

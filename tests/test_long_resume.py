@@ -1,6 +1,6 @@
-"""Guarantee 3: killed at any moment and continued elsewhere from the run ID alone, no one can tell the difference.
+"""Guarantee 3: a run killed at any moment and resumed elsewhere by its ID equals one that was not disturbed.
 
-The real command in processes of its own, against a real server, with real SIGKILLs.
+The real command in its own processes, against a real server, with real SIGKILLs.
 """
 
 import random
@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from tests.support.command_line import small_options
+from tests.support.effort import repetitions
 from tests.support.metrics import history
 from tests.support.mlflow_server import Server
 from tests.support.payloads import assert_equal_payloads
@@ -24,9 +25,9 @@ ITERATIONS = 40
 EPOCH = 4
 """Iterations: the small set has 36 images, a batch 8."""
 
-CHAINS = 5
+CHAINS = repetitions(full=5, ci=3)
 KILLS = 4
-"""In each chain; 20 in all."""
+"""In each chain; 20 in all in the full run."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def options(images: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def undisturbed(server: Server, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The last checkpoint and every metric point of a run that nothing disturbed."""
+    """Return the last checkpoint and every metric point of an undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     words = [*options(images), "--tracking-uri", server.uri, "--json"]
     whole = finish(start(folder, "train", *words))
@@ -51,7 +52,7 @@ def undisturbed(server: Server, images: Path, tmp_path_factory: pytest.TempPathF
 
 
 def compare(server: Server, run_id: str, path: Path, undisturbed: Any) -> None:
-    """Every tensor (weights, momentum, statistics, moving average) and every metric point, exactly."""
+    """Compare every tensor (weights, momentum, statistics, moving average) and every metric point exactly."""
     expected, points = undisturbed
     payload = read_checkpoint(path)
     changing = ("run_id", "created_at", "config")  # the last holds the workers
@@ -76,7 +77,7 @@ def run_of(server: Server, name: str) -> str:
 
 
 def kill_points(chain: int) -> list[int]:
-    """Random iterations in order; each chain has one at an epoch's border, the first one before any checkpoint."""
+    """Return random iterations in order: one ends an epoch, and the first chain has one before any checkpoint."""
     dice = random.Random(chain)
     points = [*dice.sample(range(5, ITERATIONS), KILLS - 1), EPOCH * dice.randrange(2, ITERATIONS // EPOCH)]
     if chain == 0:
@@ -85,7 +86,7 @@ def kill_points(chain: int) -> list[int]:
 
 
 @pytest.mark.parametrize("chain", range(CHAINS))
-def test_killed_again_and_again_and_continued_elsewhere(
+def test_a_run_killed_repeatedly_resumes_elsewhere(
     chain: int, server: Server, images: Path, tmp_path: Path, undisturbed: Any
 ) -> None:
     dice = random.Random(100 + chain)
@@ -109,7 +110,7 @@ def test_killed_again_and_again_and_continued_elsewhere(
 def test_the_comparison_notices_one_flipped_sign(
     server: Server, images: Path, tmp_path: Path, undisturbed: Any
 ) -> None:
-    """Negative control: the same way, but one momentum buffer comes back with the other sign."""
+    """Negative control: one momentum buffer has the opposite sign."""
     expected, points = undisturbed
     run_id = finish(start(tmp_path / "whole", "train", *options(images), "--json"))["run_id"]
     path = next((tmp_path / "whole").glob("models/*/bnps-*.pth.tar"))

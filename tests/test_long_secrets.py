@@ -1,4 +1,4 @@
-"""A server that wants a password, and stores that want keys: none of them is found in anything that is written."""
+"""Passwords and keys of servers and stores: none is found in anything that is written."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ needs_flask_wtf = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`mlflow server` with its basic-auth app."""
+    """Start `mlflow server` with its basic-auth app."""
     folder = tmp_path_factory.mktemp("guarded")
     server = Server(
         folder,
@@ -51,7 +51,7 @@ def assert_nowhere(secret: str, contents: dict[object, bytes]) -> None:
 
 
 def the_whole_way(folder: Path, images: Path, *options: object, env: dict[str, str]) -> str:
-    """Train, evaluate, promote, look at it; everything that was printed."""
+    """Train, evaluate, promote and show a run; return everything that was printed."""
     printed = ""
 
     def say(*words: object, status: int = 0) -> str:
@@ -138,7 +138,7 @@ def test_keys_of_the_stores(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_dead_server_with_a_password_in_its_address(images: Path, tmp_path: Path) -> None:
-    """What waits in the journal does not hold it either."""
+    """Entries in the journal do not hold it either."""
     uri = f"http://{USER}:{SECRET}@127.0.0.1:9"
     process = start(tmp_path / "work", "train", *small_options(images), "--tracking-uri", uri, "--json")
     out, err = process.communicate()

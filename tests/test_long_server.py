@@ -1,4 +1,4 @@
-"""Against a real `mlflow server`, in processes of their own, with real signals. Minutes: marked long."""
+"""Commands in their own processes against a real `mlflow server`, with real signals."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_the_server_dies_and_comes_back(server: Server, images: Path, tmp_path: 
 
 
 def test_the_server_dies_for_good(server: Server, images: Path, tmp_path: Path) -> None:
-    """Training ends well all the same, says what is left to do, and `sync` does it."""
+    """Training still succeeds and says what is left to do, and `sync` does it."""
     process = start(tmp_path / "work", "train", *options(images, 60))
     wait_for_iteration(process, 10)
     server.kill()
@@ -106,7 +106,7 @@ def test_the_server_dies_for_good(server: Server, images: Path, tmp_path: Path) 
 
 
 def test_ctrl_c_while_waiting_for_a_slow_server(server: Server, images: Path, tmp_path: Path) -> None:
-    """Training has ended; what the server has not taken yet stays in the journal."""
+    """Training has ended; what has not been delivered stays in the journal."""
     process = start(tmp_path / "work", "train", *options(images, 12), "--save-dir", "m")
     wait_for_iteration(process, 4)
     server.send(signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""A stranger's way, as printed in the docs: train, compare, promote, serve, post an image with curl, get its label."""
+"""The way from training to serving, as printed in the docs: train, compare, promote, serve, post an image with curl."""
 
 import json
 import os
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 def printed(page: str, beginning: str) -> str:
-    """The first command on a page of the docs that begins so, without its remark."""
+    """Return the first command on a page of the docs that begins so, without its comment."""
     line = next(line for line in (DOCS / page).read_text().splitlines() if line.startswith(beginning))
     return re.sub(r"\s{2,}# .*", "", line)
 

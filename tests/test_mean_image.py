@@ -50,7 +50,7 @@ def test_opencvs_xml_is_read_as_opencv_reads_it(tmp_path: Path) -> None:
 
 
 def npy_header(shape: str) -> bytes:
-    """The beginning of an .npy file that claims a shape, with nothing behind it."""
+    """Return the header of an .npy file with this shape, without data."""
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
 
@@ -78,7 +78,7 @@ def npy_header(shape: str) -> bytes:
         ("a.xml", b"<?xml version='1.0'?><opencv_storage><MeanImg type_id='opencv-matrix'><rows>4", "does not hold"),
     ],
 )
-def test_files_that_are_no_mean_image(name: str, content: object, message: str, tmp_path: Path) -> None:
+def test_invalid_mean_images(name: str, content: object, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -120,10 +120,10 @@ def test_a_mean_image_must_fit() -> None:
 
 def test_preprocessing_survives_a_checkpoint() -> None:
     preprocess = Preprocess("bgr255_mean", 32, torch.rand(3, 32, 32))
-    again = Preprocess.from_dict(preprocess.to_dict())
-    assert again == preprocess
-    assert again.has_mean_of(preprocess)
-    assert not again.has_mean_of(Preprocess("bgr255_mean", 32))
+    restored = Preprocess.from_dict(preprocess.to_dict())
+    assert restored == preprocess
+    assert restored.has_mean_of(preprocess)
+    assert not restored.has_mean_of(Preprocess("bgr255_mean", 32))
     for strange in ({"mean_image": 5}, {"mean_image": torch.zeros(3)}, {"input_size": "x"}, {"mode": "hsv"}):
         with pytest.raises(CheckpointError, match="preprocessing .* is not understood"):
             Preprocess.from_dict({**preprocess.to_dict(), **strange})

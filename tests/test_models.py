@@ -21,7 +21,7 @@ REFERENCE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "refe
 
 
 def fill(model: nn.Module) -> None:
-    """Weights that depend on nothing but their names, as the reference figures were made with."""
+    """Set weights that depend only on their names, as for the reference figures."""
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             if key.endswith("num_batches_tracked"):

@@ -1,4 +1,4 @@
-"""`shufflenet predict`: which images are meant, what is printed of them, and that it is what the network says."""
+"""`shufflenet predict`: how images are named, what is printed, and that it is the network's answer."""
 
 import csv
 import io
@@ -45,7 +45,7 @@ CLASSES = 7
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network of seven classes without names, whose answers differ from image to image."""
+    """Save a network of seven unnamed classes whose answers differ between images."""
     torch.manual_seed(0)
     model = create_model("shufflenet_v2_x0_5", CLASSES)
     for parameter in model.parameters():
@@ -68,7 +68,7 @@ def predict(weights: Path) -> Predict:
 
 
 def process(weights: Path, *words: object) -> list[str]:
-    """The command line of a process of its own."""
+    """Return the command line of `predict` in its own process."""
     return [sys.executable, "-m", "shufflenet_mlflow", "predict", *map(str, (weights, *NETWORK, *words))]
 
 
@@ -80,7 +80,7 @@ def encoded(seed: int = 0, kind: str = "PNG") -> bytes:
 
 
 def put(*paths: str | bytes) -> None:
-    """An image of its own at each path."""
+    """Write a different image to each path."""
     for number, path in enumerate(paths):
         name = os.fsdecode(path)
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
@@ -99,8 +99,8 @@ def rows_of(result: Result) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- which images are meant
 
 
-def test_files_folders_and_how_often() -> None:
-    """In the order in which they were named, folders sorted; what is named twice is there twice."""
+def test_files_folders_and_repetitions() -> None:
+    """Images keep the order given, folders are sorted, and repeated names are repeated."""
     put("b.png", "photos/2.png", "photos/10.jpg", "photos/more/1.PNG", "photos/.hidden.png", "photos/.x/1.png")
     Path("photos/notes.txt").touch()
     below = ["photos/10.jpg", "photos/2.png", "photos/more/1.PNG"]
@@ -136,7 +136,7 @@ PATTERNS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_patterns(pattern: str) -> None:
-    """As a shell expands them, sorted; what is spelled out may be any file, what is not is an image."""
+    """Patterns expand sorted, as in a shell, to images only; names without wildcards may be any file."""
     put("photos/2.png", "photos/1.png", "photos/a/3.png", "photos/a/b/4.png", "photos/a/5.jpeg", "photos/.x/6.png")
     Path("photos/notes.txt").touch()
     os.symlink(".", "photos/a/b/here")  # where a pattern could go round and round
@@ -159,7 +159,7 @@ def test_an_existing_name_wins_over_a_pattern(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_paths_on_standard_input() -> None:
-    """One a line, or separated by NUL; nothing in them is a pattern."""
+    """Paths are one per line or separated by NUL, and are never patterns."""
     put("a b.png", "c[1].png", "folder/2.png", "folder/1.png", "line\nbreak.png", "-", " x ")
     assert found("-", stdin=b"a b.png\nc[1].png\n\nfolder\n-\n x ") == [
         *("a b.png", "c[1].png", "folder/1.png", "folder/2.png", "-", " x "),
@@ -169,7 +169,7 @@ def test_paths_on_standard_input() -> None:
     assert found("folder", "-", "a b.png", stdin=b"c[1].png") == ["folder/1.png", "folder/2.png", "c[1].png", "a b.png"]
 
 
-def test_what_find_prints() -> None:
+def test_paths_from_find() -> None:
     """Names of all kinds, with and without NULs."""
     put(*ODD)
     printed = {
@@ -193,8 +193,8 @@ def test_an_image_on_standard_input(kind: str) -> None:
 
 
 @pytest.mark.parametrize("text", [b"P2\n2 2\n9\n0 3 6 9\n", b"P3 1 1 255 0 0 255 "])
-def test_an_image_that_is_text(text: bytes) -> None:
-    """A list is what begins with something that exists."""
+def test_text_on_standard_input(text: bytes) -> None:
+    """A list begins with a path that exists."""
     assert find_pictures("-", lambda: io.BytesIO(text)).piped == text
     put(os.fsdecode(text.split(b"\n")[0]))
     with pytest.raises(DataError, match="does not exist") if b"\n" in text else pytest.raises(AssertionError):
@@ -211,8 +211,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_is_not_there(words: tuple[str, ...], predict: Predict) -> None:
-    """Said before anything heavy begins: the checkpoint is not looked at."""
+def test_missing_paths(words: tuple[str, ...], predict: Predict) -> None:
+    """The error comes before the checkpoint is read."""
     put("a.png")
     Path("empty").mkdir()
     os.symlink("nothing", "dangling.png")
@@ -237,7 +237,7 @@ def test_what_is_not_there(words: tuple[str, ...], predict: Predict) -> None:
         (b"\xff\xd8\xff\xe0\0\x10JFIF", "'-' is not a readable image"),
     ],
 )
-def test_what_standard_input_may_not_hold(stdin: bytes, expected: str, predict: Predict) -> None:
+def test_invalid_standard_input(stdin: bytes, expected: str, predict: Predict) -> None:
     put("a.png")
     Path("empty").mkdir()
     result = predict("-", stdin=stdin)
@@ -253,8 +253,8 @@ def test_standard_input_only_once(predict: Predict) -> None:
     assert (result.exit_code, "only once" in result.stderr) == (2, True)
 
 
-def test_no_image_at_all(predict: Predict) -> None:
-    """Not taken from a pipe unless asked for; how to ask is said."""
+def test_no_images_given(predict: Predict) -> None:
+    """A pipe is read only on request; the error says how."""
     result = predict(stdin=encoded())
     assert result.exit_code == 2
     assert "- for standard input" in result.stderr
@@ -296,7 +296,7 @@ def test_csv_brings_back_every_name(predict: Predict) -> None:
 
 
 def test_csv_with_names_drawn_at_random(predict: Predict) -> None:
-    """And the same names through a list, as JSON."""
+    """The same names also pass through a list, as JSON."""
     dice = random.Random(0)
     letters = "ab,;\"'\n\r\t äß漢\u2028[]{}*?~-=\\%\udce4"
     names = {"".join(dice.choices(letters, k=dice.randint(1, 12))).strip("-") + ".png" for _ in range(100)}
@@ -353,18 +353,18 @@ def test_the_table(predict: Predict) -> None:
 
 
 def on_a_terminal(words: list[str], columns: int, *, stdout: bool) -> tuple[str, bytes]:
-    """What a terminal of some width shows, and what came through a pipe instead if it is not for stdout."""
+    """Return what a terminal of some width shows, and what a pipe received if stdout is one."""
     main_end, other_end = pty.openpty()
     subprocess.run(["stty", "cols", str(columns), "rows", "24"], stdin=other_end, check=True)
     environment = {**{key: value for key, value in os.environ.items() if key != "COLUMNS"}, "TERM": "xterm"}
     to = other_end if stdout else subprocess.PIPE
     with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=to, stderr=other_end, env=environment) as ran:
         os.close(other_end)
-        shown = b"".join(iter(lambda: read_some(main_end), b""))
+        screen = b"".join(iter(lambda: read_some(main_end), b""))
         os.close(main_end)
         piped = ran.stdout.read() if ran.stdout else b""
-    assert ran.returncode == 0, shown
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()), piped
+    assert ran.returncode == 0, screen
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.decode()), piped
 
 
 def read_some(descriptor: int) -> bytes:
@@ -375,10 +375,10 @@ def read_some(descriptor: int) -> bytes:
 
 
 def test_a_terminal_of_80_columns(weights: Path) -> None:
-    """No row is longer; a bar that stands below the rows takes none of them with it."""
+    """No row is longer, and a progress bar below the rows erases none of them."""
     put(*(f"a-folder-with-a-rather-long-name/and-another-one-below-it/{number:03}.png" for number in range(8)))
-    shown, _ = on_a_terminal(process(weights, ".", "--batch-size", 2, "--top", 7), 80, stdout=True)
-    rows = [line for line in shown.replace("\r", "\n").splitlines() if line.startswith("…") and ".png" in line]
+    screen, _ = on_a_terminal(process(weights, ".", "--batch-size", 2, "--top", 7), 80, stdout=True)
+    rows = [line for line in screen.replace("\r", "\n").splitlines() if line.startswith("…") and ".png" in line]
     assert [row.split()[0][-7:] for row in rows] == [f"{number:03}.png" for number in range(8)]
     assert all(len(row) <= 80 and len(row.split()) >= 5 for row in rows)
 
@@ -401,8 +401,8 @@ def test_one_document(predict: Predict) -> None:
     assert (result.exit_code, "exclude each other" in result.stderr) == (2, True)
 
 
-def test_nobody_takes_what_is_printed(weights: Path) -> None:
-    """`| head`: it ends, and says nothing."""
+def test_a_closed_pipe_ends_silently(weights: Path) -> None:
+    """With `| head` it ends silently."""
     put(*(f"photos/{number:03}.png" for number in range(300)))
     words = process(weights, "photos", "--format", "csv", "--batch-size", 4, "--workers", 2)
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ran:
@@ -418,7 +418,7 @@ def test_nobody_takes_what_is_printed(weights: Path) -> None:
 
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
 def test_an_unreadable_image_ends_it(form: str, predict: Predict) -> None:
-    """After the rows of whole batches before it; a document that is not complete is none."""
+    """Rows of earlier batches are printed; an incomplete JSON document is not."""
     put(*(f"photos/{number}.png" for number in range(6)))
     Path("photos/4.png").write_bytes(b"nothing")
     result = predict("photos", "--format", form, "--batch-size", 2, "--top", 1)
@@ -446,7 +446,7 @@ def test_an_image_without_a_byte_is_not_passed_over(predict: Predict) -> None:
 
 
 def test_only_unreadable_images(predict: Predict) -> None:
-    """A header, and no rows: what reads it need not mind."""
+    """The output is a header without rows."""
     Path("bad.png").write_bytes(b"nothing")
     result = predict("bad.png", "--on-bad-image", "skip", "--format", "csv", "--top", 2)
     assert (result.exit_code, result.stdout) == (0, "path,label,probability,label_2,probability_2\n")
@@ -472,13 +472,15 @@ def test_predictions_are_those_of_the_network(images: Path, shufflenet: Invoke) 
 
 
 def evaluated(client: MlflowClient, run_id: str, val_dir: Path) -> dict[str, dict[str, str]]:
-    """What `eval` has kept of each image, by path."""
+    """Return what `eval` recorded for each image, by path."""
     [folder] = client.list_artifacts(run_id, f"evaluation/{val_dir.parent.name}")
     text = Path(client.download_artifacts(run_id, f"{folder.path}/predictions.csv")).read_text("utf-8")
     return {str(val_dir / row["path"]): row for row in csv.DictReader(io.StringIO(text))}
 
 
-def test_each_image_as_in_an_evaluation(client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
+def test_each_image_is_predicted_as_in_an_evaluation(
+    client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path
+) -> None:
     summary = run(images)
     val_dir = write_images(tmp_path / "more" / "val", per_class=20, seed=2)
     result = shufflenet("eval", summary.run_id, "--val-dir", val_dir, "--batch-size", 32, "--json")
@@ -492,8 +494,8 @@ def test_each_image_as_in_an_evaluation(client: MlflowClient, images: Path, shuf
 
 
 @pytest.mark.parametrize(("count", "equal"), [(WORKERS_FROM, True), (WORKERS_FROM - 1, False)])
-def test_with_the_bits_of_an_evaluation(count: int, equal: bool, weights: Path, predict: Predict) -> None:
-    """Of many images: batch normalisation is folded then. Of fewer, rounding differs."""
+def test_predictions_equal_an_evaluation_bit_for_bit(count: int, equal: bool, weights: Path, predict: Predict) -> None:
+    """Many images: batch normalisation is fused then, as in `eval`; for fewer, rounding differs."""
     put(*(f"photos/class/{number:03}.png" for number in range(count)))
     network = ModelRequest(str(weights), model="shufflenet_v2_x0_5", input_size=32).load(Connection()).network
     expected: list[float] = []
@@ -525,7 +527,7 @@ def test_order_and_answers_whatever_the_batches(batch_size: int, workers: int, p
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_from_a_pipe_among_files(workers: int, predict: Predict) -> None:
-    """Gets the answer that the same bytes get in a file, at its place."""
+    """It gets the same answer as the same bytes in a file, in the right position."""
     put("a.png", "b.png")
     Path("c.jpg").write_bytes(encoded(5, "JPEG"))
     expected = rows_of(predict("a.png", "c.jpg", "b.png", "--json"))
@@ -536,8 +538,8 @@ def test_an_image_from_a_pipe_among_files(workers: int, predict: Predict) -> Non
 
 
 @pytest.fixture
-def many() -> Iterator[Path]:
-    """20,000 empty files."""
+def many_files() -> Iterator[Path]:
+    """Create 20,000 empty files."""
     for number in range(20_000):
         folder = Path("many", str(number % 10))
         folder.mkdir(parents=True, exist_ok=True)
@@ -546,8 +548,8 @@ def many() -> Iterator[Path]:
     shutil.rmtree("many")
 
 
-def test_thousands_of_names_are_no_matter(many: Path) -> None:
-    """However they are named they are found in the same order, and kept in few bytes."""
+def test_many_names_take_little_memory(many_files: Path) -> None:
+    """However they are given, they are found in the same order and take little memory."""
     below = found("many")
     assert len(below) == 20_000
     assert found("many/**/*.jpg") == found("many/*/*.jpg") == found("many/**") == below

@@ -1,4 +1,4 @@
-"""What holds between the project's files: MLproject and the CLI, conda.yaml and pyproject.toml, who imports whom."""
+"""Consistency of the project's files: MLproject and the CLI, conda.yaml and pyproject.toml, packaging."""
 
 import json
 import re
@@ -124,7 +124,7 @@ def train_options() -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.sh")), ids=lambda path: path.name)
 def test_cluster_scripts_are_sound(path: Path) -> None:
-    """They are bash, can be run, and pass options that there are."""
+    """They are valid bash, executable, and pass existing options."""
     subprocess.run(["bash", "-n", path], check=True)
     assert path.stat().st_mode & 0o100
     [command] = re.findall(r"(?:shufflenet|shufflenet_mlflow) train (--.*)", path.read_text())

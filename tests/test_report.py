@@ -1,4 +1,4 @@
-"""An evaluation in detail: counted by hand, by the libraries that do the work, and as it is logged."""
+"""An evaluation's report: against values counted by hand, against libraries, and as it is logged."""
 
 import csv
 import io
@@ -55,7 +55,7 @@ def test_classes() -> None:
     assert SIX.confusion_csv().splitlines()[1] == "class 0,3,1,0"
 
 
-def test_of_very_many_classes_only_the_pairs_that_occur_are_kept(tmp_path: Path) -> None:
+def test_many_classes_keep_only_pairs_that_occur(tmp_path: Path) -> None:
     """A matrix of 40,000 classes would take 13 GB."""
     report = report_of([0, 0, 39_999], [0, 7, 7], [0.9, 0.8, 0.7], classes=40_000)
     assert report.confusion_csv().splitlines() == [
@@ -75,7 +75,7 @@ def test_the_most_confident_mistakes_come_first() -> None:
 
 
 def test_calibration_by_hand() -> None:
-    """Two bins: 0.8..0.867 is right half of the time, 0.267..0.333 never."""
+    """Two bins: 0.8..0.867 is correct half of the time, 0.267..0.333 never."""
     report = report_of([0, 0, 0, 0], [0, 1, 1, 1], [0.82, 0.84, 0.3, 0.3])
     bins = report.calibration_bins()
     assert [(entry.images, entry.accuracy) for entry in bins] == [(2, 0.0), (2, 0.5)]
@@ -85,7 +85,7 @@ def test_calibration_by_hand() -> None:
 
 
 def test_observing_batches() -> None:
-    """Whatever the order and size of batches, and with images left out."""
+    """Order and size of batches do not matter, and images may be left out."""
     samples = Samples.of((f"c/{place}.png", place % 2, 1) for place in range(5))
     listing = ImageListing(Path("root"), ("a", "b"), samples)
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, 0.0], [0.0, 3.0], [1.0, 0.0]])
@@ -103,7 +103,7 @@ def test_observing_batches() -> None:
 
 
 def test_csv_of_names_with_line_ends() -> None:
-    """All of them quoted: readers differ in what they take for a line's end."""
+    """All are quoted: readers disagree about which characters end a line."""
     names = ["a\rb", "a\nb", "a\r\nb", 'a"b', "a,b", "a"]
     assert to_csv([names, [1, 0.5]]) == '"a\rb","a\nb","a\r\nb","a""b","a,b",a\n1,0.5\n'
     assert next(csv.reader(io.StringIO(to_csv([names]), newline=""))) == names
@@ -185,23 +185,23 @@ def test_evaluating_twice_adds_no_points(client: MlflowClient, images: Path, shu
     assert [point.step for point in client.get_metric_history(summary.run_id, "val/top1")] == [4, 8, 12]
 
 
-def test_where_it_goes_by_default(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
+def test_default_destination(client: MlflowClient, images: Path, shufflenet: Invoke) -> None:
     summary = run(images)
     assert evaluate(shufflenet, summary.result.checkpoint)["logged_to"] is None  # a file
     assert evaluate(shufflenet, summary.run_id, "--log-to", "none")["logged_to"] is None
     assert evaluate(shufflenet, f"runs:/{summary.run_id}@5")["logged_to"] == summary.run_id
     assert evaluate(shufflenet, summary.result.checkpoint, "--log-to", "source")["logged_to"] == summary.run_id
-    own = evaluate(shufflenet, summary.run_id, "--log-to", "new", "--run-name", "mine", "--experiment", "other")
-    made = client.get_run(own["logged_to"])
-    assert made.info.run_name == "mine"
-    assert client.get_experiment(made.info.experiment_id).name == "other"
-    assert made.data.tags["evaluated.run"] == summary.run_id
-    [dataset] = made.inputs.dataset_inputs
+    evaluated = evaluate(shufflenet, summary.run_id, "--log-to", "new", "--run-name", "mine", "--experiment", "other")
+    logged_run = client.get_run(evaluated["logged_to"])
+    assert logged_run.info.run_name == "mine"
+    assert client.get_experiment(logged_run.info.experiment_id).name == "other"
+    assert logged_run.data.tags["evaluated.run"] == summary.run_id
+    [dataset] = logged_run.inputs.dataset_inputs
     assert dataset.dataset.digest == list_images(images / "val").content_digest
 
 
 def test_other_images_of_the_same_name(client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
-    """Neither takes the other's place."""
+    """Neither replaces the other."""
     summary = run(images)
     for part, seed in (("a", 5), ("b", 6)):
         write_images(tmp_path / part / "photos", per_class=2, seed=seed)
@@ -214,7 +214,7 @@ def test_other_images_of_the_same_name(client: MlflowClient, images: Path, shuff
 
 
 def test_names_that_are_no_text(client: MlflowClient, images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
-    """Of a file and of a class; the figures show both."""
+    """Names of a file and of a class; the figures show both."""
     for part in ("train", "val"):
         shutil.copytree(images / part, tmp_path / part)
         (tmp_path / part / "red" / "000.png").rename(tmp_path / part / "red" / os.fsdecode(b"\xff.png"))
@@ -241,8 +241,8 @@ def test_below_mlflow_run_a_result_is_printed_too(
     client: MlflowClient, images: Path, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = run(images)
-    made = client.create_run(client.create_experiment("made")).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    wrapper_run_id = client.create_run(client.create_experiment("made")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", wrapper_run_id)
 
     def fail(*_: object, **__: object) -> None:
         raise TrackingError("cannot log metrics: connection refused")
@@ -250,7 +250,7 @@ def test_below_mlflow_run_a_result_is_printed_too(
     monkeypatch.setattr(evaluation, "record_in_own", fail)
     result = shufflenet("eval", summary.run_id, "--json")
     assert (result.exit_code, json.loads(result.stdout)["n"]) == (1, 15)
-    assert client.get_run(made).info.status == "FAILED"
+    assert client.get_run(wrapper_run_id).info.status == "FAILED"
 
 
 def test_a_file_without_a_run_cannot_go_to_it(
@@ -267,7 +267,7 @@ def test_a_file_without_a_run_cannot_go_to_it(
     assert found["logged_to"]
 
 
-def test_a_store_that_goes_away_takes_no_result_with_it(
+def test_results_survive_an_outage_of_the_store(
     images: Path, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = run(images)

@@ -1,4 +1,4 @@
-"""What can stand for a checkpoint, and what is found behind it."""
+"""References to checkpoints, and what they resolve to."""
 
 import json
 import logging
@@ -62,7 +62,7 @@ def test_an_existing_path_wins_over_a_look_alike_run_id(workplace: Path) -> None
 
 
 @pytest.mark.parametrize("text", [f"runs:/{ID}@newest", "runs:/abc", "models:/net", "models:/net/x"])
-def test_forms_that_are_not_understood(text: str) -> None:
+def test_unknown_forms_of_references(text: str) -> None:
     with pytest.raises(UnresolvedError) as caught:
         parse_reference(text)
     assert repr(text) in str(caught.value)
@@ -96,7 +96,7 @@ def test_empty_and_missing_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", bytes(1000), b"PQ"])
-def test_what_is_no_checkpoint_is_passed_over(content: bytes, tmp_path: Path) -> None:
+def test_invalid_files_are_passed_over(content: bytes, tmp_path: Path) -> None:
     good, _ = write_checkpoint(state(), 1, directory=tmp_path)
     (tmp_path / "checkpoint-000002.pth.tar").write_bytes(content)
     assert get_latest_model(tmp_path) == (good, 1)
@@ -172,18 +172,18 @@ def test_nothing_is_fetched_twice_and_the_cache_heals(
 def test_a_folder_that_another_process_takes_for_stale(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between making and locking a folder for a download, a second process removes what looks left behind."""
+    """A second process removes the folder for a download before the first has locked it."""
     removed: list[Path] = []
 
-    def late(path: Path, what: str) -> FileLock:
+    def late(path: Path, name: str) -> FileLock:
         if removed:
-            return FileLock(path, what)
+            return FileLock(path, name)
         removed.append(path.parent)
         if moment == "while":
-            raise BusyError(what)
-        lock = FileLock(path, what) if moment == "when it is locked" else None
+            raise BusyError(name)
+        lock = FileLock(path, name) if moment == "when it is locked" else None
         shutil.rmtree(path.parent)
-        return lock or FileLock(path, what)
+        return lock or FileLock(path, name)
 
     monkeypatch.setattr(fetching, "FileLock", late)
     with fetching.scratch_folder(tmp_path) as scratch:
@@ -194,7 +194,7 @@ def test_a_folder_that_another_process_takes_for_stale(
     assert not scratch.exists()
 
 
-def test_what_killed_processes_left_in_the_cache_is_removed(tmp_path: Path) -> None:
+def test_leftovers_in_the_cache_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".fetch-x").mkdir()
     (tmp_path / ".fetch-x" / "lock").touch()
     (tmp_path / ".fetch-x" / "half").write_bytes(b"half")
@@ -239,7 +239,7 @@ def test_a_corrupt_artifact_is_passed_over_and_the_cache_stays_clean(
         resolve(f"runs:/{run_id}@30", cache_dir=cache)
 
 
-def test_what_is_not_there_says_what_is(run_id: str, client: MlflowClient, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_lists_what_exists(run_id: str, client: MlflowClient, tmp_path: Path) -> None:
     with pytest.raises(UnresolvedError, match=r"\(a run\) has no checkpoint.latest; .* no checkpoints"):
         resolve(run_id)
     fill_run(run_id, tmp_path)

@@ -1,4 +1,4 @@
-"""Interrupted anywhere, a run goes on as if nothing had happened; what would make it another run is refused."""
+"""A run that is interrupted anywhere resumes as if nothing had happened; options that would change it are refused."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def test_a_run_stopped_in_validation_or_reestimation(
 def test_a_run_that_died_repeats_no_step(
     iteration: int, images: Path, client: MlflowClient, uninterrupted: Any
 ) -> None:
-    """Nothing is saved at the moment of death: what was logged since the last checkpoint comes again."""
+    """Nothing is saved when it dies: points logged since the last checkpoint are logged again, and kept once."""
 
     class Death(BaseException):
         pass
@@ -83,7 +83,7 @@ def test_a_run_that_died_repeats_no_step(
 
 
 def test_comparison_with_the_uninterrupted_run_can_fail(images: Path, client: MlflowClient, uninterrupted: Any) -> None:
-    """Negative control: the momentum of one tensor, lost at the resumption, is noticed."""
+    """Negative control: the comparison notices one tensor's momentum that is lost on resuming."""
     summary = run_until(images, "training", 6, "--save-dir", "models")
     path = list_checkpoints(Path("models"))[0]
     payload = read_checkpoint(path)
@@ -101,7 +101,7 @@ DROPOUT = ["--model", "shufflenet_oneshot", "--total-iters", 4, "--val-interval"
 
 
 def whole_and_parts(images: Path, *options: object) -> tuple[Any, Any]:
-    """The last checkpoints of a run and of one that was interrupted after two iterations."""
+    """Return the last checkpoints of a run and of one that was interrupted after two iterations."""
     whole = run(images, *options, "--save-dir", "whole")
     run_until(images, "training", 2, *options, "--save-dir", "parts")
     torch.manual_seed(12345)
@@ -112,7 +112,7 @@ def whole_and_parts(images: Path, *options: object) -> tuple[Any, Any]:
     return read_checkpoint(whole.result.checkpoint), read_checkpoint(parts.result.checkpoint)
 
 
-def test_dropout_goes_on_where_it_was(images: Path) -> None:
+def test_dropout_resumes(images: Path) -> None:
     whole, parts = whole_and_parts(images, *DROPOUT)
     assert_equal_payloads(whole["state_dict"], parts["state_dict"])
 
@@ -125,7 +125,7 @@ def test_a_generator_that_is_not_restored_is_noticed(images: Path, monkeypatch: 
         assert_equal_payloads(whole["state_dict"], parts["state_dict"])
 
 
-def test_the_moving_average_goes_on_where_it_was(images: Path, shufflenet: Invoke) -> None:
+def test_the_moving_average_resumes(images: Path, shufflenet: Invoke) -> None:
     whole, parts = whole_and_parts(images, "--ema-decay", 0.9)
     assert_equal_payloads(whole["ema_state_dict"], parts["ema_state_dict"])
     assert_equal_payloads(whole["state_dict"], parts["state_dict"])
@@ -136,7 +136,7 @@ def test_the_moving_average_goes_on_where_it_was(images: Path, shufflenet: Invok
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_goes_on_where_it_was(amp: str, images: Path) -> None:
+def test_mixed_precision_resumes(amp: str, images: Path) -> None:
     whole, parts = whole_and_parts(images, "--amp", amp)
     assert_equal_payloads(whole["state_dict"], parts["state_dict"])
     assert_equal_payloads(whole["optimizer_state_dict"], parts["optimizer_state_dict"])
@@ -146,7 +146,7 @@ def test_mixed_precision_goes_on_where_it_was(amp: str, images: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_compiled_network_goes_on_where_it_was(images: Path) -> None:
+def test_a_compiled_network_resumes(images: Path) -> None:
     whole, parts = whole_and_parts(images, "--compile")
     for name in ("state_dict", "optimizer_state_dict"):
         assert_equal_payloads(parts[name], whole[name])
@@ -163,7 +163,7 @@ def test_a_network_that_cannot_be_compiled(images: Path, monkeypatch: pytest.Mon
 
 
 def test_a_scaler_that_is_not_restored_is_noticed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: twelve iterations do not grow the scale, but they count towards it."""
+    """Negative control: twelve iterations do not change the scale, but they count towards its growth."""
     monkeypatch.setattr(GradScaler, "load_state_dict", lambda *_: None)
     whole, parts = whole_and_parts(images, "--amp", "fp16")
     assert whole["scaler_state_dict"] != parts["scaler_state_dict"]
@@ -177,7 +177,7 @@ def test_the_moving_average_is_what_its_decay_says(images: Path) -> None:
 
 
 def test_stopped_before_the_first_iteration(images: Path, client: MlflowClient) -> None:
-    """Nothing has been made by then, so nothing is left behind."""
+    """Nothing has been created by then, so nothing is left behind."""
     with StopFlag() as stop, pytest.raises(StopRequested):
         signal.raise_signal(signal.SIGTERM)
         run(images, stop=stop)
@@ -189,9 +189,9 @@ def test_a_complete_run_is_left_alone(images: Path, client: MlflowClient) -> Non
     first = run(images, "--save-dir", "models")
     files = {path: path.stat().st_mtime_ns for path in list_checkpoints(Path("models"))}
     before = history(client, first.run_id)
-    again = run(images, "--save-dir", "models")
-    assert again.was_complete
-    assert again.to_dict() == first.to_dict()
+    second = run(images, "--save-dir", "models")
+    assert second.was_complete
+    assert second.to_dict() == first.to_dict()
     assert {path: path.stat().st_mtime_ns for path in list_checkpoints(Path("models"))} == files
     assert history(client, first.run_id) == before
     assert client.get_run(first.run_id).info.status == "FINISHED"
@@ -220,7 +220,7 @@ def test_options_that_change_the_run_are_refused(images: Path) -> None:
             run(images, "--save-dir", "models", *changed)
 
 
-def test_harmless_options_may_change(images: Path) -> None:
+def test_options_that_keep_the_weights_may_change(images: Path) -> None:
     run_until(images, "training", 2, "--save-dir", "models")
     harmless = ["--workers", 1, "--display-interval", 3, "--val-interval", 6, "--save-interval", 7, "--device", "cpu"]
     assert run(images, "--save-dir", "models", *harmless).result.iters == 12
@@ -274,7 +274,7 @@ def test_the_loss_of_a_checkpoint_does_not_depend_on_interruptions(images: Path,
 
 
 def test_a_fork_trains_with_its_own_rates(images: Path) -> None:
-    """Loading the optimizer's state brings the old rates back: a fork's own must win."""
+    """Loading the optimizer's state restores the old rates; a fork's own must replace them."""
     run_until(images, "training", 6, "--save-dir", "models")
     changed = ["--lr", 0.5, "--momentum", 0.1, "--weight-decay", 0.25, "--total-iters", 24, "--val-interval", 24]
     fork = run(images, "--resume", "models", "--new-run", "--save-dir", "fork", "--save-interval", 12, *changed)

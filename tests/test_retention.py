@@ -1,4 +1,4 @@
-"""What a retention policy keeps, and that deleting obeys it: on the disk, in the run, and nothing else."""
+"""Retention policies: which checkpoints they keep, and that only the others are deleted, on disk and in the run."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def dropped(rules: Retention, found: list[CheckpointManifest], protected: tuple[
 
 
 @pytest.mark.parametrize(
-    ("rules", "gone"),
+    ("rules", "dropped_iters"),
     [
         (Retention(), []),
         (Retention(keep_last=2), [1, 2, 3]),
@@ -41,12 +41,12 @@ def dropped(rules: Retention, found: list[CheckpointManifest], protected: tuple[
         (Retention(keep_best=1), [1, 2, 3, 4]),
     ],
 )
-def test_rules_without_validation(rules: Retention, gone: list[int]) -> None:
-    assert dropped(rules, manifests(1, 2, 3, 4, 5)) == gone
-    assert dropped(rules, manifests(5, 3, 1, 2, 4)) == gone  # in whatever order they are listed
+def test_rules_without_validation(rules: Retention, dropped_iters: list[int]) -> None:
+    assert dropped(rules, manifests(1, 2, 3, 4, 5)) == dropped_iters
+    assert dropped(rules, manifests(5, 3, 1, 2, 4)) == dropped_iters  # in whatever order they are listed
 
 
-def test_the_best_stay() -> None:
+def test_the_best_are_kept() -> None:
     top1 = {1: 0.1, 2: 0.9, 3: 0.5, 4: float("nan"), 5: None, 6: 0.2}
     found = manifests(1, 2, 3, 4, 5, 6, 7, top1=top1)
     assert dropped(Retention(keep_last=1), found) == [1, 3, 4, 5, 6]
@@ -55,11 +55,11 @@ def test_the_best_stay() -> None:
     assert dropped(Retention(keep_last=2, keep_every=5), found) == [1, 3, 4]
 
 
-def test_of_equal_accuracies_the_first_is_the_best() -> None:
+def test_the_first_of_equal_accuracies_is_best() -> None:
     assert dropped(Retention(keep_best=1), manifests(1, 2, 3, top1={1: 0.5, 2: 0.5})) == [2]
 
 
-def test_protected_names_stay() -> None:
+def test_protected_checkpoints_are_kept() -> None:
     assert dropped(Retention(keep_last=1), manifests(1, 2, 3), ("checkpoint-000001.pth.tar",)) == [2]
 
 
@@ -76,7 +76,7 @@ def test_the_reestimated_state_is_newer_than_the_one_before() -> None:
 
 @pytest.fixture
 def run_id(client: MlflowClient) -> str:
-    """Five checkpoints in ./models and in the run; the third is the best."""
+    """Save five checkpoints in ./models and in a run; the third is the best."""
     run = client.create_run(client.create_experiment("retention"))
     for iters in range(1, 6):
         state = {"state_dict": {"w": torch.full((3,), float(iters))}}
@@ -99,21 +99,21 @@ def in_run(client: MlflowClient, run_id: str) -> list[int]:
     return found
 
 
-def test_it_deletes_here_and_there(client: MlflowClient, run_id: str) -> None:
-    gone = prune_run(target(client, run_id), Retention(keep_last=2))
-    assert [item.manifest.iters for item in gone] == [1, 2]
+def test_it_deletes_on_disk_and_in_the_run(client: MlflowClient, run_id: str) -> None:
+    dropped = prune_run(target(client, run_id), Retention(keep_last=2))
+    assert [item.manifest.iters for item in dropped] == [1, 2]
     assert on_disk() == in_run(client, run_id) == [3, 4, 5]
     assert DELETING_TAG not in client.get_run(run_id).data.tags
 
 
-def test_what_was_promoted_stays(client: MlflowClient, run_id: str) -> None:
+def test_promoted_checkpoints_are_kept(client: MlflowClient, run_id: str) -> None:
     client.create_registered_model("pets")
     client.create_model_version("pets", f"runs:/{run_id}/checkpoints/checkpoint-000002.pth.tar", run_id)
     prune_run(target(client, run_id), Retention(keep_last=1))
     assert on_disk() == in_run(client, run_id) == [2, 3, 5]
 
 
-def test_what_it_did_not_write_stays(client: MlflowClient, run_id: str) -> None:
+def test_foreign_files_are_kept(client: MlflowClient, run_id: str) -> None:
     manifest_path(Path("models/checkpoint-000001.pth.tar")).unlink()
     other = save_checkpoint({"state_dict": {"w": torch.zeros(7)}}, 0, directory="models")  # of no run
     Path("models/checkpoint-000002.pth.tar").write_bytes(other.read_bytes())
@@ -123,7 +123,7 @@ def test_what_it_did_not_write_stays(client: MlflowClient, run_id: str) -> None:
     assert in_run(client, run_id) == [3, 5]
 
 
-def test_the_newest_that_verifies_stays(client: MlflowClient, run_id: str) -> None:
+def test_the_newest_valid_checkpoint_is_kept(client: MlflowClient, run_id: str) -> None:
     path = Path("models/checkpoint-000005.pth.tar")
     path.write_bytes(path.read_bytes()[:-1])
     prune_run(target(client, run_id), Retention(keep_last=1))
@@ -141,7 +141,7 @@ def test_a_deletion_that_was_cut_short_is_completed(client: MlflowClient, run_id
 
 
 def test_two_phases_on_the_disk(run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between them, the file has lost its name, and the next start removes the rest."""
+    """If it is killed between them, the file has lost its name, and the next start removes the rest."""
     path = Path("models/checkpoint-000001.pth.tar")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 

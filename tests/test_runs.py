@@ -1,4 +1,4 @@
-"""Looking at runs, and comparing them."""
+"""Listing, showing and comparing runs."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from tests.support.training import run
 
 @pytest.fixture
 def two(images: Path) -> tuple[str, str]:
-    """Two runs that differ in their rate."""
+    """Train two runs with different learning rates."""
     ids = [run(images, "--lr", rate, "--run-name", f"rate {rate}").run_id for rate in (0.02, 0.005)]
     return str(ids[0]), str(ids[1])
 
@@ -62,9 +62,7 @@ def test_listing(two: tuple[str, str], shufflenet: Invoke) -> None:
         (("show", "0" * 32), "there is no run 0000"),
     ],
 )
-def test_what_is_not_understood(
-    client: MlflowClient, shufflenet: Invoke, words: tuple[str, ...], expected: str
-) -> None:
+def test_invalid_values(client: MlflowClient, shufflenet: Invoke, words: tuple[str, ...], expected: str) -> None:
     client.create_experiment("shufflenet")
     result = shufflenet("runs", *words)
     assert result.exit_code in (1, 2)
@@ -88,7 +86,7 @@ def test_showing(client: MlflowClient, two: tuple[str, str], shufflenet: Invoke)
     assert "shufflenet train --model shufflenet_v2_x0_5" in text
 
 
-def test_a_command_spells_out_what_counts() -> None:
+def test_options_of_a_command() -> None:
     config = {"lr": 0.1, "pretrained": True, "sync_bn": False, "train_dir": None, "choices": "0, 1"}
     assert command_of(config) == ["--lr", "0.1", "--pretrained", "--choices", "0, 1"]
 
@@ -145,7 +143,7 @@ def test_curves_over_images_and_time(client: MlflowClient, two: tuple[str, str])
     assert curve.minutes[0] >= 0
 
 
-def test_what_is_infinite_is_left_out_of_the_curves(client: MlflowClient, tmp_path: Path) -> None:
+def test_infinite_values_are_left_out_of_curves(client: MlflowClient, tmp_path: Path) -> None:
     experiment = client.create_experiment("diverging")
     runs = [client.create_run(experiment) for _ in range(2)]
     for step, loss in enumerate((2.0, math.inf, 3.0)):
@@ -181,7 +179,7 @@ def outcomes(right: set[int], images: int) -> dict[str, Outcome]:
 
 
 def test_a_paired_test_by_hand() -> None:
-    """1 and 9 of ten images that changed sides: 2 * (1 + 10) / 2**10."""
+    """Ten images are correct in one run only, split 1 to 9: p = 2 * (1 + 10) / 2**10."""
     first, second = {0, 20}, {*range(1, 10), 20}
     test = paired_test(evaluation("a", 2, 30), evaluation("b", 10, 30), [outcomes(first, 30), outcomes(second, 30)])
     assert (len(test.only_first), len(test.only_second), test.images) == (1, 9, 30)
@@ -202,7 +200,7 @@ def test_no_password_stands_in_the_command(monkeypatch: pytest.MonkeyPatch, pass
 # ---------------------------------------------------------------- what a run says of itself
 
 
-def test_a_note_leaves_what_people_write(client: MlflowClient) -> None:
+def test_a_note_keeps_what_people_write(client: MlflowClient) -> None:
     run_id = client.create_run(client.create_experiment("notes")).info.run_id
     target = RunTarget(client, run_id, Path())
 

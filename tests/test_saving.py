@@ -1,4 +1,4 @@
-"""Saving behind the loop: a copy that does not change, in order, one at a time, with errors that are heard."""
+"""Saving in the background: from a copy, in order, one at a time, with errors reported."""
 
 import resource
 import threading
@@ -47,7 +47,7 @@ def test_the_copy_is_equal_and_stays_so() -> None:
     assert copy["state_dict"]["part"].untyped_storage().nbytes() == 40
 
 
-def test_the_memory_is_used_again() -> None:
+def test_memory_is_reused() -> None:
     buffer = StagingBuffer()
     first = buffer.take(some_state(1))
     address = first["state_dict"]["w"].data_ptr()
@@ -60,7 +60,7 @@ def test_the_memory_is_used_again() -> None:
     assert_equal_payloads(buffer.take(other), other)
 
 
-def test_there_is_room_for_one() -> None:
+def test_one_staged_checkpoint_at_a_time() -> None:
     buffer = StagingBuffer()
     buffer.take(some_state())
     taken = threading.Event()
@@ -144,7 +144,7 @@ def test_in_order_with_the_points_before(recorder: Recorder) -> None:
     assert kinds == [(kind, iters) for iters in range(1, 6) for kind in ("metrics", "checkpoint")]
 
 
-def test_the_best_is_marked_behind_its_writing(recorder: Recorder, tmp_path: Path) -> None:
+def test_the_best_is_marked_after_it_is_written(recorder: Recorder, tmp_path: Path) -> None:
     store = make_store(recorder)
     path = save(store, 1)
     assert store.mark_best(path, 0.75)
@@ -158,7 +158,7 @@ def test_the_best_is_marked_behind_its_writing(recorder: Recorder, tmp_path: Pat
 
 @pytest.fixture
 def full_disk() -> Iterator[Callable[[bool], None]]:
-    """`full_disk(True)`: files may not be larger than 20 kB."""
+    """Return a switch: while it is on, files may not grow beyond 20 kB."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def switch(on: bool) -> None:
@@ -168,7 +168,7 @@ def full_disk() -> Iterator[Callable[[bool], None]]:
     switch(False)
 
 
-def test_an_error_is_heard_at_the_next_save(recorder: Recorder, full_disk: Callable[[bool], None]) -> None:
+def test_an_error_is_raised_at_the_next_save(recorder: Recorder, full_disk: Callable[[bool], None]) -> None:
     store = make_store(recorder)
     first = save(store, 1)
     recorder.drain()
@@ -181,7 +181,7 @@ def test_an_error_is_heard_at_the_next_save(recorder: Recorder, full_disk: Calla
     verify_checkpoint(first)
 
 
-def test_an_error_is_heard_at_the_end(recorder: Recorder, full_disk: Callable[[bool], None]) -> None:
+def test_an_error_is_raised_at_the_end(recorder: Recorder, full_disk: Callable[[bool], None]) -> None:
     store = make_store(recorder)
     full_disk(True)
     save(store, 1, 100_000)
@@ -206,7 +206,7 @@ def test_training_goes_on_if_told_to(recorder: Recorder, full_disk: Callable[[bo
 
 
 @pytest.mark.parametrize("continue_on_error", [False, True])
-def test_a_best_that_cannot_be_marked(continue_on_error: bool, recorder: Recorder) -> None:
+def test_marking_the_best_fails(continue_on_error: bool, recorder: Recorder) -> None:
     reporter = Reporter()
     store = make_store(recorder, continue_on_error=continue_on_error, reporter=reporter)
     path = save(store, 1)
@@ -252,7 +252,7 @@ def statuses(client: MlflowClient) -> list[str]:
 def test_a_disk_that_fills_up_while_training(
     choice: str, images: Path, client: MlflowClient, full_disk: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Full from the 4th to the 9th iteration; checkpoints after each are due."""
+    """The disk is full from iteration 4 to 9, and every iteration saves a checkpoint."""
     original = store_module.write_prepared
 
     def write(prepared: Any, directory: Path) -> Any:
@@ -276,7 +276,7 @@ def test_a_disk_that_fills_up_while_training(
     assert not read_pending(Path("models")).entries
 
 
-def test_retention_while_training(images: Path, client: MlflowClient) -> None:
+def test_retention_during_training(images: Path, client: MlflowClient) -> None:
     summary = run(images, "--save-dir", "models", "--save-interval", 1, "--keep-last", 2, "--keep-every", 5)
     left = sorted(path.name for path in list_checkpoints(Path("models")))
     best = client.get_run(str(summary.run_id)).data.tags["checkpoint.best"]
@@ -284,8 +284,8 @@ def test_retention_while_training(images: Path, client: MlflowClient) -> None:
     assert {"checkpoint-000005.pth.tar", "checkpoint-000010.pth.tar"} < set(left)
     assert any(name in best for name in left)
     assert len(left) <= 5
-    there = {item.path.rpartition("/")[2] for item in client.list_artifacts(str(summary.run_id), "checkpoints")}
-    assert there == {part for name in left for part in (name, f"{name}.json")}
+    uploaded = {item.path.rpartition("/")[2] for item in client.list_artifacts(str(summary.run_id), "checkpoints")}
+    assert uploaded == {part for name in left for part in (name, f"{name}.json")}
 
 
 def test_rules_are_inherited_and_can_be_changed_on_resuming(images: Path, client: MlflowClient) -> None:

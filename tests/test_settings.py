@@ -1,4 +1,4 @@
-"""Options from files and from the environment: what counts, what is refused, and that messages say where it stood."""
+"""Options from files and from the environment: precedence, refusals, and messages that name the source."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SmallTrain = Callable[..., dict[str, Any]]
 
 
 def commands(command: click.Command = main, name: str = "") -> dict[str, click.Command]:
-    """Every command by its words."""
+    """Return every command by its words."""
     found = {name: command}
     if isinstance(command, click.Group):
         for word, one in command.commands.items():
@@ -29,7 +29,7 @@ def params(client: MlflowClient, trained: dict[str, Any]) -> dict[str, str]:
     return dict(client.get_run(trained["run_id"]).data.params)
 
 
-def test_what_was_typed_comes_before_the_environment_and_that_before_the_file(
+def test_command_line_overrides_environment_overrides_file(
     images: Path, shufflenet: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("pets.toml").write_text(
@@ -59,7 +59,7 @@ def test_what_was_typed_comes_before_the_environment_and_that_before_the_file(
     }
 
 
-def test_the_configuration_of_a_run_makes_another_like_it(
+def test_a_runs_configuration_reproduces_it(
     small_train: SmallTrain, shufflenet: Invoke, client: MlflowClient, tmp_path: Path
 ) -> None:
     first = small_train("--total-iters", 4, "--seed", 3)
@@ -76,9 +76,7 @@ def test_the_configuration_of_a_run_makes_another_like_it(
     assert (evaluated.exit_code, json.loads(evaluated.stdout)["n"]) == (0, 15)
 
 
-def test_of_options_that_exclude_each_other_the_stronger_place_counts(
-    images: Path, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exclusive_options_follow_precedence(images: Path, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("pets.toml").write_text("total_iters = 9999")
     words = ["train", *small_options(images), "--config", "pets.toml"]
     at = words.index("--total-iters")
@@ -157,14 +155,14 @@ def test_messages_say_which_variable_it_was(shufflenet: Invoke, monkeypatch: pyt
 def test_empty_variables_and_empty_words_count_as_not_given(
     small_train: SmallTrain, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`mlflow run` passes empty words; the environment and the file then count."""
+    """`mlflow run` passes empty words; then the environment and the file apply."""
     monkeypatch.setenv("SHUFFLENET_SEED", "5")
     monkeypatch.setenv("SHUFFLENET_MOMENTUM", "")
     found = params(client, small_train("--total-iters", 1, "--seed", ""))
     assert (found["seed"], found["momentum"]) == ("5", "0.9")
 
 
-def test_variables_that_are_none_are_named(shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_variables_are_named(shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHUFFLENET_BATCHSIZE", "7")
     result = shufflenet("models")
     warning = "Warning: SHUFFLENET_BATCHSIZE is set, and is no option's variable; did you mean SHUFFLENET_BATCH_SIZE?\n"
@@ -212,7 +210,7 @@ def test_help_is_complete(words: str, shufflenet: Invoke) -> None:
 
 
 def test_an_option_means_the_same_everywhere() -> None:
-    """One name, one type; and one variable."""
+    """One name has one type and one variable."""
     seen: dict[str, tuple[str, str]] = {}
     for words, command in commands().items():
         for option in command.params:

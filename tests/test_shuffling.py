@@ -1,4 +1,4 @@
-"""Moving channels: values and gradients of the plain steps, in the memory format that comes in."""
+"""Channel shuffling and splitting: values and gradients of the plain operations, in the memory format of the input."""
 
 import copy
 

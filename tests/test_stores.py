@@ -1,6 +1,6 @@
-"""One way through the product, on each kind of store: trained, stopped, resumed, evaluated, compared, promoted, pruned.
+"""One run on each kind of store: trained, stopped, resumed, evaluated, compared, promoted, pruned.
 
-The embedded store at once; `mlflow server` with SQLite, and PostgreSQL with S3, where minutes are taken.
+The embedded store is fast; `mlflow server` with SQLite, and PostgreSQL with S3, are marked long.
 """
 
 import base64
@@ -48,7 +48,7 @@ def store(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[str]:
-    """The tracking URI of a store, which is also the one in the environment."""
+    """Return the tracking URI of a store, which is also set in the environment."""
     if request.param == "embedded":
         yield f"sqlite:///{workplace}/mlflow.db"
         return
@@ -117,11 +117,11 @@ def test_the_whole_way(
     # Evaluated, into that run and into one of its own below it.
     evaluated = as_json("eval", run_id)
     assert (evaluated["logged_to"], evaluated["top1"]) == (run_id, ended.result.val_top1)
-    own = as_json("eval", run_id, "--log-to", "new")["logged_to"]
-    assert client.get_run(own).data.tags["mlflow.parentRunId"] == run_id
+    evaluation_run_id = as_json("eval", run_id, "--log-to", "new")["logged_to"]
+    assert client.get_run(evaluation_run_id).data.tags["mlflow.parentRunId"] == run_id
     section = f"eval/{images.name}"
     assert client.get_run(run_id).data.metrics[f"{section}/top1"] == evaluated["top1"]
-    assert client.get_run(own).data.metrics["val/top1"] == evaluated["top1"]
+    assert client.get_run(evaluation_run_id).data.metrics["val/top1"] == evaluated["top1"]
     manifest = manifest_in_tag(stored.data.tags, "checkpoint.latest")
     model = find_logged_model(client, stored, manifest)
     assert f"{section}/top1" in {metric.key for metric in model.metrics}
@@ -132,17 +132,17 @@ def test_the_whole_way(
 
     # Listed and compared: the two evaluations are of the same network.
     rows = as_json("runs", "--sort", "best/val_top1")
-    assert [row["run_id"] for row in rows] == [run_id, own]
+    assert [row["run_id"] for row in rows] == [run_id, evaluation_run_id]
     assert as_json("runs", "show", run_id)["models"]
-    compared = as_json("compare", run_id, own, "--out", tmp_path / "page")
+    compared = as_json("compare", run_id, evaluation_run_id, "--out", tmp_path / "page")
     [test] = compared["paired_tests"]
     assert (test["images"], test["only_first_right"], test["p_value"]) == (15, [], 1.0)
     assert (tmp_path / "page" / "compare.html").stat().st_size > 10_000
 
     # Promoted, and the same from the registry, for us and for MLflow.
     promoted = as_json("checkpoints", "promote", f"runs:/{run_id}@best", "--name", "pets", "--alias", "champion")
-    again = as_json("checkpoints", "promote", f"runs:/{run_id}@best", "--name", "pets", "--alias", "second")
-    assert (again["version"], promoted["version"]) == ("1", "1")
+    second = as_json("checkpoints", "promote", f"runs:/{run_id}@best", "--name", "pets", "--alias", "second")
+    assert (second["version"], promoted["version"]) == ("1", "1")
     files = sorted((images / "val").rglob("*.png"))[:4]
     predicted = as_json("predict", "models:/pets@champion", *files)
     served = pyfunc.load_model("models:/pets@champion")
@@ -161,7 +161,7 @@ def test_the_whole_way(
     assert (path is not None, iters) == (True, 12)
 
 
-def test_the_command_that_makes_a_run_again_works(
+def test_the_shown_command_reproduces_the_run(
     store: str, client: MlflowClient, images: Path, as_json: Callable[..., Any]
 ) -> None:
     first = run(images, "--lr", "3e-3", "--ema-decay", 0.9)

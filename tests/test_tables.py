@@ -1,4 +1,4 @@
-"""Tables in any width: nothing is cut in a pipe, and a terminal gets lines that fit."""
+"""Tables in any width: a pipe gets everything, and a terminal gets lines that fit."""
 
 from rich.cells import cell_len
 
@@ -33,5 +33,5 @@ def test_a_terminal_gets_what_fits() -> None:
     assert "…" in fitted(TITLES, ROWS, 50, spare=("status", "loss"))[0][1]
 
 
-def test_a_table_without_rows() -> None:
+def test_an_empty_table() -> None:
     assert fitted(TITLES, [], 80) == (["run_id  name  loss  status"], [])

@@ -1,4 +1,4 @@
-"""torchvision's own networks: as an independent reference for ours, and as networks to train."""
+"""torchvision's networks: an independent reference for ours, and networks to train."""
 
 import json
 import threading
@@ -35,12 +35,12 @@ X0_5 = "torchvision/shufflenet_v2_x0_5"
 
 
 def life_here(place: int) -> int:
-    """Units that a channel passes unchanged: how often its place can be halved."""
+    """Return how many units a channel passes unchanged: how often its index can be halved."""
     return 99 if place == 0 else (place & -place).bit_length() - 1
 
 
 def life_there(place: int, channels: int) -> int:
-    """Units that a channel passes unchanged: how often its place can be doubled within the first half."""
+    """Return how many units a channel passes unchanged: how often its index can be doubled within the first half."""
     life = 0
     while place < channels // 2 and life < 99:
         place, life = 2 * place, life + 1
@@ -97,18 +97,18 @@ def copy_unit(unit: nn.Module, other: nn.Module, places: dict[int, int]) -> dict
         branch_inputs = [place - half for place in inputs[1::2]]
         assert min(branch_inputs) == 0
     out |= pair(list(range(half, channels)), list(range(1, channels, 2)), channels)
-    made = [out[place] // 2 for place in range(half, channels)]
+    outputs = [out[place] // 2 for place in range(half, channels)]
     copy_conv(here[0], there[0], mid, branch_inputs)
     copy_norm(here[1], there[1], mid)
     copy_depthwise(here[3], there[3], mid)
     copy_norm(here[4], there[4], mid)
-    copy_conv(here[5], there[5], made, mid)
-    copy_norm(here[6], there[6], made)
+    copy_conv(here[5], there[5], outputs, mid)
+    copy_norm(here[6], there[6], outputs)
     return out
 
 
 def randomised(name: str) -> nn.Module:
-    """torchvision's network with weights and statistics that keep features of a size."""
+    """Return torchvision's network with weights and statistics that keep features at one scale."""
     torch.manual_seed(0)
     model = get_model(name, weights=None).eval()
     for module in model.modules():
@@ -152,7 +152,7 @@ def copy_last(model: nn.Module, other: nn.Module, places: dict[int, int]) -> Non
 
 @torch.no_grad()
 def test_x1_0_computes_what_torchvisions_does_behind_its_first_unit() -> None:
-    """That one differs: here its projection keeps the 24 input channels, there it widens them to 58."""
+    """The first unit differs: its projection keeps the 24 input channels here, and widens them to 58 there."""
     other, model = randomised("shufflenet_v2_x1_0"), create_model("shufflenet_v2_x1_0").eval()
     places = pair(list(range(116)), list(range(116)), 116)
     features = torch.randn(2, 116, 12, 12)
@@ -164,9 +164,9 @@ def test_x1_0_computes_what_torchvisions_does_behind_its_first_unit() -> None:
         places = copy_unit(unit, other_unit, places)
     copy_last(model, other, places)
     expected = other.conv5(nn.Sequential(*units)(features))
-    made = model.conv_last(model.features[1:](inputs))
-    assert made.std() > 0.1
-    torch.testing.assert_close(made, expected, rtol=0, atol=1e-4 * expected.std().item())
+    found = model.conv_last(model.features[1:](inputs))
+    assert found.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.std().item())
 
 
 # ---------------------------------------------------------------- preprocessing and published figures
@@ -199,13 +199,13 @@ def test_the_table_has_the_figures_of_the_weights(name: str) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of torch.hub."""
+    """Give torch.hub an empty cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
 def place_weights(hub: Path) -> dict[str, Tensor]:
-    """Put a state dict where torch.hub keeps the published one."""
+    """Write a state dict where torch.hub caches the published one."""
     torch.manual_seed(1)
     state_dict = get_model("shufflenet_v2_x0_5", weights=None).state_dict()
     assert weights_file(X0_5).parent == hub
@@ -252,7 +252,7 @@ def test_a_failed_download_is_one_line(
 
 
 class AnyAnswer(BaseHTTPRequestHandler):
-    """A server that has one answer to everything."""
+    """A server that gives one answer to every request."""
 
     content = b""
 
@@ -268,7 +268,7 @@ class AnyAnswer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[AnyAnswer]]:
-    """torch.hub's requests go to a server here, whatever their address."""
+    """Send torch.hub's requests to a local server, whatever their address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), AnyAnswer)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -280,7 +280,7 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[AnyAnswer]]:
     server.server_close()
 
 
-def test_what_is_downloaded_is_checked(
+def test_downloads_are_verified(
     hub: Path, answer: type[AnyAnswer], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answer, "content", b"something else")

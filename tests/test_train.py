@@ -1,4 +1,4 @@
-"""The loop end to end on real files and a real store: what it logs and what it keeps."""
+"""Training end to end on real files and a real store: what it logs and what it saves."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_the_network_learns(images: Path) -> None:
 
 
 def test_one_class_is_mentioned(tmp_path: Path) -> None:
-    """Most likely the wrong folder was named."""
+    """Most likely it is the wrong folder."""
     for part in ("train", "val"):
         write_images(tmp_path / part, classes=("only",), per_class=8)
     reporter = Reporter()
@@ -131,7 +131,7 @@ def test_one_class_is_mentioned(tmp_path: Path) -> None:
     assert f"{str(tmp_path / 'train')!r} has one class only; a classifier needs at least two" in reporter.notes
 
 
-def test_handlers_are_put_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopFlag() as stop:
         assert signal.getsignal(signal.SIGTERM) != before[0]
@@ -143,7 +143,7 @@ def test_handlers_are_put_back() -> None:
 def test_a_second_signal_ends_at_once_unless_a_launcher_repeats_the_first(
     launched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`torchrun` passes on what its processes have received themselves."""
+    """`torchrun` forwards signals that its processes have received themselves."""
 
     class Ended(BaseException):
         pass

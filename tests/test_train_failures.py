@@ -1,4 +1,4 @@
-"""Training that cannot go on, and a store that fails while it does."""
+"""Training that fails, and a store that fails during training."""
 
 import json
 import multiprocessing
@@ -52,7 +52,7 @@ def test_a_diverging_run_names_iteration_and_rate(images: Path, client: MlflowCl
 
 
 def test_memory_that_runs_out_is_one_line(images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's allocator is asked for more than any machine has, in the seventh iteration."""
+    """In the seventh iteration, PyTorch is asked for more memory than any machine has."""
     original = Trainer.to_input
 
     def too_large(trainer: Trainer, batch: Any) -> torch.Tensor:
@@ -69,9 +69,11 @@ def test_memory_that_runs_out_is_one_line(images: Path, client: MlflowClient, mo
     assert list_checkpoints(Path("models"))[0].name == "checkpoint-000005.pth.tar"
 
 
-def test_what_a_gpu_says_of_its_memory() -> None:
-    said = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB")
-    assert "memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB" in str(lack_of_memory(said))
+def test_pytorchs_error_for_gpu_memory() -> None:
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"
+    )
+    assert "memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB" in str(lack_of_memory(error))
     assert lack_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
@@ -98,7 +100,7 @@ def test_nan_never_becomes_the_best() -> None:
 
 @pytest.fixture
 def with_bad_file(tmp_path: Path) -> Path:
-    """36 training images, one of which is cut off, and 15 validation images, one of which is no image."""
+    """Copy the images and damage two: a training image is truncated, a validation image is text."""
     write_images(tmp_path / "train")
     write_images(tmp_path / "val", per_class=5, seed=1)
     whole = (tmp_path / "train" / "red" / "004.png").read_bytes()
@@ -159,7 +161,7 @@ def test_nothing_readable_to_validate_on(with_bad_file: Path) -> None:
 
 
 class Outage:
-    """Makes every writing call of the client fail while it lasts."""
+    """A switch: while it is `on`, every writing call of the client fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.on = False
@@ -184,11 +186,11 @@ def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
 
 
 def assert_all_there(client: MlflowClient, run_id: str | None, directory: Path) -> None:
-    """Every checkpoint on the disk is among the artifacts, with its manifest; the tags name the right ones."""
+    """Check that every checkpoint on the disk is uploaded with its manifest, and that tags name the right ones."""
     assert run_id is not None
-    there = {item.path.rpartition("/")[2] for item in client.list_artifacts(run_id, "checkpoints")}
+    uploaded = {item.path.rpartition("/")[2] for item in client.list_artifacts(run_id, "checkpoints")}
     names = {path.name for path in list_checkpoints(directory)}
-    assert there == names | {f"{name}.json" for name in names}
+    assert uploaded == names | {f"{name}.json" for name in names}
     tags = client.get_run(run_id).data.tags
     assert json.loads(tags["checkpoint.latest"])["path"] == "checkpoints/bnps-checkpoint-000012.pth.tar"
     best = max(manifest.val_top1 for manifest in list_manifests(directory) if manifest.val_top1 is not None)
@@ -213,10 +215,10 @@ def test_an_outage_in_the_middle_loses_nothing(
     assert reporter.waited[-1] == 0
 
 
-def test_a_final_upload_that_failed_is_made_up_for(
+def test_a_failed_final_upload_is_repeated(
     images: Path, client: MlflowClient, outage: Outage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two checkpoints are of the last iteration; it is the second one that must not get lost."""
+    """The last iteration has two checkpoints; the second must not get lost."""
     original = RunArtifacts.put_file
     failing = True
 
@@ -232,9 +234,9 @@ def test_a_final_upload_that_failed_is_made_up_for(
     assert any("cannot upload the checkpoint bnps-" in text for text in reporter.warnings)
     assert any("`shufflenet sync models`, or the next run" in text for text in reporter.warnings)
     failing = False
-    again = run(images, "--save-dir", "models")
-    assert (again.run_id, again.pending) == (first.run_id, 0)
-    assert_all_there(client, again.run_id, Path("models"))
+    second = run(images, "--save-dir", "models")
+    assert (second.run_id, second.pending) == (first.run_id, 0)
+    assert_all_there(client, second.run_id, Path("models"))
 
 
 def test_an_outage_when_stopped_does_not_hide_the_signal(images: Path, outage: Outage) -> None:

@@ -173,6 +173,9 @@ def test_the_journal_is_delivered_once(workplace: Path, recorded: dict[str, Any]
     assert (run.info.run_name, run.info.status) == ("offline", "KILLED")
     for name in ("train/loss", "train/lr", "loss", "epoch"):
         assert steps(client, run.info.run_id, name) == [1], name
+    assert run.data.params["total_iters"] == "4"
+    assert len(run.inputs.dataset_inputs) == 2
+    assert {"config.json", "classes.json"} <= {item.path for item in client.list_artifacts(run.info.run_id)}
     assert json.loads(run.data.tags["checkpoint.latest"])["iters"] == 1
     assert verify_checkpoint(get_latest_model(run.info.run_id)[0]) is None
 

@@ -26,7 +26,7 @@ def picture(size: tuple[int, int], brightest: int, rng: np.random.Generator) -> 
     return Image.fromarray(pixels)
 
 
-def furnish(folder: Path) -> None:
+def write_page_data(folder: Path) -> None:
     """Write the data that the pages use, the same each time.
 
     `pets/train`, `val`, `test` with `cat` and `dog`; `photos`; `imagenet/val` with 1,000 classes;

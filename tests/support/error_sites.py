@@ -92,18 +92,18 @@ class Recorder:
     """A record of the sites whose error a user got to see."""
 
     sites: dict[str, Site]
-    made: list[tuple[str, str]] = field(default_factory=list)
+    pending: list[tuple[str, str]] = field(default_factory=list)
     """Site and message, since the last call of `shown`."""
     reached: dict[str, str] = field(default_factory=dict)
     """Site -> the first entry of the list that reached it."""
     tried: set[object] = field(default_factory=set)
     """Entries of the list."""
 
-    def note(self, frame: FrameType | None, message: str) -> None:
+    def record(self, frame: FrameType | None, message: str) -> None:
         """Record an error that was made below `frame`."""
         while frame is not None:
             if keys := self._at(frame.f_code.co_filename, frame.f_lineno):
-                self.made += [(key, message) for key in keys]
+                self.pending += [(key, message) for key in keys]
                 return
             frame = frame.f_back
 
@@ -115,10 +115,10 @@ class Recorder:
 
     def shown(self, what: str, text: str) -> None:
         """Record that the entry `what` has shown `text`; errors that were caught on the way do not count."""
-        for key, message in self.made:
+        for key, message in self.pending:
             if _plain(message) in _plain(text):
                 self.reached.setdefault(key, what)
-        self.made.clear()
+        self.pending.clear()
 
 
 _RESOLVED: dict[str, Path] = {}
@@ -147,7 +147,7 @@ def recorder() -> Iterator[Recorder]:
     def record_errors_of(owner: type, original: Any) -> None:
         def init(self: Any, message: str = "", *rest: Any, **named: Any) -> None:
             original(self, message, *rest, **named)
-            recorder.note(sys._getframe(1), str(message))
+            recorder.record(sys._getframe(1), str(message))
 
         patch.setattr(owner, "__init__", init)
 
