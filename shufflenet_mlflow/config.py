@@ -328,8 +328,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         values = self.to_dict()
         check_types(values)
-        check_options(values)
         check_batch_to_train(self.batch_size)
+        check_options(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values by field."""

@@ -374,7 +374,7 @@ def test_a_full_disk_is_one_line(images: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "code"),
     [
-        (["eval", "nowhere"], 1, "path-missing"),
+        (["eval", "nowhere"], 1, "reference-missing"),
         (["train", "--lr", "0"], 2, "option-lr"),
         (["train", "--lr", "fast"], 2, "usage"),
         (["predict", "models"], 2, "no-images-named"),

@@ -71,10 +71,10 @@ def run_id_of(ref: str) -> str:
 
 def check_training(options: Mapping[str, Any]) -> None:
     """Check the options of a training run; see `check_request`."""
-    may_inherit = _may_inherit(options)
-    check_request(options, may_inherit=may_inherit)
     if options.get("batch_size") is not None:
         check_batch_to_train(options["batch_size"])
+    may_inherit = _may_inherit(options)
+    check_request(options, may_inherit=may_inherit)
     if not may_inherit and options.get("model") is None and options.get("init_from") is None:
         check_network({**options, "model": DEFAULT_MODEL})
 
