@@ -13,11 +13,14 @@ from shufflenet_mlflow import create_model, load_checkpoint
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import MismatchError
 from tests.support.command_line import Invoke
+from tests.support.effort import repetitions
 from tests.support.payloads import assert_equal_payloads
 
 pytestmark = [pytest.mark.long, pytest.mark.alone]
 
 GIANTS = ["shufflenet_v2_large", "shufflenet_v2_exlarge"]
+TRAINED = GIANTS[: repetitions(full=2, ci=1)]
+"""Training ExLarge takes minutes; `test_families` trains a short one everywhere."""
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +31,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("name", GIANTS)
+@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.timeout(1200)
 def test_it_trains_and_resumes_bit_for_bit(
     name: str, small_train: Callable[..., dict[str, Any]], shufflenet: Invoke, tmp_path: Path
