@@ -1,4 +1,4 @@
-"""What all parts of a job share."""
+"""The context that all parts of a job share."""
 
 from dataclasses import dataclass, field
 

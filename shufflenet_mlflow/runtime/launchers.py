@@ -1,4 +1,4 @@
-"""What started this process, `torchrun`, Slurm or `mlflow run`: its attempts, and its end."""
+"""The launcher of this process, `torchrun`, Slurm or `mlflow run`: its attempts, and its end."""
 
 import hashlib
 import os

@@ -30,7 +30,7 @@ class Recorder:
         self.just_written = just_written if just_written is not None else {}
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.failure: BaseException | None = None
-        """What a job raised."""
+        """The first error that a job raised."""
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 

@@ -1,4 +1,4 @@
-"""What an attempt at a training run continues: found by its folder, its job's name, or the run it was given."""
+"""Find what an attempt at a training run continues: by its folder, its job's name, or the run it was given."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from shufflenet_mlflow.workflows.training.resume import (
 
 @dataclass(frozen=True)
 class Attempt:
-    """What was found out about a request: names in full, and what an earlier attempt left behind."""
+    """Facts found out about a request: names in full, and what an earlier attempt left behind."""
 
     resume: str
     """`auto`, `none`, or a checkpoint reference with a whole run ID."""

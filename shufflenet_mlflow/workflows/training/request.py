@@ -1,4 +1,4 @@
-"""What the user asked a training run to do."""
+"""The request of a training run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What the user asked for. It is never rewritten: see `Attempt` for what is found out about it."""
+    """The user's request, never rewritten; an `Attempt` holds what is found out about it."""
 
     options: Mapping[str, Any]
     """Fields of `TrainConfig`, and `epochs`; only those that were given."""

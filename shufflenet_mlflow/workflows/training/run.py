@@ -76,7 +76,7 @@ NOTHING_TRAINED = TrainResult(iters=0, epoch=0, loss=math.nan, val_top1=None, va
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a finished, or stopped, training run left behind."""
+    """Results of a finished, or stopped, training run."""
 
     run_id: str | None
     """None if the server was away all the time: MLflow has not created the run yet."""

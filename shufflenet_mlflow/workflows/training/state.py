@@ -40,7 +40,7 @@ class PreparedState:
     state: TrainingState
     environment: Mapping[str, Any]
     drift: Mapping[str, tuple[Any, Any]]
-    """What has changed since the checkpoint was written: name -> (then, now)."""
+    """Changes since the checkpoint was written: name -> (then, now)."""
 
 
 def prepare_state(plan: Plan, attempt: Attempt, context: JobContext) -> PreparedState:
