@@ -28,13 +28,12 @@ SIZE, BATCH, CLASSES, PER_CLASS = 128, 32, 4, 80
 
 def measure(side: str, uri: str, root: Path, options: dict[str, Any]) -> dict[str, float]:
     """In a process of its own."""
-    from shufflenet_mlflow.runtime.distributed import World
+    from shufflenet_mlflow.runtime.context import JobContext
     from shufflenet_mlflow.runtime.progress import LoggingReporter
     from shufflenet_mlflow.runtime.signals import StopFlag
+    from shufflenet_mlflow.workflows.bench import bare_training
     from shufflenet_mlflow.workflows.train import run_training
-    from shufflenet_mlflow.workflows.training.config import plan
     from shufflenet_mlflow.workflows.training.request import TrainRequest
-    from shufflenet_mlflow.workflows.training.state import bare_trainer
 
     loop = {"seconds": 0.0, "from": 0.0, "to": 0.0}
 
@@ -51,8 +50,8 @@ def measure(side: str, uri: str, root: Path, options: dict[str, Any]) -> dict[st
     given = {"train_dir": str(root / "images"), "val_dir": str(root / "images"), "lr": 0.01, **options}
     request = TrainRequest(options=given, tracking_uri=uri, save_dir=Path(tempfile.mkdtemp(dir=root)))
     if side == "off":
-        planned = plan(request, None, None, World())
-        bare_trainer(planned, reporter=Clock(), stop=StopFlag()).run()
+        _, trainer = bare_training(given, None, JobContext.alone(Clock(), StopFlag()))
+        trainer.run()
     else:
         run_training(request, reporter=Clock(), stop=StopFlag())
     ended = time.perf_counter()

@@ -29,14 +29,12 @@ from torchvision.models import get_model
 from shufflenet_mlflow import create_model
 from shufflenet_mlflow.data.loader import Batch
 from shufflenet_mlflow.models.cost import model_cost
+from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.devices import compiled
-from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.training.loop import Trainer
-from shufflenet_mlflow.workflows.training.config import plan
-from shufflenet_mlflow.workflows.training.request import TrainRequest
-from shufflenet_mlflow.workflows.training.state import bare_trainer
+from shufflenet_mlflow.workflows.bench import bare_training
 
 FAMILIES = (
     "shufflenet_v1_x1_0_g3",
@@ -80,8 +78,8 @@ def seconds_each(step: Callable[[], object], device: torch.device, *, slow: bool
 def make_trainer(root: Path, model: str, device: torch.device, batch: int, options: dict[str, Any]) -> Trainer:
     """What `shufflenet train` would train with."""
     given = {"model": model, "train_dir": str(root), "val_dir": str(root), "batch_size": batch, "device": device.type}
-    planned = plan(TrainRequest(options={**given, "lr": 0.01, **options}), None, None, World())
-    return bare_trainer(planned, reporter=LoggingReporter(), stop=StopFlag())
+    context = JobContext.alone(LoggingReporter(), StopFlag())
+    return bare_training({**given, "lr": 0.01, **options}, None, context)[1]
 
 
 def plain_model(model: str) -> nn.Module:

@@ -116,8 +116,8 @@ def run_bench(request: BenchRequest, *, reporter: Reporter, stop: StopFlag) -> B
     prepare_environment()
     options = {**request.options}
     options.setdefault("val_dir", options.get("train_dir"))
-    planned, trainer = _bare_training(options, request.cache_dir, JobContext.alone(reporter, stop))
-    bench = _Bench(trainer, request.iterations, reporter, stop)
+    planned, trainer = bare_training(options, request.cache_dir, JobContext.alone(reporter, stop))
+    bench = _Bench(trainer, request.iterations)
     try:
         load = bench.loading()
         first, convert, step = bench.stepping()
@@ -127,11 +127,11 @@ def run_bench(request: BenchRequest, *, reporter: Reporter, stop: StopFlag) -> B
         if problem is None:
             raise
         raise problem from error
-    save, point = _bookkeeping(request, trainer, reporter, stop)
+    save, point = _bookkeeping(request, trainer)
     return _result(planned, {"load": load, "convert": convert, "step": step, "whole": whole, **save, **point}, first)
 
 
-def _bare_training(options: Mapping[str, Any], cache_dir: Path | None, context: JobContext) -> tuple[Plan, Trainer]:
+def bare_training(options: Mapping[str, Any], cache_dir: Path | None, context: JobContext) -> tuple[Plan, Trainer]:
     """Return the training loop of these options, from its beginning, with nothing kept."""
     request = TrainRequest(options=options, cache_dir=cache_dir)
     attempt = Attempt(resume="none", is_fork=False, save_dir=None, job=None)
@@ -155,25 +155,25 @@ def _bare_training(options: Mapping[str, Any], cache_dir: Path | None, context: 
 class _Bench:
     """Times iterations of training, one part at a time."""
 
-    def __init__(self, trainer: Trainer, iterations: int, reporter: Reporter, stop: StopFlag) -> None:
+    def __init__(self, trainer: Trainer, iterations: int) -> None:
         self.trainer, self.iterations = trainer, iterations
         # What the workers have loaded in advance is not loaded while it is measured.
         self._warm_up = _WARM_UP + PREFETCHED * trainer.config.workers
         self.device = trainer.state.device
-        self._reporter, self._stop = reporter, stop
+        self._context = trainer.context
         self.network = compiled(trainer.state.model) if trainer.config.compile else trainer.state.model
         trainer.state.model.train()
 
     def _mean(self, name: str, act: Callable[[], object]) -> float:
         """Return the mean seconds of `act`, after a warm-up."""
         iterations = max(self.iterations, 2 * self.trainer.config.workers)  # they deliver in turn
-        with self._reporter.phase(f"measuring {name}", self._warm_up + iterations) as phase:
+        with self._context.reporter.phase(f"measuring {name}", self._warm_up + iterations) as phase:
             began, done = time.perf_counter(), 0
             for number in range(self._warm_up + iterations):
                 if number == self._warm_up:
                     finish(self.device)
                     began = time.perf_counter()
-                self._stop.check()
+                self._context.stop.check()
                 act()
                 phase.advance()
                 done = number - self._warm_up + 1
@@ -208,7 +208,7 @@ class _Bench:
         return self._mean("both", lambda: self.trainer.step(self.network, self.trainer.fetch(batches)))
 
 
-def _bookkeeping(request: BenchRequest, trainer: Trainer, reporter: Reporter, stop: StopFlag) -> tuple[Sizes, Sizes]:
+def _bookkeeping(request: BenchRequest, trainer: Trainer) -> tuple[Sizes, Sizes]:
     """Return what a checkpoint and a metric point cost the loop, and how long they take in the background."""
     with tempfile.TemporaryDirectory() as scratch:
         uri = request.tracking_uri or f"sqlite:///{Path(scratch, 'mlflow.db')}"
@@ -223,10 +223,10 @@ def _bookkeeping(request: BenchRequest, trainer: Trainer, reporter: Reporter, st
                 run_id,
                 MESSAGE_KINDS,
                 is_new=True,
-                reporter=reporter,
-                stop=stop,
+                reporter=trainer.context.reporter,
+                stop=trainer.context.stop,
             ) as session:
-                save = _saving(trainer, session, reporter, stop)
+                save = _saving(trainer, session)
                 metrics = TrackedMetrics(session.recorder)
                 began = time.perf_counter()
                 for number in range(_POINTS):
@@ -243,13 +243,17 @@ def _bookkeeping(request: BenchRequest, trainer: Trainer, reporter: Reporter, st
     return save, {"log": logged, "deliver": delivered}
 
 
-def _saving(trainer: Trainer, session: TrackingSession, reporter: Reporter, stop: StopFlag) -> Sizes:
+def _saving(trainer: Trainer, session: TrackingSession) -> Sizes:
     store = TrackedStore(
-        session.journal.directory, session.recorder, retention=Retention(), continue_on_error=False, reporter=reporter
+        session.journal.directory,
+        session.recorder,
+        retention=Retention(),
+        continue_on_error=False,
+        reporter=trainer.context.reporter,
     )
     stalls, whole, size = [], [], 0
     for number in range(1, _SAVES + 1):
-        stop.check()
+        trainer.context.stop.check()
         began = time.perf_counter()
         state = {**trainer.constants, **trainer.state.state_dict(), "iters": number, "epoch": 0, "sampler_state": {}}
         store.save(state, number, "", val_top1=None)
