@@ -331,7 +331,7 @@ def test_the_same_command_again_continues_what_it_began(
         (["--model", "shufflenet_v2_x0_5", "--scales", SCALES], 2, "shufflenet_v2_x0_5 has no scales to choose"),
         (["--model", "shufflenet_oneshot", "--choices", "1,2"], 2, "choices: there are 2, not 20"),
         (["--model", "shufflenet_oneshot", "--scales", "x"], 2, "--scales (=x) must be numbers"),
-        (["--mean-image", "mean.npy"], 2, "is for shufflenet_v2_large; shufflenet_v2_x0_5 has no use"),
+        (["--mean-image", "mean.npy"], 2, "is for shufflenet_v2_large; shufflenet_v2_x0_5 does not use one"),
         (["--model", "shufflenet_v2_large", "--mean-image", "x.npy"], 1, "the mean image 'x.npy' does not exist"),
         (["--model", "shufflenet_v2_large", "--mean-image", "x.png"], 2, "must end in .npy, or .xml"),
     ],

@@ -64,8 +64,8 @@ class Item(NamedTuple):
     image_CHW: Tensor | None
     """uint8."""
     label: int
-    index: int
-    """In the listing."""
+    position: int
+    """Index in the listing."""
     shift_C: Tensor | None
     bad: tuple[BadImage, ...]
 
@@ -123,7 +123,7 @@ def collate(items: list[Item]) -> Batch:
     bad = tuple(entry for item in items for entry in item.bad)
     images_HWC = [item.image_CHW.permute(1, 2, 0) for item in items if item.image_CHW is not None]
     labels = [item.label for item in items if item.image_CHW is not None]
-    indices = [item.index for item in items if item.image_CHW is not None]
+    indices = [item.position for item in items if item.image_CHW is not None]
     shifts = [item.shift_C for item in items if item.shift_C is not None]
     images_NHWC = default_collate(images_HWC) if images_HWC else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
     return Batch(

@@ -1,4 +1,4 @@
-"""The networks: one table of variants, `create_model` to build one, `list_models` to name them all."""
+"""The catalog of networks: a table of variants, `create_model` and `list_models`."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MOST_CLASSES = 1_000_000
-"""A classifier of so many takes gigabytes; more is a slip of the keyboard."""
+"""The most classes: such a classifier takes gigabytes, and more is a typing error."""
 
 FAMILIES = {
     "v1": "shufflenet_v1",
@@ -25,17 +25,17 @@ FAMILIES = {
     "exlarge": "shufflenet_v2_exlarge",
     "torchvision": "torchvision_v2",
 }
-"""Family -> the module here whose `build(name, num_classes, **options)` makes its networks."""
+"""Family -> the module of this package whose `build(name, num_classes, **options)` builds its networks."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: what a network costs, and what was published about it."""
+    """A row of the table: a network's cost and published results."""
 
     name: str
     family: str
     parameters: int
-    """With 1,000 classes; a test counts them."""
+    """Number of parameters with 1,000 classes; a test counts them."""
     macs: int
     """Multiply-accumulates for one image of 224x224 pixels; a test counts them."""
     top1_error: float
@@ -45,10 +45,10 @@ class Variant:
     preprocess: str = "bgr255"
     """The mode of `shufflenet_mlflow.data.preprocess` that the released weights expect."""
     options: tuple[str, ...] = ()
-    """Further arguments of `build`."""
+    """Names of further arguments of `build`."""
 
     def build(self, num_classes: int, **options: Any) -> "nn.Module":
-        """The network, freshly initialised. Only here torch is imported: the table is read by who must not wait."""
+        """Build the network with freshly drawn weights. Only this imports torch, so that the table is quick to read."""
         model: nn.Module = import_module(f"{__package__}.{FAMILIES[self.family]}").build(
             self.name, num_classes, **options
         )
@@ -92,15 +92,15 @@ VARIANTS: dict[str, Variant] = {
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` takes, in the table's order."""
+    """Return the names that `create_model` takes, in the table's order."""
     return list(VARIANTS)
 
 
 def get_variant(name: str) -> Variant:
-    """The table's row for `name`.
+    """Return the table's row for `name`.
 
     Raises:
-        ModelError: no such network; the message suggests the nearest names.
+        ModelError: there is no such network; the message suggests similar names.
     """
     try:
         return VARIANTS[name]
@@ -111,7 +111,7 @@ def get_variant(name: str) -> Variant:
 
 
 def _spelled_as_here(name: str) -> str:
-    """A name in the release's spelling, such as `ShuffleNetV2.1.0x`, in that of the table."""
+    """Convert the release's spelling, such as `ShuffleNetV2.1.0x`, to the table's."""
     name = name.lower().replace("shufflenetv", "shufflenet_v")
     return re.sub(r"[._+-]*(\d)\.(\d)x", r"_x\1_\2", name)
 
@@ -124,7 +124,7 @@ def create_model(
     scales: Sequence[float] | None = None,
     pretrained: bool = False,
 ) -> "nn.Module":
-    """Build the network `name` with freshly drawn, or with published, weights.
+    """Build the network `name` with freshly drawn or published weights.
 
     The network maps (N, 3, H, W) float images, H and W multiples of 32, to (N, num_classes) logits; Large and ExLarge
     return four such logits in training mode, the main ones first. The original release's weights fit it key for key.
@@ -135,13 +135,13 @@ def create_model(
         choices: `shufflenet_oneshot` only: for each of its 20 units 0, 1, 2 (kernels of 3, 5, 7) or 3 (Xception
             branch); by default the released network's.
         scales: `shufflenet_oneshot` only: for each unit the factor of its inner width, at most 2; by default the
-            released network's, or 1 where only `choices` are given.
+            released network's, or 1 if `choices` are given.
         pretrained: `torchvision/` networks only: load the weights that torchvision publishes, from torch.hub's cache
-            or over the network; a classifier of another width than theirs stays as it was drawn.
+            or over the network; a classifier of another width keeps its initial weights.
 
     Raises:
-        ModelError: no such network, or it does not take these arguments.
-        CheckpointError: the published weights could not be fetched, or cannot be used.
+        ModelError: there is no such network, or it does not take these arguments.
+        CheckpointError: the published weights could not be downloaded, or cannot be used.
     """
     variant = get_variant(name)
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or not 1 <= num_classes <= MOST_CLASSES:

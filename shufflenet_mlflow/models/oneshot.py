@@ -1,4 +1,4 @@
-"""The network found by Single Path One-Shot search: Guo et al., 2019, arXiv:1904.00420.
+"""ShuffleNetOneShot: the network found by Single Path One-Shot search; Guo et al., 2019, arXiv:1904.00420.
 
 Each of the 20 units has one of four branches (a ShuffleNetV2 branch with a 3x3, 5x5 or 7x7 kernel, or an Xception
 branch) and a searched inner width. Choices and scales are those of the released network unless others are given.
@@ -27,7 +27,7 @@ LAST_WIDTH = 1024
 DROPOUT = 0.1
 
 LARGEST_SCALE = 2.0
-"""The search space ends at 1.6; a number above 2 is an index into it that was taken for a scale."""
+"""The search space ends at 1.6; a larger number is probably an index into it instead of a scale."""
 
 CHOICES = (0, 0, 3, 1, 1, 1, 0, 0, 2, 0, 2, 1, 1, 0, 2, 0, 2, 1, 3, 2)
 SCALES = (1.4, 1.2, 0.8, 1.2, 0.6, 1.4, 0.8, 1.0, 0.6, 1.2, 1.6, 1.2, 1.0, 1.4, 1.6, 1.0, 1.0, 1.2, 1.0, 0.8)
@@ -37,11 +37,11 @@ class ShuffleNetOneShot(nn.Module):
     """(N, 3, H, W) float images -> (N, num_classes) logits; H and W multiples of 32.
 
     Args:
-        choices: per unit, an index into `KERNELS` (3 is the Xception branch).
-        scales: per unit, the inner width over half the unit's width; above 0, at most `LARGEST_SCALE`.
+        choices: for each unit an index into `KERNELS` (3 is the Xception branch).
+        scales: for each unit its inner width over half its width; above 0, at most `LARGEST_SCALE`.
 
     Raises:
-        ModelError: there are not 20 of each, or one cannot be.
+        ModelError: there are not 20 of each, or one is out of range.
     """
 
     def __init__(self, num_classes: int, choices: Sequence[int] = CHOICES, scales: Sequence[float] = SCALES) -> None:
@@ -86,7 +86,7 @@ def check_choices(choices: Sequence[int]) -> None:
 
 
 def check_scales(scales: Sequence[float]) -> None:
-    """Raise ModelError unless `scales` holds 20 factors that leave each unit some width."""
+    """Raise ModelError unless `scales` holds 20 factors up to `LARGEST_SCALE` that leave each unit a channel."""
     if len(scales) != UNITS:
         raise ModelError(f"scales: there are {len(scales)}, not {UNITS}, one per unit", code="scales-count")
     narrowest = STAGE_WIDTHS[0] // 2
@@ -103,10 +103,10 @@ def check_scales(scales: Sequence[float]) -> None:
 def complete(
     choices: Sequence[int] | None, scales: Sequence[float] | None
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Choices and scales with what was not given filled in: the published ones, or, with choices alone, scales of 1.
+    """Return choices and scales with defaults filled in: the published ones, or scales of 1 if choices are given.
 
     Raises:
-        ModelError: there are not 20 of each, or one cannot be.
+        ModelError: there are not 20 of each, or one is out of range.
     """
     if scales is None:
         scales = SCALES if choices is None else (1.0,) * UNITS
@@ -119,8 +119,12 @@ def complete(
 def build(
     name: str, num_classes: int, choices: Sequence[int] | None = None, scales: Sequence[float] | None = None
 ) -> ShuffleNetOneShot:
-    """The released network or another of its search space, freshly initialised; `name` is there for the table's sake.
+    """Build the released network, or another of its search space, with freshly drawn weights.
 
-    Args: as for `complete`.
+    Args:
+        name: not used; all `build` functions take it.
+        num_classes: width of the classifier.
+        choices: as for `complete`.
+        scales: as for `complete`.
     """
     return ShuffleNetOneShot(num_classes, *complete(choices, scales))
