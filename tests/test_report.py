@@ -1,4 +1,4 @@
-"""An evaluation in detail: counted by hand, by the libraries that do the work, and as it is logged."""
+"""An evaluation in detail: counted by hand, and as it is logged."""
 
 import csv
 import io
