@@ -148,8 +148,8 @@ class LoadedModel:
 def label_outputs(names: Mapping[int, str], outputs: int) -> list[str]:
     """Return a distinct label for each of a network's outputs: its class, or else its index."""
     taken = set(names.values())
-    indices = (f"output {index}" if str(index) in taken else str(index) for index in range(outputs))
-    return [names.get(index, label) for index, label in enumerate(indices)]
+    fallbacks = (f"output {index}" if str(index) in taken else str(index) for index in range(outputs))
+    return [names.get(index, label) for index, label in enumerate(fallbacks)]
 
 
 def model_from_payload(

@@ -20,7 +20,7 @@ SPEC_ARGUMENTS = ("choices", "scales")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A network without weights and width of the classifier; specs made by `of` compare equal if the networks are."""
+    """A network's name and arguments, without its number of classes; `of` makes equal specs for equal networks."""
 
     name: str
     choices: Sequence[int] | None = None
