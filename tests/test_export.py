@@ -142,17 +142,17 @@ def test_a_mean_image_is_in_the_program(tmp_path: Path) -> None:
     program = torch.export.load(tmp_path / "net.pt2").module()
     pixels = example_pixels(ours)
     inputs = (pixels.float() - mean).contiguous(memory_format=torch.channels_last)
-    assert torch.equal(program(pixels), ours.model(inputs))
+    assert torch.equal(program(pixels), ours.module(inputs))
 
 
 def test_a_program_that_differs_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = network()
     with pytest.raises(ExportError, match=r"differs from the checkpoint by .* \(> 0.0001\)"):
-        check_equal(ours, lambda pixels: ours.model(pixels.float() * 1.01), "the test's program")
+        check_equal(ours, lambda pixels: ours.module(pixels.float() * 1.01), "the test's program")
     with pytest.raises(ExportError, match="differs"):
-        check_equal(ours, lambda pixels: ours.model(pixels.float()) * float("nan"), "the test's program")
+        check_equal(ours, lambda pixels: ours.module(pixels.float()) * float("nan"), "the test's program")
     other = network()
-    nn.init.ones_(next(other.model.parameters()))
+    nn.init.ones_(next(other.module.parameters()))
     monkeypatch.setitem(files.FORMATS, "pt2", (lambda _, path: files.write_pt2(other, path), files.load_pt2))
     with pytest.raises(ExportError, match="differs"):
         export_file(ours, tmp_path / "net.pt2", "pt2")
@@ -279,7 +279,7 @@ def test_a_classifier_from_files(written: Path) -> None:
     [found] = classifier.classify([io.BytesIO(png())], 2)
     pixels = eval_transform(ours.preprocess)(decode(io.BytesIO(png())))
     with torch.inference_mode():
-        logits = ours.model(ToInput(ours.preprocess, torch.device("cpu"))(pixels[None]))
+        logits = ours.module(ToInput(ours.preprocess, torch.device("cpu"))(pixels[None]))
     assert found == rank(logits, ours.labels, 2)[0]
 
 

@@ -273,7 +273,7 @@ def test_a_file_that_names_its_network_is_believed() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"pretrained": True}, r"the arguments \['pretrained'\], which are not understood"),
+        ({"pretrained": True}, r"the unknown arguments \['pretrained'\]"),
         ({"choices": 5}, "arguments are not lists"),
         ({"choices": [0, 1]}, "choices: there are 2, not 20"),
         ({"scales": ["a"] * 20}, "scales: 'a' is not a factor"),

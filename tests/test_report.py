@@ -1,4 +1,4 @@
-"""An evaluation's report: against values counted by hand, against libraries, and as it is logged."""
+"""An evaluation in detail: counted by hand, and as it is logged."""
 
 import csv
 import io

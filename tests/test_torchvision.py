@@ -245,8 +245,8 @@ def test_a_failed_download_is_one_line(
     monkeypatch.setattr(torch.hub, "urlopen", unreachable)
     result = shufflenet("train", *small_options(images), "--model", X0_5, "--pretrained")
     assert result.exit_code == 1
-    assert f"Error: the published weights of {X0_5} could not be fetched (no route to host); " in result.stderr
-    assert f"put shufflenetv2_x0.5-f707e7126e.pth, fetched elsewhere, into '{hub}'" in result.stderr
+    assert f"Error: the published weights of {X0_5} could not be downloaded (no route to host); " in result.stderr
+    assert f"put a copy of shufflenetv2_x0.5-f707e7126e.pth into '{hub}'" in result.stderr
     assert "Traceback" not in result.output
     assert not Path("models").exists()
 
@@ -284,7 +284,7 @@ def test_downloads_are_verified(
     hub: Path, answer: type[AnyAnswer], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answer, "content", b"something else")
-    with pytest.raises(CheckpointError, match=r"could not be fetched \(invalid hash value"):
+    with pytest.raises(CheckpointError, match=r"could not be downloaded \(invalid hash value"):
         create_model(X0_5, pretrained=True)
     assert not weights_file(X0_5).exists()
     printed = capsys.readouterr()
@@ -298,7 +298,7 @@ def test_a_damaged_cache_is_named(hub: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CorruptCheckpointError, match=r"f707e7126e.pth' is corrupt: .* remove the file to fetch"):
+    with pytest.raises(CorruptCheckpointError, match=r"f707e7126e.pth' is corrupt: .* remove the file to download"):
         create_model(X0_5, pretrained=True)
 
 
@@ -315,12 +315,12 @@ def test_a_cache_that_is_not_what_is_published_is_mentioned(hub: Path, caplog: p
 def test_a_cache_without_weights_is_named(content: object, hub: Path) -> None:
     place_weights(hub)
     torch.save(content, weights_file(X0_5))
-    with pytest.raises(CheckpointError, match="remove the file to fetch it anew"):
+    with pytest.raises(CheckpointError, match="remove the file to download it again"):
         create_model(X0_5, pretrained=True)
 
 
 def test_other_networks_have_no_published_weights_to_fetch(images: Path, shufflenet: Invoke) -> None:
-    with pytest.raises(ModelError, match="no published weights of shufflenet_v2_x0_5 to fetch"):
+    with pytest.raises(ModelError, match="no published weights of shufflenet_v2_x0_5 to download"):
         create_model("shufflenet_v2_x0_5", pretrained=True)
     result = shufflenet("train", *small_options(images), "--model", "shufflenet_v2_x0_5", "--pretrained")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

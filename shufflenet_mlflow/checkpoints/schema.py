@@ -31,7 +31,7 @@ _REQUIRED: dict[str, tuple[type, ...]] = {
     "preprocess": (dict,),  # see `Preprocess.to_dict`
     "class_to_idx": (dict,),  # class name -> label
     "config": (dict,),  # the `TrainConfig`
-    "data": (dict,),  # the training and validation sets
+    "data": (dict,),  # {"train_digest": str, "val_digest": str}
     "run_id": (str, _NONE),  # the MLflow run
 }
 """The entries that a checkpoint needs to be resumed from."""
@@ -39,7 +39,7 @@ _REQUIRED: dict[str, tuple[type, ...]] = {
 _OPTIONAL: dict[str, tuple[type, ...]] = {
     EMA_STATE_DICT: (dict,),
     "scaler_state_dict": (dict,),  # of the loss scaler, with --amp fp16
-    "environment": (dict,),  # versions of Python, PyTorch and others
+    "environment": (dict,),  # versions of libraries, device, threads, processes
 }
 """Further entries. Only for the reader, and unchecked: `sampler_state`, `created_at`."""
 
@@ -72,9 +72,9 @@ def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: s
         )
     if missing := [key for key in needed if key not in payload]:
         listed = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
-        way_out = "; --init-from starts a training run from its weights" if STATE_DICT in payload else ""
+        hint = "; --init-from starts a training run from its weights" if STATE_DICT in payload else ""
         raise CheckpointError(
-            f"{source} was not written by this project's training: it lacks {listed}{way_out}", code="entries-missing"
+            f"{source} was not written by this project's training: it lacks {listed}{hint}", code="entries-missing"
         )
     for key, types in {**_REQUIRED, **_OPTIONAL}.items():
         if key in payload and not _is(payload[key], types):

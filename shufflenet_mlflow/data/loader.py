@@ -65,7 +65,7 @@ class Item(NamedTuple):
     """uint8."""
     label: int
     position: int
-    """In the listing."""
+    """Index in the listing."""
     shift_C: Tensor | None
     bad: tuple[BadImage, ...]
 

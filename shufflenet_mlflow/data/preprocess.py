@@ -1,7 +1,7 @@
 """Preprocessing: from a decoded image to a network's input.
 
-It has two steps. On the CPU an image becomes a uint8 tensor of the right size and channel order, which is what goes
-from process to process and to the device. On the device it becomes float and is normalised.
+It has two steps. On the CPU an image becomes a uint8 tensor of the right size and channel order, which is sent between
+processes and to the device. On the device it becomes float and is normalised.
 
 The `bgr255` modes follow the original ShuffleNet release: BGR, 0-255; for evaluation the shorter side is resized to 256
 (at 224 px input) with OpenCV's INTER_LINEAR and the centre is cropped. The `rgb` modes are those of torchvision's

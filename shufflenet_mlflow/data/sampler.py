@@ -52,9 +52,9 @@ class SampleOrder:
 
     def __post_init__(self) -> None:
         if self.num_samples < self.batch_size:
-            way_out = f"use --batch-size {self.num_samples} or less" if self.num_samples > 1 else "add images"
+            remedy = f"use --batch-size {self.num_samples} or less" if self.num_samples > 1 else "add images"
             raise DataError(
-                f"the training set has {self.num_samples} images, fewer than one batch of {self.batch_size}; {way_out}",
+                f"the training set has {self.num_samples} images, fewer than one batch of {self.batch_size}; {remedy}",
                 code="too-few-images",
             )
 

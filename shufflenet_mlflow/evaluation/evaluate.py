@@ -1,4 +1,4 @@
-"""One full pass over a set of images."""
+"""Evaluation: one full pass over a data set."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ class EvalResult:
 
     top1: float
     top5: float
-    """Equal to 1 with five classes or fewer."""
+    """1 with five classes or fewer."""
     loss: float
     n: int
     skipped: int
-    """Unreadable files that were left out."""
+    """Number of unreadable files, which are not among the `n`."""
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How images reach the network; none of it changes a result but for rounding."""
+    """How images are loaded and where the network runs; results do not depend on it, up to rounding."""
 
     batch_size: int
     workers: int
@@ -50,16 +50,18 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate `model`, which is on `settings.device`, on every image of `listing`, once.
 
-    The model stays as it is: a copy does the work, in evaluation mode and with batch normalisation folded into its
-    convolutions. Every image counts the same, whatever the size of the last batch.
+    The model is unchanged: a copy of it is evaluated, with batch normalisation fused into the convolutions. Every image
+    has the same weight, whatever the size of the last batch.
 
     Args:
+        bad_images: decides whether unreadable files are skipped.
         context: its processes share the work; each gets the same result.
-        observe: is given each of this process's batches with its logits (N, classes).
+        observe: called with each of this process's batches and its logits (N, num_classes).
 
     Raises:
         StopRequested: a signal arrived.
-        DataError: a file could not be read and is not to be skipped, or none could be read.
+        BadImageError: a file could not be read and is not to be skipped.
+        DataError: no file could be read, or a worker died.
     """
     world, reporter = context.world, context.reporter
     dataset = ImageDataset(listing, eval_transform(preprocess), replace_bad=False)
@@ -72,7 +74,7 @@ def evaluate(
     correct = torch.zeros(2, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), device=device)
     n = skipped = 0
-    network = fuse_bn(model)
+    fused = fuse_bn(model)
 
     def fetch() -> Batch | None:
         batch = next(fetched, None)
@@ -87,7 +89,7 @@ def evaluate(
                 size = len(batch.labels_N)
                 if size:
                     labels = batch.labels_N.to(device, non_blocking=True)
-                    logits = network(to_input(batch.images_NCHW))
+                    logits = fused(to_input(batch.images_NCHW))
                     correct += torch.stack(count_correct(logits, labels))
                     loss_sum += loss_function(logits, labels) * size
                     n += size

@@ -1,12 +1,12 @@
-"""Counts of right answers."""
+"""Counts of top-1 and top-5 correct predictions."""
 
 from torch import Tensor
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """How many labels are among the highest one, and the highest five, logits.
+    """Count the labels that are the highest logit, and those among the highest five.
 
-    With fewer than five classes the second counts all of them.
+    With fewer than five classes all labels are among them.
 
     Args:
         logits: (N, num_classes).

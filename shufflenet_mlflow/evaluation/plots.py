@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: confusions, classes, calibration, mistakes."""
+"""Figures of an evaluation: confusion matrix, classes, calibration, mistakes."""
 
 import warnings
 from collections.abc import Callable
@@ -14,34 +14,34 @@ from shufflenet_mlflow.data.decode import UnreadableImageError, decode
 from shufflenet_mlflow.evaluation.report import CALIBRATION_BINS, Report
 
 MOST_NUMBERS = 20
-"""Up to so many classes the confusion matrix shows its counts."""
+"""The most classes for which the confusion matrix shows its counts."""
 
 MOST_NAMES = 60
-"""Up to so many classes are named along an axis."""
+"""The most classes that are named along an axis."""
 
 GALLERY = 24
-"""Mistakes in the gallery."""
+"""Number of mistakes to show."""
 
 _COLUMNS = 6
 _INK, _BLUE, _GREY = "#1b1f24", "#2f6fb2", "#c9d1d9"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty picture of that size in inches, which belongs to no window."""
+    """Return an empty figure, its size in inches, that belongs to no window."""
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def confusion_figure(report: Report) -> Figure:
-    """Images by true and predicted class, each row as parts of its class."""
+    """Draw the confusion matrix, each row as fractions of its class."""
     counts_CC, classes = report.confusion_CC, report.classes
     size = min(14.0, max(4.5, 0.32 * len(classes) + 2.5))
     figure = new_figure(size + 0.8, size)
     axes = figure.subplots()
-    parts_CC = counts_CC / np.maximum(1, counts_CC.sum(1, keepdims=True))
-    picture = axes.imshow(parts_CC, vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(picture, ax=axes, label="part of the true class", shrink=0.8)
+    fractions_CC = counts_CC / np.maximum(1, counts_CC.sum(1, keepdims=True))
+    image = axes.imshow(fractions_CC, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=axes, label="fraction of the true class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
     if len(classes) <= MOST_NAMES:
         axes.set_xticks(range(len(classes)), [_short(name) for name in classes], rotation=90)
@@ -49,13 +49,13 @@ def confusion_figure(report: Report) -> Figure:
     if len(classes) <= MOST_NUMBERS:
         for (row, column), count in np.ndenumerate(counts_CC):
             if count:
-                ink = "white" if parts_CC[row, column] > 0.5 else _INK
-                axes.text(column, row, str(count), ha="center", va="center", color=ink, fontsize=8)
+                color = "white" if fractions_CC[row, column] > 0.5 else _INK
+                axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
     return figure
 
 
 def classes_figure(report: Report) -> Figure:
-    """Accuracy by class, the lowest first; of very many classes the lowest only."""
+    """Draw the accuracy of the `MOST_NAMES` classes with the lowest, lowest first."""
     rows = [row for row in report.class_rows() if row.accuracy is not None]
     rows.sort(key=lambda row: row.accuracy or 0.0)
     shown = rows[:MOST_NAMES]
@@ -69,7 +69,7 @@ def classes_figure(report: Report) -> Figure:
 
 
 def calibration_figure(report: Report) -> Figure:
-    """Accuracy against the probability that announced it, and how many images stand behind each point."""
+    """Draw the accuracy by predicted probability, and the number of images in each bin."""
     bins = report.calibration_bins()
     figure = new_figure(5.0, 5.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -88,37 +88,37 @@ def calibration_figure(report: Report) -> Figure:
 
 
 def mistakes_figure(report: Report, root: Path) -> Figure:
-    """The images below `root` that were taken for something else with the highest probability."""
-    places = report.worst_mistakes(GALLERY)
-    rows = max(1, -(-len(places) // _COLUMNS))
+    """Draw the images below `root` that were misclassified with the highest probability."""
+    mistakes = report.worst_mistakes(GALLERY)
+    rows = max(1, -(-len(mistakes) // _COLUMNS))
     figure = new_figure(1.7 * _COLUMNS, 2.0 * rows + 0.4)
-    figure.suptitle(f"Most confident mistakes ({len(places)} of {int((~report.outcomes.is_correct).sum())})")
+    figure.suptitle(f"Most confident mistakes ({len(mistakes)} of {int((~report.outcomes.is_correct).sum())})")
     grid = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
     for axes in grid:
         axes.axis("off")
-    for axes, place in zip(grid, places, strict=False):
+    for axes, index in zip(grid, mistakes, strict=False):
         try:
-            image = Image.fromarray(decode(str(root / report.outcomes.paths[place])))
-        except UnreadableImageError:  # it has gone since
+            image = Image.fromarray(decode(str(root / report.outcomes.paths[index])))
+        except UnreadableImageError:  # the file is gone
             continue
         image.thumbnail((192, 192))
         axes.imshow(image)
-        true = report.classes[report.outcomes.labels_N[place]]
-        taken = report.classes[report.outcomes.predicted_N[place]]
-        title = f"{_short(true, 20)}\n→ {_short(taken, 16)} {report.outcomes.probability_N[place]:.2f}"
+        true = report.classes[report.outcomes.labels_N[index]]
+        predicted = report.classes[report.outcomes.predicted_N[index]]
+        title = f"{_short(true, 20)}\n→ {_short(predicted, 16)} {report.outcomes.probability_N[index]:.2f}"
         axes.set_title(title, fontsize=8)
     return figure
 
 
 def write_figure(figure: Figure, target: "Path | TextIO", form: str = "png") -> None:
-    """Write a figure; letters that the font does not have are drawn as boxes, without a word about each."""
+    """Write a figure, without matplotlib's warnings about glyphs that the font lacks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(target, format=form)
 
 
 def figures_of(report: Report, root: Path) -> dict[str, Callable[[], Figure]]:
-    """File name -> what draws it."""
+    """Return file name -> function that draws the figure."""
     confusion = {"confusion.png": lambda: confusion_figure(report)} if report.has_matrix else {}
     return {
         **confusion,
@@ -129,6 +129,6 @@ def figures_of(report: Report, root: Path) -> dict[str, Callable[[], Figure]]:
 
 
 def _short(name: str, most: int = 24) -> str:
-    """A name that fits, on one line; `$` would begin a formula, and what is no text cannot be drawn."""
-    cut = name if len(name) <= most else f"{name[: most - 1]}…"
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in cut).replace("$", r"\$")
+    """Shorten a name to `most` characters and replace unprintable ones; `$`, which starts a formula, is escaped."""
+    short = name if len(name) <= most else f"{name[: most - 1]}…"
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in short).replace("$", r"\$")

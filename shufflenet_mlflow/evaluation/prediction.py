@@ -1,4 +1,4 @@
-"""Labels for images that nobody has sorted into classes."""
+"""Prediction of labels for unlabelled images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from shufflenet_mlflow.runtime.devices import move_model
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network takes one image for."""
+    """The predicted labels of one image."""
 
     path: str
     top: tuple[tuple[str, float], ...]
@@ -34,11 +34,11 @@ class Prediction:
 
     @property
     def probability(self) -> float:
-        """Of `label`."""
+        """Probability of `label`, in 0..1."""
         return self.top[0][1]
 
     def to_dict(self) -> dict[str, Any]:
-        """One entry of `predict --json`."""
+        """Return the image's entry in the output of `predict --json`."""
         return {
             "path": self.path,
             "label": self.label,
@@ -48,7 +48,7 @@ class Prediction:
 
 
 class PictureDataset(Dataset[Item]):
-    """Pictures through a transform that draws nothing."""
+    """Pictures, decoded and transformed; its keys are (epoch, index), of which the epoch is ignored."""
 
     def __init__(self, pictures: Pictures, transform: Transform) -> None:
         self.pictures, self.transform = pictures, transform
@@ -73,14 +73,16 @@ def predict(
     bad_images: BadImageLog,
     context: JobContext,
 ) -> Iterator[list[Prediction]]:
-    """What `network` takes the pictures for, in their order, a batch at a time.
+    """Yield the predictions for `pictures`, in order, a batch at a time; unreadable pictures are left out.
 
     Args:
-        top: how many labels each one gets.
+        top: number of labels per picture.
+        bad_images: decides whether unreadable pictures are skipped.
 
     Raises:
         StopRequested: a signal arrived.
-        BadImageError: one could not be read and is not to be skipped.
+        BadImageError: a picture could not be read and is not to be skipped.
+        DataError: a worker died.
     """
     dataset = PictureDataset(pictures, eval_transform(network.preprocess))
     batches = EvalBatches(len(pictures), settings.batch_size)
@@ -96,7 +98,5 @@ def predict(
                 with torch.inference_mode():
                     ranked = rank(model(to_input(batch.images_NCHW)), labels, top)
                 indices = batch.indices_N.tolist()
-                yield [
-                    Prediction(pictures.path(number), tuple(row)) for number, row in zip(indices, ranked, strict=True)
-                ]
+                yield [Prediction(pictures.path(index), tuple(row)) for index, row in zip(indices, ranked, strict=True)]
             phase.advance()

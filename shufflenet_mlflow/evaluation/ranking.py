@@ -1,6 +1,6 @@
-"""Labels with their probabilities.
+"""The most probable labels from a network's logits.
 
-Logged models carry a copy of this file (`export.bundle`): nothing of the package is imported.
+Logged models carry a copy of this module (`export.bundle`), so it imports nothing of the package.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Ranked = list[tuple[str, float]]
 
 
 def rank(logits_NC: Tensor, labels: Sequence[str], top: int = 1) -> list[Ranked]:
-    """The `top` most probable labels of each row; of equal ones the first."""
+    """Return the `top` most probable labels of each row of `logits_NC`; equal ones in the order of `labels`."""
     probabilities_NC = torch.softmax(logits_NC.float(), 1).cpu()
     order_NC = torch.argsort(probabilities_NC, dim=1, descending=True, stable=True)[:, :top]
     rows = zip(order_NC.tolist(), probabilities_NC.gather(1, order_NC).tolist(), strict=True)

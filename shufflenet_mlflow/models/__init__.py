@@ -1,1 +1,1 @@
-"""The networks of the ShuffleNet series, and what describes one."""
+"""The networks of the ShuffleNet series: their catalog, building blocks and specs, and loading from checkpoints."""

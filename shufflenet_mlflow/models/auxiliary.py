@@ -1,15 +1,15 @@
-"""What Large and ExLarge share: heads that help training, and channel gates made of linear layers."""
+"""Shared parts of Large and ExLarge: auxiliary heads for training, and channel gates of linear layers."""
 
 from torch import Tensor, nn
 
 from shufflenet_mlflow.models.blocks import BN_EPS, named_conv_bn
 
 Logits = Tensor | tuple[Tensor, ...]
-"""Of a network with auxiliary heads: in training the main logits, then those of the heads."""
+"""(N, num_classes) logits; of a network with auxiliary heads in training mode the main logits, then the heads'."""
 
 
 def stem(widths: tuple[int, ...], *, eps: float = BN_EPS) -> nn.Sequential:
-    """3x3 convolutions of which the first strides: (N, 3, H, W) -> (N, widths[-1], H / 2, W / 2)."""
+    """Return 3x3 convolutions, the first with stride 2: (N, 3, H, W) -> (N, widths[-1], H / 2, W / 2)."""
     inputs = (3, *widths)
     return nn.Sequential(
         *(named_conv_bn(inputs[i], width, 3, stride=1 if i else 2, eps=eps) for i, width in enumerate(widths))
@@ -17,7 +17,7 @@ def stem(widths: tuple[int, ...], *, eps: float = BN_EPS) -> nn.Sequential:
 
 
 def gate(x_NCHW: Tensor, block: nn.Module) -> Tensor:
-    """Each channel times what `block`, (N, C) -> (N, C), makes of all channels' means."""
+    """Multiply each channel by its gate: `block`, (N, C) -> (N, C), of the channels' means."""
     gates_NC: Tensor = block(x_NCHW.mean((2, 3)))
     return x_NCHW * gates_NC[:, :, None, None]
 
@@ -41,7 +41,7 @@ class AuxiliaryHead(nn.Module):
 
 
 class DeeplySupervised(nn.Module):
-    """The frame of both networks; their constructors fill in its members.
+    """Base class of both networks, whose constructors set its members.
 
     Shapes:
         (N, 3, H, W) float images -> (N, num_classes) logits; H and W multiples of 32. In training mode it returns
@@ -51,13 +51,13 @@ class DeeplySupervised(nn.Module):
     first_conv: nn.Sequential
     maxpool: nn.MaxPool2d
     features: nn.Sequential
-    """Four stages; the heads look at the first three."""
+    """Four stages; the auxiliary heads take the outputs of the first three."""
     predict_56: AuxiliaryHead
     predict_28: AuxiliaryHead
     predict_14: AuxiliaryHead
 
     def classify(self, x_NCHW: Tensor) -> Tensor:
-        """From the last stage's features to the main logits."""
+        """Return the main logits from the last stage's features."""
         raise NotImplementedError
 
     def forward(self, x_NCHW: Tensor) -> Logits:

@@ -1,4 +1,4 @@
-"""Pieces that several families of the series share.
+"""Building blocks that several families of the series share.
 
 Shape letters: N batch, C channels, H height, W width.
 """
@@ -16,21 +16,21 @@ from shufflenet_mlflow.models.shuffling import split_even_odd
 BN_EPS = 1e-5
 
 KERNELS = (3, 5, 7, 3)
-"""Of the branches that a search chooses between."""
+"""Depthwise kernel of each branch that architecture search chooses from."""
 XCEPTION = 3
-"""The choice that means the Xception branch; the others index `KERNELS`."""
+"""Index of the Xception branch in `KERNELS`; the others are ShuffleNetV2 branches."""
 
 
 def relu() -> nn.Module:
-    """The activation of most networks of the series."""
+    """Return the activation of most networks of the series."""
     return nn.ReLU(inplace=True)
 
 
 def conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """A bias-free convolution with padding `kernel // 2`, followed by batch normalisation.
+    """Return a bias-free convolution with padding `kernel // 2`, and batch normalisation.
 
-    Returns a list, so that the callers' `nn.Sequential` numbers its members as the original
-    release does: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)).
+    (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride)). They come as a list, so that the
+    callers' `nn.Sequential` numbers its members as the original release does.
     """
     return [
         nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
@@ -46,7 +46,7 @@ def conv_bn_act(
     groups: int = 1,
     activation: Callable[[], nn.Module] = relu,
 ) -> list[nn.Module]:
-    """`conv_bn` with an activation behind it."""
+    """Return `conv_bn` followed by an activation."""
     return [*conv_bn(in_channels, out_channels, kernel, stride, groups), activation()]
 
 
@@ -61,12 +61,12 @@ def named_conv_bn(
     eps: float = BN_EPS,
     activate: bool = True,
 ) -> nn.Sequential:
-    """Convolution, batch normalisation and ReLU under the names `conv`, `bn` and `relu`.
+    """Return convolution, batch normalisation and ReLU under the names `conv`, `bn` and `relu`.
 
-    The later networks of the release call their members so; shapes as for `conv_bn`.
+    These are the names in the release's later networks; shapes as for `conv_bn`.
 
     Args:
-        activate: put the ReLU behind it.
+        activate: append the ReLU.
     """
     members: dict[str, nn.Module] = {
         "conv": nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias),
@@ -78,18 +78,18 @@ def named_conv_bn(
 
 
 def named(members: dict[str, nn.Module]) -> nn.Sequential:
-    """`nn.Sequential` whose members have names instead of numbers."""
+    """Return an `nn.Sequential` whose members have names instead of numbers."""
     return nn.Sequential(OrderedDict(members))
 
 
 @dataclass(frozen=True)
 class UnitSpec:
-    """Where a unit stands in a network whose every stage begins by halving the image."""
+    """Position and widths of a unit, in a network whose stages begin with a unit of stride 2."""
 
     stage: int
-    """From 0."""
+    """Index of the stage."""
     index: int
-    """Within the stage, from 0."""
+    """Index within the stage."""
     in_channels: int
     out_channels: int
 
@@ -100,12 +100,12 @@ class UnitSpec:
 
 
 def unit_specs(in_channels: int, widths: Sequence[int], repeats: Sequence[int]) -> Iterator[UnitSpec]:
-    """The units of consecutive stages, in order.
+    """Yield the specs of the units of consecutive stages, in order.
 
     Args:
-        in_channels: what the first stage is given.
-        widths: channels that each stage yields.
-        repeats: units in each stage.
+        in_channels: input channels of the first stage.
+        widths: output channels of each stage.
+        repeats: number of units in each stage.
     """
     for stage, (width, count) in enumerate(zip(widths, repeats, strict=True)):
         for index in range(count):
@@ -121,7 +121,7 @@ def shuffle_branch(
     stride: int,
     activation: Callable[[], nn.Module] = relu,
 ) -> nn.Sequential:
-    """The ShuffleNetV2 branch: 1x1, depthwise `kernel` x `kernel`, 1x1 (arXiv:1807.11164, fig. 3).
+    """Return the ShuffleNetV2 branch: 1x1, depthwise `kernel` x `kernel`, 1x1 (arXiv:1807.11164, fig. 3).
 
     (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride).
     """
@@ -139,7 +139,7 @@ def xception_branch(
     stride: int,
     activation: Callable[[], nn.Module] = relu,
 ) -> nn.Sequential:
-    """Three depthwise-separable 3x3 convolutions; only the first strides (arXiv:1904.00420, sec. 4).
+    """Return three depthwise-separable 3x3 convolutions, the first with `stride` (arXiv:1904.00420, sec. 4).
 
     (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride).
     """
@@ -154,7 +154,7 @@ def xception_branch(
 
 
 def projection(channels: int, kernel: int, activation: Callable[[], nn.Module] = relu) -> nn.Sequential:
-    """The shortcut of a unit that halves the image: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
+    """Return the shortcut of a unit of stride 2: (N, C, H, W) -> (N, C, H / 2, W / 2)."""
     return nn.Sequential(
         *conv_bn(channels, channels, kernel, stride=2, groups=channels),
         *conv_bn_act(channels, channels, 1, activation=activation),
@@ -162,11 +162,11 @@ def projection(channels: int, kernel: int, activation: Callable[[], nn.Module] =
 
 
 def require_splittable(in_channels: int, out_channels: int) -> None:
-    """Check the widths of a unit that passes half of its channels on.
+    """Check the widths of a unit of stride 1, which passes half of its channels through.
 
     Raises:
-        ModelError: they differ, or are not divisible by 4: it is split in two halves whose parity must continue
-            into the next unit.
+        ModelError: they differ, or are not divisible by 4: each half must itself split into even and odd channels in
+            the next unit.
     """
     if in_channels != out_channels or in_channels % 4:
         raise ModelError(
@@ -179,18 +179,18 @@ def require_splittable(in_channels: int, out_channels: int) -> None:
 class ShuffleUnit(nn.Module):
     """One unit of V2, V2+ and OneShot.
 
-    With stride 1, `in_channels` must equal `out_channels`: the even channels pass, the odd ones go
-    through the branch. With stride 2 the whole input goes through the branch and the projection.
+    With stride 1 the even channels pass through, and the odd ones go through the branch. With stride 2 all channels go
+    through both the branch and the projection.
 
     Shapes:
         (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)
 
     Args:
         mid_channels: width inside the branch.
-        kernel: 3, 5 or 7, of the depthwise convolution (the Xception branch always has 3).
+        kernel: of the depthwise convolution: 3, 5 or 7 (the Xception branch always has 3).
         xception: use the Xception branch.
-        activation: makes each of its activations.
-        squeeze: gates the branch's output, (N, C, H, W) -> the same, C being what the branch adds to the output.
+        activation: makes an activation.
+        squeeze: makes a gate of C channels for the branch's output, (N, C, H, W) -> (N, C, H, W).
 
     Raises:
         ModelError: the widths do not suit a unit of stride 1; see `require_splittable`.
@@ -234,17 +234,17 @@ class ShuffleUnit(nn.Module):
 def initialise(model: nn.Module, *, small: tuple[str, ...] = ("first",)) -> None:
     """Draw the initial weights as the original release does (its networks' `_initialize_weights`).
 
-    Convolutions are N(0, 1 / weight.shape[1]), linear layers N(0, 0.01), biases 0; batch normalisation starts at
-    weight 1, bias 1e-4.
+    Weights of convolutions have mean 0 and standard deviation 1 / weight.shape[1], those of linear layers 0.01; biases
+    are 0. Batch normalisation starts at weight 1, bias 1e-4.
 
     Args:
-        small: convolutions whose path contains one of these words are N(0, 0.01) instead.
+        small: convolutions whose names contain one of these words have standard deviation 0.01 instead.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
-        return  # there is nothing to draw, and for finding that out PyTorch imports its compiler, which takes 2 s
+        return  # nothing to draw; PyTorch would import its compiler for it, which takes 2 s
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            std = 0.01 if any(word in name for word in small) else 1.0 / module.weight.shape[1]
+            std = 0.01 if any(word in name for word in small) else 1 / module.weight.shape[1]
             nn.init.normal_(module.weight, 0, std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

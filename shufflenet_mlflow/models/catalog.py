@@ -1,4 +1,4 @@
-"""The networks: one table of variants, `create_model` to build one, `list_models` to name them all."""
+"""The catalog of networks: a table of variants, `create_model` and `list_models`."""
 
 import difflib
 import re
@@ -28,17 +28,17 @@ FAMILIES = {
     "exlarge": "shufflenet_v2_exlarge",
     "torchvision": "torchvision_v2",
 }
-"""Family -> the module here whose `build(name, num_classes, **options)` makes its networks."""
+"""Family -> the module of this package whose `build(name, num_classes, **options)` builds its networks."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: a network's cost and its published results."""
+    """A row of the table: a network's cost and published results."""
 
     name: str
     family: str
     parameters: int
-    """With 1,000 classes; a test counts them."""
+    """Number of parameters with 1,000 classes; a test counts them."""
     macs: int
     """Multiply-accumulates for one image of 224x224 pixels; a test counts them."""
     top1_error: float
@@ -48,10 +48,10 @@ class Variant:
     preprocess: str = "bgr255"
     """The mode of `shufflenet_mlflow.data.preprocess` that the released weights expect."""
     options: tuple[str, ...] = ()
-    """Further arguments of `build`."""
+    """Names of further arguments of `build`."""
 
     def build(self, num_classes: int, **options: Any) -> "nn.Module":
-        """Build the network with random weights. Torch is imported here, so that reading the table is fast."""
+        """Build the network with random weights. Only this imports torch, so that reading the table is fast."""
         model: nn.Module = import_module(f"{__package__}.{FAMILIES[self.family]}").build(
             self.name, num_classes, **options
         )
@@ -103,7 +103,7 @@ def get_variant(name: str) -> Variant:
     """Return the table's row for `name`.
 
     Raises:
-        ModelError: no such network; the message suggests the nearest names.
+        ModelError: there is no such network; the message suggests similar names.
     """
     try:
         return VARIANTS[name]
@@ -204,13 +204,13 @@ def create_model(
         choices: `shufflenet_oneshot` only: for each of its 20 units 0, 1, 2 (kernels of 3, 5, 7) or 3 (Xception
             branch); by default the released network's.
         scales: `shufflenet_oneshot` only: for each unit the factor of its inner width, at most 2; by default the
-            released network's, or 1 where only `choices` are given.
+            released network's, or 1 if `choices` are given.
         pretrained: `torchvision/` networks only: load the weights that torchvision publishes, from torch.hub's cache
             or over the network; a classifier of another width keeps its random weights.
 
     Raises:
-        ModelError: no such network, or it does not take these arguments.
-        CheckpointError: the published weights could not be fetched, or cannot be used.
+        ModelError: there is no such network, or it does not take these arguments.
+        CheckpointError: the published weights could not be downloaded, or cannot be used.
     """
     variant = get_variant(name)
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or not 1 <= num_classes <= MOST_CLASSES:

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, and multiply-accumulates of one image."""
+"""The cost of a network: parameters, and multiply-accumulates for one image."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,18 +12,21 @@ from shufflenet_mlflow.models.catalog import create_model
 
 @dataclass(frozen=True)
 class Cost:
-    """Size and work of a network."""
+    """Size of a network, and work for one image."""
 
     parameters: int
-    """How many numbers training adjusts."""
+    """Number of parameters."""
     macs: int
-    """Multiply-accumulates of convolutions and linear layers for one image, in evaluation."""
+    """Multiply-accumulates of convolutions and linear layers for one image, in evaluation mode."""
 
 
 def model_cost(name: str, num_classes: int = 1000, input_size: int = 224, **options: Any) -> Cost:
-    """Count on the meta device, once per process: shapes are followed, nothing is allocated or computed.
+    """Count a network's cost on the meta device, where nothing is allocated or computed; results are cached.
 
     Args:
+        name: as for `create_model`.
+        num_classes: width of the classifier.
+        input_size: height and width of the image.
         options: further arguments of `create_model`; each is a list of numbers, or None.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Backbones found by DetNAS for object detectors: Chen et al., 2019, arXiv:1903.10979.
+"""DetNAS: backbones searched for object detectors; Chen et al., 2019, arXiv:1903.10979.
 
-Units as in OneShot without searched widths, but for where the activations stand: none behind the last convolution
-of a branch, one behind the whole branch. Members keep the names of the released files.
+The units are OneShot's without searched widths, with one difference in activations: none after the last convolution of
+a branch, but one after the whole branch. Members keep the names of the released files.
 """
 
 import string
@@ -32,9 +32,9 @@ class Backbone:
     """One searched network."""
 
     choices: tuple[int, ...]
-    """Per unit, an index into `KERNELS` (3 is the Xception branch)."""
+    """For each unit an index into `KERNELS` (3 is the Xception branch)."""
     units: tuple[int, int, int, int] = (4, 4, 8, 4)
-    """In each stage."""
+    """Number of units in each stage."""
     first: int = 16
     """Channels of `first_conv`."""
     widths: tuple[int, int, int, int] = (64, 160, 320, 640)
@@ -67,7 +67,7 @@ def _pointwise(name: str, in_channels: int, out_channels: int) -> dict[str, nn.M
 
 
 def _separable(name: str, in_channels: int, out_channels: int, kernel: int, stride: int) -> dict[str, nn.Module]:
-    """Depthwise `kernel` x `kernel`, then 1x1, each with batch normalisation."""
+    """Return depthwise `kernel` x `kernel`, then 1x1, each with batch normalisation."""
     depthwise = nn.Conv2d(in_channels, in_channels, kernel, stride, kernel // 2, groups=in_channels, bias=False)
     return {
         f"interstellar{name}_s": depthwise,
@@ -80,7 +80,7 @@ class DetNASUnit(nn.Module):
     """(N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride).
 
     Args:
-        name: the unit's in the released files: the stage's number and a letter, such as `2c`.
+        name: in the released files: the stage's number and a letter, such as `2c`.
         choice: an index into `KERNELS` (3 is the Xception branch).
 
     Raises:
@@ -134,9 +134,9 @@ class DetNAS(nn.Module):
             name = f"{spec.stage + 1}{string.ascii_lowercase[spec.index]}"
             return DetNASUnit(name, spec.in_channels, spec.out_channels, choice=choice, stride=spec.stride)
 
-        stages = unit_specs(backbone.first, backbone.widths, backbone.units)
+        specs = unit_specs(backbone.first, backbone.widths, backbone.units)
         self.first_conv = named_conv_bn(3, backbone.first, 3, stride=2, bias=True)
-        self.features = nn.Sequential(*(unit(*pair) for pair in zip(stages, backbone.choices, strict=True)))
+        self.features = nn.Sequential(*(unit(*pair) for pair in zip(specs, backbone.choices, strict=True)))
         self.last_conv = named_conv_bn(backbone.widths[-1], backbone.last, 1, bias=True)
         self.drop_out = nn.Dropout2d(DROPOUT)
         self.global_pool = nn.AdaptiveAvgPool2d(1)
@@ -150,5 +150,5 @@ class DetNAS(nn.Module):
 
 
 def build(name: str, num_classes: int) -> DetNAS:
-    """The variant `name` of `BACKBONES`, freshly initialised."""
+    """Build the variant `name` of `BACKBONES` with freshly drawn weights."""
     return DetNAS(BACKBONES[name], num_classes)

@@ -1,7 +1,7 @@
-"""From a checkpoint to the network that it belongs to, whoever wrote it.
+"""Loading of networks from checkpoints, this project's and others'.
 
-This project's checkpoints name their network, input and classes. Those of the original release hold weights only, so
-the network must be named, and the width of its classifier is read from the file.
+This project's checkpoints describe their network, input and classes. Those of the original release hold weights only:
+the user names the network, and the width of the classifier follows from the weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from shufflenet_mlflow.models.spec import SPEC_ARGUMENTS, ModelSpec, fitting_mod
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a checkpoint says about its network; None where it says nothing."""
+    """Description of a checkpoint's network; entries that the file lacks are None."""
 
     spec: ModelSpec | None
     preprocess: Preprocess | None
@@ -32,30 +32,30 @@ class ModelDescription:
 
 
 def describe(payload: Mapping[str, Any], source: str) -> ModelDescription:
-    """What the checkpoint says about its network.
+    """Return the description of a checkpoint's network.
 
     Args:
-        payload: what `read_checkpoint` returned.
+        payload: the result of `read_checkpoint`.
         source: what to call it in messages.
 
     Raises:
-        CheckpointError: it says something that is not understood.
+        CheckpointError: an entry is invalid.
     """
     if not is_own(payload):
         return ModelDescription(None, None, None)
     check_payload(payload, ("state_dict",), source)
     return ModelDescription(
-        spec=_spec(payload["model"], source) if "model" in payload else None,
+        spec=_spec_from(payload["model"], source) if "model" in payload else None,
         preprocess=Preprocess.from_dict(payload["preprocess"], source) if "preprocess" in payload else None,
         class_to_idx=payload.get("class_to_idx"),
     )
 
 
-def _spec(model: Mapping[str, Any], source: str) -> ModelSpec:
+def _spec_from(model: Mapping[str, Any], source: str) -> ModelSpec:
     kwargs = {key: value for key, value in model["kwargs"].items() if key != "num_classes"}
     if unknown := sorted(set(map(str, kwargs)) - set(SPEC_ARGUMENTS)):
         raise CheckpointError(
-            f"{source}: its network has the arguments {unknown}, which are not understood",
+            f"{source}: its network has the unknown arguments {unknown}",
             code="model-arguments-unknown",
         )
     if not all(isinstance(value, (list, tuple)) for value in kwargs.values()):
@@ -71,16 +71,16 @@ def _spec(model: Mapping[str, Any], source: str) -> ModelSpec:
 def identify(
     described: ModelSpec | None, asked: ModelSpec | None, payload: Mapping[str, Any], source: str
 ) -> ModelSpec:
-    """The network that the checkpoint or the user names.
+    """Return the network that the checkpoint or the user names.
 
     Args:
-        described: what the checkpoint names, if anything.
-        asked: what the user named, if anything.
-        payload: what `read_checkpoint` returned.
+        described: the checkpoint's, if it names one.
+        asked: the user's, if they named one.
+        payload: the result of `read_checkpoint`.
         source: what to call it in messages.
 
     Raises:
-        ConfigError: neither names one, or they name two different ones.
+        ConfigError: neither names one, or they differ.
     """
     if described is None:
         if asked is not None:
@@ -102,10 +102,10 @@ def identify(
 
 @contextmanager
 def suggest_fitting_models(weights: Mapping[str, Tensor], source: str, spec: ModelSpec) -> Iterator[None]:
-    """Where loading `weights` into `spec` fails and other networks of the table would do, name those.
+    """Name the networks that `weights` do fit if the block fails to load them into `spec`.
 
     Raises:
-        MismatchError: as the block does.
+        MismatchError: raised by the block; if other networks fit, the message names those instead of tensors.
     """
     try:
         yield
@@ -121,7 +121,7 @@ def suggest_fitting_models(weights: Mapping[str, Tensor], source: str, spec: Mod
 
 
 def classes_in(weights: Mapping[str, Tensor], spec: ModelSpec) -> int:
-    """The width of the classifier among `weights`; 1000 if it has none."""
+    """Return the width of the classifier in `weights`; 1000 if they have none."""
     with torch.device("meta"):
         head = head_of(spec.build(1))
     weight = weights.get(f"{head}.weight")
@@ -130,26 +130,26 @@ def classes_in(weights: Mapping[str, Tensor], spec: ModelSpec) -> int:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network with its weights, and what belongs to it."""
+    """A network with its weights, preprocessing and classes."""
 
     module: nn.Module
     spec: ModelSpec
     num_classes: int
     preprocess: Preprocess
     class_to_idx: Mapping[str, int] | None
-    """None: the file does not name its classes."""
+    """Class name -> label; None if the checkpoint does not name its classes."""
 
     @property
     def labels(self) -> list[str]:
-        """What to call each output; its number where the checkpoint gives it no name."""
+        """Name of each output; its index if the checkpoint gives it no name."""
         return label_outputs({index: name for name, index in (self.class_to_idx or {}).items()}, self.num_classes)
 
 
 def label_outputs(names: Mapping[int, str], outputs: int) -> list[str]:
-    """What to call each of a network's outputs: its class, or else its number; no two the same."""
+    """Return a distinct label for each of a network's outputs: its class, or else its index."""
     taken = set(names.values())
-    numbers = (f"output {index}" if str(index) in taken else str(index) for index in range(outputs))
-    return [names.get(index, number) for index, number in enumerate(numbers)]
+    fallbacks = (f"output {index}" if str(index) in taken else str(index) for index in range(outputs))
+    return [names.get(index, label) for index, label in enumerate(fallbacks)]
 
 
 def model_from_payload(
@@ -160,18 +160,19 @@ def model_from_payload(
     input_size: int | None = None,
     mean_image: str | None = None,
 ) -> LoadedModel:
-    """Build the network that a checkpoint belongs to, with its weights, on the CPU.
+    """Build a checkpoint's network with its weights, on the CPU.
 
     Args:
-        payload: what `read_checkpoint` returned.
+        payload: the result of `read_checkpoint`.
         source: what to call it in messages.
-        asked: the network that the user named; needed where the checkpoint names none.
-        input_size: pixels; by default as the checkpoint says, or `REFERENCE_SIZE`.
-        mean_image: a file; by default the checkpoint's own, if it has one.
+        asked: the network that the user named; needed if the checkpoint names none.
+        input_size: pixels; by default the checkpoint's, or `REFERENCE_SIZE`.
+        mean_image: a file; by default the checkpoint's mean image, if it has one.
 
     Raises:
-        ConfigError: it does not name its network and none was asked for, or another one was.
-        CheckpointError: it does not fit the network.
+        ConfigError: neither the checkpoint nor the user names the network, or they differ; or see `choose_preprocess`.
+        CheckpointError: its weights do not fit the network, or an entry is invalid.
+        DataError: the mean image cannot be read.
     """
     described = describe(payload, source)
     spec = identify(described.spec, asked, payload, source)
@@ -197,14 +198,14 @@ def choose_preprocess(
     mean_image: str | None = None,
     stored: Preprocess | None = None,
 ) -> Preprocess:
-    """The network's preprocessing at `input_size`.
+    """Return the network's preprocessing at `input_size`.
 
     Args:
         mean_image: a file; by default the one in `stored`.
-        stored: what a checkpoint says.
+        stored: the checkpoint's preprocessing, if it has one.
 
     Raises:
-        ConfigError: the network takes no mean image, or it is of another size.
+        ConfigError: the network takes no mean image, or its size is not the input size.
         DataError: the mean image cannot be read.
     """
     mode = stored.mode if stored is not None else get_variant(spec.name).preprocess

@@ -1,4 +1,4 @@
-"""The network found by Single Path One-Shot search: Guo et al., 2019, arXiv:1904.00420.
+"""ShuffleNetOneShot: the network found by Single Path One-Shot search; Guo et al., 2019, arXiv:1904.00420.
 
 Each of the 20 units has one of four branches (a ShuffleNetV2 branch with a 3x3, 5x5 or 7x7 kernel, or an Xception
 branch) and a searched inner width; see `search_space`.
@@ -36,8 +36,8 @@ class ShuffleNetOneShot(nn.Module):
     """(N, 3, H, W) float images -> (N, num_classes) logits; H and W multiples of 32.
 
     Args:
-        choices: per unit, an index into `KERNELS` (3 is the Xception branch).
-        scales: per unit, the inner width over half the unit's width; above 0, at most `LARGEST_SCALE`.
+        choices: for each unit an index into `KERNELS` (3 is the Xception branch).
+        scales: for each unit its inner width over half its width; above 0, at most `LARGEST_SCALE`.
 
     Raises:
         ModelError: there are not 20 of each, or one is outside the search space.
@@ -76,8 +76,12 @@ class ShuffleNetOneShot(nn.Module):
 def build(
     name: str, num_classes: int, choices: Sequence[int] | None = None, scales: Sequence[float] | None = None
 ) -> ShuffleNetOneShot:
-    """Build the released network or another one of its search space; every family's `build` takes a `name`.
+    """Build the released network, or another of its search space, with random weights.
 
-    Args: as for `complete`.
+    Args:
+        name: not used; all `build` functions take it.
+        num_classes: width of the classifier.
+        choices: as for `complete`.
+        scales: as for `complete`.
     """
     return ShuffleNetOneShot(num_classes, *complete(choices, scales))

@@ -1,7 +1,7 @@
 """ShuffleNetV1: Zhang et al., "ShuffleNet", 2017, arXiv:1707.01083, table 1.
 
-The pointwise convolutions have `groups` groups; a shuffle between them lets the groups mix. The released
-networks shuffle in the inverse order of the paper's figure 1, and their classifier has no bias.
+The pointwise convolutions are grouped; a channel shuffle between them mixes the groups. The released networks use the
+inverse of the shuffle in the paper's figure 1, and their classifier has no bias.
 """
 
 import torch
@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[int, tuple[int, int, int, int]]] = {
 
 
 def _regroup(x_NCHW: Tensor, groups: int) -> Tensor:
-    """Channel i goes to place (i % groups) * C / groups + i // groups: the inverse of `channel_shuffle` in groups."""
+    """Move channel i to (i % groups) * C / groups + i // groups: the inverse of `channel_shuffle(x_NCHW, groups)`."""
     return channel_shuffle(x_NCHW, x_NCHW.shape[1] // groups)
 
 
@@ -37,11 +37,11 @@ class GroupedUnit(nn.Module):
 
     Shapes:
         (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride). With stride 1 the branch is added to
-        its input, with stride 2 it is put behind the average-pooled input.
+        its input, with stride 2 it is concatenated to the average-pooled input.
 
     Args:
-        groups: of both pointwise convolutions.
-        first_groups: of the first one, where that differs.
+        groups: groups of both pointwise convolutions.
+        first_groups: groups of the first one, if they differ.
 
     Raises:
         ModelError: a width cannot be divided into the groups, or a stride-1 unit would change the width.
@@ -83,7 +83,7 @@ class ShuffleNetV1(nn.Module):
     """(N, 3, H, W) float images -> (N, num_classes) logits; H and W multiples of 32.
 
     Args:
-        groups: of the pointwise convolutions, but for the very first one.
+        groups: groups of the pointwise convolutions except the network's first.
         widths: channels of `first_conv` and the three stages.
     """
 
@@ -114,6 +114,6 @@ class ShuffleNetV1(nn.Module):
 
 
 def build(name: str, num_classes: int) -> ShuffleNetV1:
-    """The variant `name` of `VARIANTS`, freshly initialised."""
+    """Build the variant `name` of `VARIANTS` with freshly drawn weights."""
     groups, widths = VARIANTS[name]
     return ShuffleNetV1(groups, widths, num_classes)

@@ -1,8 +1,8 @@
 """ShuffleNetV2: Ma et al., "ShuffleNet V2", 2018, arXiv:1807.11164, table 5.
 
-Deviations of the released networks from the paper, kept here so that their weights fit: the even/odd
-split stands before the branch instead of a channel shuffle behind it, the classifier has no bias, and
-x2.0 drops out 20 % of the features before the classifier.
+Deviations of the released networks from the paper, kept here so that their weights fit: an even/odd split before the
+branch instead of a channel shuffle after it, a classifier without bias, and in x2.0 dropout of 20 % before the
+classifier.
 """
 
 from torch import Tensor, nn
@@ -57,5 +57,5 @@ class ShuffleNetV2(nn.Module):
 
 
 def build(name: str, num_classes: int) -> ShuffleNetV2:
-    """The variant `name` of `WIDTHS`, freshly initialised."""
+    """Build the variant `name` of `WIDTHS` with freshly drawn weights."""
     return ShuffleNetV2(WIDTHS[name], num_classes, DROPOUT.get(name, 0.0))

@@ -1,7 +1,7 @@
 """ShuffleNetV2.ExLarge: the release's network of 271 million parameters.
 
-V2's units with grouped and depthwise 3x3 convolutions, a residual connection and a channel gate. While training,
-three auxiliary heads look at the first three stages.
+Its units have V2's even/odd split, grouped and depthwise 3x3 convolutions, a residual connection and a channel gate. In
+training, three auxiliary heads classify the outputs of the first three stages.
 """
 
 import torch
@@ -16,7 +16,7 @@ STAGE_UNITS = (8, 16, 36, 10)
 STAGE_WIDTHS = (320, 640, 1280, 2560)
 GROUPS = 16
 SQUEEZE = 4
-"""The gate's inner layer is so much narrower."""
+"""Channels of a gate's input over those of its inner layer."""
 FIRST_WIDTHS = (64, 128, 256)
 DROPOUT = 0.2
 
@@ -41,7 +41,7 @@ class ExLargeUnit(nn.Module):
             named_conv_bn(out_channels, out_channels, 3, groups=out_channels, activate=False),
             named_conv_bn(out_channels, half, 1, activate=False),
         )
-        # The released files name these layers twice: by themselves, and as parts of the block.
+        # The released files hold these layers twice: by themselves, and within the block.
         self.se_fc1 = named({"fc": nn.Linear(half, half // SQUEEZE)})
         self.se_fc2 = named({"fc": nn.Linear(half // SQUEEZE, half)})
         self.se_block = nn.Sequential(self.se_fc1, nn.ReLU(inplace=True), self.se_fc2, nn.Sigmoid())
@@ -86,5 +86,5 @@ class ShuffleNetV2ExLarge(DeeplySupervised):
 
 
 def build(name: str, num_classes: int) -> ShuffleNetV2ExLarge:
-    """The network, freshly initialised; `name` is there for the table's sake."""
+    """Build the network with freshly drawn weights; `name` is not used."""
     return ShuffleNetV2ExLarge(num_classes)

@@ -1,7 +1,7 @@
 """ShuffleNetV2.Large: the release's network of 140 million parameters.
 
-Its units keep the even/odd split, but have grouped 3x3 convolutions, a residual connection and a channel gate.
-While training, three auxiliary heads look at the first three stages.
+Its units have V2's even/odd split, grouped 3x3 convolutions, a residual connection and a channel gate. In training,
+three auxiliary heads classify the outputs of the first three stages.
 """
 
 import string
@@ -16,13 +16,13 @@ from shufflenet_mlflow.models.shuffling import split_even_odd
 
 STAGE_UNITS = (10, 10, 23, 10)
 STAGE_WIDTHS = (64, 128, 256, 512)
-"""A stage yields four times as many channels."""
+"""A quarter of each stage's output channels."""
 GROUPS = 8
 FIRST_WIDTHS = (64, 64, 128)
 LAST_WIDTH = 1280
 DROPOUT = 0.2
 EPS = 1e-9
-"""Of every batch normalisation."""
+"""Epsilon of every batch normalisation."""
 
 
 class LargeUnit(nn.Module):
@@ -45,7 +45,7 @@ class LargeUnit(nn.Module):
             named_conv_bn(wide, wide, 3, stride, groups=GROUPS, eps=EPS),
             named_conv_bn(wide, wide, 1, eps=EPS, activate=False),
         )
-        # The released files name these layers twice: by themselves, and as parts of the block.
+        # The released files hold these layers twice: by themselves, and within the block.
         self.se_fc1 = nn.Linear(wide, wide)
         self.se_fc2 = nn.Linear(wide, wide)
         self.se_block = nn.Sequential(self.se_fc1, nn.ReLU(inplace=True), self.se_fc2, nn.Sigmoid())
@@ -95,5 +95,5 @@ class ShuffleNetV2Large(DeeplySupervised):
 
 
 def build(name: str, num_classes: int) -> ShuffleNetV2Large:
-    """The network, freshly initialised; `name` is there for the table's sake."""
+    """Build the network with freshly drawn weights; `name` is not used."""
     return ShuffleNetV2Large(num_classes)

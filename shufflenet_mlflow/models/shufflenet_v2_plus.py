@@ -1,6 +1,6 @@
-"""ShuffleNetV2+: a strengthened V2 of the release, with OneShot's searched branches, hard swish and SE.
+"""ShuffleNetV2+: V2 with OneShot's searched branches, hard swish and squeeze-and-excitation (SE).
 
-Not in a paper of its own; its description is the release's `ShuffleNetV2+` folder.
+It has no paper; the source is the release's `ShuffleNetV2+` folder.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ from shufflenet_mlflow.models.search_space import CHOICES, STAGE_UNITS
 LAST_WIDTH = 1280
 DROPOUT = 0.2
 HARD_SWISH_FROM = 1
-"""The first stage, counted from 0, whose units have hard swish instead of ReLU."""
+"""Index of the first stage whose units have hard swish instead of ReLU."""
 SQUEEZE_FROM = 2
-"""The first stage whose branches end in an SE."""
+"""Index of the first stage whose branches end in SE."""
 
 # name -> widths of first_conv and the four stages
 WIDTHS: dict[str, tuple[int, int, int, int, int]] = {
@@ -36,7 +36,7 @@ WIDTHS: dict[str, tuple[int, int, int, int, int]] = {
 
 
 class SqueezeExcite(nn.Module):
-    """(N, C, H, W) -> the same, each channel times a gate in 0..1 computed from all channels' means."""
+    """(N, C, H, W) -> (N, C, H, W): each channel times a gate in 0..1 computed from all channels' means."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -94,5 +94,5 @@ class ShuffleNetV2Plus(nn.Module):
 
 
 def build(name: str, num_classes: int) -> ShuffleNetV2Plus:
-    """The variant `name` of `WIDTHS`, freshly initialised."""
+    """Build the variant `name` of `WIDTHS` with freshly drawn weights."""
     return ShuffleNetV2Plus(WIDTHS[name], num_classes)

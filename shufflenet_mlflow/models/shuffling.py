@@ -1,7 +1,7 @@
-"""How the series lets channels mix: moving them, with as few copies as PyTorch allows.
+"""Channel shuffle and the even/odd split, with as few copies as PyTorch allows.
 
-Both functions keep the memory format of what they are given. PyTorch's own derivatives of these steps do not: they
-answer a channels-last tensor with a contiguous one, and every layer behind then converts it.
+Both functions keep the memory format of their input. PyTorch's own gradients of these operations do not: for a
+channels-last tensor they are contiguous, and every earlier layer then converts them.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 def split_even_odd(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Channels 0, 2, 4, … and channels 1, 3, 5, …: this split is the V2 family's channel shuffle.
+    """Return channels 0, 2, 4, … and channels 1, 3, 5, …: the V2 family's channel shuffle.
 
     (N, C, H, W) -> two of (N, C / 2, H, W); the first is a view.
     """
@@ -24,30 +24,30 @@ def split_even_odd(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _EvenOdd(torch.autograd.Function):
-    """The gradients of both halves are written once, into one tensor; slices would fill and add up two."""
+    """The split with a gradient that is written into one tensor; autograd's would fill and add two."""
 
     @staticmethod
     def forward(ctx: Any, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         ctx.memory_format = memory_format_of(x_NCHW)
-        # The odd half goes through convolutions, each of which would make its own dense copy.
+        # The odd half goes through convolutions, which would each make a dense copy.
         return x_NCHW[:, 0::2], x_NCHW[:, 1::2].contiguous(memory_format=ctx.memory_format)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, even_NCHW: Tensor, odd_NCHW: Tensor) -> Tensor:
         N, C, H, W = odd_NCHW.shape
-        whole_NCHW = torch.empty(
+        grad_NCHW = torch.empty(
             (N, 2 * C, H, W), dtype=odd_NCHW.dtype, device=odd_NCHW.device, memory_format=ctx.memory_format
         )
-        whole_NCHW[:, 0::2] = even_NCHW
-        whole_NCHW[:, 1::2] = odd_NCHW
-        return whole_NCHW
+        grad_NCHW[:, 0::2] = even_NCHW
+        grad_NCHW[:, 1::2] = odd_NCHW
+        return grad_NCHW
 
 
 def channel_shuffle(x_NCHW: Tensor, groups: int) -> Tensor:
-    """Channel i * C / groups + j goes to place j * groups + i, as in `nn.ChannelShuffle`: (N, C, H, W) -> the same."""
+    """Move channel i * C / groups + j to j * groups + i, as `nn.ChannelShuffle` does; (N, C, H, W) -> (N, C, H, W)."""
     if x_NCHW.device.type == "cpu" and not torch.compiler.is_compiling():
-        return functional.channel_shuffle(x_NCHW, groups)  # only there does it keep the format
+        return functional.channel_shuffle(x_NCHW, groups)  # keeps the memory format on the CPU only
     N, C, H, W = x_NCHW.shape
     if memory_format_of(x_NCHW) == torch.channels_last:
         x_NHWGc = x_NCHW.permute(0, 2, 3, 1).view(N, H, W, groups, C // groups)
@@ -56,6 +56,6 @@ def channel_shuffle(x_NCHW: Tensor, groups: int) -> Tensor:
 
 
 def memory_format_of(x_NCHW: Tensor) -> torch.memory_format:
-    """`torch.channels_last` if that, and only that, is how a tensor lies in memory; else `torch.contiguous_format`."""
+    """Return `torch.channels_last` if a tensor has that format and no other, else `torch.contiguous_format`."""
     is_last = x_NCHW.is_contiguous(memory_format=torch.channels_last) and not x_NCHW.is_contiguous()
     return torch.channels_last if is_last else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Which network it is, by name and arguments, without its weights."""
+"""Specs of networks: name and arguments, without weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,23 +13,25 @@ from shufflenet_mlflow.models.catalog import VARIANTS, check_network, create_mod
 from shufflenet_mlflow.models.search_space import complete
 
 SPEC_ARGUMENTS = ("choices", "scales")
-"""Arguments of `create_model` that make another network of it."""
+"""Arguments of `create_model` that change the network."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which network it is, but for the width of its classifier; `of` makes equal ones equal."""
+    """A network's name and arguments, without its number of classes; `of` makes equal specs for equal networks."""
 
     name: str
     choices: Sequence[int] | None = None
+    """As for `create_model`."""
     scales: Sequence[float] | None = None
+    """As for `create_model`."""
 
     @classmethod
     def asked(cls, options: Mapping[str, Any]) -> "ModelSpec | None":
-        """The network that the options `model`, `choices` and `scales` name; None where they name none.
+        """Return the network that the options `model`, `choices` and `scales` name, or None if they name none.
 
         Raises:
-            ConfigError: choices or scales are not numbers, or stand without a network.
+            ConfigError: choices or scales are not numbers, or are given without a network.
             ModelError: there is no such network.
         """
         arguments = check_network({name: options.get(name) for name in ("model", *SPEC_ARGUMENTS)})
@@ -38,7 +40,7 @@ class ModelSpec:
 
     @classmethod
     def of(cls, name: str, choices: Sequence[int] | None = None, scales: Sequence[float] | None = None) -> "ModelSpec":
-        """The network, with choices and scales both or, where they are the published ones, neither.
+        """Return the spec in its normal form: both choices and scales, or neither if they are the published ones.
 
         Raises:
             ModelError: there is no such network.
@@ -51,29 +53,29 @@ class ModelSpec:
         return cls(name) if completed == complete(None, None) else cls(name, *completed)
 
     def kwargs(self) -> dict[str, Any]:
-        """Arguments of `create_model` besides name and number of classes."""
+        """Return the arguments of `create_model` besides name and number of classes."""
         given = {"choices": self.choices, "scales": self.scales}
         return {key: list(value) for key, value in given.items() if value is not None}
 
     def build(self, num_classes: int, *, pretrained: bool = False) -> nn.Module:
-        """The network, with freshly drawn or published weights.
+        """Build the network with freshly drawn or published weights.
 
         Raises:
             ModelError: there is no such network.
-            CheckpointError: the published weights could not be fetched, or cannot be used.
+            CheckpointError: the published weights could not be downloaded, or cannot be used.
         """
         return create_model(self.name, num_classes, **self.kwargs(), pretrained=pretrained)
 
 
 def fitting_models(weights: Mapping[str, Tensor]) -> list[str]:
-    """The networks of the table that `weights` fit, but for the classifiers and auxiliary heads."""
+    """Return the networks of the catalog that `weights` fit, apart from classifier and auxiliary heads."""
     shapes = {(key, tuple(tensor.shape)) for key, tensor in weights.items()}
     return [name for name in VARIANTS if _body(name) <= shapes]
 
 
 @cache
 def _body(name: str) -> frozenset[tuple[str, tuple[int, ...]]]:
-    """Keys and shapes of all but the heads."""
+    """Return names and shapes of all tensors except the heads'."""
     with torch.device("meta"):
         model = create_model(name)
     head = head_of(model)

@@ -1,4 +1,4 @@
-"""torchvision's unit, kept apart because torchvision takes a second to import: only its own networks need that."""
+"""torchvision's unit, in a module of its own because torchvision takes a second to import."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from shufflenet_mlflow.models.shuffling import channel_shuffle
 
 
 class Unit(InvertedResidual):
-    """But for the shuffle, which keeps the memory format here: same shapes, values and keys."""
+    """torchvision's unit with a channel shuffle that keeps the memory format; shapes, values and keys are equal."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H / stride, W / stride)."""

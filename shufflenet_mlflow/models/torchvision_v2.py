@@ -1,6 +1,6 @@
-"""torchvision's own ShuffleNetV2, under `torchvision/<name>`, and its published weights.
+"""torchvision's ShuffleNetV2, as `torchvision/<name>`, and its published weights.
 
-It shuffles channels behind the branch where the release splits them before it, its classifier has a bias, and its
+It shuffles channels after the branch, while the release splits them before it; its classifier has a bias, and its
 weights expect normalised RGB images.
 """
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def build(name: str, num_classes: int) -> nn.Module:
-    """torchvision's network behind `name`, freshly initialised as torchvision does."""
+    """Build torchvision's network with weights drawn as torchvision does."""
     from torchvision.models import get_model
 
     from shufflenet_mlflow.models.torchvision_unit import Unit
@@ -35,7 +35,7 @@ def build(name: str, num_classes: int) -> nn.Module:
 
 
 def published_weights(name: str) -> "WeightsEnum":
-    """Return torchvision's default weights of one of its networks."""
+    """Return torchvision's default weights of the network `name`."""
     from torchvision.models import get_model_weights
 
     weights: WeightsEnum = get_model_weights(name.rpartition("/")[2]).DEFAULT  # type: ignore[attr-defined]
@@ -43,17 +43,17 @@ def published_weights(name: str) -> "WeightsEnum":
 
 
 def weights_file(name: str) -> Path:
-    """Where torch.hub keeps the published weights once they are fetched."""
+    """Return the path of the published weights in torch.hub's cache."""
     folder: str = torch.hub.get_dir()
     return Path(folder) / "checkpoints" / os.path.basename(str(published_weights(name).url))
 
 
 def fetch_weights(name: str) -> dict[str, Tensor]:
-    """The published weights of the network behind `name`, from torch.hub's cache, or fetched into it.
+    """Return the published weights of the network `name`, from torch.hub's cache or downloaded into it.
 
     Raises:
-        ModelError: it is not one of torchvision's.
-        CheckpointError: they could not be fetched, or what is in the cache cannot be used.
+        ModelError: it is not one of torchvision's networks.
+        CheckpointError: they could not be downloaded, or the cached file cannot be used.
     """
     weights = published_weights(name)
     path = weights_file(name)
@@ -61,7 +61,7 @@ def fetch_weights(name: str) -> dict[str, Tensor]:
     if cached:
         _check_cached(path)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # where it announces a download
+        with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces a download on stdout
             state_dict: dict[str, Tensor] = weights.get_state_dict(
                 progress=False, check_hash=True, map_location="cpu", weights_only=True
             )
@@ -74,7 +74,7 @@ def fetch_weights(name: str) -> dict[str, Tensor]:
                 code="published-weights-damaged",
             ) from error
         raise CheckpointError(
-            f"the published weights of {name} could not be fetched ({line}); put {path.name}, fetched elsewhere, into "
+            f"the published weights of {name} could not be downloaded ({line}); put a copy of {path.name} into "
             f"{str(path.parent)!r}, or train without --pretrained",
             code="published-weights-not-fetched",
         ) from error
@@ -83,11 +83,11 @@ def fetch_weights(name: str) -> dict[str, Tensor]:
     return state_dict
 
 
-_REMOVE = "remove the file to fetch it anew"
+_REMOVE = "remove the file to download it again"
 
 
 def _check_cached(path: Path) -> None:
-    """PyTorch checks a file's hash when it is fetched, not when it is found."""
+    """Verify a cached file: PyTorch checks its hash only after downloading it."""
     try:
         verify_checkpoint(path)
     except CheckpointError as error:
