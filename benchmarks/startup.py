@@ -88,11 +88,11 @@ def measure(folder: Path, model: str, resume: str) -> dict[str, float]:
 
     from shufflenet_mlflow.runtime.signals import StopFlag
     from shufflenet_mlflow.workflows.train import run_training
-    from shufflenet_mlflow.workflows.training import config as planning
+    from shufflenet_mlflow.workflows.training import data
     from shufflenet_mlflow.workflows.training.request import TrainRequest
 
     images = listing(folder / "images")
-    planning.list_folder = lambda *_arguments, **_named: images  # type: ignore[assignment]
+    data.list_folder = lambda *_arguments, **_named: images  # type: ignore[assignment]
     options = {
         "model": model,
         "train_dir": str(folder),
