@@ -19,6 +19,9 @@ SHORT_ID = 12
 NARROWEST = 10
 """Columns that a shortened text keeps."""
 
+Columns = list[tuple[str, list[str]]]
+"""Titles, which may be equal, and the texts below each."""
+
 
 def cell(value: Any) -> str:
     """Return the text of a table's cell; a dash for None."""
@@ -58,33 +61,37 @@ def fitted(
     titles: Sequence[str], rows: Sequence[Sequence[str]], width: int | None, *, spare: Sequence[str] = ()
 ) -> tuple[list[str], list[str]]:
     """Return the lines of a table in `width` columns, and the titles of the columns that were dropped."""
-    columns = {title: [row[number] for row in rows] for number, title in enumerate(titles)}
+    columns = [(title, [row[number] for row in rows]) for number, title in enumerate(titles)]
     dropped: list[str] = []
     if width is not None:
-        if _needed(columns) > width and "run_id" in columns:
-            columns["run_id"] = [text[:SHORT_ID] for text in columns["run_id"]]
+        if _needed(columns) > width:
+            columns = [(title, [_short(title, text) for text in texts]) for title, texts in columns]
         for title in spare:
-            if _needed(columns) > width and title in columns:
-                del columns[title]
+            if _needed(columns) > width and title in titles:
+                columns = [column for column in columns if column[0] != title]
                 dropped.append(title)
     console = Console(file=StringIO(), width=width or _needed(columns), color_system=None)
     console.print(_table(columns))
     return [line.rstrip() for line in console.file.getvalue().splitlines()], dropped  # type: ignore[attr-defined]
 
 
-def _table(columns: dict[str, list[str]]) -> Table:
+def _short(title: str, text: str) -> str:
+    return text[:SHORT_ID] if title == "run_id" else text
+
+
+def _table(columns: Columns) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
-    for title, texts in columns.items():
+    for title, texts in columns:
         if texts and all(map(_is_number, texts)):
             table.add_column(Text(title), justify="right", no_wrap=True)
         else:
             table.add_column(Text(title), min_width=min(NARROWEST, max(map(len, (title, *texts)))))
-    for row in zip(*columns.values(), strict=True):
+    for row in zip(*(texts for _, texts in columns), strict=True):
         table.add_row(*(Text(text, no_wrap=True, overflow="ellipsis") for text in row))
     return table
 
 
-def _needed(columns: dict[str, list[str]]) -> int:
+def _needed(columns: Columns) -> int:
     """Return the width in which nothing is cut."""
     console = Console(width=1_000_000)
     return Measurement.get(console, console.options, _table(columns)).maximum

@@ -211,10 +211,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         if name in RULES and value is not None:
             check_rule(name, value)
     for pair in EXCLUSIONS:
-        first, second = options.get(pair.first), options.get(pair.second)
-        if first is not None and second is not None and second is not False:
-            shown = (option(pair.first), f"(={first})", "and", option(pair.second), f"(={second})")
-            raise ConfigError(f"{' '.join(shown)} exclude each other; give one of them", code=pair.code)
+        given = [(name, options.get(name)) for name in (pair.first, pair.second)]
+        if all(value is not None and value is not False for _, value in given):
+            shown = [option(name) + ("" if value is True else f" (={value})") for name, value in given]
+            raise ConfigError(f"{' and '.join(shown)} exclude each other; give one of them", code=pair.code)
 
 
 def check_batch_to_train(batch_size: int) -> None:

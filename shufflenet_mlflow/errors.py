@@ -1,28 +1,28 @@
-"""Every error this project raises on purpose.
+"""Every error that this project raises on purpose.
 
     ShuffleNetError
-    ├── ConfigError            an option or a combination of options that cannot work
-    ├── DataError              an image folder that cannot be used
-    │   └── BadImageError      one file in it that is not a readable image
-    ├── ModelError             an unknown network, or arguments it does not take
-    ├── CheckpointError        a checkpoint that cannot be used
+    ├── ConfigError                  an option or a combination of options that cannot work (exit status 2)
+    ├── ModelError                   an unknown network, or arguments it does not take (exit status 2)
+    ├── DataError                    an image folder that cannot be used
+    │   └── BadImageError            a file in it that is not a readable image
+    ├── CheckpointError              a checkpoint that cannot be read, written or used
     │   ├── CorruptCheckpointError   it failed verification
-    │   ├── UnsafeCheckpointError    loading it would mean running code
+    │   ├── UnsafeCheckpointError    loading it would run code
     │   └── MismatchError            its tensors do not fit the network
-    ├── UnresolvedError        nothing stands behind a checkpoint reference
-    │   └── NoCheckpointError        the run is there, and has no checkpoint yet
-    ├── ExportError            an exported network is not equal to its checkpoint, or cannot be written
-    ├── ResumeError            a run that cannot be continued as asked
-    ├── TrackingError          the MLflow store refused or did not answer
-    │   └── RefusedError             and will refuse it again
-    ├── SpoolError             the journal of what MLflow has not got yet cannot be kept
-    ├── BusyError              another process works in the same folder
-    ├── LostProcessError       another process of a distributed job is gone
-    ├── ElsewhereError         another process of a distributed job has failed, and reports it
-    └── NonFiniteLossError     training diverged
+    ├── UnresolvedError              a checkpoint or run reference that leads to nothing
+    │   └── NoCheckpointError        the run exists, and has no checkpoint yet
+    ├── ExportError                  an exported network that cannot be written, or differs from its checkpoint
+    ├── ResumeError                  a run that cannot be continued as asked
+    ├── TrackingError                the MLflow store refused a request or did not answer
+    │   └── RefusedError             it will refuse the request again
+    ├── JournalError                 the journal of entries for MLflow cannot be read or written
+    ├── BusyError                    another process works in the same folder
+    ├── LostProcessError             another process of a distributed job is gone
+    ├── PeerFailedError              another process of a distributed job has failed, and reports the error
+    └── NonFiniteLossError           the training loss became NaN or infinite
 
-Each message is one line that names the value and the way out; the command line prints it and exits
-with status 1, or 2 for `ConfigError` and `ModelError`, which mean wrong usage.
+A message is one line that names the value and the way out. The command line prints it and exits with status 1, or 2
+for wrong usage. An error's `code` names its kind for programs: it stays when the message is reworded.
 """
 
 
@@ -30,7 +30,7 @@ class ShuffleNetError(Exception):
     """Base class: catch this to catch everything the project raises on purpose.
 
     Args:
-        code: names the error in `--json` and in tests; it stays when the message changes.
+        code: names the error in `--json` and in tests; it stays when the message is reworded.
     """
 
     exit_status = 1
@@ -53,7 +53,7 @@ class DataError(ShuffleNetError):
 
 
 class BadImageError(DataError):
-    """One file that is not a readable image."""
+    """A file that is not a readable image."""
 
 
 class ModelError(ShuffleNetError, ValueError):
@@ -78,7 +78,7 @@ class MismatchError(CheckpointError):
     """A checkpoint whose tensors do not fit the network.
 
     Args:
-        report: the `LoadReport` that lists every tensor which was missing, unexpected or of another shape.
+        report: the `LoadReport` with every tensor that was missing, unexpected or of another shape.
     """
 
     def __init__(self, message: str, report: object = None, *, code: str | None = None) -> None:
@@ -87,14 +87,14 @@ class MismatchError(CheckpointError):
 
 
 class UnresolvedError(ShuffleNetError):
-    """A checkpoint reference behind which nothing usable was found."""
+    """A checkpoint or run reference that leads to nothing usable."""
 
 
 class NoCheckpointError(UnresolvedError):
     """A run that exists and has no checkpoint yet.
 
     Args:
-        run_id: that run.
+        run_id: the run.
     """
 
     def __init__(self, message: str, run_id: str = "", *, code: str | None = None) -> None:
@@ -103,11 +103,11 @@ class NoCheckpointError(UnresolvedError):
 
 
 class ExportError(ShuffleNetError):
-    """An exported network that cannot be written, or is not equal to its checkpoint."""
+    """An exported network that cannot be written, or differs from its checkpoint."""
 
 
 class ResumeError(ShuffleNetError):
-    """A run that cannot be continued as it was asked to."""
+    """A run that cannot be continued as asked."""
 
 
 class TrackingError(ShuffleNetError):
@@ -123,12 +123,12 @@ class TrackingError(ShuffleNetError):
 
     @property
     def answered(self) -> bool:
-        """Whether the store gave a definite answer: trying again will not help."""
+        """Whether the answer is definite: trying again will not help."""
         return self.mlflow_code in _DEFINITE
 
 
 class RefusedError(TrackingError):
-    """What was sent to the MLflow store will never be taken, or is not there any more to be sent."""
+    """A request that the MLflow store will never accept, or whose content no longer exists."""
 
 
 _DEFINITE = {
@@ -139,7 +139,7 @@ _DEFINITE = {
 
 
 class JournalError(ShuffleNetError):
-    """The journal of what has not reached MLflow yet cannot be read or written."""
+    """The journal of entries that have not reached MLflow cannot be read or written."""
 
 
 class BusyError(ShuffleNetError):
@@ -151,10 +151,10 @@ class LostProcessError(ShuffleNetError):
 
 
 class PeerFailedError(ShuffleNetError):
-    """A process of a distributed job has failed, and its first process says so.
+    """A process of a distributed job has failed; the job's first process reports the error.
 
     Args:
-        exit_status: of that failure.
+        exit_status: the exit status of that failure.
     """
 
     def __init__(self, message: str, exit_status: int = 1, *, code: str | None = None) -> None:

@@ -38,7 +38,7 @@ def test_bench_says_what_it_measured(images: Path, workplace: Path, shufflenet: 
     result = shufflenet("bench", *folder, "--iterations", "1", "--tracking-uri", f"sqlite:///{workplace}/mlflow.db")
     lines = result.stdout.splitlines()
     assert lines[0] == "shufflenet_v2_x0_5, 32 px, batches of 8"
-    assert any(line.startswith("iteration") and line.endswith("images/s, all together") for line in lines)
+    assert any(line.startswith("iteration") and line.endswith("images/s in total") for line in lines)
     assert "Bottleneck: " in lines[-1]
 
 

@@ -194,17 +194,17 @@ def test_prune_while_a_run_is_trained_there(run_id: str, shufflenet: Invoke) -> 
 
 
 def test_sync(run_id: str, client: MlflowClient, as_json: Callable[..., Any], shufflenet: Invoke) -> None:
-    assert "nothing waits in models" in shufflenet("sync", "models").stdout
+    assert "nothing is pending in models" in shufflenet("sync", "models").stdout
     journal = Journal(Path("models"))
     journal.append(run_id, "metrics", to_body(MetricPoints({"val/top1": 0.5}, 10, 1)))
     journal.close()
     waiting = as_json("sync", "models", "--dry-run")
     assert (waiting["pending"], waiting["pending_by_kind"], waiting["sent"]) == (1, {"metrics": 1}, 0)
-    assert "1 entries wait for" in shufflenet("sync", "models", "--dry-run").stdout
+    assert "1 entries are pending for" in shufflenet("sync", "models", "--dry-run").stdout
     sent = as_json("sync", "models")
     assert (sent["pending"], sent["sent"], sent["run_id"]) == (0, 1, run_id)
     assert client.get_run(run_id).data.metrics["val/top1"] == 0.5
-    assert shufflenet("sync", "models").stdout == "nothing waits in models\n"
+    assert shufflenet("sync", "models").stdout == "nothing is pending in models\n"
 
 
 @pytest.mark.parametrize(

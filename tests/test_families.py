@@ -328,7 +328,7 @@ def test_repeating_the_command_resumes(
             "fit shufflenet_v2_x1_0; it fits --model shufflenet_v2_x0_5",
         ),
         (["--init-from", "{file}", "--model", "shufflenet_v2_x0_6"], 2, "did you mean"),
-        (["--init-from", "{file}", "--pretrained"], 2, "--init-from and --pretrained exclude each other"),
+        (["--init-from", "{file}", "--pretrained"], 2, "and --pretrained exclude each other"),
         (["--choices", CHOICES], 2, "needs --model shufflenet_oneshot"),
         (["--model", "shufflenet_v2_x0_5", "--scales", SCALES], 2, "shufflenet_v2_x0_5 has no scales to choose"),
         (["--model", "shufflenet_oneshot", "--choices", "1,2"], 2, "choices: there are 2, not 20"),

@@ -82,7 +82,7 @@ def test_showing(client: MlflowClient, two: tuple[str, str], shufflenet: Invoke)
     tags = client.get_run(two[0]).data.tags
     assert document["dirty"] == (tags.get("mlflow.source.git.dirty") == "true")
     text = shufflenet("runs", "show", f"runs:/{two[0]}").stdout
-    assert "to make it again" in text
+    assert "to repeat it" in text
     assert "shufflenet train --model shufflenet_v2_x0_5" in text
 
 
@@ -130,7 +130,7 @@ def test_results_on_different_images_are_not_ranked(
     assert [row["best"] for name, row in rows.items() if name.startswith("eval/")] == [[]] * 6
     assert rows["train/loss"]["best"]
     text = shufflenet("compare", *two).stdout
-    assert f"eval/{images.name} is of different images in these runs: none of its values is called better" in text
+    assert f"eval/{images.name} was measured on different images in these runs: no value is marked as best" in text
 
 
 def test_curves_over_images_and_time(client: MlflowClient, two: tuple[str, str]) -> None:

@@ -33,5 +33,10 @@ def test_a_terminal_gets_what_fits() -> None:
     assert "…" in fitted(TITLES, ROWS, 50, spare=("status", "loss"))[0][1]
 
 
+def test_columns_of_one_title_and_texts_that_look_like_markup() -> None:
+    lines, _ = fitted(["", "ms", ""], [["data", "3.10", "[bold]"], ["iteration", "12.00", ":cat: [/]"]], 80)
+    assert lines == ["              ms", "data        3.10  [bold]", "iteration  12.00  :cat: [/]"]
+
+
 def test_an_empty_table() -> None:
     assert fitted(TITLES, [], 80) == (["run_id  name  loss  status"], [])

@@ -1,0 +1,10 @@
+"""Text in messages."""
+
+from shufflenet_mlflow.runtime.text import name_some
+
+
+def test_name_some() -> None:
+    assert name_some([]) == ""
+    assert name_some(["a", "b"], most=2) == "a, b"
+    assert name_some(("a", "b", "c"), most=2) == "a, b and 1 more"
+    assert name_some([repr(name) for name in "abcde"]) == "'a', 'b', 'c' and 2 more"
