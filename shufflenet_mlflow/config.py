@@ -155,7 +155,7 @@ RULES: dict[str, Rule] = {
     "device": _match(r"auto|cpu|mps|cuda(:\d{1,3})?", "auto, cpu, mps, cuda or cuda:N"),
     "job": _match(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "letters, digits, dots, hyphens and underscores, at most 100"),
     "mean_image": Rule(
-        "called .npy, or .xml for OpenCV's format",
+        "a .npy file, or .xml in OpenCV's format",
         lambda path: Path(path).suffix.lower() in MEAN_IMAGE_SUFFIXES,
         "mean-image-suffix",
     ),

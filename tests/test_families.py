@@ -335,7 +335,7 @@ def test_repeating_the_command_resumes(
         (["--model", "shufflenet_oneshot", "--scales", "x"], 2, "--scales (=x) must be numbers"),
         (["--mean-image", "mean.npy"], 2, "is for shufflenet_v2_large; shufflenet_v2_x0_5 takes none"),
         (["--model", "shufflenet_v2_large", "--mean-image", "x.npy"], 1, "the mean image 'x.npy' does not exist"),
-        (["--model", "shufflenet_v2_large", "--mean-image", "x.png"], 2, "must end in .npy, or .xml"),
+        (["--model", "shufflenet_v2_large", "--mean-image", "x.png"], 2, "must be a .npy file, or .xml"),
     ],
 )
 def test_invalid_initial_weights_are_one_line_and_leave_nothing(

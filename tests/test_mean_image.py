@@ -102,9 +102,9 @@ def test_black_images_have_no_mean_image(tmp_path: Path) -> None:
 
 
 def test_a_mean_image_is_called_by_its_format(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="mean.png' must end in .npy, or .xml"):
+    with pytest.raises(ConfigError, match=r"mean.png\) must be a .npy file, or .xml"):
         read_mean_image(tmp_path / "mean.png")
-    with pytest.raises(ConfigError, match="mean.png' must end in .npy, or .xml"):
+    with pytest.raises(ConfigError, match=r"mean.png\) must be a .npy file, or .xml"):
         check_output(tmp_path / "mean.png")
     with pytest.raises(DataError, match=r"x.npy': it is a folder"):
         (tmp_path / "x.npy").mkdir()

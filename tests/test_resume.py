@@ -208,7 +208,7 @@ def test_resuming_needs_no_other_option(images: Path) -> None:
 def test_options_that_change_the_run_are_refused(images: Path) -> None:
     run_until(images, "training", 2, "--save-dir", "models")
     refused = [
-        (["--seed", 3], r"changed --seed \(0 -> 3\); leave them out, or train anew"),
+        (["--seed", 3], r"changed --seed \(0 -> 3\); leave them out, or start a new run with --resume none"),
         (["--batch-size", 4], r"--batch-size \(8 -> 4\)"),
         (["--model", "shufflenet_oneshot"], r"--model \(shufflenet_v2_x0_5 -> shufflenet_oneshot\)"),
         (["--num-classes", 5], r"--num-classes \(3 -> 5\)"),

@@ -170,7 +170,7 @@ def check_published(model: str) -> None:
     """Raise ModelError unless torchvision publishes weights of the network."""
     if not model.startswith(TORCHVISION):
         raise ModelError(
-            f"--pretrained: there are no published weights of {model} to fetch; start from the release's file with "
+            f"--pretrained: there are no published weights of {model} to download; start from the release's file with "
             f"--init-from FILE, or take a {TORCHVISION} network",
             code="no-published-weights",
         )
