@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 import platformdirs
 
 from shufflenet_mlflow.errors import ConfigError, ResumeError
-from shufflenet_mlflow.runtime.signals import GRACE_SECONDS
 
 DEFAULT_MODEL = "shufflenet_v2_x0_5"
 DEFAULT_EXPERIMENT = "shufflenet"
@@ -220,21 +219,6 @@ def check_options(options: Mapping[str, Any]) -> None:
 def check_batch_to_train(batch_size: int) -> None:
     """Raise ConfigError for a batch that batch normalisation cannot train on."""
     _require(batch_size >= 2, "batch_size", batch_size, "at least 2: batch normalisation needs two images")
-
-
-def check_job(job: str | None) -> None:
-    """Raise ConfigError for a job's name that could not be a folder's."""
-    check_options({"job": job})
-
-
-def check_grace(grace: float | None) -> float:
-    """Return the grace period in seconds, `GRACE_SECONDS` unless one is given.
-
-    Raises:
-        ConfigError: it is out of range.
-    """
-    check_options({"grace": grace})
-    return GRACE_SECONDS if grace is None else grace
 
 
 def check_types(values: Mapping[str, Any]) -> None:

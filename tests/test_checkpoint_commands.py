@@ -169,7 +169,7 @@ def test_prune_of_a_run_leaves_the_disk_alone(run_id: str, as_json: Callable[...
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["prune", "models"], 2, "there is no rule; give --keep-last, --keep-best or --keep-every"),
+        (["prune", "models"], 2, "nothing says what to keep; give --keep-last, --keep-best or --keep-every"),
         (["prune", "models", "--keep-last", "0"], 2, "--keep-last (=0) must be at least 1"),
         (["ls", "nowhere"], 1, "'nowhere' is neither a folder of checkpoints nor a run ID"),
         (["ls", "0" * 32], 1, "there is no run"),
@@ -213,7 +213,7 @@ def test_sync(run_id: str, client: MlflowClient, as_json: Callable[..., Any], sh
         (["sync"], "is not a folder; name the one that --save-dir named"),
         (["checkpoints", "ls"], "is neither a folder of checkpoints nor a run ID"),
         (["checkpoints", "verify"], "does not exist; a checkpoint is"),
-        (["train", "--total-iters", 1, "--save-dir"], "File name too long; --save-dir takes another place"),
+        (["train", "--total-iters", 1, "--save-dir"], "File name too long; choose another folder with --save-dir"),
     ],
 )
 def test_a_folder_whose_name_is_too_long(words: list[object], message: str, shufflenet: Invoke) -> None:

@@ -155,8 +155,8 @@ def test_a_signal_ends_the_wait_for_the_others() -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"RANK": "one"}, "RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT is no number .*'one'.*; torchrun sets all"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT is no number .*'http'.*; torchrun sets all of these"),
+        ({"RANK": "one"}, "RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT is not a number .*'one'.*; torchrun sets all"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is not a number .*'http'.*; torchrun sets all of these"),
         ({"RANK": "2"}, r"RANK \(=2\) must be at least 0 and below its WORLD_SIZE \(=2\); torchrun sets all"),
     ],
 )

@@ -474,7 +474,7 @@ MISTAKES = [
     failing("train {small} --tracking-uri gopher://x", "gopher://x", "tracking store", "sqlite"),
     failing("train {small} --tracking-uri ./mlruns", "./mlruns", "use sqlite:///FOLDER/mlflow.db"),
     *(
-        failing(f"train {{small}} --tracking-uri {uri}", uri, "no address", "http://HOST:5000")
+        failing(f"train {{small}} --tracking-uri {uri}", uri, "is not an address", "http://HOST:5000")
         for uri in ("http://", "http://[::1", "http://127.0.0.1:99999", "sqlite://x")
     ),
     failing("train {small} --tracking-uri sqlite:///.", "sqlite:///.", "is a folder", "sqlite:///./mlflow.db"),
@@ -537,11 +537,11 @@ MISTAKES = [
         for key, message in (("iters", "not a checkpoint manifest"), ("crc32", "a damaged checkpoint manifest"))
     ),
     # ------------------------------------------------------------ files
-    failing("eval images/val/red/000.png", "000.png'", "no readable checkpoint"),
+    failing("eval images/val/red/000.png", "000.png'", "not a readable checkpoint"),
     failing("eval /dev/null", "'/dev/null'", "not a file"),
     failing("eval pipe", "'pipe'", "not a file", make=_pipe),
     failing("eval empty.pth.tar", "'empty.pth.tar'", "it is empty", files={"empty.pth.tar": ""}),
-    failing("eval text.pth.tar", "'text.pth.tar'", "no readable checkpoint", files={"text.pth.tar": "hello"}),
+    failing("eval text.pth.tar", "'text.pth.tar'", "not a readable checkpoint", files={"text.pth.tar": "hello"}),
     failing("eval zip.pth.tar", "'zip.pth.tar'", "corrupt", files={"zip.pth.tar": b"PK\x03\x04 nothing behind"}),
     failing("eval strange.pth.tar", "'strange.pth.tar'", "is refused", "save it again", make=_hostile),
     failing("eval own/" + Path(CHECKPOINT).name, "own/", "its manifest says", make=_truncated),
@@ -661,7 +661,7 @@ MISTAKES = [
     failing(f"checkpoints ls {NOBODY}", NOBODY),
     failing("checkpoints verify images", "'images'", "no checkpoints", "--save-dir"),
     failing("checkpoints pull models --output /proc/x", "'/proc/x/", "--output"),
-    wrong("checkpoints prune {run}", "no rule", "--keep-last"),
+    wrong("checkpoints prune {run}", "nothing says what to keep", "--keep-last"),
     wrong("checkpoints prune {run} --keep-last 0", "--keep-last (=0)", "at least 1"),
     wrong("checkpoints promote {run}", "'--name'", "promote --help"),
     wrong("checkpoints promote {run} --name a/b", "--name (=a/b)", "without / : @"),
@@ -895,8 +895,6 @@ def test_calls_that_no_command_makes(call: str, here: Path, recorder: Recorder) 
 
 ELSEWHERE: dict[str, str] = {
     "amp-fp16-on-mps": "nobody: needs an Apple GPU",
-    "augment-unknown": "nobody: click's choices go before; for callers of the library",
-    "batch-size-below-two": "nobody: config's rule goes before; for callers of the library",
     "checkpoint-not-in-run": "test_export.py::test_promoting",
     "checkpoint-not-sendable": "test_delivery.py::test_a_file_that_was_damaged_while_it_waited_is_refused",
     "checkpoint-unwritable": "test_cli.py::test_a_full_disk_is_one_line",
@@ -904,7 +902,6 @@ ELSEWHERE: dict[str, str] = {
     "compile-failed": "test_resume.py::test_a_network_that_cannot_be_compiled",
     "compile-unavailable": "test_resume.py::test_a_network_that_cannot_be_compiled",
     "device-unknown": "nobody: config's rule goes before; for callers of the library",
-    "epochs-and-total-iters": "nobody: config's rule goes before; for callers of the library",
     "export-failed": "test_export.py::test_output_that_cannot_be_written",
     "export-logits-differ": "test_export.py::test_a_program_that_differs_is_no_export",
     "export-package-missing": "test_export.py::test_a_missing_package_is_named",

@@ -141,7 +141,7 @@ def test_impossible_choices(options: dict[str, Any], message: str) -> None:
 
 
 def test_only_oneshot_has_choices() -> None:
-    with pytest.raises(ModelError, match="shufflenet_v2_x0_5 has no choices to choose; only shufflenet_oneshot has"):
+    with pytest.raises(ModelError, match="shufflenet_v2_x0_5 takes no choices; only shufflenet_oneshot has"):
         create_model("shufflenet_v2_x0_5", 3, choices=[0] * 20)
 
 
@@ -330,7 +330,7 @@ def test_repeating_the_command_resumes(
         (["--init-from", "{file}", "--model", "shufflenet_v2_x0_6"], 2, "did you mean"),
         (["--init-from", "{file}", "--pretrained"], 2, "and --pretrained exclude each other"),
         (["--choices", CHOICES], 2, "needs --model shufflenet_oneshot"),
-        (["--model", "shufflenet_v2_x0_5", "--scales", SCALES], 2, "shufflenet_v2_x0_5 has no scales to choose"),
+        (["--model", "shufflenet_v2_x0_5", "--scales", SCALES], 2, "shufflenet_v2_x0_5 takes no scales"),
         (["--model", "shufflenet_oneshot", "--choices", "1,2"], 2, "choices: there are 2, not 20"),
         (["--model", "shufflenet_oneshot", "--scales", "x"], 2, "--scales (=x) must be numbers"),
         (["--mean-image", "mean.npy"], 2, "is for shufflenet_v2_large; shufflenet_v2_x0_5 takes none"),

@@ -136,7 +136,7 @@ def test_altered_entries_are_never_read(seed: int, tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time(journal: Journal, tmp_path: Path) -> None:
-    with pytest.raises(BusyError, match="in use by this very process"):
+    with pytest.raises(BusyError, match="in use by this process already"):
         Journal(tmp_path)
     script = (
         "from pathlib import Path; from shufflenet_mlflow.tracking.journal import Journal; "
@@ -151,7 +151,7 @@ def test_a_file_system_without_locks_is_not_called_busy(tmp_path: Path, monkeypa
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with pytest.raises(JournalError, match="No locks available; --save-dir takes another place"):
+    with pytest.raises(JournalError, match="No locks available; choose another folder with --save-dir"):
         Journal(tmp_path)
 
 
@@ -202,7 +202,9 @@ def test_a_full_disk_at_the_start_of_a_run(journal: Journal, tmp_path: Path) -> 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
-        with pytest.raises(JournalError, match="cannot keep a journal in .*File too large; --save-dir"):
+        with pytest.raises(
+            JournalError, match="cannot keep a journal in .*File too large; choose another folder with --save-dir"
+        ):
             journal.set_owner("s" * 32, "http://127.0.0.1:5000")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -246,5 +248,7 @@ def test_a_run_that_does_not_exist_yet(tmp_path: Path, reopen: Callable[[Journal
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "models").write_text("")
-    with pytest.raises(JournalError, match="cannot keep a journal in '.*models'.*--save-dir takes another place"):
+    with pytest.raises(
+        JournalError, match="cannot keep a journal in '.*models'.*; choose another folder with --save-dir"
+    ):
         Journal(tmp_path / "models")

@@ -140,7 +140,7 @@ def test_a_truncated_file_is_refused_and_the_model_untouched(legacy: bool, tmp_p
     content = path.read_bytes()
     for length in (len(content) - 1, len(content) // 2, 100, 3):
         path.write_bytes(content[:length])
-        with pytest.raises(CorruptCheckpointError, match=r"model.pth.tar' is (corrupt|no readable checkpoint)"):
+        with pytest.raises(CorruptCheckpointError, match=r"model.pth.tar' is (corrupt|not a readable checkpoint)"):
             load_checkpoint(model, path)
     assert_equal_payloads(dict(model.state_dict()), before)
 
@@ -229,7 +229,7 @@ def test_a_head_for_other_classes_of_the_same_number_is_left_alone_on_request() 
 
 def test_the_head_width_comes_from_the_file() -> None:
     for name in FAMILIES:
-        network = model_from_payload(create_model(name, 7).state_dict(), "x", asked=ModelSpec(name))
+        network = model_from_payload(create_model(name, 7).state_dict(), "x", requested=ModelSpec(name))
         assert network.num_classes == 7
         assert (network.class_to_idx, network.preprocess.input_size) == (None, 224)
 
@@ -241,7 +241,7 @@ def test_a_file_that_names_no_network_needs_one() -> None:
     with pytest.raises(ConfigError, match="x does not name its network; pass --model NAME"):
         model_from_payload(small_model().state_dict(), "x")
     with pytest.raises(MismatchError, match="x does not fit .*; it fits --model shufflenet_v1_x0_5_g8$"):
-        model_from_payload(weights, "x", asked=ModelSpec("shufflenet_v1_x0_5_g3"))
+        model_from_payload(weights, "x", requested=ModelSpec("shufflenet_v1_x0_5_g3"))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -259,15 +259,15 @@ def own_payload(**model: Any) -> dict[str, Any]:
 
 def test_a_file_that_names_its_network_is_believed() -> None:
     assert model_from_payload(own_payload(), "x").spec == ModelSpec("shufflenet_oneshot")
-    assert model_from_payload(own_payload(), "x", asked=ModelSpec("shufflenet_oneshot")).num_classes == 2
+    assert model_from_payload(own_payload(), "x", requested=ModelSpec("shufflenet_oneshot")).num_classes == 2
     published = ModelSpec.of("shufflenet_oneshot", oneshot.CHOICES, oneshot.SCALES)
-    assert model_from_payload(own_payload(), "x", asked=published).num_classes == 2
+    assert model_from_payload(own_payload(), "x", requested=published).num_classes == 2
     zeros, ones = [0] * 20, [1] * 20
     assert ModelSpec.of("shufflenet_oneshot", zeros) == ModelSpec.of("shufflenet_oneshot", zeros, ones)
     with pytest.raises(ConfigError, match="x holds shufflenet_oneshot, not --model shufflenet_v2_x0_5"):
-        model_from_payload(own_payload(), "x", asked=ModelSpec("shufflenet_v2_x0_5"))
+        model_from_payload(own_payload(), "x", requested=ModelSpec("shufflenet_v2_x0_5"))
     with pytest.raises(ConfigError, match="leave --choices and --scales out"):
-        model_from_payload(own_payload(), "x", asked=ModelSpec("shufflenet_oneshot", choices=(0,) * 20))
+        model_from_payload(own_payload(), "x", requested=ModelSpec("shufflenet_oneshot", choices=(0,) * 20))
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_an_image_on_standard_input(kind: str) -> None:
     content = encoded(kind=kind)
     pictures = find_pictures(("a.png", "-", "a.png"), lambda: io.BytesIO(content))
     assert list(pictures.paths()) == ["a.png", "-", "a.png"]
-    assert [isinstance(pictures.source(move_model), str) for move_model in range(3)] == [True, False, True]
+    assert [isinstance(pictures.source(index), str) for index in range(3)] == [True, False, True]
     assert pictures.source(1).read() == content
 
 
@@ -435,7 +435,7 @@ def test_unreadable_images_are_left_out(predict: Predict) -> None:
     Path("photos/4.png").write_bytes(b"")
     result = predict("photos", "--on-bad-image", "skip", "--json", "--batch-size", 2)
     assert [row["path"] for row in rows_of(result)] == [f"photos/{number}.png" for number in (0, 2, 3, 5)]
-    assert [line.split()[3] for line in result.stderr.splitlines()] == ["'photos/1.png'", "'photos/4.png'"]
+    assert [line.split()[2] for line in result.stderr.splitlines()] == ["'photos/1.png'", "'photos/4.png'"]
 
 
 def test_an_image_without_a_byte_is_not_passed_over(predict: Predict) -> None:
@@ -554,5 +554,5 @@ def test_many_names_take_little_memory(many_files: Path) -> None:
     assert len(below) == 20_000
     assert found("many/**/*.jpg") == found("many/*/*.jpg") == found("many/**") == below
     pictures = find_pictures("-", lambda: io.BytesIO("\n".join(below).encode()))
-    assert list(pictures.paths()) == [pictures.path(move_model) for move_model in range(len(pictures))] == below
+    assert list(pictures.paths()) == [pictures.path(index) for index in range(len(pictures))] == below
     assert pictures.files.text.nbytes + pictures.files.ends.nbytes < 20_000 * 30

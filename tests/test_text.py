@@ -7,4 +7,4 @@ def test_name_some() -> None:
     assert name_some([]) == ""
     assert name_some(["a", "b"], most=2) == "a, b"
     assert name_some(("a", "b", "c"), most=2) == "a, b and 1 more"
-    assert name_some([repr(name) for name in "abcde"]) == "'a', 'b', 'c' and 2 more"
+    assert name_some("abcde", shown_as=repr) == "'a', 'b', 'c' and 2 more"

@@ -125,7 +125,7 @@ def test_skipped_files_are_named_once(with_bad_file: Path) -> None:
     run(with_bad_file, "--on-bad-image", "skip", reporter=reporter)
     for name in ("red/004.png", "blue/002.png"):
         assert len([text for text in reporter.warnings if name in text]) == 1
-    assert "2 unreadable files were left out" in reporter.warnings
+    assert "2 unreadable files were skipped" in reporter.warnings
 
 
 def test_nothing_readable_to_train_on(with_bad_file: Path) -> None:

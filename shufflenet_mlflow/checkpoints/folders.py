@@ -6,15 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, manifest_path, read_manifest
+from shufflenet_mlflow.checkpoints.manifest import MANIFEST_SUFFIX, CheckpointManifest, manifest_path, read_manifest
 from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
 from shufflenet_mlflow.checkpoints.verification import VerifiedCheckpoint, open_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, UnresolvedError
 from shufflenet_mlflow.runtime.files import remove_temporaries, sync_folder, temporary_beside
 
 logger = logging.getLogger(__name__)
-
-_RECORD_SUFFIX = ".json"
 
 
 def list_manifests(directory: Path) -> list[CheckpointManifest]:
@@ -51,9 +49,9 @@ def remove_leftovers(directory: Path) -> None:
     with contextlib.suppress(OSError):  # a folder that cannot be written says so when something is saved
         remove_temporaries(directory)
         for entry in directory.iterdir():
-            name = entry.name.removesuffix(_RECORD_SUFFIX)
-            lonely = name != entry.name and parse_name(name) is not None and not (directory / name).exists()
-            if lonely and read_manifest(directory / name) is not None:
+            name = entry.name.removesuffix(MANIFEST_SUFFIX)
+            is_alone = name != entry.name and parse_name(name) is not None and not (directory / name).exists()
+            if is_alone and read_manifest(directory / name) is not None:
                 entry.unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ from shufflenet_mlflow.checkpoints.plain import bare_key, bare_state_dict, is_pl
 from shufflenet_mlflow.checkpoints.schema import EMA_STATE_DICT, STATE_DICT, is_own
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, MismatchError
+from shufflenet_mlflow.runtime.text import name_some
 
 logger = logging.getLogger(__name__)
 
@@ -48,18 +49,13 @@ class LoadReport:
         parts = [f"{len(self.loaded)} tensors loaded"]
         for outcome in ("missing", "unexpected", "reshaped", "reset"):
             if names := getattr(self, outcome):
-                parts.append(f"{len(names)} {outcome}: {_name_some(names)}")
+                parts.append(f"{len(names)} {outcome}: {name_some(names, _NAMED, shown_as=_shortened)}")
         return "; ".join(parts)
 
 
 def _shortened(name: str) -> str:
     """Return a name fit for a message: a file can hold names of any kind and length."""
     return name if name.isprintable() and len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]!r}…"
-
-
-def _name_some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(map(_shortened, names[:_NAMED]))
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
 def _source_of(checkpoint: str | Path | Mapping[str, Any]) -> str:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 ARTIFACT_FOLDER = "checkpoints"
 LATEST_TAG = "checkpoint.latest"
 BEST_TAG = "checkpoint.best"
+MANIFEST_SUFFIX = ".json"
+"""What the manifest's name has behind that of its checkpoint."""
 
 
 def finite(value: float | None) -> float | None:
@@ -91,7 +93,7 @@ def _crc32(text: str) -> str:
 
 def manifest_path(checkpoint: Path) -> Path:
     """Return the path of the manifest beside the file `checkpoint`."""
-    return checkpoint.with_name(checkpoint.name + ".json")
+    return checkpoint.with_name(checkpoint.name + MANIFEST_SUFFIX)
 
 
 def write_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:

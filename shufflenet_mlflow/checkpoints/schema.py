@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shufflenet_mlflow.errors import CheckpointError
+from shufflenet_mlflow.runtime.text import name_some
 
 FORMAT_VERSION = 1
 """The entry `format_version`, an integer. Its presence tells this project's files from all others."""
@@ -45,9 +46,6 @@ _OPTIONAL: dict[str, tuple[type, ...]] = {
 
 RESUME_KEYS = tuple(_REQUIRED)
 
-_NAMED = 3
-"""Missing entries that a message names."""
-
 
 def is_own(payload: Mapping[str, Any]) -> bool:
     """Whether this project wrote the checkpoint; in other files, entries of these names may mean anything."""
@@ -71,10 +69,10 @@ def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: s
             code="format-unknown",
         )
     if missing := [key for key in needed if key not in payload]:
-        listed = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
         hint = "; --init-from starts a training run from its weights" if STATE_DICT in payload else ""
         raise CheckpointError(
-            f"{source} was not written by this project's training: it lacks {listed}{hint}", code="entries-missing"
+            f"{source} was not written by this project's training: it lacks {name_some(missing)}{hint}",
+            code="entries-missing",
         )
     for key, types in {**_REQUIRED, **_OPTIONAL}.items():
         if key in payload and not _is(payload[key], types):

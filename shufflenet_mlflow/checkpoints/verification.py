@@ -182,7 +182,7 @@ def _load(path: Path, file: BinaryIO) -> Any:
         match = _GLOBAL.search(str(error))
         if match is None:
             raise CorruptCheckpointError(
-                f"{str(path)!r} is no readable checkpoint: it is damaged, or not a file that torch.save wrote",
+                f"{str(path)!r} is not a readable checkpoint: it is damaged, or not a file that torch.save wrote",
                 code="not-a-torch-file",
             ) from error
         culprit = next(group for group in match.groups() if group)
@@ -195,5 +195,5 @@ def _load(path: Path, file: BinaryIO) -> Any:
         told = isinstance(error, (RuntimeError, EOFError)) and str(error)
         reason = str(error).splitlines()[0] if told else "it is damaged, or not a file that torch.save wrote"
         raise CorruptCheckpointError(
-            f"{str(path)!r} is no readable checkpoint: {reason}", code="torch-load-failed"
+            f"{str(path)!r} is not a readable checkpoint: {reason}", code="torch-load-failed"
         ) from error

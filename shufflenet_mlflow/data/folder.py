@@ -3,12 +3,13 @@
 import logging
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from shufflenet_mlflow.data.listing import ImageListing, Samples
 from shufflenet_mlflow.errors import DataError
+from shufflenet_mlflow.runtime.text import name_some
 
 logger = logging.getLogger(__name__)
 
@@ -17,9 +18,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 
 IGNORED_NAMES = {"thumbs.db", "desktop.ini"}
 """Files that file managers leave behind; names that begin with a dot are ignored as well."""
-
-_NAMED = 3
-"""Offending files that a message names; it counts the rest."""
 
 
 def is_image_name(path: str) -> bool:
@@ -138,7 +136,8 @@ def list_images(root: str | Path, *, option: str = "folder") -> ImageListing:
             without_images.append(name)
     if without_images:
         raise DataError(
-            f"{option} {str(root)!r}: no image in class {name_some(without_images)}; add images or remove the folder",
+            f"{option} {str(root)!r}: no image in class {name_some(without_images, shown_as=repr)}; "
+            "add images or remove the folder",
             code="class-without-images",
         )
     listing = ImageListing(root, classes, Samples.of(samples), tuple(foreign))
@@ -172,7 +171,8 @@ def _class_folders(root: Path, option: str) -> tuple[str, ...]:
         ) from None
     if broken := sorted(entry.name for entry in shown if entry.is_symlink() and not os.path.exists(entry.path)):
         raise DataError(
-            f"{option} {str(root)!r}: the link {name_some(broken)} is broken; restore its target or remove the link",
+            f"{option} {str(root)!r}: the link {name_some(broken, shown_as=repr)} is broken; "
+            "restore its target or remove the link",
             code="class-link-broken",
         )
     names = sorted(entry.name for entry in shown if _is_folder(entry))
@@ -184,18 +184,12 @@ def _class_folders(root: Path, option: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def name_some(names: Sequence[str]) -> str:
-    """Return the first few names, and how many more there are."""
-    shown = ", ".join(repr(name) for name in names[:_NAMED])
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
-
-
 def require_images_only(listing: ImageListing, *, option: str) -> None:
     """Raise DataError, which names them, if a folder holds files that are not images."""
     if listing.foreign:
         raise DataError(
             f"{option} {str(listing.root)!r} holds files that are not images: "
-            f"{name_some(listing.foreign)}; remove them or pass --on-bad-image skip",
+            f"{name_some(listing.foreign, shown_as=repr)}; remove them or pass --on-bad-image skip",
             code="files-not-images",
         )
 
@@ -212,9 +206,9 @@ def require_same_classes(expected: Mapping[str, int], listing: ImageListing, *, 
         return
     differences = []
     if missing := sorted(set(expected) - set(found)):
-        differences.append(f"it lacks {name_some(missing)}")
+        differences.append(f"it lacks {name_some(missing, shown_as=repr)}")
     if extra := sorted(set(found) - set(expected)):
-        differences.append(f"it also has {name_some(extra)}")
+        differences.append(f"it also has {name_some(extra, shown_as=repr)}")
     raise DataError(
         f"{option} {str(listing.root)!r} does not have the classes of {expected_in}: "
         f"{'; '.join(differences) or 'their order differs'}",

@@ -53,7 +53,7 @@ def mean_image(
         for batch in batches_of(loader):
             stop.check()
             for bad in bad_images.new_in(batch):
-                reporter.warn(f"left out: {bad}")
+                reporter.warn(f"skipped: {bad}")
             if len(batch.labels_N):
                 total += batch.images_NCHW.sum(0, dtype=torch.float64)
                 n += len(batch.labels_N)

@@ -79,7 +79,7 @@ def evaluate(
     def fetch() -> Batch | None:
         batch = next(fetched, None)
         for bad in bad_images.new_in(batch) if batch is not None else ():
-            reporter.warn(f"left out: {bad}")
+            reporter.warn(f"skipped: {bad}")
         return batch
 
     with torch.inference_mode(), reporter.phase("validating", batches.max_batches) as phase:

@@ -93,7 +93,7 @@ def predict(
         for batch in batches_of(loader):
             context.stop.check()
             for bad in bad_images.new_in(batch):
-                context.reporter.warn(f"left out: {bad}")
+                context.reporter.warn(f"skipped: {bad}")
             if len(batch.indices_N):
                 with torch.inference_mode():
                     ranked = rank(model(to_input(batch.images_NCHW)), labels, top)

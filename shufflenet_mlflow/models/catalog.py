@@ -161,7 +161,7 @@ def check_arguments(variant: Variant, arguments: Mapping[str, object]) -> None:
     if foreign := [key for key in arguments if key not in variant.options]:
         takers = [other.name for other in VARIANTS.values() if foreign[0] in other.options]
         raise ModelError(
-            f"{variant.name} has no {' and no '.join(foreign)} to choose; only {', '.join(takers)} has",
+            f"{variant.name} takes no {' and no '.join(foreign)}; only {', '.join(takers)} does",
             code="model-option-unknown",
         )
 

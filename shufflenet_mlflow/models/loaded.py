@@ -69,13 +69,13 @@ def _spec_from(model: Mapping[str, Any], source: str) -> ModelSpec:
 
 
 def identify(
-    described: ModelSpec | None, asked: ModelSpec | None, payload: Mapping[str, Any], source: str
+    described: ModelSpec | None, requested: ModelSpec | None, payload: Mapping[str, Any], source: str
 ) -> ModelSpec:
     """Return the network that the checkpoint or the user names.
 
     Args:
         described: the checkpoint's, if it names one.
-        asked: the user's, if they named one.
+        requested: the user's, if they named one.
         payload: the result of `read_checkpoint`.
         source: what to call it in messages.
 
@@ -83,16 +83,16 @@ def identify(
         ConfigError: neither names one, or they differ.
     """
     if described is None:
-        if asked is not None:
-            return asked
+        if requested is not None:
+            return requested
         fitting = fitting_models(weights_of(payload, source))
         hint = f"it fits --model {' or '.join(fitting)}" if fitting else "pass --model NAME (see `shufflenet models`)"
         raise ConfigError(f"{source} does not name its network; {hint}", code="model-not-named")
-    if asked is None or asked in (described, ModelSpec(described.name)):  # the bare name is enough
+    if requested is None or requested in (described, ModelSpec(described.name)):  # the bare name is enough
         return described
-    if asked.name != described.name:
+    if requested.name != described.name:
         raise ConfigError(
-            f"{source} holds {described.name}, not --model {asked.name}; leave --model out", code="model-differs"
+            f"{source} holds {described.name}, not --model {requested.name}; leave --model out", code="model-differs"
         )
     raise ConfigError(
         f"{source} holds {described.name} with other choices or scales; leave --choices and --scales out",
@@ -156,7 +156,7 @@ def model_from_payload(
     payload: Mapping[str, Any],
     source: str,
     *,
-    asked: ModelSpec | None = None,
+    requested: ModelSpec | None = None,
     input_size: int | None = None,
     mean_image: str | None = None,
 ) -> LoadedModel:
@@ -165,7 +165,7 @@ def model_from_payload(
     Args:
         payload: the result of `read_checkpoint`.
         source: what to call it in messages.
-        asked: the network that the user named; needed if the checkpoint names none.
+        requested: the network that the user named; needed if the checkpoint names none.
         input_size: pixels; by default the checkpoint's, or `REFERENCE_SIZE`.
         mean_image: a file; by default the checkpoint's mean image, if it has one.
 
@@ -175,7 +175,7 @@ def model_from_payload(
         DataError: the mean image cannot be read.
     """
     described = describe(payload, source)
-    spec = identify(described.spec, asked, payload, source)
+    spec = identify(described.spec, requested, payload, source)
     weights = weights_of(payload, source)
     num_classes = classes_in(weights, spec)
     stored_size = described.preprocess.input_size if described.preprocess else REFERENCE_SIZE

@@ -27,7 +27,7 @@ class ModelSpec:
     """As for `create_model`."""
 
     @classmethod
-    def asked(cls, options: Mapping[str, Any]) -> "ModelSpec | None":
+    def from_options(cls, options: Mapping[str, Any]) -> "ModelSpec | None":
         """Return the network that the options `model`, `choices` and `scales` name, or None if they name none.
 
         Raises:

@@ -26,7 +26,7 @@ class FileLock:
         self._name = os.path.realpath(path)
         if self._name in _held:
             raise BusyError(
-                f"{what} is in use by this very process; close what has it open", code="locked-by-this-process"
+                f"{what} is in use by this process already; close it there first", code="locked-by-this-process"
             )
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         if sys.platform != "win32":  # no record locks there: other processes are not kept out

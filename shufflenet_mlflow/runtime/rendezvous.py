@@ -69,7 +69,7 @@ def _announced(stop: StopFlag) -> World:
     except ValueError as error:
         names = "RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT"
         raise ConfigError(
-            f"the environment's {names} is no number ({error}); {_WAY_OUT}", code="launcher-variable-not-number"
+            f"the environment's {names} is not a number ({error}); {_WAY_OUT}", code="launcher-variable-not-number"
         ) from error
     if not 0 <= rank < size:
         raise ConfigError(
@@ -129,8 +129,8 @@ def name_attempt(store: Store, rank: int, size: int, stop: StopFlag) -> str:
                 return name
         if time.monotonic() > deadline:
             raise LostProcessError(
-                f"process {rank}: the others of this job have not come within {TIMEOUT}; see what became of them, then "
-                "start the job again",
+                f"process {rank}: the other processes of this job did not start within {TIMEOUT}; "
+                "see what they printed, then start the job again",
                 code="rendezvous-timed-out",
             )
         time.sleep(_POLL_SECONDS)

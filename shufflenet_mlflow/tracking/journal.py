@@ -226,7 +226,8 @@ class Journal:
 
     def _unusable(self, error: OSError) -> JournalError:
         return JournalError(
-            f"cannot keep a journal in {str(self.directory)!r}: {error.strerror}; --save-dir takes another place",
+            f"cannot keep a journal in {str(self.directory)!r}: {error.strerror}; "
+            "choose another folder with --save-dir",
             code="journal-unwritable",
         )
 

@@ -109,7 +109,7 @@ def _newest_valid_name(
         try:
             verify_checkpoint(directory / name, local[name])
         except CheckpointError as error:
-            logger.warning("not counted as kept: %s", error)
+            logger.warning("the newest checkpoint does not count: %s", error)
             continue
         return {name}
     return set()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from shufflenet_mlflow.checkpoints.references import RunReference, is_run_id, parse_reference
 from shufflenet_mlflow.errors import TrackingError, UnresolvedError
+from shufflenet_mlflow.runtime.text import name_some
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.redaction import redact
@@ -15,8 +16,6 @@ from shufflenet_mlflow.tracking.uris import store_file
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-_NAMED = 4
-"""Runs that a message names."""
 _SEARCHED = 1000
 """Newest runs among which a mistyped ID is looked up."""
 _ALIKE = 0.85
@@ -44,10 +43,9 @@ def complete(ref: str | Path, store: str | Connection | None) -> str | Path:
             "or MLFLOW_TRACKING_URI names another store",
             code="run-id-unknown",
         )
-    listed = ", ".join(f"{run_id} ({name})" for run_id, name in list(found.items())[:_NAMED])
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    listed = name_some([f"{run_id} ({name})" for run_id, name in found.items()], most=4)
     raise UnresolvedError(
-        f"{str(ref)!r} begins several run IDs in {address}: {listed}{more}; give more characters",
+        f"{str(ref)!r} begins several run IDs in {address}: {listed}; give more characters",
         code="run-id-ambiguous",
     )
 

@@ -76,6 +76,6 @@ def check_address(uri: str) -> None:
         complete = False
     if not complete or (uri.startswith("sqlite:") and uri.partition("?")[0] != "sqlite://"):
         raise TrackingError(
-            f"the tracking store {redact(uri)} is no address; one is sqlite:///FOLDER/mlflow.db or http://HOST:5000",
+            f"the tracking store {redact(uri)} is not an address; give one such as sqlite:///FOLDER/mlflow.db or http://HOST:5000",
             code="store-address",
         )

@@ -296,13 +296,15 @@ def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | 
     """Delete the checkpoints that `retention` drops, in a folder and its run, or in a run; oldest first.
 
     Raises:
-        ConfigError: there is no rule.
+        ConfigError: no --keep option was given.
         UnresolvedError: there is no such folder or run.
         BusyError: a run is being trained in the folder.
         TrackingError: MLflow did not answer: without it nobody knows which are promoted.
     """
     if not retention.is_set:
-        raise ConfigError("there is no rule; give --keep-last, --keep-best or --keep-every", code="no-keep-rule")
+        raise ConfigError(
+            "nothing says what to keep; give --keep-last, --keep-best or --keep-every", code="no-keep-rule"
+        )
     location = find_location(ref, tracking_uri)
     with _alone_in(location.directory) if not dry_run else nullcontext():
         target = None

@@ -200,7 +200,8 @@ def _val_dir(request: EvalRequest, loaded: LoadedCheckpoint) -> str | None:
     val_dir: str | None = request.val_dir if request.val_dir is not None else trained.get("val_dir")
     if val_dir is None and "val_dir" not in trained:
         raise ConfigError(
-            f"--val-dir is missing: {loaded.source} does not say on what it was validated", code="val-dir-missing"
+            f"--val-dir is missing: {loaded.source} does not say which images it was validated on",
+            code="val-dir-missing",
         )
     return val_dir
 

@@ -59,13 +59,13 @@ class ModelRequest:
         Raises:
             ShuffleNetError: as `resolve`, `read_checkpoint` and `model_from_payload` do.
         """
-        asked = ModelSpec.asked(vars(self))
+        requested = ModelSpec.from_options(vars(self))
         resolved = resolve(self.ref, tracking_uri=store, cache_dir=self.cache_dir, reporter=reporter)
         payload = resolved.checkpoint.read()
         network = model_from_payload(
             payload,
             source_of(resolved.path),
-            asked=asked,
+            requested=requested,
             input_size=self.input_size,
             mean_image=self.mean_image,
         )

@@ -103,7 +103,7 @@ def _send(deliverer: Deliverer, reporter: Reporter, stop: StopFlag) -> int:
                 arrived = deliverer.send_some()
             except TrackingError as error:
                 raise TrackingError(
-                    f"{error}; {journal.pending} entries still wait in {str(journal.path)!r}",
+                    f"{error}; {journal.pending} entries have not been sent and are kept in {str(journal.path)!r}",
                     error.mlflow_code,
                     code="sync-interrupted",
                 ) from error

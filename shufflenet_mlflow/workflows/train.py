@@ -1,6 +1,5 @@
 """`shufflenet train`: options in, a trained network out, on the disk and in MLflow."""
 
-from shufflenet_mlflow.config import check_grace
 from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.launchers import Requeue, ended_with_mlflow_run
 from shufflenet_mlflow.runtime.progress import FollowerReporter, Reporter
@@ -30,10 +29,11 @@ def run_training(request: TrainRequest, *, reporter: Reporter, stop: StopFlag) -
         ShuffleNetError: see `shufflenet_mlflow.errors`; the run, if there was one by then, is marked FAILED.
         StopRequested: a signal arrived before there was a run.
     """
-    asked = {**request.options, "resume": request.resume, "job": request.job, "save_dir": request.save_dir}
-    check_training({**asked, "tracking_uri": request.tracking_uri})
+    names = ("resume", "job", "save_dir", "tracking_uri", "grace")
+    check_training({**request.options, **{name: getattr(request, name) for name in names}})
     prepare_environment()
-    stop.grace = check_grace(request.grace)
+    if request.grace is not None:
+        stop.grace = request.grace
     requeue = Requeue(request.requeue, reporter)
     try:
         with ended_with_mlflow_run(), joined(stop) as world:

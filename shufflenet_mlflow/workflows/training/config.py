@@ -15,10 +15,11 @@ from shufflenet_mlflow.config import (
     DEFAULT_MODEL,
     FIELDS,
     TrainConfig,
+    check_batch_to_train,
     check_resumable,
+    check_rule,
     format_numbers,
 )
-from shufflenet_mlflow.data.augment import AUGMENTATIONS
 from shufflenet_mlflow.data.loader import default_workers
 from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
 from shufflenet_mlflow.data.sampler import MicroBatches
@@ -93,29 +94,18 @@ def choose(request: TrainRequest, attempt: Attempt, world: World) -> Choices:
     given = dict(request.options)
     point = attempt.resume_point
     options = attempt.options(request)
-    if "epochs" in given and "total_iters" in given:
-        raise ConfigError(
-            f"--epochs (={given['epochs']}) and --total-iters (={given['total_iters']}) exclude each other; "
-            "give one of them",
-            code="epochs-and-total-iters",
-        )
     if point is not None and options.get("model") != point.config.get("model"):
         options |= {"choices": given.get("choices"), "scales": given.get("scales")}  # the old ones are another model's
     weights = attempt.initial_weights
-    spec = weights.spec if weights is not None else ModelSpec.asked(options) or ModelSpec(DEFAULT_MODEL)
+    spec = weights.spec if weights is not None else ModelSpec.from_options(options) or ModelSpec(DEFAULT_MODEL)
     if options.get("pretrained"):
         check_published(spec.name)
     train_dir, val_dir = image_folders(options)
     recipe = get_recipe(spec.name)
     augment = options.get("augment", "shift" if train_dir is None else recipe.augment)
-    if augment not in AUGMENTATIONS:
-        raise ConfigError(f"--augment (={augment}) must be one of {', '.join(AUGMENTATIONS)}", code="augment-unknown")
+    check_rule("augment", augment)  # a strange checkpoint's may be anything, and so may its batches
     batch_size = options.get("batch_size", DEFAULT_BATCH_SIZE)
-    if batch_size < 2:
-        raise ConfigError(
-            f"--batch-size (={batch_size}) must be at least 2: batch normalisation needs two images",
-            code="batch-size-below-two",
-        )
+    check_batch_to_train(batch_size)
     return Choices(
         options,
         given,

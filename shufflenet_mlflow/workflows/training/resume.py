@@ -108,7 +108,7 @@ def find_initial_weights(
     payload = resolved.checkpoint.read()
     source = repr(str(resolved.path))
     description = describe(payload, source)
-    spec = identify(description.spec, ModelSpec.asked(options), payload, source)
+    spec = identify(description.spec, ModelSpec.from_options(options), payload, source)
     run_id = payload.get("run_id") if is_own(payload) else None
     return InitialWeights(resolved.path, payload, spec, description, run_id or resolved.run_id)
 

@@ -236,7 +236,7 @@ class TrackedRun:
             return
         config = self._plan.config
         if unreadable:
-            self._context.reporter.warn(f"{unreadable} unreadable files were left out")
+            self._context.reporter.warn(f"{unreadable} unreadable files were skipped")
             self.metrics.log({"data/unreadable_files": unreadable}, result.iters)
         if was_complete:
             self._context.reporter.note("nothing is left to train")
@@ -343,7 +343,7 @@ def open_run(
     except TrackingError as error:
         if error.answered or not is_server(store.client.tracking_uri):
             raise
-        reporter.warn(f"{error}; training goes on without, and what belongs to MLflow is kept and sent later")
+        reporter.warn(f"{error}; training goes on; what belongs to MLflow is kept and sent later")
     return OpenedRun(known or new_provisional_id(), (first,), name=name)
 
 
