@@ -165,9 +165,12 @@ def _end(ctx: click.Context, error: ShuffleNetError) -> NoReturn:
 
 
 def _print_json_error(code: str, message: str) -> None:
-    """Print the error as JSON on stdout."""
+    """Print the error as JSON on stdout, unless another process of the job, or its next attempt, prints a document."""
+    from shufflenet_mlflow.runtime.launchers import is_last_attempt
     from shufflenet_mlflow.tracking.redaction import redact
 
+    if os.environ.get("RANK", "0") != "0" or not is_last_attempt():
+        return
     click.echo(json.dumps({"error": {"code": code, "message": redact(message)}}))
 
 

@@ -24,6 +24,7 @@ from shufflenet_mlflow.workflows.training import run as opening
 from shufflenet_mlflow.workflows.training.attempts import Attempt
 from shufflenet_mlflow.workflows.training.config import choose
 from shufflenet_mlflow.workflows.training.request import TrainRequest
+from tests.support.command_line import Invoke
 from tests.support.metrics import history, steps
 from tests.support.training import Reporter, assert_same_end, request, run, run_until
 
@@ -196,6 +197,18 @@ def test_without_a_launcher_there_is_one_attempt() -> None:
     assert attempt() == 0
     assert launch_name("", requeue=False) is None
     assert launch_name("", requeue=True) is None
+
+
+@pytest.mark.parametrize(("count", "rank", "documents"), [(0, 0, 0), (1, 0, 0), (2, 0, 1), (2, 1, 0)])
+def test_a_job_prints_one_error_document(
+    count: int, rank: int, documents: int, shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its first process, in the last attempt."""
+    restarted(monkeypatch, count)
+    monkeypatch.setenv("RANK", str(rank))
+    result = shufflenet("train", "--lr", 0, "--json")
+    assert (result.exit_code, "--lr (=0.0) must be above 0" in result.stderr) == (2, True)
+    assert [json.loads(line)["error"]["code"] for line in result.stdout.splitlines()] == ["option-lr"] * documents
 
 
 def test_an_attempt_of_torchrun_goes_on_without_any_option(

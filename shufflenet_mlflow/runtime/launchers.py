@@ -24,8 +24,7 @@ WATCH_SECONDS = 0.5
 
 def attempt() -> int:
     """Return how often the launcher has started this job before; 0 the first time, and without a launcher."""
-    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return max(int(count) if count.isdecimal() else 0 for count in counts)
+    return max(_count("TORCHELASTIC_RESTART_COUNT"), _count("SLURM_RESTART_COUNT"))
 
 
 def launch_name(options: str, *, requeue: bool) -> str | None:
@@ -54,8 +53,17 @@ def _digest(text: str) -> str:
 
 def may_restart() -> bool:
     """Whether torchrun restarts the processes if one of them is lost."""
-    most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-    return most.isdecimal() and int(most) > 0
+    return _count("TORCHELASTIC_MAX_RESTARTS") > 0
+
+
+def is_last_attempt() -> bool:
+    """Whether torchrun, if it started this process, starts none again when this one fails."""
+    return _count("TORCHELASTIC_RESTART_COUNT") >= _count("TORCHELASTIC_MAX_RESTARTS")
+
+
+def _count(variable: str) -> int:
+    text = os.environ.get(variable, "0")
+    return int(text) if text.isdecimal() else 0
 
 
 @contextmanager
