@@ -91,7 +91,7 @@ class _Columns:
     path: int
     label: int
     width: int | None
-    """Of a whole line; None for no limit."""
+    """Characters of a whole line; None for no limit."""
 
     @classmethod
     def fitting(cls, paths: Iterator[str], labels: Iterator[str], width: int | None, top: int) -> "_Columns":

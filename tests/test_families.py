@@ -141,7 +141,7 @@ def test_impossible_choices(options: dict[str, Any], message: str) -> None:
 
 
 def test_only_oneshot_has_choices() -> None:
-    with pytest.raises(ModelError, match="shufflenet_v2_x0_5 takes no choices; only shufflenet_oneshot has"):
+    with pytest.raises(ModelError, match="shufflenet_v2_x0_5 takes no choices; only shufflenet_oneshot does"):
         create_model("shufflenet_v2_x0_5", 3, choices=[0] * 20)
 
 

@@ -21,7 +21,7 @@ ARTIFACT_FOLDER = "checkpoints"
 LATEST_TAG = "checkpoint.latest"
 BEST_TAG = "checkpoint.best"
 MANIFEST_SUFFIX = ".json"
-"""What the manifest's name has behind that of its checkpoint."""
+"""Appended to the checkpoint's file name."""
 
 
 def finite(value: float | None) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from shufflenet_mlflow.checkpoints.references import is_run_id, parse_reference
 from shufflenet_mlflow.config import DEFAULT_MODEL, check_batch_to_train, check_options, check_rule, option
-from shufflenet_mlflow.errors import TrackingError, UnresolvedError
+from shufflenet_mlflow.errors import ConfigError, TrackingError, UnresolvedError
 from shufflenet_mlflow.models.catalog import check_network
 from shufflenet_mlflow.tracking.uris import check_address
 
@@ -77,6 +77,18 @@ def check_training(options: Mapping[str, Any]) -> None:
     check_request(options, may_inherit=may_inherit)
     if not may_inherit and options.get("model") is None and options.get("init_from") is None:
         check_network({**options, "model": DEFAULT_MODEL})
+    if not may_inherit and "val_dir" in options:  # `bench` has no such option
+        check_folders(options)
+
+
+def check_folders(options: Mapping[str, Any]) -> None:
+    """Raise ConfigError if only one of the two image folders is given."""
+    missing = [name for name in ("train_dir", "val_dir") if options.get(name) is None]
+    if len(missing) == 1:
+        raise ConfigError(
+            f"{option(missing[0])} is missing; give both folders, or neither for the bundled digits",
+            code="one-folder-missing",
+        )
 
 
 def _may_inherit(options: Mapping[str, Any]) -> bool:

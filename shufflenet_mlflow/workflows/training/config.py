@@ -30,6 +30,7 @@ from shufflenet_mlflow.models.spec import ModelSpec
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.training.loop import TrainData
 from shufflenet_mlflow.training.recipe import Recipe, get_recipe
+from shufflenet_mlflow.workflows.options import check_folders
 from shufflenet_mlflow.workflows.training.attempts import Attempt
 from shufflenet_mlflow.workflows.training.request import TrainRequest
 from shufflenet_mlflow.workflows.training.resume import ResumePoint
@@ -191,13 +192,8 @@ def image_folders(options: Mapping[str, Any]) -> tuple[str | None, str | None]:
     Raises:
         ConfigError: only one of them is given.
     """
-    train_dir, val_dir = absolute_path(options.get("train_dir")), absolute_path(options.get("val_dir"))
-    if (train_dir is None) != (val_dir is None):
-        lacking = "--val-dir" if val_dir is None else "--train-dir"
-        raise ConfigError(
-            f"{lacking} is missing; give both folders, or neither for the bundled digits", code="one-folder-missing"
-        )
-    return train_dir, val_dir
+    check_folders(options)
+    return absolute_path(options.get("train_dir")), absolute_path(options.get("val_dir"))
 
 
 def absolute_path(path: Any) -> str | None:
