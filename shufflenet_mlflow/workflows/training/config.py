@@ -16,7 +16,6 @@ from shufflenet_mlflow.config import (
     FIELDS,
     TrainConfig,
     check_batch_to_train,
-    check_resumable,
     check_rule,
     format_numbers,
 )
@@ -33,7 +32,7 @@ from shufflenet_mlflow.training.recipe import Recipe, get_recipe
 from shufflenet_mlflow.workflows.options import check_folders
 from shufflenet_mlflow.workflows.training.attempts import Attempt
 from shufflenet_mlflow.workflows.training.request import TrainRequest
-from shufflenet_mlflow.workflows.training.resume import ResumePoint
+from shufflenet_mlflow.workflows.training.resume import ResumePoint, check_resumable
 
 DISPLAY_INTERVAL = 20
 VALIDATIONS = 10

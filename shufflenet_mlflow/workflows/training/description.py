@@ -8,20 +8,33 @@ from typing import Any
 
 import torch
 
-from shufflenet_mlflow.config import RESUME_MAY_CHANGE, TrainConfig, drift
+from shufflenet_mlflow.config import TrainConfig
 from shufflenet_mlflow.data.datasets import data_name
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.models.cost import model_cost
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.versions import installed_versions
 from shufflenet_mlflow.tracking.messages import DatasetInput, Params, TextArtifact
-from shufflenet_mlflow.tracking.names import CLASSES_FILE, CONFIG_FILE
+from shufflenet_mlflow.tracking.names import (
+    CLASSES_FILE,
+    CONFIG_FILE,
+    CONFIG_TAG,
+    DRIFT_TAG,
+    INIT_FROM_CHECKPOINT_TAG,
+    INIT_FROM_RUN_TAG,
+    JOB_TAG,
+    NETWORK_TAG,
+    RESUMED_FROM_ITERS_TAG,
+    RESUMED_FROM_RUN_TAG,
+)
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
+from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.target import Message
 from shufflenet_mlflow.training.loop import TrainData, TrainResult
+from shufflenet_mlflow.workflows.training.attempts import Attempt
 from shufflenet_mlflow.workflows.training.config import Plan
-from shufflenet_mlflow.workflows.training.resume import ResumePoint
+from shufflenet_mlflow.workflows.training.resume import RESUME_MAY_CHANGE, ResumePoint, drift
 
 OF_PIXELS = ("torchvision", "opencv-python-headless", "simplejpeg")
 """Packages that decode and transform images."""
@@ -32,11 +45,46 @@ NEEDED_FOR_EQUALITY = ("shufflenet-mlflow", "torch", *OF_PIXELS, "device", "inst
 MICRO_BATCHES = "parts"
 """Key of the number of micro-batches: where it differs, batch normalisation sees other images together."""
 
+MAX_TAG_LENGTH = 5000
+"""Characters that MLflow accepts in a tag, whatever the store."""
+
 
 def config_digest(config: Mapping[str, Any]) -> str:
     """Return a digest of the options that may not change on resuming."""
     values = {name: value for name, value in config.items() if name not in RESUME_MAY_CHANGE}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def first_tags(
+    attempt: Attempt,
+    config: TrainConfig,
+    changed: Mapping[str, tuple[Any, Any]],
+    *,
+    is_continued: bool,
+) -> dict[str, str]:
+    """Return the tags that a run begins or continues with; one that is continued has most of them already.
+
+    Those of command, code and hardware are in `tracking.provenance`.
+
+    Args:
+        changed: what has changed since the checkpoint was written; see `drift_since`.
+    """
+    point, weights = attempt.resume_point, attempt.initial_weights
+    if point is not None and is_continued:
+        tags = {RESUMED_FROM_ITERS_TAG: str(point.iters)}
+    else:
+        tags = {NETWORK_TAG: config.model, CONFIG_TAG: redact(json.dumps(config.to_dict()))}
+        if len(tags[CONFIG_TAG]) > MAX_TAG_LENGTH:  # paths of thousands of characters
+            del tags[CONFIG_TAG]
+        if weights is not None and weights.run_id is not None:
+            tags |= {INIT_FROM_RUN_TAG: weights.run_id, INIT_FROM_CHECKPOINT_TAG: weights.path.name}
+        if point is not None and attempt.is_fork and point.run_id is not None:
+            tags |= {RESUMED_FROM_RUN_TAG: point.run_id, RESUMED_FROM_ITERS_TAG: str(point.iters)}
+    if point is not None and changed:
+        tags[f"{DRIFT_TAG}{point.iters}"] = redact(json.dumps(changed))[:MAX_TAG_LENGTH]
+    if attempt.job is not None:
+        tags[JOB_TAG] = attempt.job
+    return tags
 
 
 def describe(config: TrainConfig, data: TrainData) -> tuple[Message, ...]:

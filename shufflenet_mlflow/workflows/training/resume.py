@@ -11,7 +11,7 @@ from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, read_mani
 from shufflenet_mlflow.checkpoints.names import FINAL_TAG, newest_first, parse_name
 from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference
 from shufflenet_mlflow.checkpoints.schema import RESUME_KEYS, check_payload, is_own
-from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
+from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, TrainConfig, check_types, option
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, ResumeError, TrackingError, UnresolvedError
 from shufflenet_mlflow.models.loaded import ModelDescription, describe, identify
 from shufflenet_mlflow.models.spec import ModelSpec
@@ -19,6 +19,26 @@ from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.resolve import latest_of_run, resolve, run_of
 
 logger = logging.getLogger(__name__)
+
+FORK_MAY_NOT_CHANGE = ("model", "choices", "scales", "init_from", "pretrained", "num_classes", "seed", "batch_size")
+"""A checkpoint cannot be continued, not even as a run of its own, with one of these changed."""
+
+RESUME_MAY_CHANGE = (
+    "train_dir",
+    "val_dir",
+    "mean_image",
+    "workers",
+    "device",
+    "display_interval",
+    "val_interval",
+    "save_interval",
+    "on_bad_image",
+    "keep_last",
+    "keep_best",
+    "keep_every",
+    "on_save_error",
+)
+"""These may change when a run is resumed; data and mean image are compared by their content."""
 
 
 @dataclass(frozen=True)
@@ -198,3 +218,37 @@ def _newest_in(directory: Path) -> Resolved | None:
         return newest_valid(directory)
     except UnresolvedError:
         return None
+
+
+def drift(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs, name -> (before, now). A field that is new in `now` counts only if it is set."""
+    return {
+        name: (before.get(name), value)
+        for name, value in now.items()
+        if before.get(name) != value and (name in before or value)
+    }
+
+
+def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: bool) -> None:
+    """Raise ResumeError for changed options that would make the resumed run a different one.
+
+    Args:
+        before: the configuration of the run, or of its checkpoint.
+        new_run: the continuation is a run of its own, in which all but `FORK_MAY_NOT_CHANGE` may change.
+
+    Raises:
+        ResumeError: the message names the option, both values and the way out.
+    """
+    changed = {name: pair for name, pair in drift(before, now.to_dict()).items() if name not in RESUME_MAY_CHANGE}
+    breaking = {name: pair for name, pair in changed.items() if name in FORK_MAY_NOT_CHANGE}
+    refused = breaking or ({} if new_run else changed)
+    if refused:
+        listed = ", ".join(f"{option(name)} ({was} -> {is_})" for name, (was, is_) in refused.items())
+        way_out = (
+            "leave them out, or start a new run with --resume none and another --save-dir"
+            if breaking
+            else "leave them as they were, or pass --new-run to continue as a run of its own"
+        )
+        raise ResumeError(
+            f"the run cannot be continued with changed {listed}; {way_out}", code="resume-options-changed"
+        )

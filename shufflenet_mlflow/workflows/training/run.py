@@ -1,6 +1,5 @@
 """The MLflow run that a training writes to, and the folder of its checkpoints; also while the server is away."""
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,17 +23,8 @@ from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.journal import Journal, is_created, new_provisional_id
 from shufflenet_mlflow.tracking.messages import Create, Reopen
 from shufflenet_mlflow.tracking.names import (
-    CONFIG_TAG,
     CONTINUES_TAG,
-    DRIFT_TAG,
-    INIT_FROM_CHECKPOINT_TAG,
-    INIT_FROM_RUN_TAG,
-    JOB_TAG,
-    NETWORK_TAG,
-    RESUMED_FROM_ITERS_TAG,
-    RESUMED_FROM_RUN_TAG,
 )
-from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run import (
     WrapperRun,
     config_to_begin_with,
@@ -58,6 +48,7 @@ from shufflenet_mlflow.workflows.training.description import (
     config_digest,
     describe,
     describe_in_words,
+    first_tags,
     model_cost_metrics,
     result_in_words,
 )
@@ -68,8 +59,6 @@ from shufflenet_mlflow.workflows.training.state import PreparedState
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import MlflowClient
 
-MAX_TAG_LENGTH = 5000
-"""Characters that MLflow accepts in a tag, whatever the store."""
 
 NOTHING_TRAINED = TrainResult(iters=0, epoch=0, loss=math.nan, val_top1=None, val_top5=None, checkpoint=None)
 
@@ -323,7 +312,7 @@ def open_run(
     """
     mlflow_run_id = take_mlflow_run_id()
     known = _run_to_continue(attempt, journal)
-    tags = _tags(request, attempt, plan.config, drift, is_continued=known is not None and attempt.own_point is not None)
+    tags = first_tags(attempt, plan.config, drift, is_continued=known is not None and attempt.own_point is not None)
     name = request.run_name or f"{plan.config.model} {data_name(plan.config.train_dir)} {plan.config.input_size}px"
     first: Create | Reopen
     if known is not None:
@@ -355,33 +344,6 @@ def _run_to_continue(attempt: Attempt, journal: Journal | None) -> str | None:
     if attempts_before() and journal is not None and owner and not is_created(journal.run_id_of(owner)):
         return owner  # MLflow was away then, too
     return None
-
-
-def _tags(
-    request: TrainRequest,
-    attempt: Attempt,
-    config: TrainConfig,
-    drift: Mapping[str, tuple[Any, Any]],
-    *,
-    is_continued: bool,
-) -> dict[str, str]:
-    """Return the tags that the run gets first; one that is continued has most of them already."""
-    point, weights = attempt.resume_point, attempt.initial_weights
-    if point is not None and is_continued:
-        tags = {RESUMED_FROM_ITERS_TAG: str(point.iters)}
-    else:
-        tags = {NETWORK_TAG: config.model, CONFIG_TAG: redact(json.dumps(config.to_dict()))}
-        if len(tags[CONFIG_TAG]) > MAX_TAG_LENGTH:  # paths of thousands of characters
-            del tags[CONFIG_TAG]
-        if weights is not None and weights.run_id is not None:
-            tags |= {INIT_FROM_RUN_TAG: weights.run_id, INIT_FROM_CHECKPOINT_TAG: weights.path.name}
-        if point is not None and attempt.is_fork and point.run_id is not None:
-            tags |= {RESUMED_FROM_RUN_TAG: point.run_id, RESUMED_FROM_ITERS_TAG: str(point.iters)}
-    if point is not None and drift:
-        tags[f"{DRIFT_TAG}{point.iters}"] = redact(json.dumps(drift))[:MAX_TAG_LENGTH]
-    if attempt.job is not None:
-        tags[JOB_TAG] = attempt.job
-    return tags
 
 
 def _find_unstarted_run(
