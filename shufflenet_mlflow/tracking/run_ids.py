@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 _SEARCHED = 1000
 """Newest runs among which a mistyped ID is looked up."""
-_ALIKE = 0.85
+_SIMILARITY = 0.85
 
 
 def complete(ref: str | Path, store: str | Connection | None) -> str | Path:
     """Return `ref` with the whole run ID if it has only the first characters of one; any other reference unchanged.
 
     Raises:
-        UnresolvedError: no run begins so, or several do.
+        UnresolvedError: no run's ID begins with them, or several do.
         TrackingError: MLflow did not answer.
     """
     beginning = beginning_of(ref)
@@ -68,9 +68,9 @@ def find_run_ids(beginning: str, store: str | Connection | None) -> dict[str, st
 def may_have_been(mistyped: str, store: str | Connection | None) -> str:
     """Return `, perhaps ID (name)` if a recent run's ID is similar; otherwise nothing."""
     with suppress(TrackingError):
-        names = _newest(store, "", "like runs")
+        names = _newest(store, "", "similar run IDs")
         ids = {run_id[: len(mistyped)]: run_id for run_id in names}
-        for near in get_close_matches(mistyped, ids, n=1, cutoff=_ALIKE):
+        for near in get_close_matches(mistyped, ids, n=1, cutoff=_SIMILARITY):
             return f", perhaps {ids[near]} ({names[ids[near]]})"
     return ""
 
@@ -80,7 +80,7 @@ def _newest(store: str | Connection | None, filter_string: str, what: str) -> di
     store = Connection.to(store)
     file = store_file(store.uri)
     if file is not None and not file.exists():
-        return {}  # MLflow would make it, to find nothing in it
+        return {}  # MLflow would create it
     client = store.client
     from mlflow.entities import ViewType
 

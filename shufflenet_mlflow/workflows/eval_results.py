@@ -13,7 +13,7 @@ from shufflenet_mlflow.evaluation.report import Report
 from shufflenet_mlflow.export.logged import find_logged_model
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import mlflow_errors
-from shufflenet_mlflow.tracking.evaluation_metrics import OfModel, log_input_model, log_results
+from shufflenet_mlflow.tracking.evaluation_metrics import EvaluatedModel, log_input_model, log_results
 from shufflenet_mlflow.tracking.messages import Params, Tags, TextArtifact
 from shufflenet_mlflow.tracking.names import (
     EVALUATED_CHECKPOINT_TAG,
@@ -189,8 +189,8 @@ def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "Logge
         with mlflow_errors(f"upload the figures of run {target.run_id}"):
             target.client.log_artifacts(target.run_id, scratch, f"{FIGURES_FOLDER}/{evaluated.folder}")
     values = {f"{section}/{name}": value for name, value in evaluated.metrics.items()}
-    of_model = None if model is None else OfModel(model.model_id, evaluated.data, listing.content_digest)
-    log_results(target, values, evaluated.iters, of_model)
+    evaluated_model = None if model is None else EvaluatedModel(model.model_id, evaluated.data, listing.content_digest)
+    log_results(target, values, evaluated.iters, evaluated_model)
 
 
 def _logged_model(client: "MlflowClient", source: "Run", evaluated: Evaluated) -> "LoggedModel | None":
