@@ -642,7 +642,7 @@ MISTAKES = [
     wrong("runs --sort minutes", "--sort minutes", "sort by started"),
     wrong("runs --columns ,", "--columns", "best/val_top1"),
     wrong("runs --limit 0", "--limit (=0)", "from 1 to 50000"),
-    failing("runs --experiment no", "'no'", "mlflow.db", "there is: "),
+    failing("runs --experiment no", "'no'", "mlflow.db", "experiments: "),
     failing("runs show no", "'no'", "`shufflenet runs`"),
     failing(f"runs show {NOBODY}", NOBODY),
     wrong("compare {run}", "{run}", "two runs or more", "`shufflenet runs`"),
