@@ -1,4 +1,4 @@
-"""Image folders to measure with: pictures with the statistics of photographs, as JPEG files of ImageNet's size."""
+"""Write image folders for benchmarks: JPEG files of ImageNet's size with the statistics of photographs."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from PIL import Image
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 SLOPE = 1.0
-"""Amplitudes fall with 1 / frequency, as those of natural images do (Field, 1987)."""
+"""Amplitudes fall with 1 / frequency, as in natural images (Field, 1987)."""
 CONTRAST = 55.0
 """Standard deviation of the pixels."""
 
 
 def photograph(dice: np.random.Generator, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """One picture: grey-ish clouds of all sizes, with a little colour, as most photographs."""
+    """Return one picture: greyish clouds of all sizes with a little colour, like most photographs."""
     frequencies = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
     frequencies[0, 0] = np.inf
     layers = []
@@ -27,7 +27,7 @@ def photograph(dice: np.random.Generator, width: int = WIDTH, height: int = HEIG
 
 
 def write_photographs(root: Path, classes: int, per_class: int, seed: int = 0) -> int:
-    """Fill an image folder.
+    """Write an image folder.
 
     Returns:
         The mean size of a file in bytes.

@@ -25,7 +25,7 @@ def complete(ref: str | Path, store: str | Connection | None) -> str | Path:
     """Return `ref` with the whole run ID if it has only the first characters of one; any other reference unchanged.
 
     Raises:
-        UnresolvedError: no run's ID begins with them, or several do.
+        UnresolvedError: they begin no run ID, or more than one.
         TrackingError: MLflow did not answer.
     """
     beginning = beginning_of(ref)
@@ -36,16 +36,16 @@ def complete(ref: str | Path, store: str | Connection | None) -> str | Path:
         return str(ref).replace(beginning, next(iter(found)), 1)
     address = redact(Connection.to(store).uri)
     if not found:
-        also = "" if str(ref).startswith("runs:/") else "is no file or folder, and "
+        is_not = "is not" if str(ref).startswith("runs:/") else "is not a file or folder, nor"
         like = may_have_been(beginning, store)
         raise UnresolvedError(
-            f"{str(ref)!r} {also}begins no run's ID in {address}{like}; `shufflenet runs` lists them, --tracking-uri "
-            "or MLFLOW_TRACKING_URI names another store",
+            f"{str(ref)!r} {is_not} the start of a run ID in {address}{like}; `shufflenet runs` lists them, "
+            "--tracking-uri or MLFLOW_TRACKING_URI names another store",
             code="run-id-unknown",
         )
     listed = name_some([f"{run_id} ({name})" for run_id, name in found.items()], most=4)
     raise UnresolvedError(
-        f"{str(ref)!r} begins several run IDs in {address}: {listed}; give more characters",
+        f"{str(ref)!r} is the start of several run IDs in {address}: {listed}; give more characters",
         code="run-id-ambiguous",
     )
 
