@@ -54,16 +54,16 @@ def step_milliseconds(classes: int) -> float:
 
 def report_seconds(classes: int, folder: Path) -> float:
     """Return the seconds of everything in an evaluation except the forward passes."""
-    dice = np.random.default_rng(0)
-    labels, predicted = dice.integers(0, classes, (2, EVALUATED))
+    generator = np.random.default_rng(0)
+    labels, predicted = generator.integers(0, classes, (2, EVALUATED))
     paths = tuple(f"{label}/{number}.jpg" for number, label in enumerate(labels))
     began = time.perf_counter()
-    outcomes = Outcomes(paths, labels, predicted, dice.random(EVALUATED), dice.random(EVALUATED))
-    found = Report(outcomes, tuple(f"class {number}" for number in range(classes)))
-    outcomes.to_csv(found.classes)
-    found.classes_csv()
-    found.confusion_csv()
-    for name, draw in figures_of(found, folder).items():
+    outcomes = Outcomes(paths, labels, predicted, generator.random(EVALUATED), generator.random(EVALUATED))
+    results = Report(outcomes, tuple(f"class {number}" for number in range(classes)))
+    outcomes.to_csv(results.classes)
+    results.classes_csv()
+    results.confusion_csv()
+    for name, draw in figures_of(results, folder).items():
         write_figure(draw(), folder / name)
     return round(time.perf_counter() - began, 2)
 

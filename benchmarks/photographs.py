@@ -12,13 +12,13 @@ CONTRAST = 55.0
 """Standard deviation of the pixels."""
 
 
-def photograph(dice: np.random.Generator, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
+def photograph(generator: np.random.Generator, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
     """Return one picture: greyish clouds of all sizes with a little colour, like most photographs."""
     frequencies = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
     frequencies[0, 0] = np.inf
     layers = []
     for _ in range(4):
-        spectrum = dice.normal(size=(*frequencies.shape, 2)) @ np.array([1, 1j]) / frequencies**SLOPE
+        spectrum = generator.normal(size=(*frequencies.shape, 2)) @ np.array([1, 1j]) / frequencies**SLOPE
         layer = np.fft.irfft2(spectrum, (height, width))
         layers.append(layer / layer.std())
     grey, *colours = layers
@@ -32,13 +32,13 @@ def write_photographs(root: Path, classes: int, per_class: int, seed: int = 0) -
     Returns:
         The mean size of a file in bytes.
     """
-    dice = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     sizes = []
     for label in range(classes):
         folder = root / f"{label:04}"
         folder.mkdir(parents=True)
         for number in range(per_class):
             path = folder / f"{number:05}.jpg"
-            photograph(dice).save(path, quality=QUALITY)
+            photograph(generator).save(path, quality=QUALITY)
             sizes.append(path.stat().st_size)
     return round(sum(sizes) / len(sizes))

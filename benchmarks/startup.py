@@ -40,10 +40,10 @@ def make_images(root: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    dice = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     root.mkdir(parents=True)
     for number in range(REAL):
-        Image.fromarray(dice.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(root / f"{number}.jpg")
+        Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(root / f"{number}.jpg")
 
 
 def listing(root: Path) -> Any:

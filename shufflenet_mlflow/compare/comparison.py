@@ -182,10 +182,10 @@ def _of_same_images(metric: str, runs: Sequence[RunColumn]) -> bool:
 
 def _result(name: str, values: tuple[float | None, ...], *, of_same_images: bool) -> ResultRow:
     better = _BETTER.get(name.rpartition("/")[2])
-    known = {value for value in values if value is not None and math.isfinite(value)}
+    finite = {value for value in values if value is not None and math.isfinite(value)}
     best: tuple[int, ...] = ()
-    if better is not None and len(known) > 1 and of_same_images:
-        winner = max(known) if better == HIGHER else min(known)
+    if better is not None and len(finite) > 1 and of_same_images:
+        winner = max(finite) if better == HIGHER else min(finite)
         best = tuple(index for index, value in enumerate(values) if value == winner)
     return ResultRow(name, values, best, of_same_images)
 

@@ -107,11 +107,11 @@ def find_logged_model(client: "MlflowClient", run: "Run", manifest: CheckpointMa
 
 def _models_of(client: "MlflowClient", run: "Run", manifest: CheckpointManifest) -> "Sequence[LoggedModel]":
     with mlflow_errors(f"look for logged models of run {run.info.run_id}"):
-        found: Sequence[LoggedModel] = client.search_logged_models(
+        models: Sequence[LoggedModel] = client.search_logged_models(
             [run.info.experiment_id],
             f"source_run_id = '{run.info.run_id}' AND tags.`{MODEL_SHA256_TAG}` = '{manifest.sha256}'",
         )
-    return found
+    return models
 
 
 def log_model(client: "MlflowClient", run: "Run", manifest: CheckpointManifest, path: Path) -> str:
@@ -128,15 +128,15 @@ def log_model(client: "MlflowClient", run: "Run", manifest: CheckpointManifest, 
         ExportError: its program differs from it.
         TrackingError: MLflow did not answer; the next call continues the unfinished model.
     """
-    known = _models_of(client, run, manifest)
-    for model in known:
+    models = _models_of(client, run, manifest)
+    for model in models:
         if str(model.status) == "READY":
             return str(model.model_id)
     network = model_from_payload(read_checkpoint(path), repr(str(path)))
     doing = f"make a logged model of {manifest.file_name}"
     with mlflow_errors(doing):
         # A killed process, or a failing server, has left an unfinished one.
-        model = known[0] if known else _create_model(client, run, manifest, network)
+        model = models[0] if models else _create_model(client, run, manifest, network)
         _link(client, run, model.model_id, manifest)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"

@@ -46,8 +46,8 @@ class RunArtifacts:
     def sizes(self) -> dict[str, int | None]:
         """Return file name -> bytes, if the store knows them; manifests included."""
         with mlflow_errors(f"list the checkpoints of run {self.run_id}"):
-            found = self._artifact_repository().list_artifacts(ARTIFACT_FOLDER)
-        return {artifact.path.rpartition("/")[2]: artifact.file_size for artifact in found}
+            artifacts = self._artifact_repository().list_artifacts(ARTIFACT_FOLDER)
+        return {artifact.path.rpartition("/")[2]: artifact.file_size for artifact in artifacts}
 
     def manifest_of(self, name: str) -> CheckpointManifest | None:
         """Return the manifest beside the artifact `name`, or None if it has none.

@@ -150,9 +150,9 @@ class DatasetInput:
 
         inputs = target.read().inputs
         if inputs is not None and any(
-            (known.dataset.name, known.dataset.digest) == (self.name, self.digest)
-            and self.context in [tag.value for tag in known.tags]
-            for known in inputs.dataset_inputs
+            (entry.dataset.name, entry.dataset.digest) == (self.name, self.digest)
+            and self.context in [tag.value for tag in entry.tags]
+            for entry in inputs.dataset_inputs
         ):
             return
         dataset = Dataset(

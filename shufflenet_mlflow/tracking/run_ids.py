@@ -31,15 +31,15 @@ def complete(ref: str | Path, store: str | Connection | None) -> str | Path:
     beginning = beginning_of(ref)
     if beginning is None:
         return ref
-    found = find_run_ids(beginning, store)
-    if len(found) == 1:
-        return str(ref).replace(beginning, next(iter(found)), 1)
+    names = find_run_ids(beginning, store)
+    if len(names) == 1:
+        return str(ref).replace(beginning, next(iter(names)), 1)
     address = redact(Connection.to(store).uri)
-    if not found:
+    if not names:
         is_not = "is not" if str(ref).startswith("runs:/") else "is not a file or folder, nor"
-        like = may_have_been(beginning, store)
+        suggestion = may_have_been(beginning, store)
         raise UnresolvedError(
-            f"{str(ref)!r} {is_not} the start of a run ID in {address}{like}; `shufflenet runs` lists them, "
+            f"{str(ref)!r} {is_not} the start of a run ID in {address}{suggestion}; `shufflenet runs` lists them, "
             "--tracking-uri or MLFLOW_TRACKING_URI names another store",
             code="run-id-unknown",
         )
@@ -108,9 +108,9 @@ def read_run(store: Connection, run_id: str) -> "Run":
     except TrackingError as error:
         if not is_missing(error):
             raise
-        like = may_have_been(run_id, store)
+        suggestion = may_have_been(run_id, store)
         raise UnresolvedError(
-            f"there is no run {run_id} in {redact(store.uri)}{like}; --tracking-uri or MLFLOW_TRACKING_URI names "
+            f"there is no run {run_id} in {redact(store.uri)}{suggestion}; --tracking-uri or MLFLOW_TRACKING_URI names "
             "another store",
             code="run-missing",
         ) from error

@@ -76,10 +76,10 @@ class SystemMetrics:
 
 def _interval() -> float:
     try:
-        given = float(os.environ.get(INTERVAL_VARIABLE, INTERVAL))
+        seconds = float(os.environ.get(INTERVAL_VARIABLE, INTERVAL))
     except ValueError:
         return INTERVAL
-    return given if 0 < given < LONGEST_INTERVAL else INTERVAL
+    return seconds if 0 < seconds < LONGEST_INTERVAL else INTERVAL
 
 
 def _monitors() -> list[Any]:

@@ -27,9 +27,9 @@ def uri_of_journal(stored: str | None, asked: str | None) -> str | None:
 
     The environment's address is used if it differs only in its credentials, which a journal does not contain.
     """
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    if asked or stored is None or (given and stored_uri(given) == stored):
-        return asked or given
+    from_environment = os.environ.get("MLFLOW_TRACKING_URI")
+    if asked or stored is None or (from_environment and stored_uri(from_environment) == stored):
+        return asked or from_environment
     return stored
 
 

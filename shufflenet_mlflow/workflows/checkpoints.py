@@ -110,9 +110,9 @@ def _read_from_run(location: CheckpointLocation) -> _InRun:
     remote = RemoteCheckpoints(location.store, location.run_id, default_cache_dir())
     named = {tag: manifest_in_tag(remote.tags, tag) for tag in (LATEST_TAG, BEST_TAG)}
     latest, best = (manifest.file_name if manifest is not None else None for manifest in named.values())
-    known = {manifest.file_name: manifest for manifest in remote.artifacts.manifests()}
+    manifests = {manifest.file_name: manifest for manifest in remote.artifacts.manifests()}
     return _InRun(
-        {name: known.get(name) for name in remote.list_names()},
+        {name: manifests.get(name) for name in remote.list_names()},
         remote.artifacts.sizes(),
         latest,
         best,

@@ -150,14 +150,14 @@ def list_runs(
     name, experiment_id = wanted_experiment(client, experiment)
     if experiment_id is None:
         with mlflow_errors("list the experiments"):
-            known = ", ".join(found.name for found in client.search_experiments(max_results=8))
+            names = ", ".join(known.name for known in client.search_experiments(max_results=8))
         raise UnresolvedError(
-            f"there is no experiment {name!r} in {redact(client.tracking_uri)}; experiments: {known}",
+            f"there is no experiment {name!r} in {redact(client.tracking_uri)}; experiments: {names}",
             code="experiment-missing",
         )
     with mlflow_errors(f"search the runs of {name!r}" + (f" for {filter_string!r}" if filter_string else "")):
-        found = client.search_runs([experiment_id], filter_string, max_results=limit, order_by=[order])
-    return RunTable(name, parsed, tuple(found), bool(found.token))
+        runs = client.search_runs([experiment_id], filter_string, max_results=limit, order_by=[order])
+    return RunTable(name, parsed, tuple(runs), bool(runs.token))
 
 
 @dataclass(frozen=True)
