@@ -1,12 +1,12 @@
-"""What tracking costs a whole run: checkpoints, metrics and models in MLflow, against a loop that keeps nothing.
+"""Measure what tracking adds to a run: checkpoints, metrics and models in MLflow, against a loop that keeps nothing.
 
     PYTHONPATH=. python benchmarks/bookkeeping.py [--device auto] [--model NAME] [--iterations 400] [--rounds 3]
 
-The same training, with the default intervals, by `shufflenet train`'s own job into the embedded store and into
-`mlflow server`, and by the same loop with nothing kept. Each is a process of its own, in turn. Printed is a JSON
-document: medians of the seconds that the loop took (with validations and checkpoints), of those before and behind it,
-and of the processor time of the process and its workers. `loop_percent` is what tracking adds to the loop; what it adds
-outside does not grow with the run, so `whole_within_2_percent_from_minutes` says from which length on it is below 2 %.
+The same training with the default intervals: by `shufflenet train`'s own job into the embedded store and into
+`mlflow server`, and by the same loop with nothing kept. Each runs in a process of its own, in turn. Prints JSON with
+medians of the seconds in the loop (validations and checkpoints included), before it and after it, and of the processor
+time of the process and its workers. `loop_percent` is what tracking adds to the loop. What it adds outside does not
+grow with the run: `whole_within_2_percent_from_minutes` is the length of a run above which the total is below 2 %.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SIZE, BATCH, CLASSES, PER_CLASS = 128, 32, 4, 80
 
 
 def measure(side: str, uri: str, root: Path, options: dict[str, Any]) -> dict[str, float]:
-    """In a process of its own."""
+    """Return the times of one training in this process."""
     from shufflenet_mlflow.runtime.context import JobContext
     from shufflenet_mlflow.runtime.progress import LoggingReporter
     from shufflenet_mlflow.runtime.signals import StopFlag

@@ -1,4 +1,4 @@
-"""What `checkpoint_stall.py` compares: one training, and the ways to save it to the disk and to MLflow."""
+"""The training that `checkpoint_stall.py` measures, and the ways to save it to the disk and to MLflow."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,39 +17,39 @@ EXPERIMENT = "checkpoint_stall"
 ARTIFACT_FOLDER = "checkpoints"
 
 NEEDS = {"lightning": "pytorch_lightning", "mlflow_callback": "pytorch_lightning", "ignite": "ignite"}
-"""Side -> the module that it cannot do without."""
+"""Side -> module that it needs."""
 
 FORMATS = {
-    "ours": "a torch.save file of plain containers, with a JSON record of its size and SHA-256",
+    "ours": "a torch.save file of plain containers, with a JSON manifest of its size and SHA-256",
     "inline": "a torch.save file",
     "lightning": "a Lightning checkpoint, with two small files of aliases and metadata",
     "mlflow_callback": "a Lightning checkpoint, not a whole MLflow model, with a JSON file of metrics",
     "ignite": "a torch.save file",
 }
-"""Side -> what each checkpoint is among the run's artifacts."""
+"""Side -> form of a checkpoint among the run's artifacts."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the process of one side is told."""
+    """Settings for the process of one side."""
 
     side: str
     network: str
     uri: str
     directory: str
-    """Where it may write."""
+    """Folder that it may write to."""
     checkpoints: int
     interval: int
     """Iterations from one checkpoint to the next."""
 
     @property
     def iterations(self) -> int:
-        """Some training follows the last checkpoint too."""
+        """Iterations of training, some of them after the last checkpoint."""
         return self.interval * self.checkpoints + max(2, self.interval // 2)
 
     @property
     def local(self) -> Path:
-        """Where checkpoints are kept."""
+        """Folder of the checkpoints."""
         return Path(self.directory) / "local"
 
 
@@ -72,22 +72,22 @@ class Training:
         return cls(model, optimizer, images, torch.randint(CLASSES, (BATCH_SIZE,)), make_loss(0.1))
 
     def forward(self) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         return training_loss(self.model(self.images), self.labels, self.loss)[0]
 
     def step(self) -> None:
-        """One iteration."""
+        """Run one iteration."""
         loss = self.forward()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds; its tensors are the live ones."""
+        """Return the content of a checkpoint, with the live tensors."""
         return {"state_dict": self.model.state_dict(), "optimizer_state_dict": self.optimizer.state_dict()}
 
     def tensors(self) -> list[Tensor]:
-        """Those of `state`, each once."""
+        """Return the tensors of `state`, each once."""
         state = self.optimizer.state_dict()["state"]
         every = [*self.model.state_dict().values(), *(entry["momentum_buffer"] for entry in state.values())]
         return list({tensor.data_ptr(): tensor.detach() for tensor in every}.values())
@@ -97,7 +97,7 @@ class Training:
 
 
 def loop(job: Job, training: Training, save: Callable[[int], object]) -> None:
-    """A plain training loop.
+    """Run a plain training loop.
 
     Args:
         save: called with the number of completed iterations.
@@ -113,7 +113,7 @@ Side = Callable[[Job, Training], str]
 
 
 def new_run(job: Job) -> str:
-    """A run to write to."""
+    """Create a run; return its ID."""
     from mlflow import MlflowClient
 
     client = MlflowClient(job.uri)
@@ -128,11 +128,14 @@ def run_ours(job: Job, training: Training) -> str:
     from shufflenet_mlflow.runtime.signals import StopFlag
     from shufflenet_mlflow.tracking.client import connect
     from shufflenet_mlflow.tracking.journal import Journal
+    from shufflenet_mlflow.tracking.kinds import TRACKING_KINDS
     from shufflenet_mlflow.tracking.session import TrackingSession
     from shufflenet_mlflow.tracking.store import TrackedStore
 
     client, run_id, reporter = connect(job.uri), new_run(job), LoggingReporter()
-    session = TrackingSession(client, Journal(job.local), run_id, is_new=True, reporter=reporter, stop=StopFlag())
+    session = TrackingSession(
+        client, Journal(job.local), run_id, TRACKING_KINDS, is_new=True, reporter=reporter, stop=StopFlag()
+    )
     with session:
         session.iters = job.iterations
         store = TrackedStore(
@@ -159,7 +162,7 @@ def run_inline(job: Job, training: Training) -> str:
 
 
 def fit_with_lightning(job: Job, training: Training, **options: Any) -> None:
-    """Train by Lightning's loop, with nothing switched on that the plain loop does not do.
+    """Train with Lightning's loop, and only what the plain loop does switched on.
 
     Args:
         options: of the `Trainer`.
@@ -252,7 +255,7 @@ SIDES: dict[str, Side] = {
 
 
 def artifact_files(job: Job, run_id: str) -> dict[str, int]:
-    """Path -> bytes of everything that has arrived in the run."""
+    """Return path -> bytes of all artifacts of the run."""
     from mlflow import MlflowClient
 
     client, found, folders = MlflowClient(job.uri), {}, [""]

@@ -1,31 +1,31 @@
-"""How long a training loop stands still for a checkpoint that goes to the local disk and to MLflow as an artifact.
+"""Measure how long a checkpoint to the local disk and to MLflow blocks the training loop.
 
 The same network is trained for the same number of iterations with each of these, one after the other, each in a
-process of its own, against one local `mlflow server`:
+process of its own, with one local `mlflow server`:
 
-- `ours`: `TrackedStore.save` of this project, which copies the state and does the rest behind the loop
+- `ours`: `TrackedStore.save` of this project, which copies the state and does the rest in the background
 - `inline`: `torch.save`, then `MlflowClient.log_artifact`, in the loop
 - `lightning`: PyTorch Lightning's `ModelCheckpoint` with its `MLFlowLogger(log_model="all")`
 - `mlflow_callback`: MLflow's own `MlflowModelCheckpointCallback` for Lightning, which keeps no file on the disk
 - `ignite`: Ignite's `Checkpoint` with `DiskSaver`, then `log_artifact` through its `MLflowLogger`
 
-`memory_copy` is the time of one copy of the same state into memory that is there already: no copy can block less.
+`memory_copy` is the time of one copy of the same state into allocated memory, the least that any copy blocks.
 
-Every checkpoint holds the network's state and SGD's momentum. On every side the same two hooks take the time: when
-the network's forward pass begins, and when the optimizer's step ends. The gap between that end and the next beginning
-is what the loop spends on anything but training. A checkpoint blocks for the gap behind it, less the median of the
-gaps without one. The work behind the loop takes processor time from the steps themselves: compare `loop_s`, the time
-from the first step to the last, and `total_s`, until everything has arrived and the run has ended. `cpu_of_others_s`
-is the processor time that the server and everything else on the machine took meanwhile: where it is not small, and
-not alike on all sides, the machine was too busy to compare anything.
+Every checkpoint holds the network's state and SGD's momentum. On every side the same two hooks take the time: at the
+start of the forward pass, and at the end of the optimizer's step. The gap from that end to the next start is what the
+loop spends on anything other than training. A checkpoint blocks for the gap after it, minus the median gap without a
+checkpoint. Work in the background takes processor time from the steps: compare `loop_s`, the time from the first step
+to the last, and `total_s`, until everything has arrived and the run has ended. `cpu_of_others_s` is the processor time
+of the server and everything else on the machine: if it is large, or differs between sides, the machine was too busy for
+a comparison.
 
 The sides do not do the same work: only `ours` syncs each file to the disk, hashes it, reads it back, and confirms what
-arrived; that costs processor time, which shows in `cpu_s`.
+arrived; `cpu_s` includes that.
 
-Unless `--interval` is given, there is as much training between two checkpoints as one of `inline` takes, and not less
-than 20 iterations of the small network.
+Unless `--interval` is given, training between two checkpoints takes as long as a checkpoint of `inline`, and at least
+20 iterations of the small network.
 
-    pip install lightning pytorch-ignite    # whatever is missing is left out
+    pip install lightning pytorch-ignite    # sides whose package is missing are skipped
     PYTHONPATH=. python benchmarks/checkpoint_stall.py --megabytes 20 1000 --json stall.json
 
 It prints one JSON document; progress goes to stderr. Times are in ms where a name ends in `_ms` and in seconds where
@@ -57,27 +57,27 @@ from checkpoint_sides import FORMATS, NEEDS, SIDES, Job, Training, artifact_file
 from torch import nn
 
 NETWORKS = {20: "shufflenet_v2_x1_0", 1000: "shufflenet_v2_large"}
-"""Megabytes of state, roughly -> the network with so much."""
+"""Megabytes of state, roughly -> network."""
 
 CHECKPOINTS = {20: 5, 1000: 3}
 LEAST_INTERVAL = {20: 20, 1000: 3}
 WARM_UP = 6
-"""Iterations before anything is measured: the first ones are slow, and momentum is there only after one."""
+"""Iterations before the measurement: the first ones are slow, and momentum exists only after one."""
 
 SIDE_WITHIN = 1800.0
 
 
 def say(text: str) -> None:
-    """Tell the person; stdout belongs to the result."""
+    """Print progress to stderr; stdout is for the result."""
     print(text, file=sys.stderr, flush=True)
 
 
-# What is measured, in the process of one side
+# Measuring, in the process of one side
 
 
 @dataclass
 class Clock:
-    """Notes when each step begins and ends, by hooks on network and optimizer, and memory before the first save."""
+    """Records start and end of each step, by hooks on network and optimizer, and memory before the first save."""
 
     interval: int
     begins: list[float] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Clock:
     before: dict[str, float] = field(default_factory=dict)
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Begin to take the time."""
+        """Start the clock."""
         self.cpu = cpu_seconds()
         model.register_forward_pre_hook(self._begin)
         optimizer.register_step_post_hook(self._end)
@@ -100,21 +100,21 @@ class Clock:
         self.ends.append(time.perf_counter())
 
     def stop(self) -> dict[str, float | None]:
-        """Everything has arrived: how long that took, and processor time of this process and of all others."""
+        """Return the time until everything arrived, and the processor time of this process and of all others."""
         total = time.perf_counter() - self.begins[0]
         (own_before, all_before), (own, every) = self.cpu, cpu_seconds()
         others = None if every is None or all_before is None else every - all_before - (own - own_before)
         return {"total_s": total, "cpu_s": own - own_before, "cpu_of_others_s": others}
 
     def gaps(self) -> tuple[list[float], list[float]]:
-        """The gaps with a checkpoint in them, and those without, in seconds."""
+        """Return the gaps with a checkpoint and those without, in seconds."""
         gaps = [begin - end for end, begin in zip(self.ends, self.begins[1:], strict=False)]
         saved = range(self.interval - 1, len(gaps), self.interval)
         others = [gap for index, gap in enumerate(gaps) if index not in saved]
         return [gaps[index] for index in saved], others
 
     def figures(self) -> dict[str, Any]:
-        """Times of the loop."""
+        """Return the times of the loop."""
         saved, others = self.gaps()
         ordinary = statistics.median(others)
         blocked = [1e3 * (gap - ordinary) for gap in saved]
@@ -132,7 +132,7 @@ class Clock:
 
 
 def cpu_seconds() -> tuple[float, float | None]:
-    """Processor time that this process, and that the whole machine, has spent; the latter only where it is known."""
+    """Return the processor time of this process and of the whole machine; None if the latter is unknown."""
     own = time.process_time()
     try:
         words = Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
@@ -143,7 +143,7 @@ def cpu_seconds() -> tuple[float, float | None]:
 
 
 def memory() -> dict[str, float]:
-    """The process's memory now and at its highest so far, in MB; empty where that is not known."""
+    """Return the process's current and peak memory in MB; empty if unknown."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -154,7 +154,7 @@ def memory() -> dict[str, float]:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """The figures of one side."""
+    """Return the figures of one side."""
     from shufflenet_mlflow.tracking.client import prepare_environment
 
     prepare_environment()
@@ -182,7 +182,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def memory_figures(before: Mapping[str, float], after: Mapping[str, float], state_bytes: int) -> dict[str, Any]:
-    """Memory that saving took, in MB and in copies of the state."""
+    """Return the memory that saving took, in MB and in copies of the state."""
     if not before or not after:
         return {"peak_rss_mb": None}
     return {
@@ -195,7 +195,7 @@ def memory_figures(before: Mapping[str, float], after: Mapping[str, float], stat
 
 
 def measure_reference(job: Job) -> dict[str, Any]:
-    """One copy of the state, one step, and one checkpoint of `inline`."""
+    """Return the times of a copy of the state, a step, and a checkpoint of `inline`."""
     from mlflow import MlflowClient
 
     job.local.mkdir()
@@ -234,18 +234,18 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def work_as_side(text: str, result: Path) -> None:
-    """What the process of one side does."""
+    """Measure one side and write its figures to `result`."""
     job = Job(**json.loads(text))
     figures = measure_reference(job) if job.side == "memory_copy" else measure(job)
     result.write_text(json.dumps(figures))
 
 
-# The process that starts the others
+# Running the sides, each in a process of its own
 
 
 @contextmanager
 def process_group(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is killed at the end of the block, with all that it started; its stdout goes to stderr."""
+    """Start a process, and kill it with its children at the end of the block; its stdout goes to stderr."""
     process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True, **options)
     try:
         yield process
@@ -256,7 +256,7 @@ def process_group(command: Sequence[str], **options: Any) -> Iterator[subprocess
 
 
 def run_side(job: Job) -> dict[str, Any]:
-    """The figures of one side, from a process of its own; what it wrote is removed."""
+    """Return the figures of one side from a process of its own, and remove its files."""
     needs = NEEDS.get(job.side)
     if needs is not None and importlib.util.find_spec(needs) is None:
         return {"skipped": f"{needs} is not installed"}
@@ -278,12 +278,12 @@ def run_side(job: Job) -> dict[str, Any]:
 
 
 def choose_interval(megabytes: int, reference: Mapping[str, Any]) -> int:
-    """As many iterations as one checkpoint of `inline` takes, but not fewer than a real run would have."""
+    """Return as many iterations as a checkpoint of `inline` takes, and at least `LEAST_INTERVAL`."""
     return max(LEAST_INTERVAL[megabytes], math.ceil(reference["inline_save_ms"] / reference["step_ms"]))
 
 
 def compare(megabytes: int, sides: Sequence[str], checkpoints: int | None, interval: int | None) -> dict[str, Any]:
-    """The figures of all sides at one size."""
+    """Return the figures of all sides at one size."""
     from tests.support.mlflow_server import Server
 
     with tempfile.TemporaryDirectory(prefix="checkpoint_stall-") as name, ExitStack() as stack:
@@ -299,7 +299,7 @@ def compare(megabytes: int, sides: Sequence[str], checkpoints: int | None, inter
                 return run_side(job)
             finally:
                 shutil.rmtree(folder / "artifacts", ignore_errors=True)
-                os.sync()  # what one side leaves to be written must not slow the next one down
+                os.sync()  # unwritten data of one side must not slow the next one down
 
         reference = run("memory_copy", 1)
         if "error" in reference:
@@ -317,7 +317,7 @@ def compare(megabytes: int, sides: Sequence[str], checkpoints: int | None, inter
 
 
 def ratios(figures: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Ours divided by each other side's: below 1, ours is less."""
+    """Return our figures divided by those of each other side."""
     ours = figures.get("ours", {})
     names = ("blocked_ms_median", "blocked_ms_max", "loop_s", "total_s")
     found = {
@@ -331,7 +331,7 @@ def ratios(figures: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Any
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return cores, threads, system and versions."""
     packages = ("torch", "mlflow", "lightning", "pytorch-lightning", "pytorch-ignite", "shufflenet-mlflow")
     return {
         "cores": os.cpu_count(),
@@ -350,7 +350,7 @@ def version_of(package: str) -> str | None:
 
 
 def rounded(value: Any) -> Any:
-    """Four digits are more than such measurements are good for."""
+    """Round floats to four significant digits."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):

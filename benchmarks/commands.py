@@ -1,9 +1,9 @@
-"""How long a person waits for each command: for help, for a mistake to be named, for the first image.
+"""Time commands: help, a usage error, listings, and `train` and `eval` up to the first image.
 
     python benchmarks/commands.py [--rounds 5]
 
-Printed is a JSON document of median seconds: whole commands from start to end, and for `train` and `eval` from the
-start of the process until the first images have been decoded. The runs are in an embedded store that holds one run.
+Prints JSON with median seconds: of whole commands, and for `train` and `eval` from the start of the process until the
+first images have been decoded. The embedded store has one run.
 """
 
 import argparse
@@ -40,21 +40,21 @@ main({words!r})
 
 
 def whole(words: list[str], folder: str) -> float:
-    """Seconds of a command."""
+    """Return the seconds of a whole command."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "shufflenet_mlflow", *words], capture_output=True, cwd=folder)
     return time.perf_counter() - began
 
 
 def to_first_image(words: list[str], folder: str) -> float:
-    """Seconds from the start of the process."""
+    """Return the seconds from the start of the process to the first image."""
     command = [sys.executable, "-c", FIRST_IMAGE.format(words=words)]
     ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=folder, check=True)
     return float(ran.stdout.split()[-1])
 
 
 def main() -> None:
-    """Measure."""
+    """Measure all commands."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     rounds = range(parser.parse_args().rounds)

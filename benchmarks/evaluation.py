@@ -1,12 +1,12 @@
-"""One pass over a validation set, against the plain loop with torchvision's preprocessing.
+"""Time a pass over a validation set, against the plain loop with torchvision's preprocessing.
 
     python benchmarks/evaluation.py [--device auto] [--images 640] [--rounds 3] [--models NAME ...]
 
-The plain side is a torchvision network as torchvision publishes it, in PyTorch's usual memory format, with its usual
-transforms, and asks for the counts after each batch; ours is `shufflenet eval` on a checkpoint with the same weights.
-Both have as many decoding processes. Printed is a JSON document: seconds for the pass, images per second, and both
-results. Networks of the release are measured with their own preprocessing, which has no torchvision counterpart; their
-results are then compared with a pass of the plain loop over our preprocessed images.
+The plain loop uses the network in PyTorch's default memory format with torchvision's usual transforms, and reads the
+counts after each batch; ours is the pass of `shufflenet eval` with the same weights. Both have the same number of
+workers. Prints JSON with the seconds of a pass, images per second, and both results. The release's networks have their
+own preprocessing, which torchvision lacks; their results are compared with a pass of the plain loop over our
+preprocessed images.
 """
 
 import argparse
@@ -29,16 +29,16 @@ from shufflenet_mlflow.data.preprocess import Preprocess, eval_transform
 from shufflenet_mlflow.evaluation.evaluate import EvalSettings
 from shufflenet_mlflow.evaluation.evaluate import evaluate as our_evaluate
 from shufflenet_mlflow.models.catalog import get_variant
+from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.devices import keep_freed_memory, move_model
 from shufflenet_mlflow.runtime.progress import LoggingReporter
-from shufflenet_mlflow.runtime.signals import StopFlag
 
 MODELS = ("torchvision/shufflenet_v2_x1_0", "shufflenet_v2_x1_0", "shufflenet_oneshot")
 SIZE, BATCH, CLASSES = 224, 64, 8
 
 
 def network(name: str) -> torch.nn.Module:
-    """The same weights in every process; spread out, so that the labels differ."""
+    """Return the network with the same weights in every process, spread out so that predictions differ."""
     torch.manual_seed(0)
     model = create_model(name, CLASSES)
     for parameter in model.parameters():
@@ -48,7 +48,7 @@ def network(name: str) -> torch.nn.Module:
 
 
 class Prepared(torch.utils.data.Dataset):
-    """Our preprocessed images as a plain data set: float, in PyTorch's usual format."""
+    """Our preprocessed images as a plain data set: float, in PyTorch's default memory format."""
 
     def __init__(self, root: Path, mode: str) -> None:
         self.listing = list_images(root)
@@ -64,7 +64,7 @@ class Prepared(torch.utils.data.Dataset):
 
 
 def measure(side: str, name: str, root: Path, device: torch.device) -> dict[str, Any]:
-    """In a process of its own: the second pass."""
+    """Return results and seconds of the second pass in this process."""
     listing = list_images(root)
     mode = get_variant(name).preprocess
     workers = default_workers(len(listing), BATCH, SIZE)
@@ -86,8 +86,7 @@ def measure(side: str, name: str, root: Path, device: torch.device) -> dict[str,
             Preprocess(mode, SIZE),
             EvalSettings(BATCH, workers, device),
             bad_images=BadImageLog(skip=False),
-            reporter=LoggingReporter(),
-            stop=StopFlag(),
+            context=JobContext(LoggingReporter()),
         )
         seconds = time.perf_counter() - began
         found = {"top1": result.top1, "top5": result.top5, "loss": result.loss, "seconds": seconds}
@@ -95,7 +94,7 @@ def measure(side: str, name: str, root: Path, device: torch.device) -> dict[str,
 
 
 def main() -> None:
-    """Measure."""
+    """Measure all networks."""
     parser = argparse.ArgumentParser()
     add_device(parser)
     parser.add_argument("--models", nargs="+", default=list(MODELS))

@@ -1,10 +1,10 @@
-"""What grows with the number of classes and of processes; `scale.py` and `listing.py` have the rest.
+"""Measure how times grow with the number of classes and of processes; `scale.py` and `listing.py` measure the rest.
 
     python benchmarks/growth.py [--classes 10 1000 20000] [--processes 1 2 4]
 
-Printed is a JSON document. For classes: milliseconds of a training step of V2 x0.5 (64 images of 64 px), and seconds
-for what follows an evaluation of 10,000 images (outcomes, confusions, per-class table, figures). For processes, on this
-machine's CPU: images per second of all of them together and of the whole `torchrun` command's seconds.
+Prints JSON. For classes: milliseconds of a training step of V2 x0.5 (64 images of 64 px), and seconds of the report on
+an evaluation of 10,000 images (outcomes, confusions, per-class table, figures). For processes, on this machine's CPU:
+images per second of all of them together, and seconds of the whole `torchrun` command.
 """
 
 import argparse
@@ -37,7 +37,7 @@ ITERATIONS = 60
 
 
 def step_milliseconds(classes: int) -> float:
-    """Median of a training step."""
+    """Return the median milliseconds of a training step."""
     model = move_model(create_model("shufflenet_v2_x0_5", classes), CPU)
     optimizer = make_optimizer(model, lr=0.01, momentum=0.9, weight_decay=4e-5, fused=True)
     images = move_images(torch.randn(64, 3, 64, 64), CPU)
@@ -53,23 +53,23 @@ def step_milliseconds(classes: int) -> float:
 
 
 def report_seconds(classes: int, folder: Path) -> float:
-    """Everything that an evaluation leaves behind, but for the forward passes."""
-    dice = np.random.default_rng(0)
-    labels, predicted = dice.integers(0, classes, (2, EVALUATED))
+    """Return the seconds of everything in an evaluation except the forward passes."""
+    generator = np.random.default_rng(0)
+    labels, predicted = generator.integers(0, classes, (2, EVALUATED))
     paths = tuple(f"{label}/{number}.jpg" for number, label in enumerate(labels))
     began = time.perf_counter()
-    outcomes = Outcomes(paths, labels, predicted, dice.random(EVALUATED), dice.random(EVALUATED))
-    found = Report(outcomes, tuple(f"class {number}" for number in range(classes)))
-    outcomes.to_csv(found.classes)
-    found.classes_csv()
-    found.confusion_csv()
-    for name, draw in figures_of(found, folder).items():
+    outcomes = Outcomes(paths, labels, predicted, generator.random(EVALUATED), generator.random(EVALUATED))
+    results = Report(outcomes, tuple(f"class {number}" for number in range(classes)))
+    outcomes.to_csv(results.classes)
+    results.classes_csv()
+    results.confusion_csv()
+    for name, draw in figures_of(results, folder).items():
         write_figure(draw(), folder / name)
     return round(time.perf_counter() - began, 2)
 
 
 def together(processes: int, root: Path) -> dict[str, float]:
-    """A real job of so many processes."""
+    """Run a job with this many processes; return its speed and duration."""
     folder = root / f"{processes}"
     folder.mkdir()
     uri = f"sqlite:///{folder}/mlflow.db"
@@ -91,7 +91,7 @@ def together(processes: int, root: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure."""
+    """Measure all numbers of classes and processes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 1000, 20_000])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])

@@ -1,10 +1,9 @@
-"""Images per second and core from a folder of JPEG files, against torchvision's ImageFolder with Pillow.
+"""Measure images per second and core from JPEG files, against torchvision's ImageFolder with Pillow.
 
     python benchmarks/input.py [--images 400] [--rounds 5]
 
-Both sides decode, crop, change, collate and convert to float in one thread, each in a process of its own, in turn.
-Printed is a JSON document: medians over the rounds, and how far evaluation pixels are from those of the reference
-preprocessing.
+Both decode, crop, augment, collate and convert to float in one thread, each in a process of its own, in turn. Prints
+JSON with medians over the rounds, and the largest difference of evaluation pixels from the reference preprocessing.
 """
 
 import argparse
@@ -36,7 +35,7 @@ SIZE, BATCH = 224, 50
 
 
 def ours(listing: ImageListing, mode: str, training: bool) -> Iterable[torch.Tensor]:
-    """Float batches as the network gets them."""
+    """Return float batches as the network gets them."""
     preprocess = Preprocess(mode, SIZE)
     if training:
         dataset = ImageDataset(listing, AUGMENTATIONS["release"].transform(preprocess), replace_bad=True)
@@ -50,7 +49,7 @@ def ours(listing: ImageListing, mode: str, training: bool) -> Iterable[torch.Ten
 
 
 def rate(loader: Iterable[object], images: int) -> float:
-    """Images per second."""
+    """Return images per second."""
     began = time.perf_counter()
     for _ in loader:
         pass
@@ -58,11 +57,11 @@ def rate(loader: Iterable[object], images: int) -> float:
 
 
 def furthest(listing: ImageListing, mode: str, reference: Callable[[Image.Image], np.ndarray]) -> int:
-    """The largest difference between our pixels and the reference's, of 255."""
+    """Return the largest difference between our pixels and the reference's, on the 0-255 scale."""
     dataset = ImageDataset(listing, eval_transform(Preprocess(mode, SIZE)), replace_bad=False)
     largest = 0
-    for move_model, sample in enumerate(listing.samples):
-        found = dataset[(0, move_model)].image_CHW
+    for index, sample in enumerate(listing.samples):
+        found = dataset[(0, index)].image_CHW
         assert found is not None
         expected_HWC = reference(Image.open(listing.root / sample.path).convert("RGB"))
         largest = max(largest, int(np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected_HWC).max()))
@@ -70,12 +69,12 @@ def furthest(listing: ImageListing, mode: str, reference: Callable[[Image.Image]
 
 
 def of_torchvision(image: Image.Image) -> np.ndarray:
-    """The preprocessing that torchvision publishes with its weights, before the conversion to float."""
+    """Apply the preprocessing of torchvision's weights, before the conversion to float."""
     return np.asarray(transforms.CenterCrop(SIZE)(transforms.Resize(256)(image)))
 
 
 def of_the_release(image: Image.Image) -> np.ndarray:
-    """OpenCV's bilinear resize, as the original release does; BGR."""
+    """Apply the original release's preprocessing, with OpenCV's bilinear resize; BGR."""
     scale = 256 / min(image.size)
     size = (int(scale * image.width + 0.5), int(scale * image.height + 0.5))
     resized = cv2.resize(np.asarray(image), size, interpolation=cv2.INTER_LINEAR)
@@ -92,7 +91,7 @@ SIDES: dict[str, Callable[[Path], Iterable[object]]] = {
 
 
 def measure(side: str, root: Path, images: int) -> float:
-    """In a process of its own: images per second, the second time."""
+    """Return images per second of the second pass in this process."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     if not side.endswith("plain"):

@@ -1,8 +1,8 @@
-"""Time the listing of a large image folder, here and with torchvision's ImageFolder.
+"""Time the listing of a large image folder, ours and that of torchvision's ImageFolder.
 
     python benchmarks/listing.py [--files 1300000] [--classes 1000]
 
-Prints JSON: seconds for each, and the memory that each listing takes. The files are empty: none is read.
+Prints JSON: the seconds and the memory that each listing takes. The files are empty, since none is read.
 """
 
 import argparse
@@ -20,7 +20,7 @@ HOW = ("ours", "torchvision")
 
 
 def make_files(root: Path, files: int, classes: int) -> None:
-    """Names as long as ImageNet's."""
+    """Create empty files with names as long as ImageNet's."""
     for label in range(classes):
         folder = root / f"n{label:08}"
         folder.mkdir(parents=True)
@@ -29,7 +29,7 @@ def make_files(root: Path, files: int, classes: int) -> None:
 
 
 def measure(how: str, root: Path) -> dict[str, float]:
-    """In a process of its own: seconds, and how much memory the process has grown by, in MB."""
+    """Return the seconds, and the growth of this process's memory in MB."""
     from torchvision.datasets import ImageFolder
 
     from shufflenet_mlflow.data.folder import list_images
@@ -48,7 +48,7 @@ def measure(how: str, root: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run each in turn."""
+    """Measure both in turn."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--files", type=int, default=1_300_000)
     parser.add_argument("--classes", type=int, default=1000)

@@ -1,4 +1,4 @@
-"""What every benchmark says of where and when it ran."""
+"""Describe the machine, and run measurements in processes of their own; used by every benchmark."""
 
 import argparse
 import datetime
@@ -14,7 +14,7 @@ import torch
 
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
-    """The machine, in words."""
+    """Return the date, the hardware and the versions."""
     described = {
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "cpu": _cpu(),
@@ -35,30 +35,30 @@ def _cpu() -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU, if there is one."""
+    """Return the device; `auto` is the first GPU, or the CPU without one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """The option that all measurements of networks take."""
+    """Add `--device`, which all measurements of networks take."""
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
 def finish(device: torch.device) -> None:
-    """Wait for what is under way."""
+    """Wait for the device to finish."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def apart(script: str, *words: object, cwd: str | None = None) -> Any:
-    """What `script --measure WORDS` prints: a measurement in a process of its own."""
+    """Run `script --measure WORDS` in a process of its own; return the JSON that it prints."""
     command = [sys.executable, os.path.abspath(script), "--measure", *map(str, words)]
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=cwd)
     return json.loads(ran.stdout.splitlines()[-1])
 
 
 def report(results: dict[str, Any]) -> None:
-    """Print the document."""
+    """Print the results as JSON."""
     print(json.dumps(results, indent=2))

@@ -1,12 +1,13 @@
-"""How much of a tracking server's outage the training loop notices.
+"""Measure how much an outage of the tracking server slows the training loop.
 
-Trains the same small network three times against a real `mlflow server`: undisturbed, with the server killed in the
-middle, and with the server stopped (SIGSTOP) in the middle. Prints, for each, the time of the loop's steps, and how
-much longer the slowest step was than in the undisturbed run, as JSON:
+Trains the same small network three times with a real `mlflow server`: undisturbed, with the server killed in the
+middle, and with the server stopped (SIGSTOP) in the middle. Prints JSON with the times of the steps, and how much
+longer the slowest step was than in the undisturbed run:
 
     PYTHONPATH=. python benchmarks/outage.py
 """
 
+import argparse
 import json
 import signal
 import statistics
@@ -33,7 +34,7 @@ OUTAGE = (100, 300)
 
 
 class Clock(LoggingReporter):
-    """Notes when each iteration ends; the gap between two is what a person waits for."""
+    """Records the time from the end of each iteration to the end of the next."""
 
     def __init__(self, at: dict[int, Callable[[], None]]) -> None:
         self.at = at
@@ -59,7 +60,7 @@ class Clock(LoggingReporter):
                 clock.last = now
                 if len(clock.steps_ms) in clock.at:
                     clock.at[len(clock.steps_ms)]()
-                    clock.last = time.perf_counter()  # what pulls the plug takes time of its own
+                    clock.last = time.perf_counter()  # the time of the action is not the loop's
 
         return Steps()
 
@@ -68,7 +69,7 @@ class Clock(LoggingReporter):
 
 
 def images(folder: Path) -> Path:
-    """Two classes of noise."""
+    """Write two classes of noise."""
     generator = np.random.default_rng(0)
     for part in ("train", "val"):
         for name in ("a", "b"):
@@ -80,7 +81,7 @@ def images(folder: Path) -> Path:
 
 
 def measure(server: Server, data: Path, folder: Path, at: dict[int, Callable[[], None]]) -> list[float]:
-    """Step times of one run."""
+    """Return the step times of one run, in milliseconds."""
     clock = Clock(at)
     options = {"train_dir": data / "train", "val_dir": data / "val", "input_size": 32, "batch_size": 8}
     options |= {"total_iters": ITERATIONS, "display_interval": 2, "workers": 0, "lr": 0.01}
@@ -91,7 +92,7 @@ def measure(server: Server, data: Path, folder: Path, at: dict[int, Callable[[],
 
 
 def figures(steps: list[float]) -> dict[str, float]:
-    """What a person would feel: the median, the slowest one in a hundred, the slowest."""
+    """Return the median, the 99th percentile and the maximum of step times."""
     ordered = sorted(steps)
     return {
         "median_ms": round(statistics.median(steps), 2),
@@ -101,6 +102,7 @@ def figures(steps: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=str(__doc__).partition("\n")[0]).parse_args()  # for --help
     torch.set_num_threads(1)
     first, last = OUTAGE
     with tempfile.TemporaryDirectory() as scratch:
@@ -117,7 +119,7 @@ def main() -> None:
             for name, at in ways.items():
                 print(name, file=sys.stderr)
                 steps = measure(server, data, folder / name, at)
-                # The first steps load libraries; those around the plug measure the plug.
+                # The first steps load libraries.
                 measured[name] = [step for number, step in enumerate(steps) if number > 20]
         finally:
             server.send(signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""The other side of the benchmarks: what a user would write with torchvision and a plain loop."""
+"""The baseline of the benchmarks: torchvision and a plain loop, as users write them."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}
 
 
 def train_loader(root: Path, input_size: int, batch_size: int, workers: int) -> DataLoader:
-    """Pillow decodes, crops, changes colours and flips; the worker converts to float."""
+    """Return training batches: Pillow decodes, crops, changes colours and flips, and the worker converts to float."""
     steps = [
         transforms.RandomResizedCrop(input_size),
         transforms.ColorJitter(**JITTER),
@@ -21,13 +21,13 @@ def train_loader(root: Path, input_size: int, batch_size: int, workers: int) -> 
         transforms.ToTensor(),
     ]
     dataset = ImageFolder(str(root), transforms.Compose(steps))
-    endless = RandomSampler(dataset, replacement=True, num_samples=10**6)  # no epoch ends while it is measured
+    endless = RandomSampler(dataset, replacement=True, num_samples=10**6)  # no epoch ends during the measurement
     sampler = endless if workers else RandomSampler(dataset)
     return DataLoader(dataset, batch_size, sampler=sampler, drop_last=True, num_workers=workers)
 
 
 def eval_loader(root: Path, input_size: int, batch_size: int, workers: int) -> DataLoader:
-    """The usual resize and centre crop."""
+    """Return evaluation batches after the usual resize and centre crop."""
     steps = [
         transforms.Resize(input_size * 256 // 224),
         transforms.CenterCrop(input_size),
@@ -38,7 +38,7 @@ def eval_loader(root: Path, input_size: int, batch_size: int, workers: int) -> D
 
 
 class Training:
-    """A loop that asks for the loss and the accuracy after each step."""
+    """A loop that reads the loss and the accuracy after each step."""
 
     def __init__(self, model: nn.Module, device: torch.device, lr: float = 0.01) -> None:
         self.model, self.device = model.to(device).train(), device
@@ -47,7 +47,7 @@ class Training:
         self.loss = self.correct = 0.0
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """One iteration."""
+        """Run one iteration."""
         images, labels = images.to(self.device), labels.to(self.device)
         outputs = self.model(images)
         logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
@@ -60,7 +60,7 @@ class Training:
 
 
 def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
-    """Accuracies and seconds."""
+    """Return accuracies, loss and seconds."""
     model = model.to(device).eval()
     top1 = top5 = n = 0
     loss_sum = 0.0

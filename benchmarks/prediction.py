@@ -1,13 +1,12 @@
-"""Labels for thousands of files, against the loop that one would write with Pillow and torchvision.
+"""Time the prediction of thousands of files, against a plain loop with Pillow and torchvision.
 
     python benchmarks/prediction.py [--folder DIR] [--images 2000] [--input-size 224] [--rounds 3] [--device auto]
 
-Without `--folder`, on photographs that are made first. The plain side is torchvision's network with its usual
-transforms, in PyTorch's usual memory format, 64 images at a time, without worker processes and with two; ours is
-`shufflenet predict` on a checkpoint with the same weights. Both write a CSV line with five labels for each image.
-Printed is a JSON document: seconds from the sorted list of files to the last line and images per second, processor time
-for the same, seconds of whole processes from start to end, for all images and for one, and on how many images both
-sides agree.
+Without `--folder`, photographs are generated first. The plain loop is torchvision's network with its usual transforms,
+in PyTorch's default memory format, 64 images at a time, with no worker processes and with two; ours is `shufflenet
+predict` on a checkpoint with the same weights. Both write a CSV line with five labels per image. Prints JSON with the
+seconds from the sorted list of files to the last line, images per second, processor time, seconds of whole processes
+for all images and for one, and the number of images on which both agree.
 """
 
 import argparse
@@ -32,7 +31,7 @@ SIDES = {"plain, no workers": 0, "plain, 2 workers": 2, "ours": None}
 
 
 def network() -> torch.nn.Module:
-    """The same weights in every process; spread out, so that the labels differ."""
+    """Return the network with the same weights in every process, spread out so that predictions differ."""
     from torchvision.models import shufflenet_v2_x1_0
 
     torch.manual_seed(0)
@@ -70,7 +69,7 @@ class Files(torch.utils.data.Dataset):
 
 
 def plain(paths: list[str], size: int, workers: int, device: torch.device) -> tuple[float, str]:
-    """Seconds, and the lines."""
+    """Predict with the plain loop; return the seconds and the CSV lines."""
     model = network().to(device).eval()
     began = time.perf_counter()
     out = io.StringIO()
@@ -84,7 +83,7 @@ def plain(paths: list[str], size: int, workers: int, device: torch.device) -> tu
 
 
 def ours(checkpoint: str, folder: str, size: int, device: torch.device) -> tuple[float, str]:
-    """The same, by what is behind the command."""
+    """Predict with the job of `shufflenet predict`; return the seconds and the CSV lines."""
     from shufflenet_mlflow.cli.predictions import csv_rows
     from shufflenet_mlflow.data.pictures import find_pictures
     from shufflenet_mlflow.runtime.progress import LoggingReporter
@@ -100,7 +99,7 @@ def ours(checkpoint: str, folder: str, size: int, device: torch.device) -> tuple
 
 
 def measure(side: str, checkpoint: str, folder: str, size: int, device: torch.device, kept: str) -> dict[str, float]:
-    """In a process of its own."""
+    """Predict in this process, write the lines to `kept`, and return the times."""
     workers, before = SIDES[side], processor()
     if workers is None:
         seconds, lines = ours(checkpoint, folder, size, device)
@@ -112,13 +111,13 @@ def measure(side: str, checkpoint: str, folder: str, size: int, device: torch.de
 
 
 def processor() -> float:
-    """Seconds that this process and those that it has started and seen end have computed for."""
+    """Return the processor time of this process and of its finished children, in seconds."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def whole(checkpoint: str, images: str, size: int, device: torch.device) -> float:
-    """Seconds of the command itself."""
+    """Return the seconds of the whole command."""
     words = ["predict", checkpoint, "--model", MODEL, "--input-size", size, "--device", device.type, "--format", "csv"]
     command = [sys.executable, "-m", "shufflenet_mlflow", *map(str, words), images]
     began = time.perf_counter()
@@ -127,12 +126,12 @@ def whole(checkpoint: str, images: str, size: int, device: torch.device) -> floa
 
 
 def labels_in(path: Path) -> dict[str, str]:
-    """The first label of each image."""
+    """Return path -> first label from the CSV lines."""
     return {row[0]: row[1] for row in csv.reader(path.read_text().splitlines())}
 
 
 def main() -> None:
-    """Measure."""
+    """Measure all sides."""
     parser = argparse.ArgumentParser()
     add_device(parser)
     parser.add_argument("--folder")

@@ -1,11 +1,11 @@
-"""What a run costs to use as it grows: resolving, listing, comparing, against the number of checkpoints and points.
+"""Time resolving, listing and comparing runs, against their number of checkpoints and metric points.
 
     PYTHONPATH=. python benchmarks/scale.py [--server] [--checkpoints 20 200 2000] [--points 1000 10000 100000]
 
-Each size gets a run of its own, with checkpoints of 20 kB that were really saved, and points of four metrics. Printed
-is a JSON document, seconds each, the median of three: `resolve` is `get_latest_model` of the run ID with an empty
-cache, `list` is `checkpoints ls`, `compare` is `compare` with curves of the run and one of its size, `runs` the table.
-`--server` measures through `mlflow server` with SQLite, otherwise the embedded store.
+Each size gets a run of its own, with saved checkpoints of 20 kB and points of four metrics. Prints JSON with medians of
+three measurements, in seconds: `resolve` is `get_latest_model` of the run ID with an empty cache, `list` is
+`checkpoints ls`, `compare` is `compare` with curves of the run and one other, `runs` is the table. `--server` measures
+through `mlflow server` with SQLite, otherwise the embedded store is used.
 """
 
 import argparse
@@ -35,7 +35,7 @@ REPEATS = 3
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Median time of a few runs."""
+    """Return the median seconds of a few calls."""
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
@@ -45,7 +45,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def make_run(client: MlflowClient, experiment: str, checkpoints: int, points: int, folder: Path) -> str:
-    """A run of that size."""
+    """Create a run of this size; return its ID."""
     run_id = client.create_run(experiment, run_name=f"{checkpoints} checkpoints, {points} points").info.run_id
     client.log_batch(run_id, params=[Param("batch_size", "64"), Param("lr", "0.1")])
     steps = range(1, points // len(METRICS) + 1)
@@ -60,7 +60,7 @@ def make_run(client: MlflowClient, experiment: str, checkpoints: int, points: in
 
 
 def measure(uri: str, run_id: str, other: str, folder: Path) -> dict[str, float]:
-    """Seconds for what people do with a run."""
+    """Return the seconds of each use of the run."""
     reporter = LoggingReporter()
 
     def resolve() -> None:
@@ -87,7 +87,7 @@ def measure(uri: str, run_id: str, other: str, folder: Path) -> dict[str, float]
 
 
 def main() -> None:
-    """Print the measurements."""
+    """Measure all sizes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--server", action="store_true")
     parser.add_argument("--checkpoints", type=int, nargs="+", default=[20, 200, 2000])

@@ -1,9 +1,9 @@
-"""How long a run takes from its start to its first step: fresh, and resumed early and late in a large data set.
+"""Time a run from its start to its first step: new, and resumed early and late in a large data set.
 
-A listing of 1,300,000 images (of 64 real files: only where they lie is repeated) is trained on by a network whose
-checkpoint has about 20 MB and by one of about 1 GB; each fresh, resumed after 10 iterations, and resumed after
-1,000,000. Each measurement is a process of its own. For comparison: finding the same place by going through what was
-trained already, as loaders do that keep no position. Prints JSON:
+The data set lists 1,300,000 images, which are 64 files over and over. One network has a checkpoint of about 20 MB, the
+other of about 1 GB; each starts new, resumed after 10 iterations, and resumed after 1,000,000. Each measurement is a
+process of its own. For comparison: skipping the batches that were already trained on, as loaders without a position do.
+Prints JSON:
 
     python benchmarks/startup.py            # ten minutes, 8 GB of memory, 6 GB of disk
     python benchmarks/startup.py --small    # without the 1 GB network
@@ -28,7 +28,7 @@ CLASSES = 1000
 REAL = 64
 PLACES = (10, 1_000_000)
 SKIPPED = (10, 100, 400)
-"""Batches that the loader without a position goes through."""
+"""Batches that the loader without a position skips."""
 
 NETWORKS = {"20 MB": "shufflenet_v2_x1_0", "1 GB": "shufflenet_v2_large"}
 BATCH_SIZE = 8
@@ -36,18 +36,18 @@ INPUT_SIZE = 32
 
 
 def make_images(root: Path) -> None:
-    """The real files."""
+    """Write the files."""
     import numpy as np
     from PIL import Image
 
-    dice = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     root.mkdir(parents=True)
     for number in range(REAL):
-        Image.fromarray(dice.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(root / f"{number}.jpg")
+        Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(root / f"{number}.jpg")
 
 
 def listing(root: Path) -> Any:
-    """As `list_images` makes it, but in memory."""
+    """Return a listing as `list_images` would, without the files."""
     from shufflenet_mlflow.data.listing import ImageListing, Samples
 
     samples = Samples.of((f"{n % REAL}.jpg", n * CLASSES // FILES, 1000) for n in range(FILES))
@@ -59,7 +59,7 @@ class FirstStep(BaseException):
 
 
 def after(steps: int, act: Callable[[], None]) -> Any:
-    """A reporter that acts after so many steps of training."""
+    """Return a reporter that calls `act` after this many training steps."""
     from shufflenet_mlflow.runtime.progress import LoggingReporter, SilentPhase
 
     class Counting(SilentPhase):
@@ -78,12 +78,12 @@ def after(steps: int, act: Callable[[], None]) -> Any:
 
 
 def reached() -> None:
-    """The first step is over."""
+    """End the measurement."""
     raise FirstStep
 
 
 def measure(folder: Path, model: str, resume: str) -> dict[str, float]:
-    """In a process of its own: seconds from its start, and from when the job was asked for, to the first step."""
+    """Return the seconds to the first step from the start of this process, and from the call of the job."""
     import psutil
 
     from shufflenet_mlflow.runtime.signals import StopFlag
@@ -128,7 +128,7 @@ def measure(folder: Path, model: str, resume: str) -> dict[str, float]:
 
 
 def make_checkpoint(folder: Path, request: Any, stop: Any) -> None:
-    """The checkpoint of iteration 10, and the same as it would be after 1,000,000."""
+    """Write the checkpoint of iteration 10, and a copy that says iteration 1,000,000."""
     import torch
 
     from shufflenet_mlflow.checkpoints.names import checkpoint_name
@@ -149,7 +149,7 @@ def make_checkpoint(folder: Path, request: Any, stop: Any) -> None:
 
 
 def skip(folder: Path) -> dict[str, float]:
-    """Seconds until a loader without a position has gone through so many batches."""
+    """Return the seconds that a loader without a position takes to skip batches."""
     from shufflenet_mlflow.data.augment import AUGMENTATIONS
     from shufflenet_mlflow.data.loader import ImageDataset, make_loader
     from shufflenet_mlflow.data.preprocess import Preprocess
@@ -170,7 +170,7 @@ def skip(folder: Path) -> dict[str, float]:
 
 
 def in_process(folder: Path, *words: str) -> Any:
-    """What this script prints for these words."""
+    """Run this script with these words; return the JSON that it prints."""
     out = subprocess.run(
         [sys.executable, __file__, "--folder", str(folder), *words],
         stdout=subprocess.PIPE,
@@ -183,13 +183,13 @@ def in_process(folder: Path, *words: str) -> Any:
 
 
 def median(folder: Path, model: str, resume: str, repeats: int) -> dict[str, float]:
-    """Of each figure."""
+    """Return the median of each time."""
     rows = [in_process(folder, "--model", model, "--resume", resume) for _ in range(repeats)]
     return {key: round(statistics.median(row[key] for row in rows), 2) for key in rows[0]}
 
 
 def main() -> None:
-    """Measure everything, or, in a process of its own, one thing."""
+    """Measure everything or, with a hidden option, one thing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
@@ -210,7 +210,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         make_images(root / "images")
-        report["going through what was trained, s by batches"] = {
+        report["seconds to skip batches"] = {
             count: round(seconds, 2) for count, seconds in in_process(root, "--skip").items()
         }
         for size, model in NETWORKS.items():

@@ -1,13 +1,13 @@
-"""A training step, and whole training from JPEG files, against the plain loop that a user would write.
+"""Time a training step, and training from JPEG files, against the plain loop that users write.
 
     python benchmarks/training.py [--device auto] [--models NAME ...] [--rounds 3] [--no-loop] [--variants bf16 compile]
 
-`step`: images lie in memory; the plain side has float32 images in PyTorch's usual format, torchvision's networks for
-`torchvision/` and this package's for the rest as they come from `create_model`, plain SGD, and asks for loss and
-accuracy after each step. Ours is the step of `shufflenet train`. `loop`: both read photographs from a folder. Each
-side is a process of its own, in turn; medians over the rounds. Floors: the least time that the multiplications (forward
-once, backward twice) and the movement of activations (five times: written and read, read again for the gradient, whose
-own is written and read) could take, at the rates of a large matrix product and of a copy, measured in the same run.
+`step`: the images are in memory. The plain loop has float32 images in PyTorch's default memory format, torchvision's
+networks for `torchvision/` and otherwise ours as `create_model` returns them, plain SGD, and reads loss and accuracy
+after each step. Ours is the step of `shufflenet train`. `loop`: both read photographs from a folder. Each side runs in
+a process of its own, in turn; medians over the rounds. Floors: the shortest possible time of the multiplications
+(forward once, backward twice) and of moving the activations (five times: written, read, read again for the gradient,
+and the gradient written and read), at the rates of a large matrix product and of a copy, measured in the same run.
 """
 
 import argparse
@@ -50,11 +50,11 @@ LOOP = ("shufflenet_v2_x1_0", "shufflenet_oneshot")
 SIZE, CLASSES = 224, 8
 VARIANTS: dict[str, dict[str, Any]] = {"bf16": {"amp": "bf16"}, "compile": {"compile": True}}
 _PASSES = 5
-"""How often an activation moves."""
+"""Times that an activation moves."""
 
 
 def batch_of(model: str, device: torch.device) -> int:
-    """Images per step: few for the giants."""
+    """Return the batch size, which is small for the giants."""
     giant = model in ("shufflenet_v2_large", "shufflenet_v2_exlarge")
     if device.type == "cpu":
         return 4 if giant else 64
@@ -62,7 +62,7 @@ def batch_of(model: str, device: torch.device) -> int:
 
 
 def seconds_each(step: Callable[[], object], device: torch.device, *, slow: bool) -> float:
-    """Median seconds of a step."""
+    """Return the median seconds of a step."""
     for _ in range(2 if slow else 3):
         step()
     times = []
@@ -76,21 +76,21 @@ def seconds_each(step: Callable[[], object], device: torch.device, *, slow: bool
 
 
 def make_trainer(root: Path, model: str, device: torch.device, batch: int, options: dict[str, Any]) -> Trainer:
-    """What `shufflenet train` would train with."""
+    """Return the training loop of `shufflenet train`, with nothing kept."""
     given = {"model": model, "train_dir": str(root), "val_dir": str(root), "batch_size": batch, "device": device.type}
     context = JobContext.alone(LoggingReporter(), StopFlag())
     return bare_training({**given, "lr": 0.01, **options}, None, context)[1]
 
 
 def plain_model(model: str) -> nn.Module:
-    """The same network, as a user has it."""
+    """Return the same network as users have it."""
     if model.startswith("torchvision/"):
         return get_model(model.removeprefix("torchvision/"), weights=None, num_classes=CLASSES)
     return create_model(model, CLASSES)
 
 
 def measure_step(side: str, model: str, root: Path, device: torch.device, batch: int) -> dict[str, float]:
-    """Seconds of a step, and of the first."""
+    """Return the seconds of a step, and of the first one."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (batch, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     labels = torch.randint(CLASSES, (batch,), generator=generator)
@@ -119,7 +119,7 @@ def measure_step(side: str, model: str, root: Path, device: torch.device, batch:
 
 
 def measure_loop(side: str, model: str, root: Path, device: torch.device, batch: int) -> dict[str, float]:
-    """Seconds of an iteration that begins with files."""
+    """Return the seconds of an iteration that reads files."""
     iterations, warm = 12, 3
     if side == "plain":
         training = Training(plain_model(model), device)
@@ -152,7 +152,7 @@ def measure_loop(side: str, model: str, root: Path, device: torch.device, batch:
 
 
 def activation_bytes(model: str) -> int:
-    """Of the outputs of all layers, for one image."""
+    """Return the bytes of all layers' outputs for one image."""
     network = create_model(model, CLASSES).eval()
     sizes: list[int] = []
 
@@ -169,7 +169,7 @@ def activation_bytes(model: str) -> int:
 
 
 def rates(device: torch.device) -> dict[str, float]:
-    """Multiplications and bytes per second: of a large matrix product, of a large copy."""
+    """Return multiplications per second of a large matrix product, and bytes per second of a large copy."""
     n = 2048 if device.type == "cpu" else 8192
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
     x = torch.randn(1 << 26 if device.type == "cpu" else 1 << 28, device=device)
@@ -182,20 +182,19 @@ def rates(device: torch.device) -> dict[str, float]:
 def compare(
     what: str, sides: list[str], model: str, root: Path, device: torch.device, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Medians over the rounds, the sides taking turns."""
+    """Return medians over the rounds, with the sides taking turns."""
     batch = batch_of(model, device)
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
             found[side].append(apart(__file__, what, side, model, root, device.type, batch))
     return {
-        side: {name: statistics.median(one[name] for one in several) for name in several[0]}
-        for side, several in found.items()
+        side: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for side, runs in found.items()
     }
 
 
 def row(results: dict[str, dict[str, float]], batch: int) -> dict[str, Any]:
-    """As it is printed."""
+    """Return the row to print."""
     plain = results["plain"]["seconds"]
     return {
         "batch": batch,
@@ -206,7 +205,7 @@ def row(results: dict[str, dict[str, float]], batch: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure."""
+    """Measure all networks."""
     parser = argparse.ArgumentParser()
     add_device(parser)
     parser.add_argument("--models", nargs="+", default=list(FAMILIES))

@@ -93,7 +93,7 @@ def test_ls_of_a_folder_works_without_its_server(
         (20, None, False, True),
         (10, None, False, False),
     ]
-    assert "connection refused; what is in the run is not shown" in result.stderr
+    assert "connection refused; checkpoints in the run are not shown" in result.stderr
 
 
 def test_verify(run_id: str, as_json: Callable[..., Any], shufflenet: Invoke) -> None:

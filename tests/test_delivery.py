@@ -127,7 +127,7 @@ def test_a_damaged_upload_is_not_committed(
         uploaded.write_bytes(data)
 
     monkeypatch.setattr(RunArtifacts, "put_file", flip)
-    with pytest.raises(TrackingError, match="did not arrive whole: its SHA-256 there is"):
+    with pytest.raises(TrackingError, match="did not arrive intact: its SHA-256 there is"):
         message.send(target)
     assert LATEST_TAG not in client.get_run(run_id).data.tags
 

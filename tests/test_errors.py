@@ -478,7 +478,7 @@ MISTAKES = [
         for uri in ("http://", "http://[::1", "http://127.0.0.1:99999", "sqlite://x")
     ),
     failing("train {small} --tracking-uri sqlite:///.", "sqlite:///.", "is a folder", "sqlite:///./mlflow.db"),
-    failing("train {small} --tracking-uri sqlite:///no/x.db", "sqlite:///no/x.db", "make it first"),
+    failing("train {small} --tracking-uri sqlite:///no/x.db", "sqlite:///no/x.db", "create it first"),
     failing(
         "train {small} --tracking-uri postgresql://u:s3cret@127.0.0.1/x",
         "postgresql://127.0.0.1/x",
@@ -642,7 +642,7 @@ MISTAKES = [
     wrong("runs --sort minutes", "--sort minutes", "sort by started"),
     wrong("runs --columns ,", "--columns", "best/val_top1"),
     wrong("runs --limit 0", "--limit (=0)", "from 1 to 50000"),
-    failing("runs --experiment no", "'no'", "mlflow.db", "there is: "),
+    failing("runs --experiment no", "'no'", "mlflow.db", "experiments: "),
     failing("runs show no", "'no'", "`shufflenet runs`"),
     failing(f"runs show {NOBODY}", NOBODY),
     wrong("compare {run}", "{run}", "two runs or more", "`shufflenet runs`"),
@@ -684,7 +684,7 @@ MISTAKES = [
     ),
     # ------------------------------------------------------------ export
     wrong("export models --format tf", "'tf'", "'--format'", "'onnx'"),
-    failing("export models --output no/x.pt2", "'no/x.pt2'", "--output", "make it"),
+    failing("export models --output no/x.pt2", "'no/x.pt2'", "--output", "create it"),
     failing("export models --output images", "'images'", "--output names a file"),
     failing("export models --format mlflow --output images", "'images'", "exists already", "--output"),
     # ------------------------------------------------------------ data

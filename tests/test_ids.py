@@ -55,10 +55,10 @@ def test_other_references_are_unchanged(workplace: Path) -> None:
 def test_prefixes_of_no_run_or_several() -> None:
     with pytest.raises(UnresolvedError, match=rf"several run IDs in sqlite:.*{SECOND} \(run 1\), {FIRST} \(run 0\);"):
         complete("abcdef", None)
-    with pytest.raises(UnresolvedError, match="'abcdef22' is no file or folder, and begins no run's ID in sqlite"):
+    with pytest.raises(UnresolvedError, match="'abcdef22' is not a file or folder, nor the start of a run ID in"):
         complete("abcdef22", None)
     with pytest.raises(
-        UnresolvedError, match=rf"begins no run's ID in .*, perhaps {OTHER} \(run 2\); `shufflenet runs`"
+        UnresolvedError, match=rf"the start of a run ID in .*, perhaps {OTHER} \(run 2\); `shufflenet runs`"
     ):
         complete("runs:/0123456799", None)
     with pytest.raises(

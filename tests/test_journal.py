@@ -217,7 +217,7 @@ def test_a_journal_of_a_later_version(tmp_path: Path, monkeypatch: pytest.Monkey
         Journal(tmp_path).close()
     before = (tmp_path / JOURNAL_NAME).read_bytes()
     for read in (Journal, read_pending, Journal):
-        with pytest.raises(JournalError, match="has format 2, and 1 is the only one known here; upgrade this package"):
+        with pytest.raises(JournalError, match="has format 2, and this version reads only format 1; upgrade"):
             read(tmp_path)
     assert (tmp_path / JOURNAL_NAME).read_bytes() == before
 

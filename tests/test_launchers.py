@@ -374,7 +374,7 @@ def test_a_failed_requeue_is_reported(images: Path, slurm: Path, tmp_path: Path)
     reporter = Reporter(pull)
     with StopFlag() as stop:
         run(images, "--requeue", reporter=reporter, stop=stop)
-    assert reporter.warnings == ["--requeue: scontrol said no such job"]
+    assert reporter.warnings == ["--requeue: scontrol failed: no such job"]
 
 
 # --- signals --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from shufflenet_mlflow.tracking.names import (
     EVALUATION_SECTION,
     EVALUATION_TAG,
     PREDICTIONS_FILE,
+    RESOLVED_PREFIX,
     SUMMARY_FILE,
+    SYSTEM_SECTION,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ _BETTER = {
 }
 """Last part of a metric's name -> which values are better."""
 
-_LEFT_OUT = ("system/", "train/lr", "epoch")
+_LEFT_OUT = (SYSTEM_SECTION, "train/lr", "epoch")
 """Metrics that do not say which run is better."""
 
 CURVES = ("train/loss", "val/loss", "train/top1", "val/top1")
@@ -57,7 +59,7 @@ class RunColumn:
 
     @property
     def short_id(self) -> str:
-        """Enough of the run's ID to tell it from the others."""
+        """The first characters of the run's ID."""
         return self.run_id[:8]
 
 
@@ -68,7 +70,7 @@ class ResultRow:
     metric: str
     values: tuple[float | None, ...]
     best: tuple[int, ...]
-    """Indices of the runs with the best value; empty if there is no better and worse, or all are equal."""
+    """Indices of the runs with the best value; empty if none is better, or no values are."""
     is_comparable: bool = True
     """False for evaluations of the same name on different images."""
 
@@ -121,7 +123,7 @@ def compare_runs(client: "MlflowClient", runs: "Sequence[Run]", *, curves: bool 
     """Put runs side by side.
 
     Args:
-        curves: read the course of their metrics too.
+        curves: read the history of their metrics too.
 
     Raises:
         TrackingError: MLflow did not answer.
@@ -147,7 +149,7 @@ def compare_runs(client: "MlflowClient", runs: "Sequence[Run]", *, curves: bool 
     evaluations = [list(_evaluations(client, run)) for run in runs]
     return Comparison(
         runs=columns,
-        differing={name: found for name, found in values.items() if len(set(found)) > 1},
+        differing={name: row for name, row in values.items() if len(set(row)) > 1},
         results=_results(columns),
         curves=tuple(_curves(client, columns)) if curves else (),
         tests=tuple(_tests(client, evaluations)),
@@ -156,8 +158,8 @@ def compare_runs(client: "MlflowClient", runs: "Sequence[Run]", *, curves: bool 
 
 def _resolved(params: Mapping[str, str]) -> dict[str, str]:
     """Return the parameters in force: `mlflow run` logs its own spelling, and the resolved value beside it."""
-    plain = {name: value for name, value in params.items() if not name.startswith("resolved/")}
-    in_force = {name.removeprefix("resolved/"): value for name, value in params.items() if name not in plain}
+    plain = {name: value for name, value in params.items() if not name.startswith(RESOLVED_PREFIX)}
+    in_force = {name.removeprefix(RESOLVED_PREFIX): value for name, value in params.items() if name not in plain}
     return {name: value for name, value in {**plain, **in_force}.items() if value not in ("", "''")}
 
 
@@ -180,17 +182,17 @@ def _of_same_images(metric: str, runs: Sequence[RunColumn]) -> bool:
 
 def _result(name: str, values: tuple[float | None, ...], *, of_same_images: bool) -> ResultRow:
     better = _BETTER.get(name.rpartition("/")[2])
-    known = {value for value in values if value is not None and math.isfinite(value)}
+    finite = {value for value in values if value is not None and math.isfinite(value)}
     best: tuple[int, ...] = ()
-    if better is not None and len(known) > 1 and of_same_images:
-        winner = max(known) if better == HIGHER else min(known)
-        best = tuple(place for place, value in enumerate(values) if value == winner)
+    if better is not None and len(finite) > 1 and of_same_images:
+        winner = max(finite) if better == HIGHER else min(finite)
+        best = tuple(index for index, value in enumerate(values) if value == winner)
     return ResultRow(name, values, best, of_same_images)
 
 
 def _curves(client: "MlflowClient", runs: Sequence[RunColumn]) -> Iterator[Curve]:
     for metric in CURVES:
-        for place, run in enumerate(runs):
+        for index, run in enumerate(runs):
             if metric not in run.metrics:
                 continue
             with mlflow_errors(f"read {metric} of run {run.run_id}"):
@@ -203,7 +205,7 @@ def _curves(client: "MlflowClient", runs: Sequence[RunColumn]) -> Iterator[Curve
             batch = run.params.get("batch_size", "")
             yield Curve(
                 metric,
-                place,
+                index,
                 steps,
                 tuple(step * int(batch) for step in steps) if batch.isdecimal() else None,
                 tuple((point.timestamp - run.started) / 60_000 for point in points),
@@ -236,7 +238,7 @@ def _evaluations(client: "MlflowClient", run: "Run") -> Iterator[Evaluation]:
                 float(summary["metrics"]["top1"]),
                 folder,
             )
-        except (ValueError, KeyError, TypeError):  # cut short, or from a later version
+        except (ValueError, KeyError, TypeError):  # truncated, or from a later version
             continue
         if found.digest not in newest or newest[found.digest].iters <= found.iters:
             newest[found.digest] = found
@@ -258,12 +260,12 @@ def _outcomes(client: "MlflowClient", evaluation: Evaluation) -> dict[str, Outco
     try:
         return read_outcomes(_read(client, evaluation.run_id, f"{evaluation.folder}/{PREDICTIONS_FILE}"))
     except (ValueError, KeyError, TypeError):
-        logger.warning("run %s: its predictions in %s cannot be read", evaluation.run_id, evaluation.folder)
+        logger.warning("run %s: cannot read its predictions in %s", evaluation.run_id, evaluation.folder)
         return None
 
 
 def _read(client: "MlflowClient", run_id: str, artifact: str) -> str:
     """Read a small text artifact."""
     with mlflow_errors(f"read {artifact} of run {run_id}"), tempfile.TemporaryDirectory() as scratch:
-        # Not as text: quoted names may hold ends of lines of any kind.
+        # Not as text: quoted names may contain line ends of any kind.
         return Path(client.download_artifacts(run_id, artifact, scratch)).read_bytes().decode()

@@ -49,9 +49,9 @@ def curves_figure(comparison: Comparison, over: str) -> Figure | None:
         axes.spines[["top", "right"]].set_visible(False)
     handles = [
         grid[0].plot(
-            [], [], color=_COLOURS[place % len(_COLOURS)], label=f"{run.name} ({run.short_id})".replace("$", r"\$")
+            [], [], color=_COLOURS[index % len(_COLOURS)], label=f"{run.name} ({run.short_id})".replace("$", r"\$")
         )[0]
-        for place, run in enumerate(comparison.runs)
+        for index, run in enumerate(comparison.runs)
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(3, len(handles)), frameon=False)
     return figure

@@ -54,7 +54,7 @@ def write_page(comparison: Comparison, directory: Path) -> list[Path]:
         page = environment.get_template("compare.html.j2").render(
             comparison=comparison,
             drawings=drawings,
-            tests=[_shown(test) for test in comparison.tests],
+            tests=[_sections_of(test) for test in comparison.tests],
         )
         for name, text in ((PAGE, page), (DOCUMENT, to_json(comparison.to_dict()))):
             written.append(directory / name)
@@ -67,11 +67,11 @@ def write_page(comparison: Comparison, directory: Path) -> list[Path]:
 
 
 def _without_prologue(svg: str) -> str:
-    """Return an SVG drawing without what may not stand inside a page."""
+    """Return an SVG drawing without its XML prologue, which is invalid inside a page."""
     return svg[svg.index("<svg") :]
 
 
-def _shown(test: PairedTest) -> dict[str, Any]:
+def _sections_of(test: PairedTest) -> dict[str, Any]:
     sides = (
         ("only the first is right", test.only_first),
         ("only the second is right", test.only_second),

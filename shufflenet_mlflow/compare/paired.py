@@ -108,11 +108,13 @@ def read_outcomes(text: str) -> dict[str, Outcome]:
 
 def paired_test(first: Evaluation, second: Evaluation, outcomes: Sequence[dict[str, Outcome]]) -> PairedTest:
     """Compare two evaluations image by image, without images that only one of them could read."""
-    left, right = outcomes
-    common = [path for path in left if path in right]
-    changes: tuple[list[Change], list[Change]] = ([], [])
+    first_by_path, second_by_path = outcomes
+    common = [path for path in first_by_path if path in second_by_path]
+    only_first: list[Change] = []
+    only_second: list[Change] = []
     for path in common:
-        before, after = left[path], right[path]
-        if before.correct != after.correct:
-            changes[before.correct is False].append(Change(path, before.label, before.predicted, after.predicted))
-    return PairedTest(first, second, len(common), tuple(changes[0]), tuple(changes[1]))
+        one, other = first_by_path[path], second_by_path[path]
+        if one.correct != other.correct:
+            right_in = only_first if one.correct else only_second
+            right_in.append(Change(path, one.label, one.predicted, other.predicted))
+    return PairedTest(first, second, len(common), tuple(only_first), tuple(only_second))

@@ -31,31 +31,31 @@ def export_file(network: LoadedModel, target: Path, form: str) -> float:
     """Write the network to `target`, in a format of `FORMATS`, and compare it with the checkpoint before renaming it.
 
     Returns:
-        The largest difference between logits, as a part of the largest one: 0 if they are equal bit for bit.
+        The largest difference between logits, as a fraction of the largest one; 0 if they are equal bit for bit.
 
     Raises:
         ExportError: it cannot be written, differs, or a package is missing.
     """
     write, load = FORMATS[form]
-    part = target.with_name(f".{target.name}.part{target.suffix}")
+    temporary = target.with_name(f".{target.name}.part{target.suffix}")
     try:
-        write(network, part)
-        difference = check_equal(network, load(part), f"the {form} program")
-        with open(part, "rb") as file:
+        write(network, temporary)
+        difference = check_equal(network, load(temporary), f"the {form} program")
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(part, target)
+        os.replace(temporary, target)
     except OSError as error:
         raise ExportError(
             f"cannot write {str(target)!r}: {error.strerror}; --output names another file", code="export-unwritable"
         ) from error
-    except RuntimeError as error:  # PyTorch's writer, and its exporter
+    except RuntimeError as error:  # from PyTorch's writer or exporter
         reason = str(error).strip().splitlines()[0]
         raise ExportError(
             f"cannot write {str(target)!r}: {reason}; --output names another file", code="export-failed"
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # what went wrong before is what matters
-            part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # an earlier error is the one to report
+            temporary.unlink(missing_ok=True)
     return difference
 
 
@@ -71,9 +71,9 @@ def load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _write_onnx(network: LoadedModel, path: Path) -> None:
-    onnx = _needed("onnx")
-    _needed("onnxscript")
-    with quiet("torch.onnx", "onnxscript", "onnx_ir"):  # the exporter tells of its own deprecations
+    onnx = _import_extra("onnx")
+    _import_extra("onnxscript")
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"):  # the exporter warns of its own deprecations
         exported = torch.onnx.export(
             export_program(network),
             (example_pixels(network),),
@@ -89,7 +89,7 @@ def _write_onnx(network: LoadedModel, path: Path) -> None:
 
 
 def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    session = _needed("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = _import_extra("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(pixels_NCHW: Tensor) -> Tensor:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: pixels_NCHW.numpy()})[0])
@@ -97,7 +97,7 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _needed(package: str) -> Any:
+def _import_extra(package: str) -> Any:
     try:
         return import_module(package)
     except ImportError as error:

@@ -1,7 +1,7 @@
 """Logged models: a checkpoint that MLflow loads, serves and registers, without this package.
 
-Its code is `classifier.py`, its weights an exported program, which needs no permission to unpickle anything. A logged
-model belongs to one checkpoint of a run, and is made once: it is found again by the checkpoint's SHA-256.
+Its code is `classifier.py`, its weights are an exported program, so that loading it unpickles nothing. A logged model
+belongs to one checkpoint of a run, and is created once: it is found by the checkpoint's SHA-256.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from shufflenet_mlflow.errors import RefusedError, ShuffleNetError, TrackingErro
 from shufflenet_mlflow.evaluation import ranking
 from shufflenet_mlflow.export import serving
 from shufflenet_mlflow.export.bundle import bundle
-from shufflenet_mlflow.export.files import load_pt2, write_pt2
+from shufflenet_mlflow.export.files import SETTINGS_FILE, load_pt2, write_pt2
 from shufflenet_mlflow.export.program import check_equal, settings_of
 from shufflenet_mlflow.export.quiet import quiet
 from shufflenet_mlflow.models.loaded import LoadedModel, model_from_payload
@@ -43,7 +43,7 @@ CODE_FILE = "classifier.py"
 
 _REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "simplejpeg", "pandas")
 
-_TALKATIVE = ("mlflow.pyfunc", "mlflow.models", "mlflow.types", "mlflow.utils")
+_NOISY_LOGGERS = ("mlflow.pyfunc", "mlflow.models", "mlflow.types", "mlflow.utils")
 """Loggers that warn of MLflow's own type hints, and of requirements that are as they should be."""
 
 _LINKED = ("loss", "val/loss", "val/top1", "val/top5")
@@ -60,7 +60,7 @@ class LogModels:
         """Make those that do not exist yet.
 
         Raises:
-            RefusedError: a checkpoint is gone or cannot be exported, or the server has no logged models.
+            RefusedError: a checkpoint is missing or cannot be exported, or the server does not support logged models.
             TrackingError: MLflow did not answer, or the run was deleted, which can be undone.
         """
         run = target.read()
@@ -75,7 +75,7 @@ class LogModels:
                 if find_logged_model(target.client, run, manifest) is None:
                     with _local_copy(target, manifest) as path:
                         log_model(target.client, run, manifest, path)
-            except Exception as error:  # whatever the exporter raises, what waits behind must not wait for ever
+            except Exception as error:  # whatever the exporter raises, later entries must not wait for ever
                 if isinstance(error, TrackingError) and not error.answered:
                     raise
                 reason = str(error) if isinstance(error, ShuffleNetError) else f"{type(error).__name__}: {error}"
@@ -107,11 +107,11 @@ def find_logged_model(client: "MlflowClient", run: "Run", manifest: CheckpointMa
 
 def _models_of(client: "MlflowClient", run: "Run", manifest: CheckpointManifest) -> "Sequence[LoggedModel]":
     with mlflow_errors(f"look for logged models of run {run.info.run_id}"):
-        found: Sequence[LoggedModel] = client.search_logged_models(
+        models: Sequence[LoggedModel] = client.search_logged_models(
             [run.info.experiment_id],
             f"source_run_id = '{run.info.run_id}' AND tags.`{MODEL_SHA256_TAG}` = '{manifest.sha256}'",
         )
-    return found
+    return models
 
 
 def log_model(client: "MlflowClient", run: "Run", manifest: CheckpointManifest, path: Path) -> str:
@@ -126,33 +126,33 @@ def log_model(client: "MlflowClient", run: "Run", manifest: CheckpointManifest, 
     Raises:
         CheckpointError, ConfigError: the checkpoint's network cannot be built.
         ExportError: its program differs from it.
-        TrackingError: MLflow did not answer; what was begun is taken up the next time.
+        TrackingError: MLflow did not answer; the next call continues the unfinished model.
     """
-    known = _models_of(client, run, manifest)
-    for model in known:
+    models = _models_of(client, run, manifest)
+    for model in models:
         if str(model.status) == "READY":
             return str(model.model_id)
     network = model_from_payload(read_checkpoint(path), repr(str(path)))
     doing = f"make a logged model of {manifest.file_name}"
     with mlflow_errors(doing):
-        # An unfinished one was left by a process that was killed, or by a server that went away.
-        model = known[0] if known else _begin_model(client, run, manifest, network)
+        # A killed process, or a failing server, has left an unfinished one.
+        model = models[0] if models else _create_model(client, run, manifest, network)
         _link(client, run, model.model_id, manifest)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         try:
             write_model(network, folder, run_id=run.info.run_id, model=model, metadata=asdict(manifest))
         except Exception:
-            with contextlib.suppress(Exception):  # why it could not be written is what matters
+            with contextlib.suppress(Exception):  # the error of writing is the one to report
                 client.finalize_logged_model(model.model_id, "FAILED")
             raise
         with mlflow_errors(doing):
             client.log_model_artifacts(model.model_id, str(folder))
-            client.finalize_logged_model(model.model_id, "READY")  # last: an unfinished one is made again
+            client.finalize_logged_model(model.model_id, "READY")  # last: an unfinished model is written again
     return str(model.model_id)
 
 
-def _begin_model(
+def _create_model(
     client: "MlflowClient", run: "Run", manifest: CheckpointManifest, network: LoadedModel
 ) -> "LoggedModel":
     return client.create_logged_model(
@@ -186,7 +186,7 @@ def write_model(
     """Write the network as an MLflow model into the new folder `folder`, for `mlflow models serve -m` too.
 
     Returns:
-        How far it is from the network: see `check_equal`.
+        Its difference from the network; see `check_equal`.
 
     Raises:
         ExportError: the program differs from the network.
@@ -194,7 +194,7 @@ def write_model(
     """
     import pandas as pd
 
-    with quiet(*_TALKATIVE):
+    with quiet(*_NOISY_LOGGERS):
         import mlflow.pyfunc
         from mlflow.models import Model, ModelSignature
         from mlflow.types import ColSpec, DataType, Schema
@@ -207,13 +207,13 @@ def write_model(
     if model is not None:
         identity |= {"model_id": model.model_id, "model_uuid": model.model_id, "artifact_path": model.artifact_location}
     with tempfile.TemporaryDirectory() as scratch:
-        program, settings = Path(scratch) / "network.pt2", Path(scratch) / "classifier.json"
+        program, settings = Path(scratch) / "network.pt2", Path(scratch) / SETTINGS_FILE
         write_pt2(network, program)
         difference = check_equal(network, load_pt2(program), "the logged model")
         settings.write_text(json.dumps(settings_of(network), indent=2), "utf-8")
         code = Path(scratch) / CODE_FILE
         code.write_text(bundle([decode, ranking, serving]), "utf-8")
-        with quiet(*_TALKATIVE):
+        with quiet(*_NOISY_LOGGERS):
             mlflow.pyfunc.save_model(
                 folder,
                 python_model=str(code),
@@ -260,7 +260,7 @@ def _link(client: "MlflowClient", run: "Run", model_id: str, manifest: Checkpoin
         points = [point for point in client.get_metric_history(run_id, name) if point.step == manifest.iters]
         dataset = validation[0] if validation and name.startswith("val/") else None
         metrics += [
-            # The same point once more, now as the model's: the run has it already, and keeps it once.
+            # The same point again, now linked to the model; the run keeps it once.
             Metric(
                 name,
                 point.value,

@@ -55,7 +55,7 @@ def export_program(network: LoadedModel) -> torch.export.ExportedProgram:
 def settings_of(network: LoadedModel) -> dict[str, Any]:
     """Return labels, and how an image becomes the program's input, as plain values.
 
-    `classifier.Classifier` works with it.
+    `serving.Classifier` uses them.
     """
     return {
         "network": network.spec.name,
@@ -70,7 +70,7 @@ def check_equal(network: LoadedModel, run: Callable[[Tensor], Tensor], what: str
     """Compare a program with the network on batches of several sizes.
 
     Returns:
-        The largest difference between logits, as a part of the largest logit.
+        The largest difference between logits, as a fraction of the largest logit.
 
     Raises:
         ExportError: it is above `TOLERANCE`.
@@ -87,7 +87,7 @@ def check_equal(network: LoadedModel, run: Callable[[Tensor], Tensor], what: str
             )
         scale = max(1e-12, expected.abs().max().item())
         difference = (found - expected).abs().max().item() / scale
-        if not difference <= TOLERANCE:  # what is no number is not equal either
+        if not difference <= TOLERANCE:  # also true if it is NaN
             raise ExportError(
                 f"{what} differs from the checkpoint by {difference:.2e} of the largest logit (> {TOLERANCE:g})",
                 code="export-logits-differ",

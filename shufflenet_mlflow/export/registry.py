@@ -12,6 +12,7 @@ from shufflenet_mlflow.tracking.names import MODEL_VERSION_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 
 @dataclass(frozen=True)
@@ -52,31 +53,14 @@ def promote(
     Raises:
         TrackingError: MLflow refused, or did not answer.
     """
-    from mlflow.exceptions import MlflowException
-
     with mlflow_errors(f"register the model {name!r}"):
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        known = [
-            version
-            for version in client.search_model_versions(f"name = '{name}'")
-            if str(version.source) == f"models:/{model_id}"
-            and _stands_for(version.tags.get(MODEL_VERSION_TAG, ""), manifest)
-        ]
-        version = (
-            known[0]
-            if known
-            else client.create_model_version(
-                name,
-                f"models:/{model_id}",
-                run_id=run_id,
-                model_id=model_id,
-                tags={MODEL_VERSION_TAG: manifest.to_json()},
-                description=_description(manifest, run_id),
-            )
+        version = _find_version(client, name, model_id, manifest) or client.create_model_version(
+            name,
+            f"models:/{model_id}",
+            run_id=run_id,
+            model_id=model_id,
+            tags={MODEL_VERSION_TAG: manifest.to_json()},
+            description=_description(manifest, run_id),
         )
     for alias in aliases:
         with mlflow_errors(f"set the alias {alias!r} of {name}"):
@@ -93,7 +77,25 @@ def promote(
     )
 
 
-def _stands_for(tag: str, manifest: CheckpointManifest) -> bool:
+def _find_version(
+    client: "MlflowClient", name: str, model_id: str, manifest: CheckpointManifest
+) -> "ModelVersion | None":
+    """Return the version that was made from this checkpoint, creating the registered model if necessary."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    for version in client.search_model_versions(f"name = '{name}'"):
+        tag = version.tags.get(MODEL_VERSION_TAG, "")
+        if str(version.source) == f"models:/{model_id}" and _is_manifest_of(tag, manifest):
+            return version
+    return None
+
+
+def _is_manifest_of(tag: str, manifest: CheckpointManifest) -> bool:
     try:
         return CheckpointManifest.from_json(tag).sha256 == manifest.sha256
     except CheckpointError:
@@ -109,12 +111,12 @@ def checkpoint_in_run(client: "MlflowClient", run_id: str, name: str) -> Checkpo
     """Return the manifest of the run's artifact `name`.
 
     Raises:
-        TrackingError: it is not there, or MLflow did not answer.
+        TrackingError: there is no such artifact, or MLflow did not answer.
     """
     manifest = RunArtifacts(client, run_id).manifest_of(name)
     if manifest is None:
         raise TrackingError(
-            f"run {run_id} has no checkpoint {name} yet; `shufflenet sync FOLDER` brings it there",
+            f"run {run_id} has no checkpoint {name} yet; `shufflenet sync FOLDER` uploads it",
             "RESOURCE_DOES_NOT_EXIST",
             code="checkpoint-not-in-run",
         )

@@ -1,4 +1,4 @@
-"""The device that a network computes on, and how tensors lie in its memory."""
+"""Choose the device that a network runs on, and the memory layout of tensors there."""
 
 import ctypes
 import os
@@ -61,7 +61,7 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def _quota() -> int | None:
-    """Return the whole cores that a container's limit amounts to; None if there is none."""
+    """Return a container's limit in whole cores; None if there is none."""
     try:
         allowed, period = _QUOTA.read_text("ascii").split()
         return max(1, round(int(allowed) / int(period)))
@@ -78,8 +78,8 @@ def finish(device: torch.device) -> None:
 def compiled(network: nn.Module) -> nn.Module:
     """Return `network` compiled by `torch.compile`, which happens with the first batch; PyTorch caches the result.
 
-    Each size of a batch gets code of its own, never one for all sizes: which of the two PyTorch takes depends on what
-    it has met before, and a resumed run has not met the same.
+    Each batch size is compiled separately: whether PyTorch would compile one version for all sizes depends on the sizes
+    that it has seen, and a resumed run has not seen the same ones.
 
     Raises:
         ConfigError: PyTorch cannot compile here at all.
@@ -105,11 +105,11 @@ def compile_failure(error: RuntimeError) -> ConfigError | None:
 def lack_of_memory(error: RuntimeError) -> ConfigError | None:
     """Return the error to raise if `error` says that memory ran out in training; None for any other error."""
     text = str(error)
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:  # a GPU's, a CPU's
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:  # on a GPU, on a CPU
         return None
     return ConfigError(
         f"memory ran out ({text.splitlines()[0][:200]}); lower --batch-size, --input-size, or --micro-batch-size, "
-        "which computes a batch in parts",
+        "which splits a batch",
         code="out-of-memory",
     )
 
@@ -121,9 +121,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def keep_freed_memory(device: torch.device) -> None:
     """Let this process reuse the memory of CPU tensors instead of returning it after each operation.
 
-    By default glibc gives what is larger than 32 MiB back at once, and each new tensor's pages are then made and zeroed
-    one by one, which can take as long as the arithmetic. A process that computes on another device is left as it is,
-    and so is any system without glibc.
+    By default glibc returns blocks larger than 32 MiB at once, and the pages of each new tensor are then allocated and
+    zeroed one by one, which can take as long as the arithmetic. Does nothing for other devices, or without glibc.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return

@@ -1,6 +1,6 @@
 """Write files that are either complete or not there.
 
-Atomicity lives here alone: write under a temporary name in the same folder, flush, fsync, rename, fsync the
+This is the only place that does so: write to a temporary name in the same folder, flush, fsync, rename, fsync the
 folder.
 """
 

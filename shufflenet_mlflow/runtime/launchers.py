@@ -31,8 +31,8 @@ def launch_name(options: str, *, requeue: bool) -> str | None:
     """Return a name that all attempts of this launch share; None if there is only one, or no such name is known.
 
     Args:
-        options: what was asked for: one job of Slurm's may hold several trainings.
-        requeue: Slurm is to be asked for another attempt.
+        options: the training's options, since a Slurm job may contain several trainings.
+        requeue: whether Slurm will be asked for another attempt.
     """
     slurm, step = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_STEP_ID", "")
     if requeue and slurm:
@@ -70,9 +70,9 @@ def _count(variable: str) -> int:
 def ended_with_mlflow_run() -> Iterator[None]:
     """Within the block, send this process SIGTERM once the `mlflow run` that started it is gone.
 
-    `mlflow run` does not pass on the signal that ends it, and its child would train on as nobody's process.
+    `mlflow run` does not pass on the signal that ends it, and its child would train on as an orphan.
     """
-    parent = _mlflow_run()
+    parent = _parent_mlflow_run()
     if parent is None:
         yield
         return
@@ -93,7 +93,7 @@ def ended_with_mlflow_run() -> Iterator[None]:
         watcher.join()
 
 
-def _mlflow_run() -> psutil.Process | None:
+def _parent_mlflow_run() -> psutil.Process | None:
     """Return the `mlflow run` that started this process; None if there is none."""
     if "MLFLOW_RUN_ID" not in os.environ:
         return None
@@ -120,7 +120,7 @@ class Requeue:
     """Asks Slurm to start this job again, once, from the first process of the job.
 
     Args:
-        wanted: the user wants that.
+        wanted: whether the user wants that.
     """
 
     def __init__(self, wanted: bool, reporter: Reporter) -> None:
@@ -130,7 +130,7 @@ class Requeue:
     def ask_if_warned(self, stop: StopFlag) -> None:
         """Ask if Slurm has announced the end; that may end this process at once.
 
-        Not after SIGTERM: that is what `scancel` sends, and who cancels means it.
+        SIGTERM does not count: `scancel` sends it.
         """
         if self._wanted and stop.signum == WARNING_SIGNAL:
             self._wanted = False
@@ -139,16 +139,17 @@ class Requeue:
     def _ask(self) -> None:
         job, scontrol = os.environ.get("SLURM_JOB_ID", ""), shutil.which("scontrol")
         if not job or scontrol is None:
-            lacking = "scontrol is not on the PATH" if job else "SLURM_JOB_ID is not set"
-            self._reporter.warn(f"--requeue: {lacking}, so the job is not requeued")
+            problem = "scontrol is not on the PATH" if job else "SLURM_JOB_ID is not set"
+            self._reporter.warn(f"--requeue: {problem}, so the job is not requeued")
             return
         self._reporter.note(f"asking Slurm to start job {job} again")
         try:
-            asked = subprocess.run(  # noqa: S603 - found on the PATH
+            completed = subprocess.run(  # noqa: S603 - found on the PATH
                 [scontrol, "requeue", job], capture_output=True, text=True, timeout=SCONTROL_SECONDS, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             self._reporter.warn(f"--requeue: {error}")
             return
-        if asked.returncode:
-            self._reporter.warn(f"--requeue: scontrol said {' '.join(asked.stderr.split()) or asked.returncode}")
+        if completed.returncode:
+            reason = " ".join(completed.stderr.split()) or completed.returncode
+            self._reporter.warn(f"--requeue: scontrol failed: {reason}")

@@ -7,19 +7,19 @@ from pathlib import Path
 
 from shufflenet_mlflow.errors import BusyError
 
-_held: set[str] = set()
+_locked: set[str] = set()
 """Files that this process has locked: closing another descriptor of such a file would release its lock."""
 
 
 class FileLock:
     """An exclusive lock on a file, held by this process until `release` or its end.
 
-    POSIX record locks: unlike those of `flock`, they do not pass to the processes that decode images, which may
-    outlive a killed parent by seconds.
+    A POSIX record lock: unlike one of `flock`, it is not inherited by data loading workers, which may outlive a killed
+    parent by seconds.
 
     Raises:
         BusyError: another process holds it.
-        OSError: the file cannot be made, or not be locked.
+        OSError: the file cannot be created or locked.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -29,7 +29,7 @@ class FileLock:
                 f"{what} is in use by this process already; close it there first", code="locked-by-this-process"
             )
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-        if sys.platform != "win32":  # no record locks there: other processes are not kept out
+        if sys.platform != "win32":  # which has no record locks: other processes are not locked out
             import fcntl
 
             try:
@@ -37,7 +37,7 @@ class FileLock:
             except OSError as error:
                 holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
                 os.close(self._descriptor)
-                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks, most likely
+                if error.errno not in (errno.EACCES, errno.EAGAIN):  # most likely a file system without locks
                     raise
                 raise BusyError(
                     f"{what} is in use by process {holder or '?'}; wait for it, or stop it",
@@ -45,9 +45,9 @@ class FileLock:
                 ) from error
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
-        _held.add(self._name)
+        _locked.add(self._name)
 
     def release(self) -> None:
         """Release the lock."""
-        _held.discard(self._name)
+        _locked.discard(self._name)
         os.close(self._descriptor)

@@ -30,7 +30,7 @@ def joined(stop: StopFlag) -> Iterator[World]:
     """Yield the processes that this one was started with; a world of one if it was started alone.
 
     Args:
-        stop: a signal ends the wait for the others.
+        stop: ends the wait for the others.
 
     Raises:
         ConfigError: the environment is not what a launcher sets.
@@ -40,7 +40,7 @@ def joined(stop: StopFlag) -> Iterator[World]:
     if any(name not in os.environ for name in VARIABLES):
         yield World(stop=stop)
         return
-    world = _announced(stop)
+    world = _world_of_environment(stop)
     if world.size == 1:
         yield world
         return
@@ -48,7 +48,7 @@ def joined(stop: StopFlag) -> Iterator[World]:
         torch.cuda.set_device(world.local_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with losses_reported():
-        store = _store_of_agent(world)
+        store = _store_of_attempt(world)
         if store is None:
             dist.init_process_group(backend, timeout=TIMEOUT)
         else:
@@ -60,7 +60,7 @@ def joined(stop: StopFlag) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _announced(stop: StopFlag) -> World:
+def _world_of_environment(stop: StopFlag) -> World:
     """Return what the launcher's variables say about this process."""
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -79,11 +79,11 @@ def _announced(stop: StopFlag) -> World:
     return World(rank, size, local_rank, stop)
 
 
-def _store_of_agent(world: World) -> Store | None:
+def _store_of_attempt(world: World) -> Store | None:
     """Return the part of torchrun's key-value store that belongs to this attempt; None if there is no such store.
 
-    torchrun keeps one store for all attempts at a job. Processes that are started again would find the addresses of
-    their dead predecessors in it, and wait for them.
+    torchrun keeps one store for all attempts at a job. Restarted processes would find the addresses of their dead
+    predecessors in it, and wait for them.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -93,11 +93,11 @@ def _store_of_agent(world: World) -> Store | None:
 
 
 def name_attempt(store: Store, rank: int, size: int, stop: StopFlag) -> str:
-    """Return a name that these processes share, and no earlier ones had.
+    """Agree on a name for this attempt that no earlier attempt had.
 
-    What the store holds may be of any earlier attempt, and torchrun's count of restarts differs between machines. So
-    each process writes a number that it has drawn, the first one answers it with the name, and what answers another
-    number counts for nothing.
+    The store may hold keys of any earlier attempt, and torchrun's count of restarts differs between machines. So each
+    process writes a random number, and the first process answers it with the number and the name; answers to other
+    numbers are stale.
 
     Raises:
         LostProcessError: the others do not answer.

@@ -45,13 +45,12 @@ class StopRequested(Exception):
 class StopFlag:
     """Set by the first SIGINT, SIGTERM or SIGUSR1, and checked where work can stop; a second signal ends at once.
 
-    What another process of the same job has received counts as a first one here, and as no more.
+    A signal that another process of the same job has received only counts as the first one here.
 
-    Used as a context manager it installs the handlers, and puts the former ones back afterwards. Without that it
-    is never set.
+    As a context manager, installs the handlers and restores the former ones afterwards. Otherwise it is never set.
 
     Args:
-        announce: told the signal's name when the first one arrives.
+        announce: called with the name of the first signal.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, *([] if WARNING_SIGNAL is None else [WARNING_SIGNAL]))
@@ -61,7 +60,7 @@ class StopFlag:
         self.since: float | None = None
         """`time.monotonic()` of the signal."""
         self.grace = GRACE_SECONDS
-        """Seconds after the signal for finishing what has begun."""
+        """Seconds after the signal for finishing work in progress."""
         self._received: float | None = None
         self._has_launcher = any(name in os.environ for name in _LAUNCHER_VARIABLES)
         self._announce = announce
@@ -99,10 +98,10 @@ class StopFlag:
         if self._received is not None:
             if self._has_launcher and now - self._received < ECHO_SECONDS:
                 return
-            # Files are written aside and renamed, so leaving at any instant is safe.
+            # Files are written to temporary names, so exiting is safe at any time.
             os._exit(exit_status(signum))
         self._received = now
-        if self.signum is not None:  # it is being stopped already
+        if self.signum is not None:  # already stopping
             return
         self.set(signum)
         self._announce(signal.Signals(signum).name)

@@ -46,8 +46,8 @@ class RunArtifacts:
     def sizes(self) -> dict[str, int | None]:
         """Return file name -> bytes, if the store knows them; manifests included."""
         with mlflow_errors(f"list the checkpoints of run {self.run_id}"):
-            found = self._artifact_repository().list_artifacts(ARTIFACT_FOLDER)
-        return {artifact.path.rpartition("/")[2]: artifact.file_size for artifact in found}
+            artifacts = self._artifact_repository().list_artifacts(ARTIFACT_FOLDER)
+        return {artifact.path.rpartition("/")[2]: artifact.file_size for artifact in artifacts}
 
     def manifest_of(self, name: str) -> CheckpointManifest | None:
         """Return the manifest beside the artifact `name`, or None if it has none.
@@ -59,7 +59,7 @@ class RunArtifacts:
             try:
                 path = self.download(f"{ARTIFACT_FOLDER}/{name}.json", Path(scratch))
             except TrackingError:
-                if f"{name}.json" in self.sizes():  # also tells whether MLflow answers at all
+                if f"{name}.json" in self.sizes():  # raises if MLflow does not answer
                     raise
                 return None
             try:
@@ -73,7 +73,7 @@ class RunArtifacts:
         names = newest_first(self.sizes())
         unread = [name for name in names if name not in self._manifests]
         if unread:
-            self._artifact_repository()  # made once, before several threads ask for it
+            self._artifact_repository()  # created before several threads need it
             with ThreadPoolExecutor(_READERS) as readers:
                 for name, manifest in zip(unread, readers.map(self.manifest_of, unread), strict=True):
                     if manifest is not None:
@@ -89,7 +89,7 @@ class RunArtifacts:
     def download(self, artifact: str, folder: Path) -> Path:
         """Download one artifact into `folder`, unverified.
 
-        The client's call for that asks for the run first, each time.
+        The client's own call reads the run first, each time.
         """
         with mlflow_errors(f"download {artifact} of run {self.run_id}"):
             return Path(self._artifact_repository().download_artifacts(artifact, str(folder)))
@@ -107,7 +107,7 @@ class RunArtifacts:
                 arrived = sha256_of(file)
             if arrived != manifest.sha256:
                 raise TrackingError(
-                    f"{path.name} did not arrive whole: its SHA-256 there is {arrived[:12]}…",
+                    f"{path.name} did not arrive intact: its SHA-256 there is {arrived[:12]}…",
                     code="upload-sha256-differs",
                 )
             return
@@ -118,7 +118,7 @@ class RunArtifacts:
             )
         if sizes[path.name] not in (None, manifest.bytes):
             raise TrackingError(
-                f"{path.name} did not arrive whole: {sizes[path.name]} of {manifest.bytes} bytes are in run "
+                f"{path.name} did not arrive intact: {sizes[path.name]} of {manifest.bytes} bytes are in run "
                 f"{self.run_id}",
                 code="upload-size-differs",
             )
@@ -141,12 +141,12 @@ class RunArtifacts:
         Raises:
             TrackingError: the store refused, or did not answer.
         """
-        for part in (name, f"{name}.json"):
+        for artifact in (name, f"{name}.json"):
             try:
-                with mlflow_errors(f"delete {part} of run {self.run_id}"):
-                    self._artifact_repository().delete_artifacts(f"{ARTIFACT_FOLDER}/{part}")
+                with mlflow_errors(f"delete {artifact} of run {self.run_id}"):
+                    self._artifact_repository().delete_artifacts(f"{ARTIFACT_FOLDER}/{artifact}")
             except TrackingError:
-                if part in self.sizes():
+                if artifact in self.sizes():
                     raise
         self._manifests.pop(name, None)
 

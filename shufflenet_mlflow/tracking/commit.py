@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointManifest, read_manifest
 from shufflenet_mlflow.checkpoints.names import newest_first
@@ -13,15 +13,12 @@ from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.messages import MetricPoints, now_ms, send_points
 from shufflenet_mlflow.tracking.target import JustWritten, RunTarget, is_trusted, manifest_in_tag
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint with its manifest: the artifacts, the metrics `epoch` and `loss`, then the tags.
 
-    The tags are set last: they are the commit, and never name what is not there. `checkpoint.latest` never moves
+    The tags are set last: they are the commit, and never name a missing file. `checkpoint.latest` never moves
     to an earlier iteration, `checkpoint.best` never to a lower accuracy.
     """
 
@@ -42,19 +39,19 @@ class Checkpoint:
         """Upload and confirm the file, write its manifest, then commit."""
         manifest = CheckpointManifest(**self.record)
         artifacts, name = target.artifacts, manifest.file_name
-        gone = self.again and not (target.directory / name).exists()  # pruned since this was noted
-        if self.unless_passed or gone:
+        was_pruned = self.again and not (target.directory / name).exists()
+        if self.unless_passed or was_pruned:
             latest = manifest_in_tag(target.read().data.tags, LATEST_TAG)
             if latest is not None and newest_first({latest.file_name, name})[0] == latest.file_name:
                 return
-        there = artifacts.manifest_of(name) if self.again else None
-        if there is None or there.sha256 != manifest.sha256:
+        uploaded = artifacts.manifest_of(name) if self.again else None
+        if uploaded is None or uploaded.sha256 != manifest.sha256:
             path = target.directory / name
-            if not _is_to_be_sent(path, manifest, target.just_written):
+            if not _is_current(path, manifest, target.just_written):
                 return
             with mlflow_errors(f"upload the checkpoint {name}"):
                 artifacts.upload(path, manifest)
-        if there != manifest:
+        if uploaded != manifest:
             with mlflow_errors(f"upload the manifest of {name}"):
                 artifacts.write_manifest(manifest)
         values = {"epoch": manifest.epoch, "loss": manifest.loss}
@@ -74,20 +71,20 @@ class Checkpoint:
         return moved
 
 
-def _is_to_be_sent(path: Path, manifest: CheckpointManifest, just_written: JustWritten) -> bool:
+def _is_current(path: Path, manifest: CheckpointManifest, just_written: JustWritten) -> bool:
     """Whether the file matches its manifest; False if a later checkpoint has taken its name.
 
     Raises:
-        RefusedError: it is damaged, or gone.
+        RefusedError: it is damaged or missing.
     """
     if is_trusted(manifest, just_written) and path.exists():
         return True
     try:
         verify_checkpoint(path, manifest)
     except CheckpointError as error:
-        now = read_manifest(path)
-        if now is not None and now.sha256 != manifest.sha256:
-            return False  # it was written again, and that one waits behind this
+        current = read_manifest(path)
+        if current is not None and current.sha256 != manifest.sha256:
+            return False  # written again, and the new file has an entry of its own
         raise RefusedError(
             f"the checkpoint cannot be sent to the run: {error}", code="checkpoint-not-sendable"
         ) from error

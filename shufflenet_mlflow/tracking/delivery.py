@@ -1,7 +1,7 @@
 """Deliver the journal to MLflow, in order, in its own thread: training never waits for the network.
 
-What cannot be sent stays in the journal and is tried again after a pause, from one second up to fifteen. It is still
-there for the next process if this one ends first.
+What cannot be sent stays in the journal and is tried again after a pause of one to fifteen seconds, by the next
+process if this one ends first.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 15.0
 """Seconds between attempts, doubled from the first to the second number."""
 
 GIVE_UP_SECONDS = 20.0
-"""Seconds after which waiting ends, at the end of a run, for a server that does not answer."""
+"""Seconds to wait at the end of a run for a server that does not answer."""
 
 BACKLOG_SECONDS = 5.0
 """Entries older than this many seconds are reported as overdue."""
@@ -51,7 +51,7 @@ class Deliverer:
 
     Args:
         kinds: the messages that may be in the journal, by kind.
-        new_runs: IDs of runs that were made just now and have no points.
+        new_runs: IDs of runs that were just created and have no points.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Deliverer:
             try:
                 send_points(self._target(entries[0].run), points)
             except RefusedError:
-                pass  # one of them is to blame: they are sent one by one
+                pass  # one of them was refused: they are sent one by one
             else:
                 self.journal.delivered(entries[len(points) - 1].seq)
                 return len(points)
@@ -115,7 +115,7 @@ class Deliverer:
         run_id = self.journal.run_id_of(run)
         if not is_created(run_id):
             raise RefusedError(
-                "the entry that says which run to make is missing from the journal", code="journal-entry-without-run"
+                "the entry that creates the run is missing from the journal", code="journal-entry-without-run"
             )
         if run_id not in self._targets:
             self._add_target(run_id, is_new=False)
@@ -147,7 +147,7 @@ class Delivery:
     """A thread that sends journal entries as soon as they are there.
 
     Args:
-        reporter: told once when sending begins to fail and once when it works again, and how much is waiting.
+        reporter: gets a warning when sending fails, a note when it works again, and the number of overdue entries.
     """
 
     def __init__(self, deliverer: Deliverer, reporter: Reporter) -> None:
@@ -178,7 +178,7 @@ class Delivery:
         return self.journal.pending if late or self.reason else 0
 
     def _work(self) -> None:
-        yield_to_training()  # the thread that writes files does not: the next save waits for it
+        yield_to_training()  # unlike the recorder, which the next save waits for
         while True:
             with self._changed:
                 while not self._woken and not self._closing:
@@ -218,7 +218,7 @@ class Delivery:
         with self._changed:
             if self._failing_since is None:
                 self._failing_since = time.monotonic()
-                self._reporter.warn(f"{reason}; training goes on, and this is sent again later")
+                self._reporter.warn(f"{reason}; training goes on, and it is sent again later")
             self.reason = reason
             self._reporter.waiting(self.backlog)
             self._changed.notify_all()
@@ -226,12 +226,12 @@ class Delivery:
     def _works_again(self) -> None:
         with self._changed:
             if self._failing_since is not None:
-                self._reporter.note("MLflow answers again; what was waiting is being sent")
+                self._reporter.note("MLflow answers again; pending entries are being sent")
             self._failing_since, self.reason = None, ""
             self._changed.notify_all()
 
     def wait(self, stop: StopFlag) -> bool:
-        """Wait until everything has arrived, but not for ever if the server does not answer.
+        """Wait until everything has arrived; for a server that does not answer, `GIVE_UP_SECONDS`.
 
         Args:
             stop: a signal ends the wait, once its grace period is over.
@@ -265,14 +265,14 @@ class Delivery:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(timeout=1.0)  # a request that hangs ends with the process
+        self._thread.join(timeout=1.0)  # a hanging request ends with the process
 
 
 def deliver_now(client: "MlflowClient", journal: Journal, kinds: Mapping[str, type[Any]]) -> None:
     """Send everything, without a thread.
 
     Raises:
-        TrackingError: something did not arrive; it and what follows are still pending.
+        TrackingError: an entry did not arrive; it and those behind it are still pending.
     """
     deliverer = Deliverer(client, journal, kinds)
     while deliverer.send_some():
@@ -282,7 +282,7 @@ def deliver_now(client: "MlflowClient", journal: Journal, kinds: Mapping[str, ty
 def yield_to_training() -> None:
     """Give the calling thread only the processor time that other threads leave.
 
-    On Linux each thread has a priority of its own. Elsewhere this does nothing.
+    Only Linux has priorities per thread; elsewhere this does nothing.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError):

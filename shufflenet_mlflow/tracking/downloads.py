@@ -31,13 +31,13 @@ def shown(
     with reporter.phase(f"fetching {name}, MiB", -(-manifest.bytes // _MIB)) as phase:
 
         def watch() -> None:
-            told = 0
+            reported = 0
             while not ended.wait(0.1):
                 with contextlib.suppress(OSError):
                     arrived = sum(path.stat().st_size for path in scratch.rglob(name)) // _MIB
-                    for _ in range(arrived - told):
+                    for _ in range(arrived - reported):
                         phase.advance()
-                    told = max(told, arrived)
+                    reported = max(reported, arrived)
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -53,7 +53,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     """Yield a hidden folder for a download, and remove it afterwards; remove those of killed processes first.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     for stale in folder.glob(f"{_PREFIX}*/{_LOCK}"):
         with contextlib.suppress(BusyError, OSError):

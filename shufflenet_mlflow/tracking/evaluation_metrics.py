@@ -10,7 +10,7 @@ from shufflenet_mlflow.tracking.target import RunTarget
 
 
 @dataclass(frozen=True)
-class OfModel:
+class EvaluatedModel:
     """A logged model, and the images that it was evaluated on."""
 
     model_id: str
@@ -18,7 +18,7 @@ class OfModel:
     dataset_digest: str
 
 
-def log_results(target: RunTarget, values: Mapping[str, float], step: int, model: OfModel | None) -> None:
+def log_results(target: RunTarget, values: Mapping[str, float], step: int, model: EvaluatedModel | None) -> None:
     """Log one point of each metric; a point that the run already has is not repeated.
 
     Raises:
@@ -27,16 +27,16 @@ def log_results(target: RunTarget, values: Mapping[str, float], step: int, model
     from mlflow.entities import Metric
 
     known = target.read().data.metrics
-    of_model = vars(model) if model is not None else {}
+    model_fields = vars(model) if model is not None else {}
     with mlflow_errors(f"log metrics of run {target.run_id}"):
         metrics = []
         for name, value in values.items():
             timestamp = now_ms()
-            if _is_same(known.get(name), value):  # the very same point once more: the run keeps it once
+            if _is_same(known.get(name), value):  # an identical point, which the run keeps once
                 history = target.client.get_metric_history(target.run_id, name)
                 same = [point.timestamp for point in history if point.step == step and _is_same(point.value, value)]
                 timestamp = same[-1] if same else timestamp
-            metrics.append(Metric(name, value, timestamp, step, run_id=target.run_id, **of_model))
+            metrics.append(Metric(name, value, timestamp, step, run_id=target.run_id, **model_fields))
         target.client.log_batch(target.run_id, metrics=metrics)
 
 

@@ -1,12 +1,12 @@
 """The journal: what has yet to reach MLflow, on the disk beside the checkpoints.
 
-`spool.jsonl` is only ever appended to, one line per entry: the CRC-32 of the JSON that follows it, and that JSON.
-Entries are numbered. A line of the kind `delivered` says that everything up to its number has arrived; `bound` says
-which MLflow run a run became that began while the server was away. A process that is killed while it appends leaves
-half a line at the end, which the next one cuts off. Where everything has arrived, the file is written anew with
-nothing but its first line, so that it does not grow for ever.
+The file is only appended to, one line per entry: the CRC-32 of the JSON that follows it, and that JSON. Entries are
+numbered. A line of the kind `delivered` says that everything up to its number has arrived; `bound` says which MLflow
+run has replaced a provisional run, one that started while the server was away. A process that is killed while it
+appends leaves half a line at the end, which the next process cuts off. Once everything has arrived, a large file is
+replaced by one with only the header.
 
-Nothing here knows MLflow: see `shufflenet_mlflow.tracking` for what the entries mean.
+Nothing here knows MLflow; `shufflenet_mlflow.tracking.messages` has the meaning of the entries.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from shufflenet_mlflow.runtime.locks import FileLock
 
 logger = logging.getLogger(__name__)
 
+# The journal was first called spool; files, header and tags keep that name, so that old journals stay readable.
 JOURNAL_NAME = "spool.jsonl"
 DAMAGED_NAME = "spool.damaged.jsonl"
 LOCK_NAME = "spool.lock"
@@ -41,17 +42,17 @@ _COMPACT_BYTES = 256 * 1024
 _CLOSED = -1
 """Takes the place of a closed descriptor, whose number may belong to another file by then."""
 
-_UNMADE = "new-"
+_PROVISIONAL = "new-"
 
 
 def new_provisional_id() -> str:
     """Return a provisional ID for a run that MLflow has not created yet."""
-    return _UNMADE + secrets.token_hex(16)
+    return _PROVISIONAL + secrets.token_hex(16)
 
 
 def is_created(run: str) -> bool:
     """Whether this is the ID of a run in MLflow, and not a provisional one."""
-    return not run.startswith(_UNMADE)
+    return not run.startswith(_PROVISIONAL)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
     """Read a whole journal.
 
     Raises:
-        SpoolError: another version of this project wrote it.
+        JournalError: another version of this project wrote it.
     """
     content = _Content()
     numbers: deque[int] = deque()
@@ -123,8 +124,8 @@ def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
             elif entry.kind == _HEADER:
                 if entry.body.get("version") != JOURNAL_VERSION:
                     raise JournalError(
-                        f"the journal {str(path)!r} has format {entry.body.get('version')!r}, and {JOURNAL_VERSION} is "
-                        "the only one known here; upgrade this package",
+                        f"the journal {str(path)!r} has format {entry.body.get('version')!r}, and this version reads "
+                        f"only format {JOURNAL_VERSION}; upgrade this package",
                         code="journal-format",
                     )
                 content.uri, content.run = entry.body.get("uri"), entry.run or None
@@ -150,14 +151,14 @@ def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
 class Journal:
     """The journal of one folder, open for appending and for delivery; safe to use from several threads.
 
-    One process at a time: the folder is locked.
+    The folder is locked: one process at a time.
 
     Args:
-        directory: where checkpoints are kept; made if it is not there.
+        directory: folder of the checkpoints, created if necessary.
 
     Raises:
         BusyError: another process has it open.
-        SpoolError: it cannot be read or written.
+        JournalError: it cannot be read or written.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -192,17 +193,16 @@ class Journal:
         os.ftruncate(self._descriptor, self._end)
         self.was_damaged = bool(content.damaged or content.missing)
         if self.was_damaged:
-            self._set_damage_aside(content)
+            self._keep_damaged_lines(content)
 
     def _open_to_append(self) -> int:
         return os.open(self.path, os.O_RDWR | os.O_APPEND | getattr(os, "O_CLOEXEC", 0))
 
-    def _set_damage_aside(self, content: _Content) -> None:
+    def _keep_damaged_lines(self, content: _Content) -> None:
         with open(self.directory / DAMAGED_NAME, "ab") as file:
             file.writelines(content.damaged)
         logger.warning(
-            "%s: %d lines were damaged and %d entries are missing; what was left of them is kept in %s, the rest is "
-            "delivered",
+            "%s: %d lines were damaged and %d entries are missing; damaged lines are kept in %s, the rest is delivered",
             self.path,
             len(content.damaged),
             content.missing,
@@ -214,7 +214,7 @@ class Journal:
         """Note the journal's run, by its ID or provisional ID, and the address of its store.
 
         Raises:
-            SpoolError: it cannot be written.
+            JournalError: it cannot be written.
         """
         with self._mutex:
             if (self.run, self.uri) != (run, uri):
@@ -233,14 +233,14 @@ class Journal:
 
     def _header(self) -> bytes:
         body = {"version": JOURNAL_VERSION, "uri": self.uri}
-        # The number is that of the last entry that has arrived: the next ones follow it without a gap.
+        # Numbered like the last entry that has arrived, so that the next ones follow without a gap.
         header = _encode(self._delivered, self.run or "", _HEADER, body)
         return header + b"".join(_encode(0, key, _BOUND, {"run_id": run_id}) for key, run_id in self.bound.items())
 
     def _rewrite(self) -> None:
         """Replace the journal by one that holds only what is pending."""
         waiting = [entry for entry in self._read(self._cursor) if entry.seq > self._delivered]
-        # Renumbered: a gap that was reported once is none any more.
+        # Renumbered, so that a gap is reported only once.
         waiting = [
             Entry(number, entry.run, entry.kind, entry.body)
             for number, entry in enumerate(waiting, start=self._delivered + 1)
@@ -268,7 +268,7 @@ class Journal:
     def append(self, run: str, kind: str, body: Mapping[str, Any]) -> None:
         """Append an entry; it survives this process and, after `sync`, a loss of power.
 
-        A full disk loses nothing as long as the process lives: see `failure`.
+        On a full disk, nothing is lost while the process lives; see `failure`.
         """
         with self._mutex:
             self._last_seq += 1
@@ -334,8 +334,8 @@ class Journal:
     def delivered(self, seq: int) -> None:
         """Note that the entries up to number `seq` have arrived.
 
-        Once the journal is closed this does nothing: a request that hung has come back too late, and is repeated by the
-        next process.
+        Does nothing once the journal is closed: a hanging request has returned too late, and the next process repeats
+        it.
         """
         with self._mutex:
             if self._descriptor == _CLOSED:
@@ -413,7 +413,7 @@ def read_pending(directory: Path) -> Pending:
     """Return what is pending in a folder, also while another process works there; nothing without a journal.
 
     Raises:
-        SpoolError: the journal cannot be read.
+        JournalError: the journal cannot be read.
     """
     path = directory / JOURNAL_NAME
     if not os.path.isfile(path):  # unlike Path.is_file, never raises
@@ -425,7 +425,5 @@ def read_pending(directory: Path) -> Pending:
             f"cannot read the journal {str(path)!r}: {error.strerror}", code="journal-unreadable"
         ) from error
     run = content.bound.get(content.run, content.run) if content.run is not None else None
-    made = run is not None and is_created(run)
-    return Pending(
-        run if made else None, content.uri, tuple(entry for _, entry in content.waiting if entry is not None)
-    )
+    run_id = run if run is not None and is_created(run) else None
+    return Pending(run_id, content.uri, tuple(entry for _, entry in content.waiting if entry is not None))

@@ -1,8 +1,8 @@
 """Messages to a run: plain data that can wait in the journal, each kind with the way it is sent.
 
-Sending twice does no harm. A process may be killed between the arrival of a message and the moment it notes that,
-and then sends it again: metric points of a step that the run has are left out, artifacts and tags replace
-themselves, parameters are compared first, and a run that was made is found again by a tag.
+Sending a message twice does no harm: the process may be killed after it has arrived and before that is noted. Metric
+points of a step that the run already has are left out, artifacts and tags replace themselves, parameters are compared
+first, and a run that was created is found by a tag.
 """
 
 import json
@@ -15,7 +15,7 @@ from shufflenet_mlflow.checkpoints.manifest import LATEST_TAG
 from shufflenet_mlflow.errors import RefusedError
 from shufflenet_mlflow.runtime.serialization import to_json
 from shufflenet_mlflow.tracking.client import mlflow_errors
-from shufflenet_mlflow.tracking.names import RESOLVED_PREFIX
+from shufflenet_mlflow.tracking.names import DATASET_CONTEXT_TAG, RESOLVED_PREFIX
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.target import Message, RunTarget, manifest_in_tag
 
@@ -41,7 +41,7 @@ class MetricPoints:
         send_points(target, [self])
 
 
-def send_points(target: RunTarget, several: Sequence[MetricPoints], tags: Mapping[str, str] | None = None) -> None:
+def send_points(target: RunTarget, steps: Sequence[MetricPoints], tags: Mapping[str, str] | None = None) -> None:
     """Log the points that the run does not have yet, in as few requests as possible.
 
     A resumed run repeats the iterations since its checkpoint, and MLflow would keep their points twice.
@@ -53,17 +53,17 @@ def send_points(target: RunTarget, several: Sequence[MetricPoints], tags: Mappin
 
     seen = target.seen_steps()
     new: dict[tuple[str, int], Metric] = {}
-    for points in several:
+    for points in steps:
         for name, value in points.values.items():
             if points.step not in seen.setdefault(name, set()):
                 new.setdefault((name, points.step), Metric(name, float(value), points.timestamp, points.step))
     metrics = list(new.values())
-    waiting = [RunTag(key, value) for key, value in (tags or {}).items()]
-    for first in range(0, max(len(metrics), len(waiting)), MOST_POINTS):
+    new_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
+    for first in range(0, max(len(metrics), len(new_tags)), MOST_POINTS):
         batch = metrics[first : first + MOST_POINTS]
-        with mlflow_errors(f"log metrics at step {several[0].step}"):
-            target.client.log_batch(target.run_id, metrics=batch, tags=waiting)
-        waiting = []
+        with mlflow_errors(f"log metrics at step {steps[0].step}"):
+            target.client.log_batch(target.run_id, metrics=batch, tags=new_tags)
+        new_tags = []
         for metric in batch:
             seen[metric.key].add(metric.step)
 
@@ -72,8 +72,8 @@ def send_points(target: RunTarget, several: Sequence[MetricPoints], tags: Mappin
 class Params:
     """Parameters, which cannot change.
 
-    `mlflow run` logs its own, shell-quoted, before the run begins: where such a one differs, the value in force
-    stands beside it under `resolved/`.
+    `mlflow run` logs its own, shell-quoted, before the run starts: if one differs, the value in force is logged beside
+    it under `resolved/`.
     """
 
     kind: ClassVar[str] = "params"
@@ -124,7 +124,7 @@ class TextArtifact:
         return cls(path, to_json(value))
 
     def send(self, target: RunTarget) -> None:
-        # Names of files need not be valid text.
+        # File names need not be valid Unicode.
         text = self.text.encode("utf-8", "backslashreplace").decode()
         with mlflow_errors(f"write {self.path} of run {target.run_id}"):
             target.client.log_text(target.run_id, text, self.path)
@@ -150,9 +150,9 @@ class DatasetInput:
 
         inputs = target.read().inputs
         if inputs is not None and any(
-            (known.dataset.name, known.dataset.digest) == (self.name, self.digest)
-            and self.context in [tag.value for tag in known.tags]
-            for known in inputs.dataset_inputs
+            (entry.dataset.name, entry.dataset.digest) == (self.name, self.digest)
+            and self.context in [tag.value for tag in entry.tags]
+            for entry in inputs.dataset_inputs
         ):
             return
         dataset = Dataset(
@@ -163,7 +163,7 @@ class DatasetInput:
             profile=json.dumps({"images": self.images, "classes": self.classes, "digest_of": self.digest_of}),
         )
         with mlflow_errors(f"log the data set {self.name} of run {target.run_id}"):
-            target.client.log_inputs(target.run_id, [Input(dataset, [InputTag("mlflow.data.context", self.context)])])
+            target.client.log_inputs(target.run_id, [Input(dataset, [InputTag(DATASET_CONTEXT_TAG, self.context)])])
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Create:
     start_time: int
 
     def send(self, target: RunTarget) -> None:
-        raise AssertionError("a run that is to be made has no target yet")
+        raise AssertionError("a run that has not been created has no target")
 
 
 @dataclass(frozen=True)
@@ -220,16 +220,16 @@ def from_body(kinds: Mapping[str, type[Any]], kind: str, body: Mapping[str, Any]
     """Make the message of a journal entry; the inverse of `to_body`.
 
     Args:
-        kinds: the messages that the caller understands, by kind; see `shufflenet_mlflow.tracking.kinds`.
+        kinds: message classes by kind; see `shufflenet_mlflow.tracking.kinds`.
 
     Raises:
-        RefusedError: it is of no kind that is known here.
+        RefusedError: its kind is unknown.
     """
     try:
         message: Message = kinds[kind](**body)
     except (KeyError, TypeError) as error:
         raise RefusedError(
-            f"the journal holds a {kind!r} entry that is not understood; upgrade this package",
+            f"the journal has an unknown kind of entry, {kind!r}; upgrade this package",
             code="journal-entry-unknown",
         ) from error
     return message

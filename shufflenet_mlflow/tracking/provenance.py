@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from shufflenet_mlflow.runtime.versions import installed_versions
-from shufflenet_mlflow.tracking.names import BRANCH_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG
+from shufflenet_mlflow.tracking.names import BRANCH_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG, HARDWARE_TAG, VERSION_TAG
 from shufflenet_mlflow.tracking.redaction import redact_word
 from shufflenet_mlflow.version import __version__
 
@@ -22,13 +22,13 @@ def command_line() -> str:
 
 
 def git_tags() -> dict[str, str]:
-    """Return commit and branch of the project's code, or else of the working directory, and whether files differ.
+    """Return commit, branch and dirtiness of the project's code, or else of the working directory.
 
     Empty outside a checkout, or without git.
     """
     try:
         import git
-    except ImportError:  # it raises that where there is no git executable
+    except ImportError:  # also raised if there is no git executable
         return {}
     for folder in (Path(__file__).parent, Path.cwd()):
         try:
@@ -51,12 +51,12 @@ def hardware_tags() -> dict[str, str]:
 
     memory = psutil.virtual_memory().total / (1 << 30)
     tags = {
-        "hardware.cpu": f"{_processor()}, {os.cpu_count()} cores",
-        "hardware.memory": f"{memory:.1f} GiB",
+        f"{HARDWARE_TAG}cpu": f"{_processor()}, {os.cpu_count()} cores",
+        f"{HARDWARE_TAG}memory": f"{memory:.1f} GiB",
     }
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        tags["hardware.gpu"] = ", ".join(names)
+        tags[f"{HARDWARE_TAG}gpu"] = ", ".join(names)
     return tags
 
 
@@ -75,7 +75,7 @@ def version_tags() -> dict[str, str]:
     """Return versions of Python, this package, and those that its results depend on."""
     versions = installed_versions(("torch", "torchvision", "mlflow", "numpy", "opencv-python-headless", "pillow"))
     versions = {"python": platform.python_version(), "shufflenet_mlflow": __version__, **versions}
-    return {f"version.{package}": version for package, version in versions.items()}
+    return {f"{VERSION_TAG}{package}": version for package, version in versions.items()}
 
 
 def provenance_tags() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Delete the checkpoints that a retention policy drops, in a run and on the disk.
 
-In two phases: first the run's tag `checkpoint.deleting` names them, from when on nobody resolves them; then files
-and manifests are deleted, and the tag is cleared. Where that is cut short, the next time completes it.
+In two phases: first the run's tag `checkpoint.deleting` names them, and they are no longer resolved; then files and
+manifests are deleted, and the tag is cleared. The next pruning completes an interrupted one.
 """
 
 import json
@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from shufflenet_mlflow.checkpoints.folders import delete_checkpoint, list_manifests
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointManifest, read_manifest
@@ -19,14 +19,11 @@ from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_c
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.tracking.artifacts import being_deleted
 from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.journal import read_pending
 from shufflenet_mlflow.tracking.names import DELETING_TAG
 from shufflenet_mlflow.tracking.remote_checkpoints import promoted_names
 from shufflenet_mlflow.tracking.target import JustWritten, RunTarget, is_trusted, manifest_in_tag
-
-if TYPE_CHECKING:
-    pass
-
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +51,7 @@ def pending_names(directory: Path) -> set[str]:
     return {
         str(entry.body["record"]["path"]).rpartition("/")[2]
         for entry in read_pending(directory).entries
-        if entry.kind == "checkpoint"
+        if entry.kind == Checkpoint.kind
     }
 
 
@@ -67,12 +64,12 @@ def choose_dropped(
 ) -> list[Dropped]:
     """Return the checkpoints of a folder and its run that `retention` drops, oldest first.
 
-    Never among them: the newest one that verifies, the best, a promoted one, one that waits for its upload, or a
-    file without a manifest of this project.
+    Always kept: the newest one that verifies, the best, promoted ones, those whose upload is pending, and files
+    without a manifest of this project.
 
     Args:
         target: the run; None for a folder that has none.
-        waiting: names that wait for their upload.
+        waiting: names of checkpoints whose upload is pending.
 
     Raises:
         TrackingError: MLflow did not answer.
@@ -140,7 +137,7 @@ def prune_run(target: RunTarget, retention: Retention) -> list[Dropped]:
     """Delete what `retention` drops, in the run and in its folder.
 
     Raises:
-        TrackingError: MLflow did not answer; the rest is deleted the next time.
+        TrackingError: MLflow did not answer; the next pruning deletes the rest.
     """
     _complete(target)
     dropped = choose_dropped(target.directory, retention, target=target, waiting=pending_names(target.directory))
@@ -187,13 +184,13 @@ def _complete(target: RunTarget) -> None:
     named = {
         manifest.file_name for tag in (LATEST_TAG, BEST_TAG) if (manifest := manifest_in_tag(tags, tag)) is not None
     }
-    kept = named | pending_names(target.directory)  # a rewound run may have written one of them again
+    kept = named | pending_names(target.directory)  # a rewound run may have written it again
     names = [name for name in being_deleted(tags) if name not in kept]
     if DELETING_TAG not in tags:
         return
-    doomed = {name: target.artifacts.manifest_of(name) for name in names}
+    manifests = {name: target.artifacts.manifest_of(name) for name in names}
     _delete_in_run(target, names)
-    for name, manifest in doomed.items():
+    for name, manifest in manifests.items():
         local = read_manifest(target.directory / name)
         if manifest is not None and local is not None and local.sha256 == manifest.sha256:
             _delete_on_disk(target.directory / name)
@@ -209,5 +206,4 @@ class Prune:
     keep_every: int | None
 
     def send(self, target: RunTarget) -> None:
-
         prune_run(target, Retention(self.keep_last, self.keep_best, self.keep_every))

@@ -1,4 +1,4 @@
-"""A thread that does what the training loop hands to it, in order, so that the loop need not wait."""
+"""A thread that does what the training loop hands to it, in order, so that the loop does not wait."""
 
 import logging
 import queue
@@ -18,9 +18,9 @@ class Recorder:
     """Puts messages to one run into the journal, and does other work between them, all in order.
 
     Args:
-        run: the run's ID, or what it is called until it has one.
+        run: the run's ID, or its provisional ID.
         wake: called when something new is in the journal.
-        just_written: what this process wrote itself, for whoever sends it.
+        just_written: files that this process wrote itself; see `JustWritten`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Recorder:
         """
         done = threading.Event()
         self._jobs.put(done.set)
-        while not done.wait(timeout=1.0):  # with a timeout, signals are heard meanwhile
+        while not done.wait(timeout=1.0):  # signals are handled between timeouts
             if not self._thread.is_alive():
                 break
         if self.failure is not None:

@@ -1,21 +1,10 @@
 """Remove credentials from text before anyone sees it."""
 
 import re
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient as MlflowClient
-    from mlflow.entities import LoggedModel as LoggedModel
-    from mlflow.entities import Run as Run
-
-
-# Up to the last @: a password that was not quoted may hold anything. File names may hold an @ of their own.
+# Up to the last @: an unquoted password may contain anything. File names may contain an @ of their own.
 _USERINFO = re.compile(r"\b(?!sqlite:|file:)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s'\"]*@")
-
-
 _USERINFO_IN_WORD = re.compile(r"\b(?!sqlite:|file:)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://).*@", re.DOTALL)
-
-
 _SECRET = re.compile(r"(?P<name>[?&][\w.-]*(?:password|passwd|pwd|token|secret|key|signature|sig)=)[^&\s'\"]*", re.I)
 
 

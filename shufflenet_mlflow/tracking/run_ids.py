@@ -18,34 +18,34 @@ if TYPE_CHECKING:
 
 _SEARCHED = 1000
 """Newest runs among which a mistyped ID is looked up."""
-_ALIKE = 0.85
+_SIMILARITY = 0.85
 
 
 def complete(ref: str | Path, store: str | Connection | None) -> str | Path:
     """Return `ref` with the whole run ID if it has only the first characters of one; any other reference unchanged.
 
     Raises:
-        UnresolvedError: no run begins so, or several do.
+        UnresolvedError: they begin no run ID, or more than one.
         TrackingError: MLflow did not answer.
     """
     beginning = beginning_of(ref)
     if beginning is None:
         return ref
-    found = find_run_ids(beginning, store)
-    if len(found) == 1:
-        return str(ref).replace(beginning, next(iter(found)), 1)
+    names = find_run_ids(beginning, store)
+    if len(names) == 1:
+        return str(ref).replace(beginning, next(iter(names)), 1)
     address = redact(Connection.to(store).uri)
-    if not found:
-        also = "" if str(ref).startswith("runs:/") else "is no file or folder, and "
-        like = may_have_been(beginning, store)
+    if not names:
+        is_not = "is not" if str(ref).startswith("runs:/") else "is not a file or folder, nor"
+        suggestion = may_have_been(beginning, store)
         raise UnresolvedError(
-            f"{str(ref)!r} {also}begins no run's ID in {address}{like}; `shufflenet runs` lists them, --tracking-uri "
-            "or MLFLOW_TRACKING_URI names another store",
+            f"{str(ref)!r} {is_not} the start of a run ID in {address}{suggestion}; `shufflenet runs` lists them, "
+            "--tracking-uri or MLFLOW_TRACKING_URI names another store",
             code="run-id-unknown",
         )
     listed = name_some([f"{run_id} ({name})" for run_id, name in found.items()], most=4)
     raise UnresolvedError(
-        f"{str(ref)!r} begins several run IDs in {address}: {listed}; give more characters",
+        f"{str(ref)!r} is the start of several run IDs in {address}: {listed}; give more characters",
         code="run-id-ambiguous",
     )
 
@@ -68,9 +68,9 @@ def find_run_ids(beginning: str, store: str | Connection | None) -> dict[str, st
 def may_have_been(mistyped: str, store: str | Connection | None) -> str:
     """Return `, perhaps ID (name)` if a recent run's ID is similar; otherwise nothing."""
     with suppress(TrackingError):
-        names = _newest(store, "", "like runs")
+        names = _newest(store, "", "similar run IDs")
         ids = {run_id[: len(mistyped)]: run_id for run_id in names}
-        for near in get_close_matches(mistyped, ids, n=1, cutoff=_ALIKE):
+        for near in get_close_matches(mistyped, ids, n=1, cutoff=_SIMILARITY):
             return f", perhaps {ids[near]} ({names[ids[near]]})"
     return ""
 
@@ -80,7 +80,7 @@ def _newest(store: str | Connection | None, filter_string: str, what: str) -> di
     store = Connection.to(store)
     file = store_file(store.uri)
     if file is not None and not file.exists():
-        return {}  # MLflow would make it, to find nothing in it
+        return {}  # MLflow would create it
     client = store.client
     from mlflow.entities import ViewType
 
@@ -108,9 +108,9 @@ def read_run(store: Connection, run_id: str) -> "Run":
     except TrackingError as error:
         if not is_missing(error):
             raise
-        like = may_have_been(run_id, store)
+        suggestion = may_have_been(run_id, store)
         raise UnresolvedError(
-            f"there is no run {run_id} in {redact(store.uri)}{like}; --tracking-uri or MLFLOW_TRACKING_URI names "
+            f"there is no run {run_id} in {redact(store.uri)}{suggestion}; --tracking-uri or MLFLOW_TRACKING_URI names "
             "another store",
             code="run-missing",
         ) from error

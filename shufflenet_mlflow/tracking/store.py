@@ -34,12 +34,12 @@ class TrackedMetrics:
 class TrackedStore:
     """Keeps each checkpoint in `directory` first, then in the run.
 
-    The loop pays for one copy of the state. Writing, syncing, hashing and sending happen behind it, in order. There
-    is memory for one copy: a checkpoint that comes before the last one is on the disk waits for it.
+    The loop only waits for a copy of the state. Writing, syncing, hashing and sending happen in the background, in
+    order. There is memory for one copy: a checkpoint waits until the one before it is on the disk.
 
     Args:
-        continue_on_error: a checkpoint that cannot be written is reported, and training goes on without it;
-            otherwise the next `save`, or `finish`, raises.
+        continue_on_error: report a checkpoint that cannot be written, and go on without it; otherwise the next
+            `save`, or `finish`, raises.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class TrackedStore:
         """See `shufflenet_mlflow.training.loop.CheckpointStore`.
 
         Raises:
-            CheckpointError: the state is not plain data; or an earlier one could not be written.
+            CheckpointError: the state is not plain data, or an earlier checkpoint could not be written.
         """
         self._raise_failure()
         run_id = self._recorder.run_id
@@ -85,7 +85,7 @@ class TrackedStore:
     def _write(self, prepared: PreparedCheckpoint) -> None:
         try:
             self._buffer.wait_until_copied()
-            self._recorder.journal.sync()  # the points before a checkpoint are as safe as it is
+            self._recorder.journal.sync()  # metrics before a checkpoint must be as durable as it is
             path, manifest = write_prepared(prepared, self.directory)
         except CheckpointError as error:
             self._fails(error)
@@ -130,7 +130,7 @@ class TrackedStore:
         """See `shufflenet_mlflow.training.loop.CheckpointStore`.
 
         Raises:
-            CheckpointError: the last checkpoint could not be written, or, unless training was to go on, any.
+            CheckpointError: the last checkpoint could not be written or, unless `continue_on_error`, any of them.
         """
         self._recorder.drain()
         failure, self._failure = self._failure, None
@@ -152,8 +152,8 @@ class TrackedStore:
 def lost_checkpoints(journal: Journal) -> list[Checkpoint]:
     """Return messages for checkpoints in a folder that its journal may not know of, oldest first.
 
-    The writer of the newest may have been killed before it noted that, and a journal can lose its end. Of older
-    ones, those count that the run cannot have had; where lines of the journal were damaged, all.
+    The process may have been killed after writing the newest one and before noting it, and a journal can lose its end.
+    Older ones are sent unless the run has gone past them, and always if lines of the journal were damaged.
     """
     waiting = pending_names(journal.directory)
     manifests = list_manifests(journal.directory)

@@ -1,6 +1,6 @@
 """Utilisation of the machine while it trains: MLflow's own monitors, delivered through the journal.
 
-MLflow's thread for that talks to the server itself, and would lose its points while the server is away.
+MLflow's own thread would talk to the server directly, and lose its points while the server is away.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ LONGEST_INTERVAL = 86_400.0
 class SystemMetrics:
     """As a context manager, samples in a thread while the block runs.
 
-    Points stand at the iteration at which they were taken, so that they lie beside the curves of training; samples
-    that fall into one iteration, such as those of a long validation, are averaged.
+    A point's step is the iteration at which it was taken, as in the training curves; samples within one iteration,
+    such as those of a long validation, are averaged.
 
     Args:
-        iters: says which iteration it is.
+        iters: returns the current iteration.
     """
 
     def __init__(self, recorder: Recorder, iters: Callable[[], int]) -> None:
@@ -76,10 +76,10 @@ class SystemMetrics:
 
 def _interval() -> float:
     try:
-        given = float(os.environ.get(INTERVAL_VARIABLE, INTERVAL))
+        seconds = float(os.environ.get(INTERVAL_VARIABLE, INTERVAL))
     except ValueError:
         return INTERVAL
-    return given if 0 < given < LONGEST_INTERVAL else INTERVAL
+    return seconds if 0 < seconds < LONGEST_INTERVAL else INTERVAL
 
 
 def _monitors() -> list[Any]:

@@ -28,8 +28,8 @@ class RunTarget:
     """A run that messages are sent to, with what is known about it.
 
     Args:
-        directory: where its checkpoints lie on the disk.
-        is_new: it was made just now: it has no points yet.
+        directory: folder of its checkpoints.
+        is_new: it was just created, and has no points yet.
     """
 
     def __init__(self, client: "MlflowClient", run_id: str, directory: Path, *, is_new: bool = False) -> None:
@@ -85,7 +85,7 @@ class Message(Protocol):
 
         Raises:
             RefusedError: it will never arrive.
-            TrackingError: it did not arrive now.
+            TrackingError: it did not arrive this time.
         """
 
 
@@ -99,5 +99,5 @@ def manifest_in_tag(tags: Mapping[str, str], tag: str) -> CheckpointManifest | N
     """Return the manifest in `checkpoint.latest` or `checkpoint.best`; None if there is none, or it is invalid."""
     try:
         return CheckpointManifest.from_json(tags[tag]) if tag in tags else None
-    except CheckpointError:  # someone edited the tag: the next commit mends it
+    except CheckpointError:  # someone edited the tag; the next commit replaces it
         return None

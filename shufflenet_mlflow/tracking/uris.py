@@ -2,16 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from shufflenet_mlflow.errors import TrackingError
 from shufflenet_mlflow.tracking.redaction import redact
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient as MlflowClient
-    from mlflow.entities import LoggedModel as LoggedModel
-    from mlflow.entities import Run as Run
 
 
 def is_server(uri: str) -> bool:
@@ -31,11 +25,11 @@ def stored_uri(uri: str) -> str:
 def uri_of_journal(stored: str | None, asked: str | None) -> str | None:
     """Return the store of a journal: the one asked for, or else the one that the journal names.
 
-    The environment's address counts if it is the same but for its credentials, which a journal does not hold.
+    The environment's address is used if it differs only in its credentials, which a journal does not contain.
     """
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    if asked or stored is None or (given and stored_uri(given) == stored):
-        return asked or given
+    from_environment = os.environ.get("MLFLOW_TRACKING_URI")
+    if asked or stored is None or (from_environment and stored_uri(from_environment) == stored):
+        return asked or from_environment
     return stored
 
 
@@ -61,7 +55,7 @@ def _check_database_file(uri: str) -> None:
         )
     if not path.parent.is_dir():
         raise TrackingError(
-            f"the tracking store {uri} lies in a folder that does not exist; make it first", code="store-folder-missing"
+            f"the tracking store {uri} is in a folder that does not exist; create it first", code="store-folder-missing"
         )
 
 
@@ -70,7 +64,7 @@ def check_address(uri: str) -> None:
     if store_file(uri) is not None:
         return
     try:
-        parts = urlsplit(redact(uri))  # a password may hold anything
+        parts = urlsplit(redact(uri))  # a password may contain anything
         complete = not is_server(uri) or (parts.hostname and parts.port != 0)
     except ValueError:  # a port beyond 65535, half a bracket
         complete = False

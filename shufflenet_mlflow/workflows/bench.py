@@ -51,7 +51,8 @@ _WARM_UP = 3
 _SAVES = 3
 _POINTS = 20
 
-Sizes = dict[str, float]
+Timings = dict[str, float]
+"""Part -> seconds; `bytes` is the size of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class _Bench:
 
     def __init__(self, trainer: Trainer, iterations: int) -> None:
         self.trainer, self.iterations = trainer, iterations
-        # What the workers have loaded in advance is not loaded while it is measured.
+        # Batches that the workers load in advance would not be measured.
         self._warm_up = _WARM_UP + PREFETCHED * trainer.config.workers
         self.device = trainer.state.device
         self._context = trainer.context
@@ -166,7 +167,7 @@ class _Bench:
 
     def _mean(self, name: str, act: Callable[[], object]) -> float:
         """Return the mean seconds of `act`, after a warm-up."""
-        iterations = max(self.iterations, 2 * self.trainer.config.workers)  # they deliver in turn
+        iterations = max(self.iterations, 2 * self.trainer.config.workers)  # workers deliver in turn
         with self._context.reporter.phase(f"measuring {name}", self._warm_up + iterations) as phase:
             began, done = time.perf_counter(), 0
             for number in range(self._warm_up + iterations):
@@ -208,7 +209,7 @@ class _Bench:
         return self._mean("both", lambda: self.trainer.step(self.network, self.trainer.fetch(batches)))
 
 
-def _bookkeeping(request: BenchRequest, trainer: Trainer) -> tuple[Sizes, Sizes]:
+def _bookkeeping(request: BenchRequest, trainer: Trainer) -> tuple[Timings, Timings]:
     """Return what a checkpoint and a metric point cost the loop, and how long they take in the background."""
     with tempfile.TemporaryDirectory() as scratch:
         uri = request.tracking_uri or f"sqlite:///{Path(scratch, 'mlflow.db')}"
@@ -243,7 +244,7 @@ def _bookkeeping(request: BenchRequest, trainer: Trainer) -> tuple[Sizes, Sizes]
     return save, {"log": logged, "deliver": delivered}
 
 
-def _saving(trainer: Trainer, session: TrackingSession) -> Sizes:
+def _saving(trainer: Trainer, session: TrackingSession) -> Timings:
     store = TrackedStore(
         session.journal.directory,
         session.recorder,
@@ -264,7 +265,7 @@ def _saving(trainer: Trainer, session: TrackingSession) -> Sizes:
     return {"stall": sum(stalls) / _SAVES, "save": sum(whole) / _SAVES, "bytes": float(size)}
 
 
-def _result(planned: Plan, seconds: Sizes, first: float) -> BenchResult:
+def _result(planned: Plan, seconds: Timings, first: float) -> BenchResult:
     config = planned.config
     batch = config.batch_size
     workers = f"{config.workers} worker{'s' if config.workers != 1 else ''}" if config.workers else "no workers"
@@ -273,13 +274,13 @@ def _result(planned: Plan, seconds: Sizes, first: float) -> BenchResult:
         Part(
             "step",
             1e3 * seconds["step"],
-            f"{batch / seconds['step']:.0f} images/s; of it {1e3 * seconds['convert']:.2f} ms to device and float",
+            f"{batch / seconds['step']:.0f} images/s; {1e3 * seconds['convert']:.2f} ms of it to device and float",
         ),
         Part(
             "checkpoint",
             1e3 * seconds["stall"] / config.save_interval,
             f"{1e3 * seconds['stall']:.1f} ms every {config.save_interval} iterations; {seconds['bytes'] / 1e6:.1f} MB "
-            f"are on the disk after {seconds['save']:.2f} s",
+            f"on the disk after {seconds['save']:.2f} s",
         ),
         Part(
             "tracking",
@@ -315,7 +316,7 @@ def _advice(bottleneck: str, config: TrainConfig, device: torch.device) -> str:
     if bottleneck == "data":
         if config.workers < cores:
             return f"raise --workers (now {config.workers}, of {cores} cores), or store smaller images"
-        return f"all {cores} cores decode: store the images no larger than they are needed, or add cores"
+        return f"all {cores} cores decode: store the images no larger than needed, or add cores"
     if bottleneck == "step":
         if device.type == "cuda":
             return (
@@ -323,7 +324,7 @@ def _advice(bottleneck: str, config: TrainConfig, device: torch.device) -> str:
                 if config.amp == "off"
                 else "try --compile and a larger --batch-size"
             )
-        return "the network is what takes the time: a GPU, a smaller network, or a smaller --input-size"
+        return "the network takes the time: use a GPU, a smaller network, or a smaller --input-size"
     option = "--save-interval" if bottleneck == "checkpoint" else "--display-interval"
     return f"raise {option}"
 

@@ -66,8 +66,8 @@ def find_location(ref: str, tracking_uri: str | None) -> CheckpointLocation:
         return CheckpointLocation(ref, None, reference.run_id, store)
     if not isinstance(reference, Path) or not os.path.isdir(reference):
         raise UnresolvedError(f"{ref!r} is neither a folder of checkpoints nor a run ID", code="not-folder-or-run")
-    held = read_pending(reference)
-    return CheckpointLocation(ref, reference, held.run_id, Connection(uri_of_journal(held.uri, tracking_uri)))
+    pending = read_pending(reference)
+    return CheckpointLocation(ref, reference, pending.run_id, Connection(uri_of_journal(pending.uri, tracking_uri)))
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,14 @@ class _InRun:
     promoted: set[str]
 
 
-def _look_into_run(location: CheckpointLocation) -> _InRun:
-    assert location.run_id is not None  # noqa: S101 - the caller looked
+def _read_from_run(location: CheckpointLocation) -> _InRun:
+    assert location.run_id is not None  # noqa: S101 - the caller checks
     remote = RemoteCheckpoints(location.store, location.run_id, default_cache_dir())
     named = {tag: manifest_in_tag(remote.tags, tag) for tag in (LATEST_TAG, BEST_TAG)}
     latest, best = (manifest.file_name if manifest is not None else None for manifest in named.values())
-    known = {manifest.file_name: manifest for manifest in remote.artifacts.manifests()}
+    manifests = {manifest.file_name: manifest for manifest in remote.artifacts.manifests()}
     return _InRun(
-        {name: known.get(name) for name in remote.list_names()},
+        {name: manifests.get(name) for name in remote.list_names()},
         remote.artifacts.sizes(),
         latest,
         best,
@@ -123,7 +123,7 @@ def _look_into_run(location: CheckpointLocation) -> _InRun:
 def list_rows(ref: str, *, tracking_uri: str | None, reporter: Reporter) -> list[CheckpointRow]:
     """Return the checkpoints of a folder and its run, or of a run; newest first.
 
-    A folder is listed also while its server is away.
+    A folder is also listed while its server is away.
 
     Raises:
         UnresolvedError: there is no such folder or run.
@@ -133,15 +133,15 @@ def list_rows(ref: str, *, tracking_uri: str | None, reporter: Reporter) -> list
     in_run: _InRun | None = None
     if location.run_id is not None:
         try:
-            in_run = _look_into_run(location)
+            in_run = _read_from_run(location)
         except (TrackingError, UnresolvedError) as error:
             if location.directory is None:
                 raise
-            reporter.warn(f"{error}; what is in the run is not shown")
+            reporter.warn(f"{error}; checkpoints in the run are not shown")
     paths = {path.name: path for path in list_checkpoints(location.directory)} if location.directory else {}
     manifests = {name: read_manifest(path) for name, path in paths.items()}
     waiting = pending_names(location.directory) if location.directory else set()
-    latest, best = _marks(manifests, in_run)
+    latest, best = _latest_and_best(manifests, in_run)
     rows = []
     for name in newest_first({*paths, *(in_run.manifests if in_run else ())}):
         manifest = manifests.get(name) or (in_run.manifests.get(name) if in_run else None)
@@ -167,7 +167,9 @@ def list_rows(ref: str, *, tracking_uri: str | None, reporter: Reporter) -> list
     return rows
 
 
-def _marks(manifests: Mapping[str, CheckpointManifest | None], in_run: _InRun | None) -> tuple[str | None, str | None]:
+def _latest_and_best(
+    manifests: Mapping[str, CheckpointManifest | None], in_run: _InRun | None
+) -> tuple[str | None, str | None]:
     """Return the names of the latest and the best checkpoint, from the run or else from the folder."""
     if in_run is not None:
         return in_run.latest, in_run.best
@@ -223,7 +225,7 @@ def _verify_one(ref: str, tracking_uri: str | None, cache_dir: Path | None) -> V
     prepare_environment()
     try:
         path = resolve(ref, tracking_uri=tracking_uri, cache_dir=cache_dir).path
-        note = None if has_checksums(path) else "it can be read; PyTorch's old format has no checksums"
+        note = None if has_checksums(path) else "it is readable, but PyTorch's old format has no checksums"
         return Verdict(path.name, True, None, note)
     except CheckpointError as error:
         return Verdict(ref, False, str(error))
@@ -266,7 +268,7 @@ def pull(
     """Fetch a checkpoint, verified, into the cache folder, and from there into `output`.
 
     Raises:
-        UnresolvedError: there is none such, or `output` cannot be written.
+        UnresolvedError: there is no such checkpoint, or `output` cannot be written.
         CheckpointError: it does not verify.
         TrackingError: MLflow did not answer.
     """
@@ -299,14 +301,14 @@ def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | 
         ConfigError: no --keep option was given.
         UnresolvedError: there is no such folder or run.
         BusyError: a run is being trained in the folder.
-        TrackingError: MLflow did not answer: without it nobody knows which are promoted.
+        TrackingError: MLflow did not answer, and only it knows which are promoted.
     """
     if not retention.is_set:
         raise ConfigError(
             "nothing says what to keep; give --keep-last, --keep-best or --keep-every", code="no-keep-rule"
         )
     location = find_location(ref, tracking_uri)
-    with _alone_in(location.directory) if not dry_run else nullcontext():
+    with _locked(location.directory) if not dry_run else nullcontext():
         target = None
         if location.run_id is not None:
             read_run(location.store, location.run_id)  # raises if there is none
@@ -319,8 +321,8 @@ def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | 
 
 
 @contextmanager
-def _alone_in(directory: Path | None) -> Iterator[None]:
-    """Make sure that nobody trains in the folder meanwhile."""
+def _locked(directory: Path | None) -> Iterator[None]:
+    """Within the block, keep training runs out of the folder."""
     if directory is None or not (directory / JOURNAL_NAME).exists():
         yield
         return

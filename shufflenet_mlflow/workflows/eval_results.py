@@ -13,7 +13,7 @@ from shufflenet_mlflow.evaluation.report import Report
 from shufflenet_mlflow.export.logged import find_logged_model
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import mlflow_errors
-from shufflenet_mlflow.tracking.evaluation_metrics import OfModel, log_input_model, log_results
+from shufflenet_mlflow.tracking.evaluation_metrics import EvaluatedModel, log_input_model, log_results
 from shufflenet_mlflow.tracking.messages import Params, Tags, TextArtifact
 from shufflenet_mlflow.tracking.names import (
     EVALUATED_CHECKPOINT_TAG,
@@ -37,8 +37,8 @@ from shufflenet_mlflow.workflows.training.description import dataset_input
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import LoggedModel, MlflowClient, Run
 
-
 LONGEST_NAME = 100
+"""Characters in the name of a set of images."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ class Evaluated:
         """Folder of the images."""
         return str(self.listing.root.absolute())
 
-    def told_apart(self, run: "Run") -> "Evaluated":
+    def with_unique_name(self, run: "Run") -> "Evaluated":
         """Return the same under another name, if the run has been evaluated on other images of that name."""
-        owner = run.data.tags.get(EVALUATION_TAG + self.data)
+        tagged_digest = run.data.tags.get(EVALUATION_TAG + self.data)
         inputs = run.inputs.dataset_inputs if run.inputs is not None else []
-        others = {
+        digests = {
             entry.dataset.digest
             for entry in inputs
             if entry.dataset.name == self.data and any(tag.value == EVALUATION_CONTEXT for tag in entry.tags)
         }
-        if not ({owner} if owner is not None else others) - {self.listing.content_digest}:
+        if not ({tagged_digest} if tagged_digest is not None else digests) - {self.listing.content_digest}:
             return self
         return replace(self, name=f"{self.data[: LONGEST_NAME - 9]}-{self.listing.content_digest[:8]}")
 
@@ -108,7 +108,7 @@ def record_in_source(client: "MlflowClient", source: "Run", evaluated: Evaluated
     Raises:
         TrackingError: MLflow did not answer.
     """
-    evaluated = evaluated.told_apart(source)
+    evaluated = evaluated.with_unique_name(source)
     target = RunTarget(client, source.info.run_id, Path())
     Tags({EVALUATION_TAG + evaluated.data: evaluated.listing.content_digest}).send(target)
     _record(target, evaluated, EVALUATION_SECTION + evaluated.data, _logged_model(client, source, evaluated))
@@ -169,7 +169,7 @@ def record_in_own(run: WrapperRun, source: "Run | None", evaluated: Evaluated) -
 
 
 def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "LoggedModel | None") -> None:
-    """Log artifacts first, then the metrics that announce them."""
+    """Log the artifacts, then the metrics, which say that the artifacts are there."""
     from shufflenet_mlflow.evaluation.plots import figures_of, write_figure  # matplotlib: not before the first image
 
     report, listing = evaluated.report, evaluated.listing
@@ -189,8 +189,8 @@ def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "Logge
         with mlflow_errors(f"upload the figures of run {target.run_id}"):
             target.client.log_artifacts(target.run_id, scratch, f"{FIGURES_FOLDER}/{evaluated.folder}")
     values = {f"{section}/{name}": value for name, value in evaluated.metrics.items()}
-    of_model = None if model is None else OfModel(model.model_id, evaluated.data, listing.content_digest)
-    log_results(target, values, evaluated.iters, of_model)
+    evaluated_model = None if model is None else EvaluatedModel(model.model_id, evaluated.data, listing.content_digest)
+    log_results(target, values, evaluated.iters, evaluated_model)
 
 
 def _logged_model(client: "MlflowClient", source: "Run", evaluated: Evaluated) -> "LoggedModel | None":

@@ -58,10 +58,10 @@ class ExportSummary:
 
 
 def run_export(request: ExportRequest, *, reporter: Reporter) -> ExportSummary:
-    """Write a checkpoint's network in another format, and compare the two before the file gets its name.
+    """Write a checkpoint's network in another format, and compare the two before renaming the file.
 
     Raises:
-        ExportError: it cannot be written, or is not equal.
+        ExportError: it cannot be written, or differs.
         ShuffleNetError: as `ModelRequest.load` does.
     """
     prepare_environment()
@@ -70,7 +70,7 @@ def run_export(request: ExportRequest, *, reporter: Reporter) -> ExportSummary:
     target = request.output or Path(loaded.path.name.removesuffix(".pth.tar") + suffix)
     if not target.parent.is_dir():
         raise ExportError(
-            f"cannot write {str(target)!r}: its folder does not exist; make it, or change --output",
+            f"cannot write {str(target)!r}: its folder does not exist; create it, or change --output",
             code="output-folder-missing",
         )
     if target.is_dir() and request.format != MLFLOW_FORMAT:
@@ -100,10 +100,10 @@ def run_promotion(
 ) -> Promoted:
     """Register a checkpoint as a version of the model `name`, to be served and resolved by its alias.
 
-    Its logged model is made if there is none yet.
+    Its logged model is created if there is none yet.
 
     Raises:
-        ConfigError: MLflow takes no such name or alias.
+        ConfigError: MLflow does not accept the name or an alias.
         UnresolvedError: there is no such checkpoint, or it belongs to no run.
         TrackingError: MLflow refused, or did not answer.
     """
@@ -115,21 +115,21 @@ def run_promotion(
     if run_id is None:
         raise UnresolvedError(
             f"{source_of(resolved.path)} belongs to no run, and only a run's checkpoint can be promoted; "
-            f"`shufflenet export {ref} --format mlflow`, with --model if it names none, makes a model of it that "
-            "MLflow serves",
+            f"`shufflenet export {ref} --format mlflow`, with --model if it names none, exports a model that MLflow "
+            "serves",
             code="promote-without-run",
         )
     client, run = store.client, read_run(store, run_id)
     manifest = checkpoint_in_run(client, run_id, resolved.path.name)
-    here = read_manifest(resolved.path)
-    if here is not None and here.sha256 != manifest.sha256:
+    local = read_manifest(resolved.path)
+    if local is not None and local.sha256 != manifest.sha256:
         raise UnresolvedError(
             f"{source_of(resolved.path)} is not the one that run {run_id} has under that name; "
             f"promote runs:/{run_id}@{manifest.iters} instead",
             code="promote-other-file",
         )
-    known = find_logged_model(client, run, manifest)
-    if known is None:
+    model = find_logged_model(client, run, manifest)
+    if model is None:
         reporter.note(f"making a logged model of {manifest.file_name}")
-    model_id = known.model_id if known is not None else log_model(client, run, manifest, resolved.path)
+    model_id = model.model_id if model is not None else log_model(client, run, manifest, resolved.path)
     return promote(client, manifest, run_id=run_id, model_id=model_id, name=name, aliases=aliases)

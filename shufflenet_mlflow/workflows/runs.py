@@ -12,7 +12,16 @@ from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
 from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.tracking.connection import Connection
-from shufflenet_mlflow.tracking.names import COMMAND_TAG, COMMIT_TAG, CONFIG_TAG, DIRTY_TAG
+from shufflenet_mlflow.tracking.messages import now_ms
+from shufflenet_mlflow.tracking.names import (
+    COMMAND_TAG,
+    COMMIT_TAG,
+    CONFIG_TAG,
+    DATASET_CONTEXT_TAG,
+    DIRTY_TAG,
+    HARDWARE_TAG,
+    VERSION_TAG,
+)
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run import wanted_experiment
 from shufflenet_mlflow.tracking.run_ids import complete, read_run
@@ -66,7 +75,7 @@ class Column:
             return getattr(run.data, self.kind).get(self.key)
         info = run.info
         if self.key == "minutes":
-            end = info.end_time or (_now_ms() if info.status == "RUNNING" else None)
+            end = info.end_time or (now_ms() if info.status == "RUNNING" else None)
             return None if end is None else round((end - info.start_time) / 60_000, 1)
         if self.key == "started":
             return _time(info.start_time)
@@ -125,8 +134,8 @@ def list_runs(
     """Return the runs of an experiment.
 
     Args:
-        experiment: by default that of training.
-        filter_string: as MLflow's search takes it, such as "metrics.`val/top1` > 0.9 and params.model = 'detnas'".
+        experiment: by default the one that `train` uses.
+        filter_string: a filter of MLflow's search, such as "metrics.`val/top1` > 0.9 and params.model = 'detnas'".
         sort: a column; the highest first, unless `ascending`.
 
     Raises:
@@ -141,14 +150,14 @@ def list_runs(
     name, experiment_id = wanted_experiment(client, experiment)
     if experiment_id is None:
         with mlflow_errors("list the experiments"):
-            known = ", ".join(found.name for found in client.search_experiments(max_results=8))
+            names = ", ".join(known.name for known in client.search_experiments(max_results=8))
         raise UnresolvedError(
-            f"there is no experiment {name!r} in {redact(client.tracking_uri)}; there is: {known}",
+            f"there is no experiment {name!r} in {redact(client.tracking_uri)}; experiments: {names}",
             code="experiment-missing",
         )
     with mlflow_errors(f"search the runs of {name!r}" + (f" for {filter_string!r}" if filter_string else "")):
-        found = client.search_runs([experiment_id], filter_string, max_results=limit, order_by=[order])
-    return RunTable(name, parsed, tuple(found), bool(found.token))
+        runs = client.search_runs([experiment_id], filter_string, max_results=limit, order_by=[order])
+    return RunTable(name, parsed, tuple(runs), bool(runs.token))
 
 
 @dataclass(frozen=True)
@@ -179,7 +188,7 @@ class RunDetails:
         tags, lines = self.run.data.tags, []
         if self.commit is not None:
             lines.append(f"git checkout {self.commit}" + ("   # and changes that were not committed" * self.is_dirty))
-        versions = {name.partition(".")[2]: value for name, value in tags.items() if name.startswith("version.")}
+        versions = _with_prefix(tags, VERSION_TAG)
         pins = [f"{name}=={versions[name].partition('+')[0]}" for name in _PINNED if name in versions]
         if pins:
             lines.append(f"pip install {' '.join(pins)}")
@@ -201,8 +210,8 @@ class RunDetails:
             "command": data.tags.get(COMMAND_TAG),
             "commit": self.commit,
             "dirty": self.is_dirty,
-            "versions": _with_prefix(data.tags, "version."),
-            "hardware": _with_prefix(data.tags, "hardware."),
+            "versions": _with_prefix(data.tags, VERSION_TAG),
+            "hardware": _with_prefix(data.tags, HARDWARE_TAG),
             "data": self.data(),
             "params": dict(data.params),
             "metrics": dict(data.metrics),
@@ -217,7 +226,7 @@ class RunDetails:
         inputs = self.run.inputs.dataset_inputs if self.run.inputs is not None else []
         return [
             {
-                "context": next((tag.value for tag in entry.tags if tag.key == "mlflow.data.context"), ""),
+                "context": next((tag.value for tag in entry.tags if tag.key == DATASET_CONTEXT_TAG), ""),
                 "name": entry.dataset.name,
                 "digest": entry.dataset.digest,
                 "source": _json(entry.dataset.source).get("uri"),
@@ -234,7 +243,7 @@ def show_run(ref: str, *, tracking_uri: str | None) -> RunDetails:
     """Return one run in full.
 
     Raises:
-        UnresolvedError: `ref` is no run ID, or there is no such run.
+        UnresolvedError: `ref` is not a run ID, or there is no such run.
         TrackingError: MLflow did not answer.
     """
     prepare_environment()
@@ -259,7 +268,7 @@ def find_run(store: Connection, ref: str) -> "Run":
     """Return the run that `ref` names: its ID, the first characters of it, or `runs:/ID`.
 
     Raises:
-        UnresolvedError: it names none, or there is none such.
+        UnresolvedError: it is not a run ID, or there is no such run.
         TrackingError: MLflow did not answer.
     """
     return read_run(store, str(complete(f"runs:/{run_id_of(ref)}", store)).removeprefix("runs:/"))
@@ -283,7 +292,3 @@ def _time(milliseconds: int | None) -> str | None:
         return None
     moment = datetime.fromtimestamp(milliseconds / 1000, tz=timezone.utc)
     return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _now_ms() -> int:
-    return int(datetime.now(tz=timezone.utc).timestamp() * 1000)

@@ -13,6 +13,7 @@ from shufflenet_mlflow.export import LogModels
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.client import connect, prepare_environment
+from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.delivery import Deliverer
 from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, Entry, Journal, read_pending
 from shufflenet_mlflow.tracking.messages import to_body
@@ -39,7 +40,7 @@ class SyncSummary:
 
     def uploads(self) -> list[dict[str, Any]]:
         """Return the checkpoints whose upload is pending."""
-        return [entry.body["record"] for entry in self.pending if entry.kind == "checkpoint"]
+        return [entry.body["record"] for entry in self.pending if entry.kind == Checkpoint.kind]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document of `sync --json`."""
@@ -60,14 +61,14 @@ def run_sync(
     """Send what the journal of `directory` holds, in order.
 
     Args:
-        dry_run: only say what waits there.
-        tracking_uri: of the store; by default the one that training used.
+        dry_run: only report what is pending.
+        tracking_uri: by default the store that training used.
 
     Raises:
-        SpoolError: there is no such folder, or its journal cannot be read.
-        BusyError: a run is being trained there: it delivers by itself.
-        TrackingError: MLflow did not answer; what was not sent still waits.
-        StopRequested: a signal came; what was not sent still waits.
+        JournalError: there is no such folder, or its journal cannot be read.
+        BusyError: a run is being trained there, and delivers its own entries.
+        TrackingError: MLflow did not answer; unsent entries are still pending.
+        StopRequested: a signal arrived; unsent entries are still pending.
     """
     prepare_environment()
     if not os.path.isdir(directory):  # unlike Path.is_dir, never raises
@@ -75,23 +76,23 @@ def run_sync(
             f"{str(directory)!r} is not a folder; name the one that --save-dir named, or models/RUN_ID",
             code="sync-not-folder",
         )
-    held = read_pending(directory)
-    uri = uri_of_journal(held.uri, tracking_uri)
+    pending = read_pending(directory)
+    uri = uri_of_journal(pending.uri, tracking_uri)
     if dry_run or not (directory / JOURNAL_NAME).exists():
-        return SyncSummary(directory, held.run_id, redact(uri or ""), 0, held.entries)
+        return SyncSummary(directory, pending.run_id, redact(uri or ""), 0, pending.entries)
     journal = Journal(directory)
     try:
         remove_leftovers(directory)
-        known = journal.pending
+        before = journal.pending
         if journal.run is not None:
             for message in lost_checkpoints(journal):
                 journal.append(journal.run, message.kind, to_body(message))
-        doubtful = journal.pending - known
-        sent = max(0, _send(Deliverer(connect(uri), journal, MESSAGE_KINDS), reporter, stop) - doubtful)
+        possibly_lost = journal.pending - before
+        sent = max(0, _send(Deliverer(connect(uri), journal, MESSAGE_KINDS), reporter, stop) - possibly_lost)
     finally:
         journal.close()
-    held = read_pending(directory)
-    return SyncSummary(directory, held.run_id, redact(uri or ""), sent, held.entries)
+    pending = read_pending(directory)
+    return SyncSummary(directory, pending.run_id, redact(uri or ""), sent, pending.entries)
 
 
 def _send(deliverer: Deliverer, reporter: Reporter, stop: StopFlag) -> int:
@@ -116,11 +117,11 @@ def _send(deliverer: Deliverer, reporter: Reporter, stop: StopFlag) -> int:
 
 def describe_entries(entries: Sequence[Entry]) -> str:
     """Return text such as `3 checkpoints, 20 steps of metrics`."""
-    counts = Counter(_SPOKEN.get(entry.kind, entry.kind) for entry in entries)
+    counts = Counter(_PLURALS.get(entry.kind, entry.kind) for entry in entries)
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
-_SPOKEN = {
+_PLURALS = {
     "checkpoint": "checkpoints",
     "metrics": "steps of metrics",
     "params": "sets of parameters",
