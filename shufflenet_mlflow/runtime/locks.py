@@ -24,7 +24,7 @@ class FileLock:
 
     def __init__(self, path: Path, what: str) -> None:
         self._name = os.path.realpath(path)
-        if self._name in _held:
+        if self._name in _locked:
             raise BusyError(
                 f"{what} is in use by this process already; close it there first", code="locked-by-this-process"
             )

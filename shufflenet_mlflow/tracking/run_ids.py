@@ -43,7 +43,7 @@ def complete(ref: str | Path, store: str | Connection | None) -> str | Path:
             "--tracking-uri or MLFLOW_TRACKING_URI names another store",
             code="run-id-unknown",
         )
-    listed = name_some([f"{run_id} ({name})" for run_id, name in found.items()], most=4)
+    listed = name_some([f"{run_id} ({name})" for run_id, name in names.items()], most=4)
     raise UnresolvedError(
         f"{str(ref)!r} is the start of several run IDs in {address}: {listed}; give more characters",
         code="run-id-ambiguous",
