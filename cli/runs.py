@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shufflenet_mlflow.tracking.names import SYSTEM_SECTION
+
 from .commands import Group
 from .options import common_options, config_option, json_option, option, options, run_argument, tracking_uri_option
 from .recent import remember
@@ -142,7 +144,7 @@ def _lines(details: "RunDetails") -> list[str]:
             lines.append(f"{title:<10}  {manifest['path']}  sha256 {manifest['sha256'][:12]}")
     for model in document["models"]:
         lines.append(f"model       models:/{model['model_id']}  ({model['name']})")
-    metrics = {name: value for name, value in document["metrics"].items() if not name.startswith("system/")}
+    metrics = {name: value for name, value in document["metrics"].items() if not name.startswith(SYSTEM_SECTION)}
     if metrics:
         lines += ["", "last values"]
         width = max(map(len, metrics))

@@ -67,7 +67,8 @@ def test_prefixes_of_no_run_or_several() -> None:
         resolve(OTHER.replace("0123", "0023", 1))
 
 
-def test_a_missing_folder_may_look_like_an_id(workplace: Path) -> None:
+def test_a_missing_folder_may_look_like_an_id(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # MLflow would try for minutes
     (workplace / "mlflow.db").unlink()
     assert get_latest_model("20261125") == (None, 0)
     assert not (workplace / "mlflow.db").exists()  # nothing is made in order to find nothing in it

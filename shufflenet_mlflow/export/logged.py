@@ -30,7 +30,7 @@ from shufflenet_mlflow.export.quiet import quiet
 from shufflenet_mlflow.models.loaded import LoadedModel, model_from_payload
 from shufflenet_mlflow.runtime.versions import installed_versions
 from shufflenet_mlflow.tracking.client import mlflow_errors
-from shufflenet_mlflow.tracking.names import MODEL_SHA256_TAG, MODEL_VERSION_TAG
+from shufflenet_mlflow.tracking.names import MODEL_SHA256_TAG, MODEL_VERSION_TAG, VALIDATION_CONTEXT
 from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def _link(client: "MlflowClient", run: "Run", model_id: str, manifest: Checkpoin
     if model_id not in {output.model_id for output in outputs}:
         client.log_outputs(run_id, [LoggedModelOutput(model_id, manifest.iters)])
     inputs = run.inputs.dataset_inputs if run.inputs is not None else []
-    validation = [entry.dataset for entry in inputs if any(tag.value == "validation" for tag in entry.tags)]
+    validation = [entry.dataset for entry in inputs if any(tag.value == VALIDATION_CONTEXT for tag in entry.tags)]
     metrics = []
     for name in _LINKED:
         if name not in run.data.metrics:

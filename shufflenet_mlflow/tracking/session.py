@@ -29,7 +29,7 @@ class TrackingSession:
     FINISHED at the end of the block, or `status`; FAILED after an exception, KILLED after an interruption.
 
     Args:
-        spool: is closed at the end.
+        journal: closed at the end.
         run: the run's ID, or its provisional ID.
         kinds: the messages that may be in the journal, by kind.
         is_new: it was created just now, and has no points.

@@ -26,6 +26,7 @@ from shufflenet_mlflow.tracking.names import (
     NETWORK_TAG,
     RESUMED_FROM_ITERS_TAG,
     RESUMED_FROM_RUN_TAG,
+    VALIDATION_CONTEXT,
 )
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
@@ -96,7 +97,7 @@ def describe(config: TrainConfig, data: TrainData) -> tuple[Message, ...]:
     return (
         Params.of(values),
         dataset_input(data.train, name=data_name(config.train_dir), context="training"),
-        dataset_input(data.val, name=data_name(config.val_dir), context="validation"),
+        dataset_input(data.val, name=data_name(config.val_dir), context=VALIDATION_CONTEXT),
         TextArtifact.of_json(CONFIG_FILE, config.to_dict()),
         TextArtifact.of_json(CLASSES_FILE, data.train.class_to_idx),
     )
