@@ -110,7 +110,7 @@ def read_run(store: Connection, run_id: str) -> "Run":
             raise
         suggestion = may_have_been(run_id, store)
         raise UnresolvedError(
-            f"there is no run {run_id} in {redact(store.uri)}{suggestion}; --tracking-uri or MLFLOW_TRACKING_URI names "
-            "another store",
+            f"there is no run {run_id} in {redact(store.client.tracking_uri)}{suggestion}; "
+            "--tracking-uri or MLFLOW_TRACKING_URI names another store",
             code="run-missing",
         ) from error
