@@ -404,7 +404,7 @@ def test_json_errors_hold_no_credentials(shufflenet: Invoke) -> None:
     assert json.loads(result.stdout)["error"]["code"] == "mlflow"
 
 
-def test_warnings_look_alike_whoever_gives_them(shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reporter_and_the_log_warn_alike(shufflenet: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: object, reporter: Any, **__: object) -> None:
         reporter.warn("from the reporter")
         logging.getLogger("shufflenet_mlflow.x").warning("from the %s", "log")

@@ -386,7 +386,7 @@ def test_the_grace_period_is_checked(images: Path) -> None:
 
 
 def test_without_grace_nothing_is_awaited(images: Path, client: MlflowClient, tmp_path: Path) -> None:
-    """What has not arrived stays in the journal, from which the run is resumed."""
+    """Undelivered entries stay in the journal, and the run is resumed with them."""
     stopped = run_until(images, "training", 6, "--save-dir", "m", "--grace", 0, by=signal.SIGUSR1)
     assert stopped.result.checkpoint == Path("m/checkpoint-000006.pth.tar")
     resumed = run(images, "--save-dir", "m")

@@ -72,7 +72,7 @@ class Case:
 
     words: list[str]
     says: tuple[str, ...]
-    """What the line must hold."""
+    """Texts that the error line must contain."""
     status: int = 2
     variables: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
@@ -197,7 +197,7 @@ def ask(cases: list[Case]) -> list[Any]:
 
 
 def run(cases: list[Case]) -> list[str]:
-    """What is wrong with the answers."""
+    """Return the problems with the answers."""
     return [
         f"{case.words} {case.variables or ''}{case.files or ''}: {problem}"
         for case, answer in zip(cases, ask(cases), strict=True)

@@ -46,7 +46,7 @@ def move_model(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def move_images(images_NCHW: Tensor, device: torch.device) -> Tensor:
-    """Move a batch of images, of any dtype, likewise, without waiting for a copy from pinned memory."""
+    """Move a batch of images, of any dtype, in the same way, without waiting for a copy from pinned memory."""
     return images_NCHW.contiguous(memory_format=memory_format_on(device)).to(device, non_blocking=True)
 
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -15,6 +14,7 @@ import psutil
 
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import WARNING_SIGNAL, StopFlag
+from shufflenet_mlflow.runtime.watching import watching
 
 SCONTROL_SECONDS = 30.0
 
@@ -76,21 +76,15 @@ def ended_with_mlflow_run() -> Iterator[None]:
     if parent is None:
         yield
         return
-    ended = threading.Event()
 
-    def watch() -> None:
-        while not ended.wait(WATCH_SECONDS):
-            if not _is_alive(parent):
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+    def end_if_gone() -> bool:
+        gone = not _is_alive(parent)
+        if gone:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return gone
 
-    watcher = threading.Thread(target=watch, name="watching mlflow run", daemon=True)
-    watcher.start()
-    try:
+    with watching(end_if_gone, seconds=WATCH_SECONDS, name="watching mlflow run"):
         yield
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def _parent_mlflow_run() -> psutil.Process | None:

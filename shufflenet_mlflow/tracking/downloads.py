@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
 from shufflenet_mlflow.errors import BusyError
 from shufflenet_mlflow.runtime.locks import FileLock
 from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.watching import watching
 
 _MIB = 1 << 20
 
@@ -27,25 +27,20 @@ def shown(
         yield
         return
     name = artifact.rpartition("/")[2]
-    ended = threading.Event()
+    reported = 0
     with reporter.phase(f"fetching {name}, MiB", -(-manifest.bytes // _MIB)) as phase:
 
-        def watch() -> None:
-            reported = 0
-            while not ended.wait(0.1):
-                with contextlib.suppress(OSError):
-                    arrived = sum(path.stat().st_size for path in scratch.rglob(name)) // _MIB
-                    for _ in range(arrived - reported):
-                        phase.advance()
-                    reported = max(reported, arrived)
+        def report() -> bool:
+            nonlocal reported
+            with contextlib.suppress(OSError):
+                arrived = sum(path.stat().st_size for path in scratch.rglob(name)) // _MIB
+                for _ in range(arrived - reported):
+                    phase.advance()
+                reported = max(reported, arrived)
+            return False
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
+        with watching(report, seconds=0.1, name="download progress"):
             yield
-        finally:
-            ended.set()
-            watcher.join()
 
 
 @contextlib.contextmanager
