@@ -895,6 +895,7 @@ def test_calls_that_no_command_makes(call: str, here: Path, recorder: Recorder) 
 
 ELSEWHERE: dict[str, str] = {
     "amp-fp16-on-mps": "nobody: needs an Apple GPU",
+    "checkpoint-being-written": "test_read_once.py::test_a_file_that_is_written_to_while_it_is_read",
     "checkpoint-not-in-run": "test_export.py::test_promoting",
     "checkpoint-not-sendable": "test_delivery.py::test_a_file_that_was_damaged_while_it_waited_is_refused",
     "checkpoint-unwritable": "test_cli.py::test_a_full_disk_is_one_line",

@@ -1,5 +1,7 @@
 """A checkpoint is verified and loaded once, and its run is read once, whatever a command does with them."""
 
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from mlflow import MlflowClient
 
 from shufflenet_mlflow.checkpoints import verification
+from shufflenet_mlflow.errors import CorruptCheckpointError
 from tests.support.command_line import Invoke
 
 
@@ -72,13 +75,61 @@ def test_evaluating_a_run(
     assert (counts["verified"], counts["loaded"], counts["connected"], counts["run read"]) == (1, 1, 1, 1)
 
 
-def test_a_file_that_is_replaced_after_its_verification_is_verified_again(small_train: Train) -> None:
+@pytest.fixture
+def saved(small_train: Train) -> Path:
+    """A checkpoint file."""
     small_train("--save-dir", "saved")
-    path = Path("saved/bnps-checkpoint-000012.pth.tar")
-    checkpoint = verification.open_checkpoint(path)
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    path.unlink()
-    path.write_bytes(damaged)
-    with pytest.raises(verification.CorruptCheckpointError):
+    return Path("saved/bnps-checkpoint-000012.pth.tar")
+
+
+def flip_a_byte(path: Path) -> None:
+    """Change the file in place, and set its time of modification back."""
+    status = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(status.st_size // 2)
+        byte = file.read(1)
+        file.seek(status.st_size // 2)
+        file.write(bytes([byte[0] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_file_that_is_replaced_after_its_verification_is_verified_again(saved: Path) -> None:
+    checkpoint = verification.open_checkpoint(saved)
+    damaged = Path("damaged")
+    shutil.copy2(saved, damaged)
+    flip_a_byte(damaged)
+    damaged.replace(saved)
+    with pytest.raises(CorruptCheckpointError):
         checkpoint.read()
+
+
+def test_a_file_that_is_written_to_after_its_verification_is_verified_again(saved: Path) -> None:
+    checkpoint = verification.open_checkpoint(saved)
+    flip_a_byte(saved)
+    with pytest.raises(CorruptCheckpointError):
+        checkpoint.read()
+
+
+def test_a_renamed_file_stays_verified(saved: Path, counts: Counter[str]) -> None:
+    checkpoint = verification.open_checkpoint(saved)
+    checkpoint.rename(saved.with_name("renamed"))
+    checkpoint.read()
+    assert counts["verified"] == 1
+    checkpoint = verification.open_checkpoint(checkpoint.path)
+    flip_a_byte(checkpoint.path)
+    checkpoint.rename(saved)
+    with pytest.raises(CorruptCheckpointError):
+        checkpoint.read()
+
+
+def test_a_file_that_is_written_to_while_it_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = torch.load
+
+    def load_and_damage(*arguments: Any, **named: Any) -> Any:
+        payload = load(*arguments, **named)
+        flip_a_byte(saved)
+        return payload
+
+    monkeypatch.setattr(torch, "load", load_and_damage)
+    with pytest.raises(CorruptCheckpointError, match="was written to while it was read; try again once nothing"):
+        verification.read_checkpoint(saved)

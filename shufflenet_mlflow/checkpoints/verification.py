@@ -26,33 +26,49 @@ _GLOBAL = re.compile(r"GLOBAL ([\w.]+)|global ([\w.]+)|class '?([\w.]+)")
 class VerifiedCheckpoint:
     """A checkpoint file that passed verification; its content is loaded when it is first read, and once."""
 
-    def __init__(self, path: Path, manifest: CheckpointManifest | None, file: BinaryIO, payload: Any = None) -> None:
+    def __init__(
+        self, path: Path, manifest: CheckpointManifest | None, identity: tuple[int, ...], payload: Any = None
+    ) -> None:
         self.path = path
         self._manifest = manifest
-        self._identity = _identity(file)
+        self._identity = identity
         self._payload = payload
 
-    def moved_to(self, path: Path) -> "VerifiedCheckpoint":
-        """Note the file's new name after it was renamed."""
+    def rename(self, path: Path) -> None:
+        """Rename the file, replacing any other; it stays the verified one.
+
+        Raises:
+            OSError: it could not be renamed.
+        """
+        with _opened(self.path) as file:
+            is_verified = _identity(file) == self._identity
+            os.replace(self.path, path)
+            if is_verified:
+                self._identity = _identity(file)  # renaming has changed it
         self.path = path
-        return self
 
     def read(self) -> dict[str, Any]:
         """Return the dict that was saved, on the CPU; running none of the file's code.
 
-        A file that was replaced or written to since its verification is verified again.
+        A file that was replaced or written to since its verification began is verified again.
 
         Raises:
-            CorruptCheckpointError: the file was replaced, and verification failed.
+            CorruptCheckpointError: the file was replaced, and verification failed; or it is being written to.
             UnsafeCheckpointError: the file holds more than tensors and plain containers.
             CheckpointError: the file cannot be opened, or holds something else than a checkpoint.
         """
         if self._payload is None:
             with _opened(self.path) as file:
-                if _identity(file) != self._identity:
+                identity = _identity(file)
+                if identity != self._identity:
                     _verify(self.path, file, self._manifest)
-                    self._identity = _identity(file)
-                self._payload = _load(self.path, file)
+                payload = _load(self.path, file)
+                if _identity(file) != identity:
+                    raise CorruptCheckpointError(
+                        f"{str(self.path)!r} was written to while it was read; try again once nothing writes to it",
+                        code="checkpoint-being-written",
+                    )
+            self._identity, self._payload = identity, payload
         if not isinstance(self._payload, dict):
             raise CheckpointError(
                 f"{str(self.path)!r} holds a {type(self._payload).__name__}, not a checkpoint", code="payload-not-dict"
@@ -61,8 +77,12 @@ class VerifiedCheckpoint:
 
 
 def _identity(file: BinaryIO) -> tuple[int, ...]:
+    """Return what changes when the file is replaced or written to.
+
+    That includes the time of the last change of its status, which programs cannot set back, unlike the other one.
+    """
     status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None) -> VerifiedCheckpoint:
@@ -80,8 +100,9 @@ def open_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None
     path = Path(path)
     with _opened(path) as file:
         manifest = manifest or read_manifest(path)
+        identity = _identity(file)
         payload = _verify(path, file, manifest)
-        return VerifiedCheckpoint(path, manifest, file, payload)
+        return VerifiedCheckpoint(path, manifest, identity, payload)
 
 
 def verify_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None) -> None:

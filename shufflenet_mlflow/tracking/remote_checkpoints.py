@@ -170,10 +170,10 @@ class RemoteCheckpoints:
             with open(arrived, "rb") as file:
                 os.fsync(file.fileno())
             manifest_path(target).unlink(missing_ok=True)
-            os.replace(arrived, target)
+            fetched.rename(target)
         if manifest is not None:
             write_manifest(target, manifest)
-        return fetched.moved_to(target)
+        return fetched
 
     def verify(self, name: str) -> None:
         """Fetch one checkpoint, verify it, and do not keep it.
