@@ -7,14 +7,20 @@
     │   └── BadImageError            a file in it that is not a readable image
     ├── CheckpointError              a checkpoint that cannot be read, written or used
     │   ├── CorruptCheckpointError   it failed verification
+    │   ├── UnreadableCheckpointError  the disk, not the file: no right to read it, an I/O error
     │   ├── UnsafeCheckpointError    loading it would run code
     │   └── MismatchError            its tensors do not fit the network
     ├── UnresolvedError              a checkpoint or run reference that leads to nothing
     │   └── NoCheckpointError        the run exists, and has no checkpoint yet
     ├── ExportError                  an exported network that cannot be written, or differs from its checkpoint
+    ├── StudyError                   a study whose record cannot be found, read or written
+    ├── SearchError                  a search whose record cannot be used, or that finds no candidate
+    ├── NotBetterError               a network that is not better than another beyond chance
     ├── ResumeError                  a run that cannot be continued as asked
+    ├── LostLeaseError               another process has taken over the run that this one was training
     ├── TrackingError                the MLflow store refused a request or did not answer
-    │   └── RefusedError             it will refuse the request again
+    │   ├── RefusedError             it will refuse the request again
+    │   └── DeletedError             what was to be written to was deleted, and can be restored
     ├── JournalError                 the journal of entries for MLflow cannot be read or written
     ├── BusyError                    another process works in the same folder
     ├── LostProcessError             another process of a distributed job is gone
@@ -70,6 +76,10 @@ class CorruptCheckpointError(CheckpointError):
     """A checkpoint that failed verification: truncated, bit-flipped, or not the recorded file."""
 
 
+class UnreadableCheckpointError(CheckpointError):
+    """A checkpoint that could not be read, such as after an I/O error; whether it is intact is not known."""
+
+
 class UnsafeCheckpointError(CheckpointError):
     """A checkpoint that holds more than tensors and plain containers."""
 
@@ -106,8 +116,24 @@ class ExportError(ShuffleNetError):
     """An exported network that cannot be written, or differs from its checkpoint."""
 
 
+class StudyError(ShuffleNetError):
+    """A study whose record cannot be found, read or written."""
+
+
+class SearchError(ShuffleNetError):
+    """A search whose record cannot be used, or that finds no candidate."""
+
+
+class NotBetterError(ShuffleNetError):
+    """A network that is not better than another one beyond chance."""
+
+
 class ResumeError(ShuffleNetError):
     """A run that cannot be continued as asked."""
+
+
+class LostLeaseError(ShuffleNetError):
+    """Another process has taken over the run that this one was training; nothing more is sent to it."""
 
 
 class TrackingError(ShuffleNetError):
@@ -125,6 +151,18 @@ class TrackingError(ShuffleNetError):
     def answered(self) -> bool:
         """Whether the answer is definite: trying again will not help."""
         return self.mlflow_code in _DEFINITE
+
+
+class DeletedError(TrackingError):
+    """A run or an experiment that was deleted, so that nothing can be written to it until it is restored.
+
+    Args:
+        command: restores it.
+    """
+
+    def __init__(self, message: str, command: str = "", *, code: str | None = None) -> None:
+        super().__init__(message, "INVALID_STATE", code=code)
+        self.command = command
 
 
 class RefusedError(TrackingError):

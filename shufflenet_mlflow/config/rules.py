@@ -1,15 +1,11 @@
-"""Configuration of a training run, and the rules that an option's value must keep.
-
-No torch, mlflow or click is imported here, so that the command line can report wrong usage at once.
-"""
+"""The rules that an option's value must keep, and the values that options have where several commands need them."""
 
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar
 
 import platformdirs
 
@@ -19,7 +15,7 @@ DEFAULT_MODEL = "shufflenet_v2_x0_5"
 DEFAULT_EXPERIMENT = "shufflenet"
 DEFAULT_SAVE_ROOT = "models"
 DEFAULT_BATCH_SIZE = 64
-
+DEFAULT_VAL_FRACTION = 0.2
 
 MAX_WORKERS = 1000
 """Most processes that decode images: a typing error must not fill the machine with them."""
@@ -36,11 +32,18 @@ Number = TypeVar("Number", int, float)
 
 AMP_DTYPES = {"off": None, "bf16": "bfloat16", "fp16": "float16"}
 """Value of `--amp` -> PyTorch's name of the numbers that training computes with."""
-AUGMENT_NAMES = ("release", "lighting", "shift", "none")
+RECIPE_NAMES = ("paper", "finetune", "modern", "qat")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("linear", "cosine", "constant")
+AUGMENT_NAMES = ("release", "lighting", "shift", "trivial", "rand", "none")
+BALANCES = ("none", "weights", "sampler")
 ON_BAD_IMAGE = ("fail", "skip")
 ON_SAVE_ERROR = ("fail", "continue")
 LOG_TO = ("source", "new", "none")
-EXPORT_FORMATS = ("pt2", "onnx", "mlflow")
+REESTIMATION_IMAGES = 1_280_000
+"""By default, the most training images that BN statistics are re-estimated from; never more than one epoch."""
+EXPORT_FORMATS = ("pt2", "onnx", "openvino", "mlflow")
+SPLITS = ("train", "val", "test")
 MEAN_IMAGE_SUFFIXES = (".npy", ".xml")
 
 
@@ -55,20 +58,8 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def command_of(config: Mapping[str, Any]) -> list[str]:
-    """Return the options of `shufflenet train` that repeat this configuration, every one of them explicit."""
-    words = []
-    for name, value in config.items():
-        if name not in FIELDS:
-            continue
-        if value is True:
-            words.append(option(name))
-        elif value is not None and value is not False:
-            words += [option(name), str(value)]
-    return words
-
-
-def _require(condition: bool, field: str, value: object, rule: str, code: str | None = None) -> None:
+def require_that(condition: bool, field: str, value: object, rule: str, code: str | None = None) -> None:
+    """Raise ConfigError "--field (=value) must be rule" unless the condition holds."""
     if not condition:
         code = code or f"option-{field.replace('_', '-')}"
         raise ConfigError(f"{option(field)} (={value}) must be {rule}", code=code)
@@ -91,7 +82,7 @@ def parse_numbers(text: str, field: str, kind: type[Number]) -> tuple[Number, ..
         raise ConfigError(
             f"{option(field)} (={text}) must be {what} with commas between them", code="numbers-invalid"
         ) from error
-    _require(bool(numbers), field, text, "numbers with commas between them")
+    require_that(bool(numbers), field, text, "numbers with commas between them")
     return numbers
 
 
@@ -123,6 +114,14 @@ def _match(pattern: str, text: str, code: str | None = None) -> Rule:
     return Rule(text, lambda value: re.fullmatch(pattern, value) is not None, code)
 
 
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
 _COUNT = Rule("at least 1 and at most 10**12", lambda number: 1 <= number <= 10**12)
 _SHARE = Rule("at least 0 and below 1", lambda number: 0 <= number < 1)
 
@@ -146,18 +145,62 @@ RULES: dict[str, Rule] = {
     "momentum": _SHARE,
     "weight_decay": Rule("at least 0", lambda decay: 0 <= decay < math.inf),
     "label_smooth": _SHARE,
-    "ema_decay": Rule("above 0 and below 1", lambda decay: 0 < decay < 1),
+    "ema_decay": Rule("above 0 and below 1, or 0 for no average", lambda decay: 0 <= decay < 1),
+    "recipe": _one_of(RECIPE_NAMES),
+    "optimizer": _one_of(OPTIMIZERS),
+    "schedule": _one_of(SCHEDULES),
+    "warmup_epochs": Rule("at least 0 and at most 10**6", lambda epochs: 0 <= epochs <= 10**6),
+    "clip_norm": Rule("above 0, or 0 for no clipping", lambda norm: 0 <= norm < math.inf),
+    "erasing": Rule("from 0 to 1", lambda probability: 0 <= probability <= 1),
+    **dict.fromkeys(("mixup", "cutmix"), Rule("from 0 to 100", lambda alpha: 0 <= alpha <= 100)),
+    "balance": _one_of(BALANCES),
+    "freeze": _match(r"none|backbone|[0-4]", "none, backbone, or a number of stages from 0 to 4"),
+    "head_lr_factor": Rule("above 0 and at most 10**6", lambda factor: 0 < factor <= 10**6),
+    "layer_decay": Rule("above 0 and at most 1", lambda factor: 0 < factor <= 1),
+    "patience": Rule("from 0 to 10**12", lambda number: 0 <= number <= 10**12),
     "seed": Rule("at least 0 and below 2**63", lambda seed: 0 <= seed < 2**63),
+    "bn_images": _between(1, 10**12),
     "workers": _between(0, MAX_WORKERS),
+    "threads": _between(1, MAX_WORKERS),
     "limit": _between(1, MOST_ROWS),
+    "calibration_images": _between(1, 100_000),
     "grace": Rule("at least 0 and at most 10**6", lambda seconds: 0 <= seconds <= 10**6),
     "device": _match(r"auto|cpu|mps|cuda(:\d{1,3})?", "auto, cpu, mps, cuda or cuda:N"),
     "job": _match(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "letters, digits, dots, hyphens and underscores, at most 100"),
+    "repeat": _between(2, 1000),
+    "study": _match(
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}",
+        "letters, digits, dots, hyphens and underscores, at most 80",
+        "study-name",
+    ),
+    "trials": _between(1, 10_000),
+    "rungs": _between(1, 10),
+    "reduction": _between(2, 100),
+    "generation": _between(1, 10_000),
+    "asynchronous": Rule("true or false", lambda value: isinstance(value, bool)),
+    "max_parallel": _between(1, 64),
+    "sampler": _one_of(("tpe", "random", "grid", "cmaes")),
+    "direction": _one_of(("maximize", "minimize")),
+    "macs_limit": Rule("at least 1 and at most 10**15", lambda macs: 1 <= macs <= 10**15),
+    "latency_limit": Rule("above 0 and at most 10**6 ms", lambda ms: 0 < ms <= 10**6),
+    "population": _between(1, 10_000),
+    "generations": _between(0, 10_000),
+    **dict.fromkeys(("mutations", "crossovers"), _between(0, 10_000)),
+    "mutation_probability": Rule("above 0 and at most 1", lambda probability: 0 < probability <= 1),
+    "score_images": _between(1, 10**12),
+    "trust": _between(4, 1000),
+    "trust_epochs": _between(1, 10_000),
+    "metric": _one_of(("val/top1", "val/top5", "val/mean_class_accuracy", "val/loss")),
+    "storage": _match(r"[A-Za-z][A-Za-z0-9+]*://.+", "an address such as postgresql://host/db or sqlite:///studies.db"),
+    "time_budget": Rule("above 0 and at most 10**9 seconds", lambda seconds: 0 < seconds <= 10**9),
     "mean_image": Rule(
         "a .npy file, or .xml in OpenCV's format",
         lambda path: Path(path).suffix.lower() in MEAN_IMAGE_SUFFIXES,
         "mean-image-suffix",
     ),
+    "val_fraction": Rule("above 0 and below 1", lambda fraction: 0 < fraction < 1),
+    "group_by": Rule("a regular expression", _is_pattern),
+    "split": _one_of(SPLITS),
     "amp": _one_of(AMP_DTYPES),
     "augment": _one_of(AUGMENT_NAMES),
     "on_bad_image": _one_of(ON_BAD_IMAGE),
@@ -187,6 +230,16 @@ class Exclusion(NamedTuple):
 EXCLUSIONS = (
     Exclusion("epochs", "total_iters", "epochs-and-total-iters"),
     Exclusion("init_from", "pretrained", "init-from-and-pretrained"),
+    Exclusion("qat", "init_from", "qat-and-init-from"),
+    Exclusion("qat", "pretrained", "qat-and-pretrained"),
+    Exclusion("qat", "sync_bn", "qat-and-sync-bn"),
+    Exclusion("search", "model", "search-and-model"),
+    Exclusion("search", "choices", "search-and-choices"),
+    Exclusion("search", "scales", "search-and-scales"),
+    Exclusion("asynchronous", "generation", "asynchronous-and-generation"),
+    Exclusion("macs_limit", "latency_limit", "macs-limit-and-latency-limit"),
+    Exclusion("val_dir", "val_fraction", "val-dir-and-val-fraction"),
+    Exclusion("val_dir", "group_by", "val-dir-and-group-by"),
 )
 
 
@@ -197,7 +250,7 @@ def check_rule(name: str, value: Any, *, field: str | None = None) -> None:
         field: the option to name in the message, where another one takes such a value.
     """
     rule = RULES[name]
-    _require(rule.holds(value), field or name, value, rule.text, rule.code)
+    require_that(rule.holds(value), field or name, value, rule.text, rule.code)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -214,116 +267,14 @@ def check_options(options: Mapping[str, Any]) -> None:
         if all(value is not None and value is not False for _, value in given):
             shown = [option(name) + ("" if value is True else f" (={value})") for name, value in given]
             raise ConfigError(f"{' and '.join(shown)} exclude each other; give one of them", code=pair.code)
+    amp = options.get("amp")
+    if options.get("qat") is not None and amp not in (None, "off"):
+        raise ConfigError(
+            f"--amp (={amp}) computes with fewer bits than --qat, which rounds as int8 does; leave one of them out",
+            code="qat-and-amp",
+        )
 
 
 def check_batch_to_train(batch_size: int) -> None:
     """Raise ConfigError for a batch that batch normalisation cannot train on."""
-    _require(batch_size >= 2, "batch_size", batch_size, "at least 2: batch normalisation needs two images")
-
-
-def check_types(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the value of a field of `TrainConfig` is of another type; other names are ignored."""
-    for name in FIELDS:
-        if name in values:
-            value, expected = values[name], _TYPES[name]
-            fits = isinstance(value, expected) and (expected == (bool,) or not isinstance(value, bool))
-            _require(fits, name, repr(value), f"of type {' or '.join(kind.__name__ for kind in expected)}")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run with every option decided, as stored in its checkpoints and as `config.json`.
-
-    Keys are the command line's options, with underscores.
-
-    Raises:
-        ConfigError: a value cannot work; the message names the option.
-    """
-
-    model: str
-    """Name of the network."""
-    choices: str | None
-    """Branch of each of the network's units, comma-separated; None: the published ones."""
-    scales: str | None
-    """Width of each of the network's units, comma-separated; None: the published ones."""
-    init_from: str | None
-    """Absolute reference of the checkpoint with the initial weights; None: random ones."""
-    pretrained: bool
-    """Start from the weights that torchvision publishes."""
-    train_dir: str | None
-    """Folder of training images, absolute; None means the bundled digits."""
-    val_dir: str | None
-    """Folder of validation images, absolute; None means the bundled digits."""
-    num_classes: int
-    """Width of the classifier, at least the number of classes in the folder."""
-    input_size: int
-    """Height and width of the network's input, pixels."""
-    batch_size: int
-    """Images per iteration."""
-    total_iters: int
-    """Length of the whole run, iterations."""
-    lr: float
-    """Learning rate at the first iteration; it falls linearly to 0."""
-    momentum: float
-    """Momentum of SGD."""
-    weight_decay: float
-    """Weight decay of parameters with two or more dimensions."""
-    label_smooth: float
-    """Share of the target that is spread over all classes."""
-    seed: int
-    """Random seed: initial weights, data order, augmentation, dropout."""
-    mean_image: str | None
-    """Absolute path of the mean image that is subtracted from the input; None: a mean per channel, if any. Each
-    checkpoint holds the image itself."""
-    augment: str
-    """Name of the training augmentation."""
-    on_bad_image: str
-    """On an unreadable image: `fail` or `skip`."""
-    workers: int
-    """Processes that decode images; 0 decodes in the training process."""
-    device: str
-    """`auto`, `cpu`, `mps`, `cuda` or `cuda:N`."""
-    display_interval: int
-    """Iterations between two lines of progress and two metric points."""
-    val_interval: int
-    """Iterations between two passes over the validation set."""
-    save_interval: int
-    """Iterations between two checkpoints."""
-    keep_last: int | None = None
-    """Keep this many of the newest checkpoints; see `checkpoints.retention.Retention`. Without a rule, all are kept."""
-    keep_best: int | None = None
-    """Keep this many of the checkpoints with the highest validation accuracy."""
-    keep_every: int | None = None
-    """Keep the checkpoints whose iteration is a multiple of this."""
-    on_save_error: str = "fail"
-    """On a checkpoint that cannot be written: `fail` or `continue`."""
-    ema_decay: float | None = None
-    """Decay per iteration of a moving average of the weights; None: no average. If there is one, it is what validation
-    and evaluation measure."""
-    micro_batch_size: int | None = None
-    """Most images per forward pass, over which batch normalisation averages; None: the whole batch."""
-    sync_bn: bool = False
-    """Batch normalisation averages over the images of all processes; needs CUDA."""
-    amp: str = "off"
-    """Mixed precision in training: `off`, `bf16`, or `fp16` with a loss scaler. Evaluation is in full precision."""
-    compile: bool = False
-    """Train the network with `torch.compile`: other rounding, minutes of compilation, then possibly faster steps."""
-
-    def __post_init__(self) -> None:
-        values = self.to_dict()
-        check_types(values)
-        check_batch_to_train(self.batch_size)
-        check_options(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values by field."""
-        return asdict(self)
-
-
-FIELDS = tuple(field.name for field in fields(TrainConfig))
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    name: (float, int, *get_args(hint)[1:]) if hint is float or float in get_args(hint) else get_args(hint) or (hint,)
-    for name, hint in get_type_hints(TrainConfig).items()
-}
-"""Field -> types of its values. A whole number may stand for a fraction."""
+    require_that(batch_size >= 2, "batch_size", batch_size, "at least 2: batch normalisation needs two images")
