@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -56,6 +57,31 @@ def usable_cores() -> int:
     return min(cores, _quota() or cores)
 
 
+_CPUINFO = Path("/proc/cpuinfo")
+_KIND = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+"""Linux's names for the maker and the kind of a processor: the first three on x86, the others on Arm."""
+
+
+def processor() -> str:
+    """Return the kind of the processor, such as `AuthenticAMD 25 17`.
+
+    The libraries that PyTorch computes with choose their kernels by it, so that two kinds round differently even where
+    both have the same instructions.
+    """
+    try:
+        lines = (line.partition(":") for line in _CPUINFO.read_text("utf-8").partition("\n\n")[0].splitlines())
+        found = {name.strip(): value.strip() for name, _, value in lines}
+    except (OSError, UnicodeDecodeError):
+        found = {}
+    return " ".join(found[name] for name in _KIND if name in found) or platform.processor() or platform.machine()
+
+
+def local_processes() -> int:
+    """Return how many processes of this job share the machine, as torchrun says."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    return max(1, int(local)) if local.isdecimal() else 1
+
+
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Microseconds of processor time per period, and the period, that a container may use; `max` for no limit."""
 
@@ -73,33 +99,6 @@ def finish(device: torch.device) -> None:
     """Wait for the device to finish."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def compiled(network: nn.Module) -> nn.Module:
-    """Return `network` compiled by `torch.compile`, which happens with the first batch; PyTorch caches the result.
-
-    Each batch size is compiled separately: whether PyTorch would compile one version for all sizes depends on the sizes
-    that it has seen, and a resumed run has not seen the same ones.
-
-    Raises:
-        ConfigError: PyTorch cannot compile here at all.
-    """
-    try:
-        return torch.compile(network, dynamic=False)  # type: ignore[return-value]
-    except RuntimeError as error:
-        raise ConfigError(
-            f"--compile: {str(error).splitlines()[0]}; leave it out", code="compile-unavailable"
-        ) from error
-
-
-def compile_failure(error: RuntimeError) -> ConfigError | None:
-    """Return the error to raise if `error` is a failure to compile; None for any other error."""
-    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return None
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ConfigError(
-        f"--compile: the network cannot be compiled here ({reason}); leave it out", code="compile-failed"
-    )
 
 
 def lack_of_memory(error: RuntimeError) -> ConfigError | None:
@@ -130,3 +129,13 @@ def keep_freed_memory(device: torch.device) -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def repeat_exactly(device: torch.device) -> None:
+    """Let convolutions on an NVIDIA GPU give the same bits each time, as they do on a CPU.
+
+    cuDNN otherwise chooses kernels that add up gradients in varying order: two runs with one seed then differ.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False

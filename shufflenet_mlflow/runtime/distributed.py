@@ -115,12 +115,15 @@ class World:
         received: Value = torch.load(io.BytesIO(data.numpy().data), weights_only=False)
         return received
 
-    def wrap(self, model: nn.Module, device: torch.device, images_NCHW: Tensor) -> nn.Module:
+    def wrap(
+        self, model: nn.Module, device: torch.device, images_NCHW: Tensor, *, uses_parts: bool = False
+    ) -> nn.Module:
         """Return the network wrapped so that its backward pass averages the gradients of all processes.
 
         Args:
             images_NCHW: two or more, of any content, for a first backward pass, after which PyTorch buckets gradients
                 differently and adds them in another order. A resumed run must be past that, like an uninterrupted one.
+            uses_parts: a pass may leave out parameters, the same in all processes; they get no gradient.
         """
         if self.size == 1:
             return model
@@ -129,7 +132,8 @@ class World:
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         devices = [device] if device.type == "cuda" else None
         with losses_reported():
-            wrapped = DistributedDataParallel(model, device_ids=devices, **{buffers: False})  # type: ignore[arg-type]
+            settings = {buffers: False, "find_unused_parameters": uses_parts}
+            wrapped = DistributedDataParallel(model, device_ids=devices, **settings)  # type: ignore[arg-type]
             kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
             outputs = wrapped(images_NCHW)
             several = (outputs,) if isinstance(outputs, Tensor) else outputs
@@ -144,7 +148,8 @@ class World:
         """If the block fails or is stopped in one process, end it in all of them.
 
         Args:
-            signals: also if a signal has arrived meanwhile; otherwise that is left to the next collective.
+            signals: also if a signal has arrived meanwhile; otherwise that is left to the next collective, unless the
+                block raises StopRequested.
 
         Raises:
             StopRequested: a signal has arrived at one of the processes.
@@ -157,6 +162,7 @@ class World:
         except StopRequested:
             if self.size == 1:
                 raise
+            signals = True  # the block itself has given up because of it
         except (LostProcessError, PeerFailedError):
             raise
         except ShuffleNetError as error:
@@ -208,6 +214,8 @@ class World:
             failure, value = None, None
             try:
                 value = fetch()
+            except StopRequested:
+                pass  # the others have to hear of it
             except (LostProcessError, PeerFailedError):
                 raise
             except ShuffleNetError as error:

@@ -5,11 +5,15 @@ folder.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
 import secrets
-from collections.abc import Callable
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,6 +41,49 @@ def sync_folder(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """Open, or create, a regular file in a folder that may come from a stranger; return its descriptor.
+
+    Raises:
+        OSError: it cannot be opened, or is a link, a pipe or a device: a link could lead to any file of the user's.
+    """
+    options = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+    try:
+        descriptor = os.open(path, flags | options, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise _not_regular(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_regular(path)
+    return descriptor
+
+
+def _not_regular(path: Path) -> OSError:
+    return OSError(errno.EINVAL, f"{path.name} is a link, a pipe or a device, and only a regular file is opened")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder that is renamed to `folder` once the block has filled it, or else removed.
+
+    Raises:
+        FileExistsError: `folder` exists and is not empty.
+        OSError: it cannot be created.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(errno.EEXIST, "it exists and is not empty", str(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield aside
+        aside.chmod(0o755)
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -6,20 +6,27 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 import psutil
 
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.runtime.signals import WARNING_SIGNAL, StopFlag
+from shufflenet_mlflow.runtime.signals import PARENT, WARNING_SIGNAL, StopFlag
 from shufflenet_mlflow.runtime.watching import watching
 
 SCONTROL_SECONDS = 30.0
 
 WATCH_SECONDS = 0.5
-"""Seconds between two checks that `mlflow run` is still there."""
+"""Seconds between two checks that the launcher is still there."""
+
+_TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+"""Set by `torchrun` for the processes that it starts."""
+
+ORPHAN_SECONDS = 5.0
+"""Time beyond the grace period for a process whose launcher is gone."""
 
 
 def attempt() -> int:
@@ -37,7 +44,7 @@ def launch_name(options: str, *, requeue: bool) -> str | None:
     slurm, step = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_STEP_ID", "")
     if requeue and slurm:
         return f"slurm-{slurm}-{_digest(f'{step} {options}')[:6]}"
-    if not may_restart() or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+    if not may_restart() or (os.environ.get("GROUP_WORLD_SIZE") or "1") != "1":
         return None
     try:
         agent = psutil.Process(os.getppid())
@@ -62,34 +69,73 @@ def is_last_attempt() -> bool:
 
 
 def _count(variable: str) -> int:
-    text = os.environ.get(variable, "0")
+    text = os.environ.get(variable) or "0"
     return int(text) if text.isdecimal() else 0
 
 
 @contextmanager
-def ended_with_mlflow_run() -> Iterator[None]:
-    """Within the block, send this process SIGTERM once the `mlflow run` that started it is gone.
+def ended_with_launcher(stop: StopFlag) -> Iterator[None]:
+    """Within the block, send this process SIGTERM once the `torchrun` or `mlflow run` that started it is gone.
 
-    `mlflow run` does not pass on the signal that ends it, and its child would train on as an orphan.
+    `mlflow run` does not pass on the signal that ends it, and a killed `torchrun` cannot: their processes would train
+    on as orphans. A process that has not ended when the grace period is over, since it waits for another one, gets the
+    signal again.
     """
-    parent = _parent_mlflow_run()
-    if parent is None:
+    is_gone = _launcher_check()
+    if is_gone is None:
         yield
         return
+    terminated: list[float] = []
 
     def end_if_gone() -> bool:
-        gone = not _is_alive(parent)
-        if gone:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return gone
+        if not terminated:
+            if is_gone():
+                terminated.append(time.monotonic())
+                os.kill(os.getpid(), signal.SIGTERM)
+            return False
+        if time.monotonic() - terminated[0] < stop.grace + ORPHAN_SECONDS:
+            return False
+        os.kill(os.getpid(), signal.SIGTERM)
+        return True
 
-    with watching(end_if_gone, seconds=WATCH_SECONDS, name="watching mlflow run"):
+    with watching(end_if_gone, seconds=WATCH_SECONDS, name="watching the launcher"):
         yield
+
+
+def _launcher_check() -> Callable[[], bool] | None:
+    """Return a function that tells whether the launcher is gone; None if nothing says that there is one.
+
+    The parent of a process that was started with `nohup`, or by a shell that has ended, is gone as a rule.
+    """
+    launcher = _torchrun() if _TORCHRUN_VARIABLE in os.environ else _parent_mlflow_run()
+    if launcher is None:
+        return (lambda: os.getppid() != PARENT) if _TORCHRUN_VARIABLE in os.environ else None
+    return lambda: not _is_alive(launcher)
+
+
+def _torchrun() -> psutil.Process | None:
+    """Return the `torchrun` that started this process, perhaps through a script; None if it cannot be told."""
+    try:
+        ancestor: psutil.Process | None = psutil.Process(PARENT)
+        while ancestor is not None and _TORCHRUN_VARIABLE in ancestor.environ():
+            ancestor = ancestor.parent()
+        return ancestor if os.getppid() == PARENT else None
+    except psutil.Error:
+        return None
+
+
+_BELOW_MLFLOW_RUN = bool(os.environ.get("MLFLOW_RUN_ID"))
+"""The variable is taken out of the environment once the run is known."""
+
+
+def is_below_mlflow_run() -> bool:
+    """Whether `mlflow run` started this process, in the folder of the project."""
+    return _BELOW_MLFLOW_RUN or bool(os.environ.get("MLFLOW_RUN_ID"))
 
 
 def _parent_mlflow_run() -> psutil.Process | None:
     """Return the `mlflow run` that started this process; None if there is none."""
-    if "MLFLOW_RUN_ID" not in os.environ:
+    if not os.environ.get("MLFLOW_RUN_ID"):
         return None
     try:
         ancestors = psutil.Process().parents()
@@ -118,7 +164,7 @@ class Requeue:
     """
 
     def __init__(self, wanted: bool, reporter: Reporter) -> None:
-        self._wanted = wanted and os.environ.get("RANK", "0") == "0"
+        self._wanted = wanted and (os.environ.get("RANK") or "0") == "0"
         self._reporter = reporter
 
     def ask_if_warned(self, stop: StopFlag) -> None:

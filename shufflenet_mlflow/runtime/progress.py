@@ -1,6 +1,7 @@
 """Progress reports: small protocols, and implementations that log."""
 
 import logging
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -75,6 +76,34 @@ class LoggingReporter:
 
     def waiting(self, count: int) -> None:
         pass
+
+
+class PrintingReporter(LoggingReporter):
+    """Prints a line for each report on stderr, for scripts and notebooks."""
+
+    def phase(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Phase]:
+        return SilentPhase()
+
+    def metrics(self, iters: int, values: Mapping[str, float]) -> None:
+        self._print(f"iteration {iters}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}")
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+    def warn(self, text: str) -> None:
+        self._print(f"Warning: {text}")
+
+    def _print(self, text: str) -> None:
+        if sys.stderr is not None:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+
+
+def reporter_of(progress: "bool | Reporter") -> "Reporter":
+    """Return the reporter that a library function's argument `progress` means: print, log, or what is given."""
+    if isinstance(progress, bool):
+        return PrintingReporter() if progress else LoggingReporter()
+    return progress
 
 
 class FollowerReporter(LoggingReporter):

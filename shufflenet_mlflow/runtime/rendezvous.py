@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from shufflenet_mlflow.errors import ConfigError, LostProcessError
+from shufflenet_mlflow.runtime.deadlines import within
 from shufflenet_mlflow.runtime.distributed import World, losses_reported
 from shufflenet_mlflow.runtime.signals import StopFlag
 
@@ -37,7 +39,7 @@ def joined(stop: StopFlag) -> Iterator[World]:
         LostProcessError: the others do not answer.
         StopRequested: a signal has arrived.
     """
-    if any(name not in os.environ for name in VARIABLES):
+    if not all(map(os.environ.get, VARIABLES)):
         yield World(stop=stop)
         return
     world = _world_of_environment(stop)
@@ -46,13 +48,9 @@ def joined(stop: StopFlag) -> Iterator[World]:
         return
     if torch.cuda.is_available() and world.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(world.local_rank)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with losses_reported():
-        store = _store_of_attempt(world)
-        if store is None:
-            dist.init_process_group(backend, timeout=TIMEOUT)
-        else:
-            dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=world.rank, world_size=world.size)
+    with losses_reported(), stop.at_once():
+        # In a thread: PyTorch waits for the others in native code, where no signal is heard.
+        within(2 * TIMEOUT.total_seconds(), partial(_join, world))
     try:
         yield world
     finally:
@@ -60,11 +58,21 @@ def joined(stop: StopFlag) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def _join(world: World) -> None:
+    """Wait for the other processes, and form the group with them."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store = _store_of_attempt(world)
+    if store is None:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=world.rank, world_size=world.size)
+
+
 def _world_of_environment(stop: StopFlag) -> World:
     """Return what the launcher's variables say about this process."""
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        local_rank = int(os.environ.get("LOCAL_RANK") or rank)
         int(os.environ["MASTER_PORT"])  # PyTorch reads it
     except ValueError as error:
         names = "RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT"
