@@ -3,13 +3,14 @@
 import contextlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from shufflenet_mlflow.checkpoints.manifest import MANIFEST_SUFFIX, CheckpointManifest, manifest_path, read_manifest
 from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
 from shufflenet_mlflow.checkpoints.verification import VerifiedCheckpoint, open_checkpoint
-from shufflenet_mlflow.errors import CheckpointError, UnresolvedError
+from shufflenet_mlflow.errors import CheckpointError, UnreadableCheckpointError, UnresolvedError
 from shufflenet_mlflow.runtime.files import remove_temporaries, sync_folder, temporary_beside
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ class Resolved:
     checkpoint: VerifiedCheckpoint
     run_id: str | None = None
     """The run that it was fetched from; None for a file that was found on the disk."""
+    writer: str | None = None
+    """Token of the process that had that run when it was fetched; None if that is not known."""
 
     @property
     def path(self) -> Path:
@@ -101,27 +104,37 @@ def resolve_file(path: Path) -> Resolved:
     return Resolved(open_checkpoint(path))
 
 
-def newest_valid(directory: Path) -> Resolved | None:
+def newest_valid(
+    directory: Path, accepts: Callable[[VerifiedCheckpoint], bool] = lambda checkpoint: True
+) -> Resolved | None:
     """Return the newest checkpoint in `directory` that verifies; None if there is no checkpoint.
 
-    Those that fail are named in the log and skipped.
+    Those that fail are named in the log and skipped. One that cannot be read may be intact: an older one does not
+    take its place.
+
+    Args:
+        accepts: says whether a checkpoint that verifies is meant.
 
     Raises:
+        UnreadableCheckpointError: the disk does not give the newest one.
         UnresolvedError: there are checkpoints, and all of them failed.
     """
     failures: list[CheckpointError] = []
     for path in list_checkpoints(directory):
         try:
             resolved = resolve_file(path)
+        except UnreadableCheckpointError:
+            raise
         except CheckpointError as error:
             logger.warning("skipped: %s", error)
             failures.append(error)
             continue
-        logger.debug("the newest checkpoint in %s that verifies: %s", directory, path.name)
-        return resolved
+        if accepts(resolved.checkpoint):
+            logger.debug("the newest checkpoint in %s that verifies: %s", directory, path.name)
+            return resolved
     if failures:
         raise UnresolvedError(
-            f"{str(directory)!r}: none of its {len(failures)} checkpoints verifies; the newest: {failures[0]}",
+            f"{str(directory)!r}: no checkpoint verifies ({len(failures)} tried); the newest: {failures[0]}",
             code="none-verifies",
         )
     return None

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from shufflenet_mlflow.checkpoints.marks import mark_of
 from shufflenet_mlflow.checkpoints.plain import bare_key, bare_state_dict, is_plain_tensor
 from shufflenet_mlflow.checkpoints.schema import EMA_STATE_DICT, STATE_DICT, is_own
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, MismatchError
-from shufflenet_mlflow.runtime.text import name_some
+from shufflenet_mlflow.runtime.text import counted, name_some
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.reshaped or self.reset)
 
     def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors loaded"]
+        parts = [f"{counted(len(self.loaded), 'tensor')} loaded"]
         for outcome in ("missing", "unexpected", "reshaped", "reset"):
             if names := getattr(self, outcome):
                 parts.append(f"{len(names)} {outcome}: {name_some(names, _NAMED, shown_as=_shortened)}")
@@ -99,17 +100,38 @@ def _linear_layers(model: nn.Module) -> list[str]:
     return [bare_key(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
+def has_no_classes(model: nn.Module) -> bool:
+    """Whether it is a network of the catalog that was built with `num_classes=0`; it may be wrapped."""
+    return any(getattr(module, "num_classes", None) == 0 for module in model.modules())
+
+
 def head_of(model: nn.Module) -> str | None:
-    """Return the bare name of the classifier: the last linear layer outside the auxiliary heads."""
+    """Return the bare name of the classifier: the mark's, or the last linear layer outside the auxiliary heads.
+
+    None if there is none.
+    """
+    mark = mark_of(model)
+    if mark is not None and "head" in mark:
+        return str(mark["head"])
+    if has_no_classes(model):
+        return None
     names = [name for name in _linear_layers(model) if not name.startswith(AUXILIARY_PREFIX)]
     return names[-1] if names else None
 
 
 def _class_layers(model: nn.Module) -> set[str]:
     """Return the bare names of the layers that output classes: the classifier and those of the auxiliary heads."""
+    mark = mark_of(model)
+    if mark is not None and "class_layers" in mark:
+        return set(mark["class_layers"])
     auxiliary = {name for name in _linear_layers(model) if name.startswith(AUXILIARY_PREFIX)}
     head = head_of(model)
     return auxiliary | ({head} if head is not None else set())
+
+
+def _removed_layers(model: nn.Module) -> set[str]:
+    """Return the bare names of the layers that return their input, such as in the place of a classifier."""
+    return {bare_key(name) for name, module in model.named_modules() if isinstance(module, nn.Identity)}
 
 
 def _layer_of(key: str) -> str:
@@ -133,21 +155,23 @@ def _compare(model: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, rese
     )
 
 
-def _without_tolerated(report: LoadReport, head: str | None) -> LoadReport:
+def _without_tolerated(report: LoadReport, heads: set[str], unused: set[str], *, has_auxiliary: bool) -> LoadReport:
     """Return the report without the differences that `strict=False` tolerates.
 
     Args:
-        head: the layer whose width may differ, if any.
+        heads: the layers whose width may differ.
+        unused: layers of the checkpoint that the network has no use for.
+        has_auxiliary: auxiliary heads may be missing or differ.
     """
 
     def is_needed(key: str) -> bool:
-        return not key.startswith(AUXILIARY_PREFIX)
+        return not (has_auxiliary and key.startswith(AUXILIARY_PREFIX)) and _layer_of(key) not in unused
 
     return LoadReport(
         loaded=report.loaded,
         missing=tuple(filter(is_needed, report.missing)),
         unexpected=tuple(filter(is_needed, report.unexpected)),
-        reshaped=tuple(key for key in report.reshaped if is_needed(key) and _layer_of(key) != head),
+        reshaped=tuple(key for key in report.reshaped if is_needed(key) and _layer_of(key) not in heads),
     )
 
 
@@ -160,28 +184,14 @@ def load_checkpoint(
     ema: bool = True,
     source: str | None = None,
 ) -> LoadReport:
-    """Load the weights of `checkpoint` into `model`.
+    """Load the weights of a file, or of its content, into `model`; the public `load_checkpoint` takes references, too.
 
-    Names match even if DataParallel, DDP or torch.compile wraps either side. If loading fails, the model is unchanged.
+    Arguments, result and errors that are not described here are those of `shufflenet_mlflow.load_checkpoint`.
 
     Args:
-        model: takes the weights; it may be wrapped.
         checkpoint: a file, which is verified and read without running its code; or the content of one: a dict with
             `state_dict`, or a bare state dict.
-        strict: require every tensor to match. Otherwise the auxiliary `predict_*` heads may be missing or differ.
-        reset_head: with `strict=False`, leave a classifier of another width as it is in `model`; with "always", also
-            one of the same width, such as for other classes of the same number.
-        ema: prefer the moving average of the weights, as evaluation does.
         source: what to call the checkpoint in messages; by default the file's name.
-
-    Returns:
-        The names of all tensors, by what happened to them. Tensors that were not loaded are also logged.
-
-    Raises:
-        ValueError: `reset_head` is given with `strict=True`.
-        MismatchError: tensors are missing, unexpected or of another shape; the message names the first of them, its
-            `report` all.
-        CheckpointError: the file cannot be used, or holds no state dict.
     """
     if strict and reset_head:
         raise ValueError("reset_head needs strict=False")
@@ -195,7 +205,12 @@ def load_checkpoint(
         weights,
         reset=_class_layers(model) if reset_head == "always" else set(),
     )
-    faults = report if strict else _without_tolerated(report, head_of(model) if reset_head else None)
+    faults = report
+    if not strict:
+        heads = _class_layers(model) if reset_head else set()
+        unused = _removed_layers(model) if has_no_classes(model) else set()
+        is_registered = "head" in (mark_of(model) or {})  # where a name may begin as the auxiliary heads' do
+        faults = _without_tolerated(report, heads, unused, has_auxiliary=not is_registered)
     if not faults.is_complete:
         shapes = "".join(
             f"; {key} is {tuple(weights[key].shape)} in the checkpoint, {tuple(state_dict[names[key]].shape)} here"

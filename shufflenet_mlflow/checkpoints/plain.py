@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from shufflenet_mlflow.checkpoints.names import LARGEST_COUNT
 from shufflenet_mlflow.errors import CheckpointError
 
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -29,6 +31,30 @@ def is_plain_tensor(value: Any) -> bool:
         and not value.is_meta
         and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
     )
+
+
+def plain_number(value: Any, name: str) -> float | None:
+    """Return a number out of Python's own types, of numpy's or in a tensor with one element; None for None.
+
+    Args:
+        name: what to call it in messages.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    is_single = isinstance(value, Tensor | np.generic | np.ndarray) and value.ndim == 0
+    number = value.item() if is_single else value
+    if not isinstance(number, (int, float, type(None))):
+        raise CheckpointError(f"{name} is {_shown(value)}; give a number", code="value-not-number")
+    if isinstance(number, int) and abs(number) > LARGEST_COUNT:
+        raise CheckpointError(f"{name} is beyond {LARGEST_COUNT:.0e}; give a smaller number", code="value-too-large")
+    return number
+
+
+def _shown(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    kind = f"a {type(value).__name__}"
+    return kind if shape is None else f"{kind} of shape {tuple(shape)}"
 
 
 def bare_key(key: str) -> str:
@@ -84,8 +110,17 @@ def to_plain(value: Any, where: str = "state", *, convert: Callable[[Tensor], Te
 
     try:
         return _plain(value, convert_once)
+    except RecursionError:
+        raise too_deep(where) from None
     except _NotPlainError:
         raise CheckpointError(_describe_not_plain(value, where) or where, code="state-not-plain") from None
+
+
+def too_deep(where: str) -> CheckpointError:
+    """Return the error for a state that is nested too deeply."""
+    return CheckpointError(
+        f"{where} holds lists or dicts that are nested too deeply, or in themselves", code="state-too-deep"
+    )
 
 
 def _is_same_view(first: Tensor, second: Tensor) -> bool:
@@ -106,6 +141,8 @@ def _plain(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     if kind in _PLAIN:
         return value
     if isinstance(value, Tensor):
+        if value.is_meta:
+            raise _NotPlainError
         return convert(value)
     if isinstance(value, Mapping):
         if any(not isinstance(key, (str, int)) for key in value):
@@ -114,6 +151,8 @@ def _plain(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_plain(item, convert) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+        return value.item()
     if isinstance(value, (bool, int, float, str)):  # subclasses, such as numpy.float64 or an enum
         return next(kind(value) for kind in (bool, int, float, str) if isinstance(value, kind))
     raise _NotPlainError
@@ -131,7 +170,11 @@ def _describe_not_plain(value: Any, where: str) -> str | None:
     if isinstance(value, (list, tuple)):
         messages = (_describe_not_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
         return next(filter(None, messages), None)
+    if isinstance(value, Tensor) and value.is_meta:
+        return f"{where} is a tensor on the device meta, which has no values"
     if value is None or isinstance(value, (Tensor, bool, int, float, str, bytes)):
+        return None
+    if isinstance(value, np.generic) and value.dtype.kind in "biuf":
         return None
     return (
         f"{where} holds a {type(value).__module__}.{type(value).__qualname__}; a checkpoint takes tensors, "

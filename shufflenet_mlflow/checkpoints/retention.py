@@ -53,8 +53,7 @@ class Retention:
 
 
 def best_first(checkpoints: Sequence[CheckpointManifest]) -> list[CheckpointManifest]:
-    """Return the validated checkpoints, highest accuracy first, equal ones earliest first. NaN is not an accuracy."""
-    validated = [
-        manifest for manifest in checkpoints if manifest.val_top1 is not None and not math.isnan(manifest.val_top1)
-    ]
-    return sorted(validated, key=lambda manifest: (-(manifest.val_top1 or 0.0), manifest.iters))
+    """Return the validated checkpoints, best first, equal ones earliest first. NaN is not an accuracy."""
+    scored = [(manifest.score, manifest) for manifest in checkpoints]
+    validated = [(score, manifest) for score, manifest in scored if score is not None and not math.isnan(score)]
+    return [manifest for _, manifest in sorted(validated, key=lambda pair: (-pair[0], pair[1].iters))]

@@ -28,10 +28,10 @@ _REQUIRED: dict[str, tuple[type, ...]] = {
     "meter_state": (list,),  # training loss and accuracy since the last report
     "best": (dict, _NONE),  # of the best validation: {"val_top1": float, "iters": int}
     "rng_state": (dict,),  # {"cpu": generator state}
-    "model": (dict,),  # arguments of `create_model`: {"name": str, "kwargs": dict}
+    "model": (dict,),  # of `create_model`: {"name": str, "kwargs": dict}, and perhaps {"package": str}
     "preprocess": (dict,),  # see `Preprocess.to_dict`
     "class_to_idx": (dict,),  # class name -> label
-    "config": (dict,),  # the `TrainConfig`
+    "config": (dict,),  # the `RunConfig`
     "data": (dict,),  # {"train_digest": str, "val_digest": str}
     "run_id": (str, _NONE),  # the MLflow run
 }
@@ -40,11 +40,16 @@ _REQUIRED: dict[str, tuple[type, ...]] = {
 _OPTIONAL: dict[str, tuple[type, ...]] = {
     EMA_STATE_DICT: (dict,),
     "scaler_state_dict": (dict,),  # of the loss scaler, with --amp fp16
+    "validations_since_best": (int,),  # validations after the best one
+    "teacher": (str,),  # digest of the weights that training distils from
     "environment": (dict,),  # versions of libraries, device, threads, processes
 }
 """Further entries. Only for the reader, and unchecked: `sampler_state`, `created_at`."""
 
 RESUME_KEYS = tuple(_REQUIRED)
+
+_DESCRIBING = (STATE_DICT, EMA_STATE_DICT, "iters", "model", "preprocess", "class_to_idx", "run_id")
+"""The entries with a meaning in any file; the others are the script's own, unless they are all there."""
 
 
 def is_own(payload: Mapping[str, Any]) -> bool:
@@ -56,7 +61,8 @@ def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: s
     """Check that a checkpoint of this project follows the schema.
 
     Args:
-        needed: the entries that must be present; the others are checked if they are.
+        needed: the entries that must be present; the others are checked if they are, but in a file that a script has
+            saved, most of them can be anything.
         source: what to call the checkpoint in messages.
 
     Raises:
@@ -74,32 +80,44 @@ def check_payload(payload: Mapping[str, Any], needed: tuple[str, ...], source: s
             f"{source} was not written by this project's training: it lacks {name_some(missing)}{hint}",
             code="entries-missing",
         )
+    is_of_training = all(key in payload for key in RESUME_KEYS)
     for key, types in {**_REQUIRED, **_OPTIONAL}.items():
+        if not (is_of_training or key in _DESCRIBING):
+            continue
         if key in payload and not _is(payload[key], types):
             expected = " or ".join("None" if kind is _NONE else kind.__name__ for kind in types)
             raise CheckpointError(
                 f"{source}: its {key!r} is a {type(payload[key]).__name__}, not {expected}", code="entry-type"
             )
     _check_contents(payload, source)
+    best = payload.get("best")
+    if not is_of_training or best is None:
+        return
+    if not (_is(best.get("val_top1"), (float, int)) and _is(best.get("iters"), (int,))):
+        raise CheckpointError(
+            f"{source}: its 'best' is {best!r}, without the numbers 'val_top1' and 'iters'", code="best-entry-invalid"
+        )
+
+
+def check_class_names(class_to_idx: Mapping[Any, Any], source: str) -> None:
+    """Raise CheckpointError unless classes are names, each with a label of its own."""
+    labels = set()
+    for name, label in class_to_idx.items():
+        if not (isinstance(name, str) and _is(label, (int,)) and label >= 0 and label not in labels):
+            raise CheckpointError(
+                f"{source}: its 'class_to_idx' holds {name!r}: {label!r}, not a name and a label of its own",
+                code="class-names-invalid",
+            )
+        labels.add(label)
 
 
 def _check_contents(payload: Mapping[str, Any], source: str) -> None:
-    for name, label in payload.get("class_to_idx", {}).items():
-        if not (isinstance(name, str) and _is(label, (int,))):
-            raise CheckpointError(
-                f"{source}: its 'class_to_idx' holds {name!r}: {label!r}, not a name and a label",
-                code="class-names-invalid",
-            )
+    check_class_names(payload.get("class_to_idx", {}), source)
     model = payload.get("model")
     if model is not None and not (isinstance(model.get("name"), str) and isinstance(model.get("kwargs"), dict)):
         raise CheckpointError(f"{source}: its 'model' does not name a network", code="model-entry-invalid")
     if payload.get("iters", 0) < 0:
         raise CheckpointError(f"{source}: its 'iters' is {payload['iters']}, below 0", code="iters-entry-invalid")
-    best = payload.get("best")
-    if best is not None and not (_is(best.get("val_top1"), (float, int)) and _is(best.get("iters"), (int,))):
-        raise CheckpointError(
-            f"{source}: its 'best' is {best!r}, without the numbers 'val_top1' and 'iters'", code="best-entry-invalid"
-        )
 
 
 def _is(value: Any, types: tuple[type, ...]) -> bool:

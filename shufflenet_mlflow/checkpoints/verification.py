@@ -5,17 +5,26 @@ member's CRC is checked before anything is loaded, and size and SHA-256 if there
 """
 
 import collections
+import contextlib
+import errno
 import os
 import pickle
 import re
 import stat
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from shufflenet_mlflow.checkpoints.claims import LARGEST_PICKLE, FalseClaimError, check_claims
 from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, read_manifest
-from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from shufflenet_mlflow.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    UnreadableCheckpointError,
+    UnsafeCheckpointError,
+)
 from shufflenet_mlflow.runtime.files import sha256_of
 
 _DOS_FOLDER = 0x10
@@ -55,10 +64,11 @@ class VerifiedCheckpoint:
         Raises:
             CorruptCheckpointError: the file was replaced, and verification failed; or it is being written to.
             UnsafeCheckpointError: the file holds more than tensors and plain containers.
-            CheckpointError: the file cannot be opened, or holds something else than a checkpoint.
+            UnreadableCheckpointError: the disk does not give the file.
+            CheckpointError: the file does not exist, or holds something else than a checkpoint.
         """
         if self._payload is None:
-            with _opened(self.path) as file:
+            with _opened(self.path) as file, _io_errors(self.path):
                 identity = _identity(file)
                 if identity != self._identity:
                     _verify(self.path, file, self._manifest)
@@ -95,10 +105,11 @@ def open_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None
 
     Raises:
         CorruptCheckpointError: the file is truncated or altered, or does not match the manifest.
-        CheckpointError: the file cannot be opened.
+        UnreadableCheckpointError: the disk does not give the file.
+        CheckpointError: the file does not exist.
     """
     path = Path(path)
-    with _opened(path) as file:
+    with _opened(path) as file, _io_errors(path):
         manifest = manifest or read_manifest(path)
         identity = _identity(file)
         payload = _verify(path, file, manifest)
@@ -130,15 +141,39 @@ def _opened(path: Path) -> BinaryIO:
     except FileNotFoundError:
         raise CheckpointError(f"the checkpoint {str(path)!r} does not exist", code="checkpoint-missing") from None
     except OSError as error:
-        raise CheckpointError(
-            f"cannot open the checkpoint {str(path)!r}: {error.strerror}", code="checkpoint-unreadable"
-        ) from None
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError | str) -> UnreadableCheckpointError:
+    reason = error if isinstance(error, str) else error.strerror or str(error)
+    return UnreadableCheckpointError(
+        f"cannot read the checkpoint {str(path)!r}: {reason}; make it readable, or move it elsewhere to go on "
+        "without it",
+        code="checkpoint-unreadable",
+    )
+
+
+@contextlib.contextmanager
+def _io_errors(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into one that does not blame the file."""
+    try:
+        yield
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _blames_the_disk(error: BaseException) -> bool:
+    """Whether an error while reading says nothing about the content.
+
+    A damaged file can lead to a place that does not exist, which is also an OSError.
+    """
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.EOVERFLOW)
 
 
 def _verify(path: Path, file: BinaryIO, manifest: CheckpointManifest | None) -> Any:
     """Return what a file in the old format holds, since it was loaded for that; otherwise None."""
     if manifest is not None:
-        size = file.seek(0, 2)
+        size = os.fstat(file.fileno()).st_size
         if size != manifest.bytes:
             raise CorruptCheckpointError(
                 f"{str(path)!r} is corrupt: it has {size} bytes, its manifest says {manifest.bytes}",
@@ -163,9 +198,13 @@ def _verify(path: Path, file: BinaryIO, manifest: CheckpointManifest | None) -> 
 def _verify_zip(path: Path, file: BinaryIO) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
-            strange = _strange_member(archive.infolist())
-            bad = archive.testzip()
+            strange = _strange_member(archive.infolist(), os.fstat(file.fileno()).st_size)
+            bad = archive.testzip() if strange is None else None  # a compressed member could be of any size
+            if strange is None and bad is None:
+                _check_pickle(archive)
     except Exception as error:
+        if _blames_the_disk(error):
+            raise
         whole = str(error) != "File is not a zip file"  # whose directory stands at its end
         reason = str(error) if whole else "it was cut short; fetch or copy it again"
         raise CorruptCheckpointError(f"{str(path)!r} is corrupt: {reason}", code="zip-damaged") from error
@@ -178,18 +217,61 @@ def _verify_zip(path: Path, file: BinaryIO) -> None:
     file.seek(0)
 
 
-def _strange_member(members: list[zipfile.ZipInfo]) -> str | None:
+def _check_pickle(archive: zipfile.ZipFile) -> None:
+    """Compare the pickle's claims about its storages with the members that hold them."""
+    root = archive.namelist()[0].partition("/")[0]
+    sizes = {member.filename: member.file_size for member in archive.infolist()}
+    size = sizes.get(f"{root}/data.pkl")
+    if size is None:
+        return  # loading says what is missing
+    if size > LARGEST_PICKLE:
+        raise FalseClaimError(f"its data.pkl has {size} bytes, more than PyTorch writes for any network")
+    folder = f"{root}/data/"
+    storages = {name.removeprefix(folder): size for name, size in sizes.items() if name.startswith(folder)}
+    check_claims(archive.read(f"{root}/data.pkl"), storages)
+
+
+def _strange_member(members: list[zipfile.ZipInfo], total: int) -> str | None:
     """Return the name of a member that PyTorch's reader might read differently from Python's, or None.
 
     One flipped bit in the zip directory is enough: PyTorch reads a tensor that is marked as a folder as uninitialised
     memory, although its CRC is right.
     """
     names = collections.Counter(member.filename for member in members)
+    end = 0
+    for member in sorted(members, key=lambda member: member.header_offset):
+        if member.header_offset < end or member.file_size != member.compress_size:  # they overlap
+            return member.filename
+        end = member.header_offset + member.file_size
+        if end > total:
+            return member.filename
     for member in members:
         is_folder = member.is_dir() or member.external_attr & _DOS_FOLDER
         if is_folder or member.compress_type != zipfile.ZIP_STORED or names[member.filename] > 1:
             return member.filename
     return None
+
+
+MOST_VALUES = 5_000_000
+"""Values in a checkpoint, a tensor counting as one; those of large networks have some thousands."""
+
+
+def _require_finite(payload: Any) -> None:
+    """Raise RuntimeError if a payload is too large once it is written out.
+
+    A list that holds another one ten times, which holds another one ten times, is small in memory and in the file.
+    """
+    waiting, count = [payload], 1
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            continue
+        parts = [value] if not isinstance(value, Mapping) else [value, value.values()]
+        count += sum(map(len, parts))
+        if count > MOST_VALUES:
+            raise RuntimeError(f"it holds more than {MOST_VALUES} values, most of them in several places")
+        for part in parts:
+            waiting.extend(part)
 
 
 def _load(path: Path, file: BinaryIO) -> Any:
@@ -198,7 +280,9 @@ def _load(path: Path, file: BinaryIO) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
+            payload = torch.load(file, map_location="cpu", weights_only=True)
+            _require_finite(payload)
+            return payload
     except pickle.UnpicklingError as error:
         match = _GLOBAL.search(str(error))
         if match is None:
@@ -213,6 +297,10 @@ def _load(path: Path, file: BinaryIO) -> Any:
             code="unsafe-content",
         ) from error
     except Exception as error:
+        if _blames_the_disk(error):
+            raise
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise _unreadable(path, "there is not enough memory") from error
         told = isinstance(error, (RuntimeError, EOFError)) and str(error)
         reason = str(error).splitlines()[0] if told else "it is damaged, or not a file that torch.save wrote"
         raise CorruptCheckpointError(

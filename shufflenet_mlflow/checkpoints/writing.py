@@ -20,7 +20,7 @@ from shufflenet_mlflow.checkpoints.manifest import (
     write_manifest,
 )
 from shufflenet_mlflow.checkpoints.names import checkpoint_name
-from shufflenet_mlflow.checkpoints.plain import bare_state_dict, to_plain
+from shufflenet_mlflow.checkpoints.plain import bare_state_dict, plain_number, to_plain
 from shufflenet_mlflow.checkpoints.schema import EMA_STATE_DICT, FORMAT_VERSION, STATE_DICT
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.runtime.files import sha256_of, sync_folder, write_atomically
@@ -61,6 +61,15 @@ class _HashingWriter:
         self._file.flush()
 
 
+class Monitor(NamedTuple):
+    """The metric that decides which checkpoint is the best."""
+
+    name: str
+    value: float | None
+    mode: str
+    """`max` or `min`."""
+
+
 @dataclass(frozen=True)
 class PreparedCheckpoint:
     """A checkpoint ready to be written."""
@@ -70,6 +79,7 @@ class PreparedCheckpoint:
     iters: int
     tag: str
     val_top1: float | None
+    monitor: Monitor | None = None
 
     @property
     def file_name(self) -> str:
@@ -85,6 +95,7 @@ def prepare_checkpoint(
     loss: float | None = None,
     val_top1: float | None = None,
     run_id: str | None = None,
+    monitor: Monitor | None = None,
     as_plain: Callable[[Mapping[str, Any]], dict[str, Any]] = to_plain,
 ) -> PreparedCheckpoint:
     """Bring `state` into the form of the file; arguments as for `write_checkpoint`.
@@ -98,16 +109,16 @@ def prepare_checkpoint(
     """
     if not isinstance(state.get(STATE_DICT), Mapping):
         raise CheckpointError(
-            f"a checkpoint needs a {STATE_DICT!r}; this state has {sorted(state)}", code="state-without-state-dict"
+            f"a checkpoint needs a {STATE_DICT!r}, or the network as 'model'; this state has {sorted(state)}",
+            code="state-without-state-dict",
         )
     checkpoint_name(iters, tag)  # raises
     epoch = state.get("epoch") if epoch is None else epoch
     loss = state.get("loss") if loss is None else loss
-    for name, value in (("epoch", epoch), ("loss", loss), ("val_top1", val_top1)):
-        if not isinstance(value, (int, float, type(None))):
-            raise CheckpointError(
-                f"{name} is a {type(value).__name__}; give a number, such as {name}.item()", code="value-not-number"
-            )
+    loss, val_top1 = plain_number(loss, "loss"), plain_number(val_top1, "val_top1")
+    epoch = plain_number(epoch, "epoch")  # type: ignore[assignment]  # fractions of an epoch are kept
+    if epoch is not None and epoch < 0:
+        raise CheckpointError(f"epoch (={epoch}) must not be negative", code="epoch-negative")
     payload = as_plain(
         {
             **state,
@@ -120,7 +131,7 @@ def prepare_checkpoint(
             "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
     )
-    return PreparedCheckpoint(payload, iters, tag, val_top1)
+    return PreparedCheckpoint(payload, iters, tag, val_top1, monitor)
 
 
 def write_checkpoint(
@@ -184,6 +195,8 @@ def _write(prepared: PreparedCheckpoint, path: Path) -> CheckpointManifest:
     replaces = os.path.exists(path)  # unlike Path.exists, never raises
     manifests: list[CheckpointManifest] = []
 
+    monitor = prepared.monitor
+
     def write(file: BinaryIO) -> None:
         sha256, size = _save(prepared.payload, file, path)
         manifest = CheckpointManifest(
@@ -194,6 +207,9 @@ def _write(prepared: PreparedCheckpoint, path: Path) -> CheckpointManifest:
             val_top1=finite(prepared.val_top1),
             sha256=sha256,
             bytes=size,
+            monitor=monitor.name if monitor is not None else None,
+            value=finite(monitor.value) if monitor is not None else None,
+            mode=monitor.mode if monitor is not None else None,
         )
         manifests.append(manifest)
         if not replaces:
