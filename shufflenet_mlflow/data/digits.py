@@ -4,15 +4,13 @@
 enlarged to 32x32. Every fifth image of a class is for validation.
 """
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from shufflenet_mlflow.errors import DataError
+from shufflenet_mlflow.runtime.files import new_folder
 
 SIZE = 32
 """Height and width of the images."""
@@ -50,18 +48,12 @@ def write_digits(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise DataError(
-                f"{str(folder)!r} exists and is not empty; name a new folder", code="digits-folder-not-empty"
-            )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with new_folder(folder) as aside:
             _write_images(aside)
-            aside.chmod(0o755)
-            os.replace(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    except FileExistsError as error:
+        raise DataError(
+            f"{str(folder)!r} exists and is not empty; name a new folder", code="digits-folder-not-empty"
+        ) from error
     except OSError as error:
         raise DataError(
             f"cannot write the digits to {str(folder)!r}: {error.strerror}; name another folder",

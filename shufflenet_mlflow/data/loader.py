@@ -1,10 +1,12 @@
 """Loading of image batches, decoded in worker processes."""
 
+import logging
 import os
 import shutil
-import signal
+import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +16,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from shufflenet_mlflow.data.augment import seeded
-from shufflenet_mlflow.data.decode import UnreadableImageError, decode
+from shufflenet_mlflow.data.decode import open_picture
+from shufflenet_mlflow.data.formats import UnreadableImageError
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.data.preprocess import Transform
+from shufflenet_mlflow.data.remarks import remarks
+from shufflenet_mlflow.data.rgb import NEARLY_BLANK
 from shufflenet_mlflow.data.sampler import Key, derive_seed
+from shufflenet_mlflow.data.workers import LoadedBatches, start_worker
 from shufflenet_mlflow.errors import BadImageError, DataError
-from shufflenet_mlflow.runtime.devices import usable_cores
+from shufflenet_mlflow.runtime.devices import local_processes, usable_cores
 from shufflenet_mlflow.runtime.signals import StopFlag
+
+logger = logging.getLogger(__name__)
 
 PREFETCHED = 2
 """Batches that each worker loads in advance."""
@@ -43,6 +51,13 @@ class BadImage(NamedTuple):
         return f"{self.path!r} is not a readable image ({self.reason})"
 
 
+class Remark(NamedTuple):
+    """A warning about a file that was decoded all the same."""
+
+    path: str
+    text: str
+
+
 class Batch(NamedTuple):
     """One batch, still on the CPU."""
 
@@ -56,6 +71,8 @@ class Batch(NamedTuple):
     """float32, lighting noise on the 0-255 scale, to be added to all pixels of an image; None without it."""
     bad: tuple[BadImage, ...]
     """The files of this batch that could not be decoded."""
+    remarks: tuple[Remark, ...] = ()
+    """Warnings about files of this batch, which were decoded all the same."""
 
 
 class Item(NamedTuple):
@@ -68,10 +85,11 @@ class Item(NamedTuple):
     """Index in the listing."""
     shift_C: Tensor | None
     bad: tuple[BadImage, ...]
+    remarks: tuple[Remark, ...] = ()
 
 
 class ImageDataset(Dataset[Item]):
-    """The images of a listing, decoded and transformed; its keys are (epoch, index of the sample).
+    """The images of a listing, decoded and transformed; its keys are those of `SampleOrder`.
 
     Every random draw of the transform is a function of seed and key, so it does not matter which process loads an
     image.
@@ -101,18 +119,18 @@ class ImageDataset(Dataset[Item]):
         return len(self.listing)
 
     def __getitem__(self, key: Key) -> Item:
-        epoch, requested = key
+        requested = key[1]
         bad: list[BadImage] = []
         for offset in range(len(self) if self.replace_bad else 1):
             index = (requested + offset) % len(self)
             sample = self.listing.samples[index]
             path = str(self.listing.root / sample.path)
             try:
-                pixels_HWC = decode(path)
-                with seeded(derive_seed(self.seed, epoch, requested)):
-                    image_CHW = self.transform(pixels_HWC)
+                with remarks() as found, seeded(derive_seed(self.seed, *key)):
+                    image_CHW = self.transform(open_picture(path, self.transform.reading))
                     shift_C = self.lighting() if self.lighting else None
-                return Item(image_CHW, sample.label, index, shift_C, tuple(bad))
+                noted = tuple(Remark(path, text) for text in found)
+                return Item(image_CHW, sample.label, index, shift_C, tuple(bad), noted)
             except UnreadableImageError as error:
                 bad.append(BadImage(path, str(error)))
         return Item(None, -1, -1, None, tuple(bad))
@@ -132,17 +150,14 @@ def collate(items: list[Item]) -> Batch:
         torch.tensor(indices, dtype=torch.int64),
         torch.stack(shifts) if shifts else None,
         bad,
+        tuple(remark for item in items for remark in item.remarks),
     )
 
 
-def _start_worker(_worker_id: int) -> None:
-    """Ignore signals such as Ctrl-C, which reach the whole process group: the main process handles them.
-
-    The loader stops its workers through a queue, and they exit once their parent is gone.
-    """
-    for signum in StopFlag.SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+def _start_worker(_worker_id: int, *, parent: int, dies_with_parent: bool) -> None:
+    start_worker(parent, dies_with_parent)
     cv2.setNumThreads(0)
+    warnings.simplefilter("ignore")  # those about files come with the batch
 
 
 def make_loader(
@@ -159,7 +174,11 @@ def make_loader(
         prefetch_factor=PREFETCHED if workers else None,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(
+            _start_worker,
+            parent=os.getpid(),
+            dies_with_parent=threading.current_thread() is threading.main_thread(),
+        ),
         generator=torch.Generator(),
     )
 
@@ -174,6 +193,7 @@ class BadImageLog:
     def __init__(self, *, skip: bool) -> None:
         self.skip = skip
         self.seen: dict[str, str] = {}
+        self._remarked: set[Remark] = set()
 
     def new_in(self, batch: Batch) -> list[BadImage]:
         """Return the unreadable files of this batch that were not met before.
@@ -181,6 +201,12 @@ class BadImageLog:
         Raises:
             BadImageError: there is one, and `skip` is False.
         """
+        for remark in batch.remarks:
+            if remark not in self._remarked:
+                is_first = remark.text not in {before.text for before in self._remarked}
+                self._remarked.add(remark)
+                level = logging.WARNING if remark.text == NEARLY_BLANK and is_first else logging.DEBUG
+                logger.log(level, "%s: %s", *remark)
         new = [bad for bad in dict.fromkeys(batch.bad) if bad.path not in self.seen]
         if new and not self.skip:
             raise BadImageError(f"{new[0]}; remove it or pass --on-bad-image skip", code="image-unreadable")
@@ -188,40 +214,25 @@ class BadImageLog:
         return new
 
 
-def batches_of(loader: DataLoader[Item]) -> Iterator[Batch]:
-    """Yield the loader's batches.
+def batches_of(loader: DataLoader[Item], stop: StopFlag | None = None) -> Iterator[Batch]:
+    """Yield the loader's batches; its workers end with the iteration, however it ends.
+
+    Args:
+        stop: a signal ends the wait for a batch.
 
     Raises:
-        DataError: a worker died.
+        DataError: a worker died, or could not be started.
+        StopRequested: a signal has arrived.
     """
-    with worker_deaths_reported():
-        yield from loader
-
-
-@contextmanager
-def worker_deaths_reported() -> Iterator[None]:
-    """Raise DataError instead of PyTorch's own error if a worker dies."""
+    batches: LoadedBatches[Batch] = LoadedBatches(loader, stop or StopFlag())
     try:
-        yield
-    except RuntimeError as error:
-        death = worker_death(error)
-        if death is None:
-            raise
-        raise death from error
-
-
-def worker_death(error: RuntimeError) -> DataError | None:
-    """Return the DataError for PyTorch's report of a dead worker, or None for any other error.
-
-    PyTorch raises it from a signal handler, so it can occur anywhere in the main process.
-    """
-    if "DataLoader worker" not in str(error):
-        return None
-    return DataError(
-        f"a data loading process died ({str(error).splitlines()[0]}); if memory ran out, lower --workers or "
-        "--batch-size",
-        code="worker-died",
-    )
+        while (batch := batches.next()) is not None:
+            yield batch
+    except DataError:
+        batches.close(at_once=True)
+        raise
+    finally:
+        batches.close()
 
 
 def default_workers(images: int, batch_size: int, input_size: int) -> int:
@@ -231,8 +242,7 @@ def default_workers(images: int, batch_size: int, input_size: int) -> int:
     """
     if images < WORKERS_FROM:
         return 0
-    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    processes = max(1, int(local)) if local.isdecimal() else 1
+    processes = local_processes()
     batch_bytes = batch_size * 3 * input_size**2
     try:
         memory_limit = shutil.disk_usage(SHARED_MEMORY).free // (2 * PREFETCHED * batch_bytes * processes)

@@ -50,7 +50,7 @@ def mean_image(
     total = torch.zeros(3, input_size, input_size, dtype=torch.float64)
     n = 0
     with reporter.phase("averaging", len(batches)) as phase:
-        for batch in batches_of(loader):
+        for batch in batches_of(loader, stop):
             stop.check()
             for bad in bad_images.new_in(batch):
                 reporter.warn(f"skipped: {bad}")
@@ -60,7 +60,7 @@ def mean_image(
             phase.advance()
     if not n:
         raise DataError(
-            f"none of the files in {str(listing.root)!r} is a readable image", code="mean-no-readable-image"
+            f"none of the files in {str(listing.source)!r} is a readable image", code="mean-no-readable-image"
         )
     return (total / n).permute(1, 2, 0).numpy().astype(np.float32)
 

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from shufflenet_mlflow.data.folder import files_below, image_files, is_image_name
 from shufflenet_mlflow.data.listing import Samples
+from shufflenet_mlflow.data.table import is_table, table_images
 from shufflenet_mlflow.errors import ConfigError, DataError
 
 STDIN = "-"
@@ -32,6 +33,8 @@ class Pictures:
     """The content of the image on standard input."""
     piped_index: int = -1
     """Index of that image in `files`."""
+    left_out: tuple[str, ...] = ()
+    """Files in the folders that are not images, by their suffix."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -52,9 +55,9 @@ class Pictures:
 def find_pictures(words: Sequence[str], stdin: Callable[[], BinaryIO]) -> Pictures:
     """Find the images named on a command line.
 
-    A word is, in this order: `-`, an existing file, an existing folder (the images below it, sorted), or a pattern (the
-    files that it matches, sorted; `**` matches any number of folders). A leading `~` is expanded unless a file has that
-    very name. Hidden files are found only by name.
+    A word is, in this order: `-`, an existing file (of a table: the images that it lists), an existing folder (the
+    images below it, sorted), or a pattern (the files that it matches, sorted; `**` matches any number of folders). A
+    leading `~` is expanded unless a file has that very name. Hidden files are found only by name.
 
     Standard input holds one image, or paths of files and folders: separated by NUL if it contains one, otherwise one a
     line. It is a list if it begins with an existing path, or if it looks like text and Pillow does not open it.
@@ -82,7 +85,11 @@ def find_pictures(words: Sequence[str], stdin: Callable[[], BinaryIO]) -> Pictur
             continue
         for number, entry in entries:
             paths += _existing(entry, f" (entry {number} on standard input)")
-    return Pictures(Samples.of((path, 0, 0) for path in paths), piped, piped_index)
+    folders = dict.fromkeys(word for word in words if word != STDIN and os.path.isdir(os.path.expanduser(word)))
+    left_out = [
+        name for folder in folders for name in files_below(os.path.expanduser(folder)) if not is_image_name(name)
+    ]
+    return Pictures(Samples.of((path, 0, 0) for path in paths), piped, piped_index, tuple(left_out))
 
 
 def _paths_of(word: str) -> list[str]:
@@ -102,13 +109,13 @@ def _paths_of(word: str) -> list[str]:
 
 
 def _existing(path: str, where: str = "") -> list[str]:
-    """Return the file, or the images below the folder.
+    """Return the file, the images that it lists if it is a table, or the images below the folder.
 
     Args:
         where: what to add to messages.
 
     Raises:
-        DataError: it does not exist, or holds no image.
+        DataError: it does not exist, holds no image, or is a table that cannot be used.
     """
     if os.path.isdir(path):
         images = image_files(path)
@@ -117,7 +124,12 @@ def _existing(path: str, where: str = "") -> list[str]:
         return images
     if not os.path.exists(path):
         raise DataError(f"the image {path!r} does not exist{where}", code="image-missing")
-    return [path]
+    if not os.path.isfile(path):
+        raise DataError(
+            f"the image {path!r} is a pipe or a device, not a file{where}; - reads an image from standard input",
+            code="image-not-file",
+        )
+    return table_images(path, option=f"the table{where}") if is_table(path) else [path]
 
 
 def _matching(pattern: str) -> Iterator[str]:
@@ -132,7 +144,7 @@ def _matching(pattern: str) -> Iterator[str]:
         for match in glob.glob(pattern):
             if os.path.isdir(match):
                 yield from image_files(match)
-            elif any_file or is_image_name(match):
+            elif (any_file or is_image_name(match)) and (os.path.isfile(match) or not os.path.exists(match)):
                 yield match
         return
     # Not with `glob`, which loops where links lead back up.
@@ -181,15 +193,13 @@ def _text(entry: bytes) -> str:
 
 
 def _is_image(content: bytes) -> bool:
-    """Whether it is an image, perhaps a damaged one; image formats that are text are left to Pillow."""
+    """Whether it is an image, perhaps a damaged one; PPM can be text."""
     if _BINARY.intersection(content[:_BEGINNING]):
         return True
-    from PIL import Image
+    from shufflenet_mlflow.data.formats import UnreadableImageError, open_image  # imports Pillow
 
     try:
-        with Image.open(BytesIO(content)):
+        with open_image(BytesIO(content)):
             return True
-    except Image.DecompressionBombError:
-        return True
-    except (OSError, ValueError):
+    except (UnreadableImageError, OSError, ValueError):
         return False

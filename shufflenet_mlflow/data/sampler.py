@@ -7,18 +7,21 @@ No position is kept, so training can start at any iteration: resuming costs the 
 import hashlib
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from shufflenet_mlflow.errors import DataError
+from shufflenet_mlflow.runtime.text import counted
 
-Key = tuple[int, int]
-"""(epoch, index of the sample). Augmentation depends on both."""
+Key = tuple[int, ...]
+"""(epoch, index of the sample), and its place in the epoch where it may come again. Augmentation depends on all."""
 
 REESTIMATION_EPOCH = -1
 """The epoch number of BN re-estimation, which is not an epoch of training."""
@@ -54,7 +57,8 @@ class SampleOrder:
         if self.num_samples < self.batch_size:
             remedy = f"use --batch-size {self.num_samples} or less" if self.num_samples > 1 else "add images"
             raise DataError(
-                f"the training set has {self.num_samples} images, fewer than one batch of {self.batch_size}; {remedy}",
+                f"the training set has {counted(self.num_samples, 'image')}, "
+                f"fewer than one batch of {self.batch_size}; {remedy}",
                 code="too-few-images",
             )
 
@@ -62,6 +66,14 @@ class SampleOrder:
     def iters_per_epoch(self) -> int:
         """Number of batches in an epoch."""
         return self.num_samples // self.batch_size
+
+    def over(self, labels: NDArray[np.int32]) -> "SampleOrder":
+        """Return the same order over other samples.
+
+        Args:
+            labels: (num_samples,) the class of each of them.
+        """
+        return replace(self, num_samples=len(labels))
 
     def epoch_of(self, iters: int) -> int:
         """Return the number of epochs completed after `iters` iterations."""
@@ -77,14 +89,56 @@ class SampleOrder:
         return self._slice(REESTIMATION_EPOCH, position)
 
     def _slice(self, epoch: int, position: int) -> list[Key]:
-        permutation = _permutation(self.num_samples, self.seed, epoch)
-        indices = permutation[position * self.batch_size : (position + 1) * self.batch_size]
+        indices = self._samples(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
         return [(epoch, index) for index in indices.tolist()]
+
+    def _samples(self, epoch: int) -> Tensor:
+        """Return the epoch's samples, (num_samples,) int64."""
+        return _permutation(self.num_samples, self.seed, epoch)
 
     def state_dict(self, iters: int) -> dict[str, Any]:
         """Return the checkpoint's entry `sampler_state`: the order, and the position after `iters` iterations."""
         epoch, position = divmod(iters, self.iters_per_epoch)
-        return {**asdict(self), "epoch": epoch, "position": position}
+        order = {"num_samples": self.num_samples, "batch_size": self.batch_size, "seed": self.seed}
+        return {**order, "epoch": epoch, "position": position}
+
+
+@dataclass(frozen=True)
+class BalancedOrder(SampleOrder):
+    """An order in which all classes are equally frequent: for each place a class is drawn, and then one of its samples.
+
+    An epoch has as many samples as without it. A sample that comes several times is augmented differently each time.
+
+    Args:
+        labels: (num_samples,) the class of each sample.
+    """
+
+    labels: NDArray[np.int32] = field(repr=False, compare=False, kw_only=True)
+    _drawn: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def over(self, labels: NDArray[np.int32]) -> "BalancedOrder":
+        """Return the same order over other samples; see `SampleOrder.over`."""
+        return replace(self, num_samples=len(labels), labels=labels)
+
+    def _slice(self, epoch: int, position: int) -> list[Key]:
+        first = position * self.batch_size
+        keys = super()._slice(epoch, position)
+        return [(*key, place) for place, key in enumerate(keys, first)]
+
+    def _samples(self, epoch: int) -> Tensor:
+        if epoch not in self._drawn:
+            self._drawn.clear()  # batches come in order: one epoch at a time
+            self._drawn[epoch] = self._draw(epoch)
+        return self._drawn[epoch]
+
+    def _draw(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        by_class = torch.from_numpy(np.argsort(self.labels, kind="stable"))
+        counts = torch.from_numpy(np.unique(self.labels, return_counts=True)[1])
+        classes = torch.randint(len(counts), (self.num_samples,), generator=generator)
+        shares = torch.rand(self.num_samples, generator=generator, dtype=torch.float64)
+        firsts = counts.cumsum(0) - counts
+        return by_class[firsts[classes] + (shares * counts[classes]).long()]
 
 
 @dataclass(frozen=True)
