@@ -82,6 +82,11 @@ def named(members: dict[str, nn.Module]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(members))
 
 
+def classifier(in_features: int, num_classes: int, *, bias: bool = True) -> nn.Module:
+    """Return the last layer, (N, in_features) -> (N, num_classes); with 0 classes, one that returns its input."""
+    return nn.Linear(in_features, num_classes, bias=bias) if num_classes else nn.Identity()
+
+
 @dataclass(frozen=True)
 class UnitSpec:
     """Position and widths of a unit, in a network whose stages begin with a unit of stride 2."""

@@ -1,6 +1,7 @@
 """The catalog of networks: a table of variants, `create_model` and `list_models`."""
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from shufflenet_mlflow.config import MOST_CLASSES, parse_numbers
 from shufflenet_mlflow.data.modes import MODES
 from shufflenet_mlflow.errors import ConfigError, ModelError
-from shufflenet_mlflow.models.search_space import check_choices, check_scales
+from shufflenet_mlflow.models.entry_points import Registration, find_registration, is_name, registrations
+from shufflenet_mlflow.models.search_space import SUPERNET, check_choices, check_scales
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +25,7 @@ FAMILIES = {
     "v2": "shufflenet_v2",
     "v2_plus": "shufflenet_v2_plus",
     "oneshot": "oneshot",
+    "oneshot_supernet": "oneshot_supernet",
     "detnas": "detnas",
     "large": "shufflenet_v2_large",
     "exlarge": "shufflenet_v2_exlarge",
@@ -55,6 +58,7 @@ class Variant:
         model: nn.Module = import_module(f"{__package__}.{FAMILIES[self.family]}").build(
             self.name, num_classes, **options
         )
+        model.num_classes = num_classes  # type: ignore[assignment]  # a plain number, as in timm
         return model
 
 
@@ -78,6 +82,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("shufflenet_v2_plus_medium", "v2_plus", 5_679_840, 222_249_984, 24.3, 7.4),
         Variant("shufflenet_v2_plus_large", "v2_plus", 6_768_220, 360_050_704, 22.9, 6.7),
         Variant("shufflenet_oneshot", "oneshot", 3_432_579, 327_857_920, 25.1, 8.0, options=("choices", "scales")),
+        Variant(SUPERNET, "oneshot_supernet", 8_388_176, 322_918_720, math.nan, math.nan),
         Variant("detnas_voc_retinanet_300m", "detnas", 3_479_480, 360_625_984, 25.4, 8.1),
         Variant("detnas_voc_fpn_300m", "detnas", 3_651_128, 349_524_544, 25.9, 8.3),
         Variant("detnas_coco_retinanet_300m", "detnas", 3_725_320, 324_342_464, 26.0, 8.4),
@@ -95,8 +100,9 @@ VARIANTS: dict[str, Variant] = {
 
 
 def list_models() -> list[str]:
-    """Return the names that `create_model` takes, in the table's order."""
-    return list(VARIANTS)
+    """Return the names that `create_model` takes: in the table's order, then those that other packages register."""
+    registered = (found.name for found in registrations() if not found.is_prefix and refusal_of(found) is None)
+    return [*VARIANTS, *dict.fromkeys(registered)]
 
 
 def get_variant(name: str) -> Variant:
@@ -108,9 +114,28 @@ def get_variant(name: str) -> Variant:
     try:
         return VARIANTS[name]
     except KeyError:
-        near = difflib.get_close_matches(_spelled_as_here(name), VARIANTS, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(_spelled_as_here(name), list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "`shufflenet models` lists them."
         raise ModelError(f"there is no network {name!r}; {hint}", code="model-unknown") from None
+
+
+def find_network(name: str) -> Variant | Registration:
+    """Return the table's row for `name`, or else its entry point; nothing of another package is imported for that.
+
+    Raises:
+        ModelError: there is no such network, or several packages register it.
+    """
+    is_of_table = name in VARIANTS or name.startswith(TORCHVISION)
+    return (None if is_of_table else find_registration(name)) or get_variant(name)
+
+
+def refusal_of(registration: Registration) -> str | None:
+    """Return why an entry point is never used; None if it can be."""
+    if not is_name(registration.name):
+        return f"{registration} is left out: a name has letters, digits, dots, hyphens, underscores and slashes only"
+    if registration.name in VARIANTS or registration.name.startswith(TORCHVISION):
+        return f"{registration} is left out: the name belongs to this package"
+    return None
 
 
 def _spelled_as_here(name: str) -> str:
@@ -123,7 +148,7 @@ def check_network(options: Mapping[str, Any], *, may_be_inherited: bool = False)
     """Check the options that describe a network, as far as no checkpoint is needed.
 
     Args:
-        options: `model`, `choices`, `scales`, `pretrained`, `mean_image`; None means not given.
+        options: `model`, `choices`, `scales`, `pretrained`, `mean_image`, `compile`; None means not given.
         may_be_inherited: without `model`, a checkpoint may name the network that takes the choices.
 
     Returns:
@@ -140,12 +165,17 @@ def check_network(options: Mapping[str, Any], *, may_be_inherited: bool = False)
         arguments["scales"] = parse_numbers(options["scales"], "scales", float)
     model = options.get("model")
     if model is not None:
-        variant = get_variant(model)
+        variant = find_network(model)
         check_arguments(variant, arguments)
-        if options.get("pretrained"):
+        if options.get("pretrained") and isinstance(variant, Variant):  # others would have to be imported
             check_published(model)
         if options.get("mean_image") is not None:
             _check_takes_mean_image(variant, options["mean_image"])
+        if options.get("compile") and model == SUPERNET:
+            raise ConfigError(
+                f"--compile: each iteration of {model} takes another path, and would be compiled anew; leave it out",
+                code="compile-supernet",
+            )
     elif arguments and not may_be_inherited:
         name = next(iter(arguments))
         raise ConfigError(f"--{name} (={options[name]}) needs --model shufflenet_oneshot", code="choices-without-model")
@@ -156,19 +186,30 @@ def check_network(options: Mapping[str, Any], *, may_be_inherited: bool = False)
     return arguments
 
 
-def check_arguments(variant: Variant, arguments: Mapping[str, object]) -> None:
-    """Raise ModelError for arguments that the network does not take."""
-    if foreign := [key for key in arguments if key not in variant.options]:
+def check_arguments(network: Variant | Registration, arguments: Mapping[str, object]) -> None:
+    """Raise ModelError for arguments that a network of the table, or any other, does not take."""
+    taken = network.options if isinstance(network, Variant) else ()
+    if foreign := [key for key in arguments if key not in taken]:
         takers = [other.name for other in VARIANTS.values() if foreign[0] in other.options]
         raise ModelError(
-            f"{variant.name} takes no {' and no '.join(foreign)}; only {', '.join(takers)} does",
+            f"{network.name} takes no {' and no '.join(foreign)}; only {', '.join(takers) or 'another network'} does",
             code="model-option-unknown",
         )
 
 
 def check_published(model: str) -> None:
-    """Raise ModelError unless torchvision publishes weights of the network."""
-    if not model.startswith(TORCHVISION):
+    """Raise ModelError unless torchvision, or the package that registers it, has weights of the network."""
+    network = find_network(model)
+    if isinstance(network, Registration):
+        from shufflenet_mlflow.models.registered import takes_pretrained
+
+        if not takes_pretrained(network):
+            raise ModelError(
+                f"--pretrained: {network} has no argument 'pretrained'; leave it out, or start from a checkpoint with "
+                "--init-from",
+                code="registered-without-weights",
+            )
+    elif not model.startswith(TORCHVISION):
         raise ModelError(
             f"--pretrained: there are no published weights of {model} to download; start from the release's file with "
             f"--init-from FILE, or take a {TORCHVISION} network",
@@ -176,11 +217,11 @@ def check_published(model: str) -> None:
         )
 
 
-def _check_takes_mean_image(variant: Variant, mean_image: object) -> None:
-    if not MODES[variant.preprocess].takes_mean_image:
+def _check_takes_mean_image(network: Variant | Registration, mean_image: object) -> None:
+    if isinstance(network, Registration) or not MODES[network.preprocess].takes_mean_image:
         takers = [other.name for other in VARIANTS.values() if MODES[other.preprocess].takes_mean_image]
         raise ConfigError(
-            f"--mean-image {str(mean_image)!r} is for {', '.join(takers)}; {variant.name} takes none, leave it out",
+            f"--mean-image {str(mean_image)!r} is for {', '.join(takers)}; {network.name} takes none, leave it out",
             code="mean-image-not-for-model",
         )
 
@@ -192,42 +233,82 @@ def create_model(
     choices: Sequence[int] | None = None,
     scales: Sequence[float] | None = None,
     pretrained: bool = False,
+    preprocess: str | Mapping[str, Any] | None = None,
+    **arguments: Any,
 ) -> "nn.Module":
     """Build the network `name` with random or published weights.
+
+    It is marked with its name, arguments and input: `save_checkpoint({"model": network}, …)` writes them, so that
+    `eval`, `predict`, `export` and `promote` need no `--model`.
 
     The network maps (N, 3, H, W) float images, H and W multiples of 32, to (N, num_classes) logits; Large and ExLarge
     return four such logits in training mode, the main ones first. The original release's weights fit it key for key.
 
+    Its method `forward_features` maps the images to the feature map that is pooled and classified, float
+    (N, C, H / 32, W / 32), as in timm.
+
     Args:
         name: one of `list_models()`.
-        num_classes: width of the classifier.
+        num_classes: width of the classifier; with 0 there is none, and the network returns pooled features, float
+            (N, C), as in timm.
         choices: `shufflenet_oneshot` only: for each of its 20 units 0, 1, 2 (kernels of 3, 5, 7) or 3 (Xception
             branch); by default the released network's.
         scales: `shufflenet_oneshot` only: for each unit the factor of its inner width, at most 2; by default the
             released network's, or 1 if `choices` are given.
         pretrained: `torchvision/` networks only: load the weights that torchvision publishes, from torch.hub's cache
             or over the network; a classifier of another width keeps its random weights.
+        preprocess: the input that it is trained on, for the files that `save_checkpoint` writes; by default what its
+            published weights expect. A mode such as `rgb_256`, or a mapping; see
+            [files that know their network](own-loop.md#files-that-know-their-network).
+        arguments: further ones of a network that another package registers.
 
     Raises:
         ModelError: there is no such network, or it does not take these arguments.
         CheckpointError: the published weights could not be downloaded, or cannot be used.
     """
-    variant = get_variant(name)
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or not 1 <= num_classes <= MOST_CLASSES:
+    network = find_network(name)
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or not 0 <= num_classes <= MOST_CLASSES:
         raise ModelError(
-            f"num_classes (={num_classes!r}) must be a whole number, at least 1 and at most {MOST_CLASSES}",
+            f"num_classes (={num_classes!r}) must be a whole number, at least 1 and at most {MOST_CLASSES}, or 0 for "
+            "the features",
             code="num-classes-invalid",
         )
     options: dict[str, Any] = {"choices": choices, "scales": scales}
     given = {key: value for key, value in options.items() if value is not None}
-    check_arguments(variant, given)
+    check_arguments(network, {**given, **arguments} if isinstance(network, Variant) else given)
+    if pretrained:
+        check_published(name)
+    from shufflenet_mlflow.checkpoints.marks import set_mark
+
+    entry = _described(preprocess)
+    if isinstance(network, Variant):
+        model = _build(network, num_classes, given, pretrained=pretrained)
+        mark: dict[str, Any] = {"name": name, "kwargs": {key: list(value) for key, value in given.items()}}
+    else:
+        from shufflenet_mlflow.models.registered import build_marked
+
+        model, mark = build_marked(network, name, num_classes, arguments, pretrained=pretrained)
+    if num_classes:  # commands need a classifier
+        set_mark(model, {**mark, **entry})
+    return model
+
+
+def _described(preprocess: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    if preprocess is None:
+        return {}
+    from shufflenet_mlflow.data.preprocess import preprocess_from
+
+    return {"preprocess": preprocess_from(preprocess).to_dict()}
+
+
+def _build(variant: Variant, num_classes: int, given: Mapping[str, Any], *, pretrained: bool) -> "nn.Module":
     if not pretrained:
         return variant.build(num_classes, **given)
     from shufflenet_mlflow.checkpoints.loading import load_checkpoint
     from shufflenet_mlflow.models.torchvision_v2 import fetch_weights
 
-    check_published(name)
-    weights = fetch_weights(name)
+    weights = fetch_weights(variant.name)
     model = variant.build(num_classes, **given)
-    load_checkpoint(model, weights, strict=False, reset_head=True, source=f"the published weights of {name}")
+    source = f"the published weights of {variant.name}"
+    load_checkpoint(model, weights, strict=False, reset_head=True, source=source)
     return model

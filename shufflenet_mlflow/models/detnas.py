@@ -15,6 +15,7 @@ from shufflenet_mlflow.models.blocks import (
     KERNELS,
     XCEPTION,
     UnitSpec,
+    classifier,
     initialise,
     named,
     named_conv_bn,
@@ -140,11 +141,16 @@ class DetNAS(nn.Module):
         self.last_conv = named_conv_bn(backbone.widths[-1], backbone.last, 1, bias=True)
         self.drop_out = nn.Dropout2d(DROPOUT)
         self.global_pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = named({"fc": nn.Linear(backbone.last, num_classes)})
+        self.fc = named({"fc": classifier(backbone.last, num_classes)})
         initialise(self)
 
+    def forward_features(self, x_NCHW: Tensor) -> Tensor:
+        """Return the feature map that is pooled and classified, (N, C, H / 32, W / 32)."""
+        features: Tensor = self.last_conv(self.features(self.first_conv(x_NCHW)))
+        return features
+
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        x_NCHW = self.drop_out(self.last_conv(self.features(self.first_conv(x_NCHW))))
+        x_NCHW = self.drop_out(self.forward_features(x_NCHW))
         logits: Tensor = self.fc(self.global_pool(x_NCHW).flatten(1))
         return logits
 

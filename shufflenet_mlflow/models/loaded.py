@@ -6,20 +6,21 @@ the user names the network, and the width of the classifier follows from the wei
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shufflenet_mlflow.checkpoints.loading import head_of, load_checkpoint, weights_of
+from shufflenet_mlflow.checkpoints.marks import mark_of, set_mark
 from shufflenet_mlflow.checkpoints.schema import check_payload, is_own
 from shufflenet_mlflow.data.mean import read_mean_image
-from shufflenet_mlflow.data.preprocess import REFERENCE_SIZE, Preprocess
+from shufflenet_mlflow.data.preprocess import Preprocess
+from shufflenet_mlflow.data.reading import Reading
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, MismatchError, ModelError
-from shufflenet_mlflow.models.catalog import check_network, get_variant
-from shufflenet_mlflow.models.spec import SPEC_ARGUMENTS, ModelSpec, fitting_models
+from shufflenet_mlflow.models.catalog import VARIANTS, check_network, find_network
+from shufflenet_mlflow.models.spec import INT8, QUANTIZATION, SPEC_ARGUMENTS, ModelSpec, fitting_models
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,43 @@ def describe(payload: Mapping[str, Any], source: str) -> ModelDescription:
 
 
 def _spec_from(model: Mapping[str, Any], source: str) -> ModelSpec:
-    kwargs = {key: value for key, value in model["kwargs"].items() if key != "num_classes"}
-    if unknown := sorted(set(map(str, kwargs)) - set(SPEC_ARGUMENTS)):
+    name, kwargs = model["name"], {key: value for key, value in model["kwargs"].items() if key != "num_classes"}
+    _require_known(name, model.get("package"), source)
+    if name in VARIANTS:
+        if unknown := sorted(set(map(str, kwargs)) - set(SPEC_ARGUMENTS)):
+            raise CheckpointError(
+                f"{source}: its network has the unknown arguments {unknown}",
+                code="model-arguments-unknown",
+            )
+        if not all(isinstance(value, (list, tuple)) for value in kwargs.values()):
+            raise CheckpointError(f"{source}: its network's arguments are not lists", code="model-arguments-not-lists")
+    quantization = model.get(QUANTIZATION)
+    if quantization not in (None, INT8):
         raise CheckpointError(
-            f"{source}: its network has the unknown arguments {unknown}",
-            code="model-arguments-unknown",
+            f"{source}: its network rounds as {quantization!r}, which is not known here; upgrade this package",
+            code="quantization-unknown",
         )
-    if not all(isinstance(value, (list, tuple)) for value in kwargs.values()):
-        raise CheckpointError(f"{source}: its network's arguments are not lists", code="model-arguments-not-lists")
     try:
-        return ModelSpec.of(model["name"], **kwargs)
-    except ModelError as error:
+        return replace(ModelSpec.of(name, **kwargs), fake_quantized=quantization is not None)
+    except (ModelError, TypeError) as error:
         raise CheckpointError(
             f"{source}: its network cannot be built: {error}", code="model-entry-unbuildable"
+        ) from error
+
+
+def _require_known(name: str, package: object, source: str) -> None:
+    """Raise CheckpointError if the package that registered the network is not installed here."""
+    try:
+        find_network(name)
+    except ModelError as error:
+        if error.code != "model-unknown" or not isinstance(package, str):
+            raise CheckpointError(
+                f"{source}: its network cannot be built: {error}", code="checkpoint-network-unknown"
+            ) from error
+        raise CheckpointError(
+            f"{source} holds the network {name!r}, which no package registers here; {package} did when it was written: "
+            "install that",
+            code="model-not-registered",
         ) from error
 
 
@@ -80,15 +105,25 @@ def identify(
         source: what to call it in messages.
 
     Raises:
+        CheckpointError: the weights are those of a network without a classifier.
         ConfigError: neither names one, or they differ.
     """
     if described is None:
         if requested is not None:
             return requested
-        fitting = fitting_models(weights_of(payload, source))
+        weights = weights_of(payload, source)
+        fitting = fitting_models(weights)
+        for name in fitting:
+            _require_classifier(weights, ModelSpec(name), source)
+        if not fitting and is_own(payload):
+            raise ConfigError(
+                f"{source} holds a network that this command does not know: it needs one that `create_model` makes, or "
+                "that a package registers (see `shufflenet models`); if it is one of those, pass --model NAME",
+                code="network-not-known",
+            )
         hint = f"it fits --model {' or '.join(fitting)}" if fitting else "pass --model NAME (see `shufflenet models`)"
         raise ConfigError(f"{source} does not name its network; {hint}", code="model-not-named")
-    if requested is None or requested in (described, ModelSpec(described.name)):  # the bare name is enough
+    if requested is None or requested in (replace(described, fake_quantized=False), ModelSpec(described.name)):
         return described
     if requested.name != described.name:
         raise ConfigError(
@@ -122,10 +157,22 @@ def suggest_fitting_models(weights: Mapping[str, Tensor], source: str, spec: Mod
 
 def classes_in(weights: Mapping[str, Tensor], spec: ModelSpec) -> int:
     """Return the width of the classifier in `weights`; 1000 if they have none."""
-    with torch.device("meta"):
-        head = head_of(spec.build(1))
+    traits = spec.traits
+    head = head_of(spec.on_meta(1)) if traits is None else traits.head
     weight = weights.get(f"{head}.weight")
     return 1000 if weight is None or not weight.dim() or not len(weight) else len(weight)
+
+
+def _require_classifier(weights: Mapping[str, Tensor], spec: ModelSpec, source: str) -> None:
+    """Raise CheckpointError for the weights of a network that was built with `num_classes=0`."""
+    traits = spec.traits
+    head = head_of(spec.on_meta(1)) if traits is None else traits.head
+    if f"{head}.weight" not in weights and spec.name in fitting_models(weights):
+        raise CheckpointError(
+            f"{source} holds the features of {spec.name} without a classifier (num_classes=0); name a checkpoint with "
+            "one",
+            code="no-classifier",
+        )
 
 
 @dataclass(frozen=True)
@@ -166,7 +213,7 @@ def model_from_payload(
         payload: the result of `read_checkpoint`.
         source: what to call it in messages.
         requested: the network that the user named; needed if the checkpoint names none.
-        input_size: pixels; by default the checkpoint's, or `REFERENCE_SIZE`.
+        input_size: pixels; by default the checkpoint's, or the network's usual one.
         mean_image: a file; by default the checkpoint's mean image, if it has one.
 
     Raises:
@@ -177,17 +224,20 @@ def model_from_payload(
     described = describe(payload, source)
     spec = identify(described.spec, requested, payload, source)
     weights = weights_of(payload, source)
+    _require_classifier(weights, spec, source)
     num_classes = classes_in(weights, spec)
-    stored_size = described.preprocess.input_size if described.preprocess else REFERENCE_SIZE
+    usual = described.preprocess or spec.preprocess
     preprocess = choose_preprocess(
         spec,
-        input_size if input_size is not None else stored_size,
+        input_size if input_size is not None else usual.input_size,
         mean_image=mean_image,
         stored=described.preprocess,
+        reading=usual.reading,
     )
     module = spec.build(num_classes)
     with suggest_fitting_models(weights, source, spec):
         load_checkpoint(module, weights, strict=False, source=source)
+    set_mark(module, {**(mark_of(module) or {}), "preprocess": preprocess.to_dict()})  # for what is trained further
     return LoadedModel(module, spec, num_classes, preprocess, described.class_to_idx)
 
 
@@ -197,20 +247,23 @@ def choose_preprocess(
     *,
     mean_image: str | None = None,
     stored: Preprocess | None = None,
+    reading: Reading = Reading(),  # noqa: B008 - immutable
 ) -> Preprocess:
     """Return the network's preprocessing at `input_size`.
 
     Args:
         mean_image: a file; by default the one in `stored`.
         stored: the checkpoint's preprocessing, if it has one.
+        reading: how files are read, unless `stored` says it.
 
     Raises:
         ConfigError: the network takes no mean image, or its size is not the input size.
         DataError: the mean image cannot be read.
     """
-    mode = stored.mode if stored is not None else get_variant(spec.name).preprocess
+    mode = stored.mode if stored is not None else spec.preprocess.mode
+    reading = stored.reading if stored is not None else reading
     if mean_image is None:
         mean = stored.mean_image if stored is not None else None
-        return Preprocess(mode, input_size, mean)
+        return Preprocess(mode, input_size, mean, reading)
     check_network({"model": spec.name, "mean_image": mean_image})
-    return Preprocess(mode, input_size, read_mean_image(Path(mean_image)))
+    return Preprocess(mode, input_size, read_mean_image(Path(mean_image)), reading)

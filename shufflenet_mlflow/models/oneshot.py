@@ -13,6 +13,7 @@ from shufflenet_mlflow.models.blocks import (
     XCEPTION,
     ShuffleUnit,
     UnitSpec,
+    classifier,
     conv_bn_act,
     initialise,
     unit_specs,
@@ -32,6 +33,18 @@ LAST_WIDTH = 1024
 DROPOUT = 0.1
 
 
+def unit(spec: UnitSpec, choice: int, scale: float = 1.0) -> ShuffleUnit:
+    """Return a unit with one of the four branches; arguments as for `ShuffleNetOneShot`."""
+    return ShuffleUnit(
+        spec.in_channels,
+        spec.out_channels,
+        mid_channels=int(spec.out_channels // 2 * scale),
+        kernel=KERNELS[choice],
+        stride=spec.stride,
+        xception=choice == XCEPTION,
+    )
+
+
 class ShuffleNetOneShot(nn.Module):
     """(N, 3, H, W) float images -> (N, num_classes) logits; H and W multiples of 32.
 
@@ -48,27 +61,21 @@ class ShuffleNetOneShot(nn.Module):
         check_choices(choices)
         check_scales(scales)
 
-        def unit(spec: UnitSpec, choice: int, scale: float) -> ShuffleUnit:
-            return ShuffleUnit(
-                spec.in_channels,
-                spec.out_channels,
-                mid_channels=int(spec.out_channels // 2 * scale),
-                kernel=KERNELS[choice],
-                stride=spec.stride,
-                xception=choice == XCEPTION,
-            )
-
         self.first_conv = nn.Sequential(*conv_bn_act(3, FIRST_WIDTH, 3, stride=2))
         self.features = nn.Sequential(*map(unit, unit_specs(FIRST_WIDTH, STAGE_WIDTHS, STAGE_UNITS), choices, scales))
         self.conv_last = nn.Sequential(*conv_bn_act(STAGE_WIDTHS[-1], LAST_WIDTH, 1))
         self.globalpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(DROPOUT)
-        self.classifier = nn.Sequential(nn.Linear(LAST_WIDTH, num_classes, bias=False))
+        self.classifier = nn.Sequential(classifier(LAST_WIDTH, num_classes, bias=False))
         initialise(self)
 
+    def forward_features(self, x_NCHW: Tensor) -> Tensor:
+        """Return the feature map that is pooled and classified, (N, C, H / 32, W / 32)."""
+        features: Tensor = self.conv_last(self.features(self.first_conv(x_NCHW)))
+        return features
+
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        x_NCHW = self.conv_last(self.features(self.first_conv(x_NCHW)))
-        x_NC = self.globalpool(x_NCHW).flatten(1)
+        x_NC = self.globalpool(self.forward_features(x_NCHW)).flatten(1)
         logits: Tensor = self.classifier(self.dropout(x_NC))
         return logits
 

@@ -13,10 +13,18 @@ STAGE_WIDTHS = (64, 160, 320, 640)
 BRANCHES = 4
 """Kernels of 3, 5 and 7, and the Xception branch."""
 
+SUPERNET = "shufflenet_oneshot_supernet"
+"""Name of the network whose paths are the networks of this space."""
+NETWORK = "shufflenet_oneshot"
+"""Name of one network of this space."""
+
 SMALLEST_SCALE = 2 / STAGE_WIDTHS[0]
 """Leaves the narrowest unit one channel."""
 LARGEST_SCALE = 2.0
 """The search space ends at 1.6; a number above 2 is an index into it, mistaken for a scale."""
+
+SEARCHED_CHOICES = (2, 1, 0, 1, 2, 0, 2, 0, 2, 0, 2, 3, 0, 0, 0, 0, 3, 2, 3, 3)
+"""The published network with searched branches and scales of 1 (table 4); the supernet's path outside of training."""
 
 CHOICES = (0, 0, 3, 1, 1, 1, 0, 0, 2, 0, 2, 1, 1, 0, 2, 0, 2, 1, 3, 2)
 SCALES = (1.4, 1.2, 0.8, 1.2, 0.6, 1.4, 0.8, 1.0, 0.6, 1.2, 1.6, 1.2, 1.0, 1.4, 1.6, 1.0, 1.0, 1.2, 1.0, 0.8)

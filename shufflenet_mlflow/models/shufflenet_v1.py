@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shufflenet_mlflow.errors import ModelError
-from shufflenet_mlflow.models.blocks import UnitSpec, conv_bn, conv_bn_act, initialise, unit_specs
+from shufflenet_mlflow.models.blocks import UnitSpec, classifier, conv_bn, conv_bn_act, initialise, unit_specs
 from shufflenet_mlflow.models.shuffling import channel_shuffle
 
 STAGE_UNITS = (4, 8, 4)
@@ -104,12 +104,16 @@ class ShuffleNetV1(nn.Module):
 
         self.features = nn.Sequential(*map(unit, unit_specs(first, stages, STAGE_UNITS)))
         self.globalpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(nn.Linear(stages[-1], num_classes, bias=False))
+        self.classifier = nn.Sequential(classifier(stages[-1], num_classes, bias=False))
         initialise(self)
 
+    def forward_features(self, x_NCHW: Tensor) -> Tensor:
+        """Return the feature map that is pooled and classified, (N, C, H / 32, W / 32)."""
+        features: Tensor = self.features(self.maxpool(self.first_conv(x_NCHW)))
+        return features
+
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        x_NCHW = self.features(self.maxpool(self.first_conv(x_NCHW)))
-        logits: Tensor = self.classifier(self.globalpool(x_NCHW).flatten(1))
+        logits: Tensor = self.classifier(self.globalpool(self.forward_features(x_NCHW)).flatten(1))
         return logits
 
 

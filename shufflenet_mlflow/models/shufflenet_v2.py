@@ -7,7 +7,7 @@ classifier.
 
 from torch import Tensor, nn
 
-from shufflenet_mlflow.models.blocks import ShuffleUnit, UnitSpec, conv_bn_act, initialise, unit_specs
+from shufflenet_mlflow.models.blocks import ShuffleUnit, UnitSpec, classifier, conv_bn_act, initialise, unit_specs
 
 STAGE_UNITS = (4, 8, 4)
 
@@ -45,13 +45,16 @@ class ShuffleNetV2(nn.Module):
         self.conv_last = nn.Sequential(*conv_bn_act(stages[-1], last, 1))
         self.globalpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.classifier = nn.Sequential(nn.Linear(last, num_classes, bias=False))
+        self.classifier = nn.Sequential(classifier(last, num_classes, bias=False))
         initialise(self)
 
+    def forward_features(self, x_NCHW: Tensor) -> Tensor:
+        """Return the feature map that is pooled and classified, (N, C, H / 32, W / 32)."""
+        features: Tensor = self.conv_last(self.features(self.maxpool(self.first_conv(x_NCHW))))
+        return features
+
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        x_NCHW = self.maxpool(self.first_conv(x_NCHW))
-        x_NCHW = self.conv_last(self.features(x_NCHW))
-        x_NC = self.globalpool(x_NCHW).flatten(1)
+        x_NC = self.globalpool(self.forward_features(x_NCHW)).flatten(1)
         logits: Tensor = self.classifier(self.dropout(x_NC))
         return logits
 

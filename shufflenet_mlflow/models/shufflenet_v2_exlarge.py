@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shufflenet_mlflow.models.auxiliary import AuxiliaryHead, DeeplySupervised, gate, stem
-from shufflenet_mlflow.models.blocks import initialise, named, named_conv_bn
+from shufflenet_mlflow.models.auxiliary import DeeplySupervised, gate, stem
+from shufflenet_mlflow.models.blocks import BN_EPS, classifier, initialise, named, named_conv_bn
 from shufflenet_mlflow.models.shuffling import split_even_odd
 
 STAGE_UNITS = (8, 16, 36, 10)
 STAGE_WIDTHS = (320, 640, 1280, 2560)
+HEAD_WIDTHS = (256, 512, 1024)
 GROUPS = 16
 SQUEEZE = 4
 """Channels of a gate's input over those of its inner layer."""
@@ -71,18 +72,12 @@ class ShuffleNetV2ExLarge(DeeplySupervised):
                 in_channels = width
             stages.append(nn.Sequential(*units, named_conv_bn(width, width, 1)))
         self.features = nn.Sequential(*stages)
-        self.predict_56 = AuxiliaryHead(STAGE_WIDTHS[0], 256, num_classes)
-        self.predict_28 = AuxiliaryHead(STAGE_WIDTHS[1], 512, num_classes)
-        self.predict_14 = AuxiliaryHead(STAGE_WIDTHS[2], 1024, num_classes)
+        self.add_auxiliary_heads(tuple(zip(STAGE_WIDTHS[:3], HEAD_WIDTHS, strict=True)), num_classes, eps=BN_EPS)
+        self.conv_last = nn.Identity()
         self.globalpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(DROPOUT)
-        self.fc = named({"fc": nn.Linear(in_channels, num_classes)})
+        self.fc = named({"fc": classifier(in_channels, num_classes)})
         initialise(self)
-
-    def classify(self, x_NCHW: Tensor) -> Tensor:
-        x_NC = self.globalpool(x_NCHW).flatten(1)
-        logits: Tensor = self.fc(self.dropout(x_NC))
-        return logits
 
 
 def build(name: str, num_classes: int) -> ShuffleNetV2ExLarge:

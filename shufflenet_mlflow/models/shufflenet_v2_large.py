@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shufflenet_mlflow.models.auxiliary import AuxiliaryHead, DeeplySupervised, gate, stem
-from shufflenet_mlflow.models.blocks import initialise, named, named_conv_bn
+from shufflenet_mlflow.models.auxiliary import DeeplySupervised, gate, stem
+from shufflenet_mlflow.models.blocks import classifier, initialise, named, named_conv_bn
 from shufflenet_mlflow.models.shuffling import split_even_odd
 
 STAGE_UNITS = (10, 10, 23, 10)
@@ -78,20 +78,12 @@ class ShuffleNetV2Large(DeeplySupervised):
                 in_channels = 4 * width
             stages.append(named(units))
         self.features = nn.Sequential(*stages)
-        after1, after2, after3, _ = (4 * width for width in STAGE_WIDTHS)
-        self.predict_56 = AuxiliaryHead(after1, after1, num_classes, eps=EPS)
-        self.predict_28 = AuxiliaryHead(after2, after2, num_classes, eps=EPS)
-        self.predict_14 = AuxiliaryHead(after3, after3, num_classes, eps=EPS)
+        self.add_auxiliary_heads(tuple((4 * width, 4 * width) for width in STAGE_WIDTHS[:3]), num_classes, eps=EPS)
         self.conv_last = named_conv_bn(in_channels, LAST_WIDTH, 3, eps=EPS)
         self.globalpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(DROPOUT)
-        self.fc = nn.Linear(LAST_WIDTH, num_classes)
+        self.fc = classifier(LAST_WIDTH, num_classes)
         initialise(self)
-
-    def classify(self, x_NCHW: Tensor) -> Tensor:
-        x_NC = self.globalpool(self.conv_last(x_NCHW)).flatten(1)
-        logits: Tensor = self.fc(self.dropout(x_NC))
-        return logits
 
 
 def build(name: str, num_classes: int) -> ShuffleNetV2Large:

@@ -13,6 +13,7 @@ from shufflenet_mlflow.models.blocks import (
     XCEPTION,
     ShuffleUnit,
     UnitSpec,
+    classifier,
     conv_bn_act,
     initialise,
     relu,
@@ -83,12 +84,16 @@ class ShuffleNetV2Plus(nn.Module):
         self.LastSE = SqueezeExcite(LAST_WIDTH)
         self.fc = nn.Sequential(nn.Linear(LAST_WIDTH, LAST_WIDTH, bias=False), nn.Hardswish())
         self.dropout = nn.Dropout(DROPOUT)
-        self.classifier = nn.Sequential(nn.Linear(LAST_WIDTH, num_classes, bias=False))
+        self.classifier = nn.Sequential(classifier(LAST_WIDTH, num_classes, bias=False))
         initialise(self, small=("first", "SE"))
 
+    def forward_features(self, x_NCHW: Tensor) -> Tensor:
+        """Return the feature map that is pooled and classified, (N, C, H / 32, W / 32)."""
+        features: Tensor = self.conv_last(self.features(self.first_conv(x_NCHW)))
+        return features
+
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        x_NCHW = self.conv_last(self.features(self.first_conv(x_NCHW)))
-        x_NC = torch.flatten(self.LastSE(self.globalpool(x_NCHW)), 1)
+        x_NC = torch.flatten(self.LastSE(self.globalpool(self.forward_features(x_NCHW))), 1)
         logits: Tensor = self.classifier(self.dropout(self.fc(x_NC)))
         return logits
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shufflenet_mlflow.checkpoints.verification import verify_checkpoint
 from shufflenet_mlflow.errors import CheckpointError
+from shufflenet_mlflow.models.shufflenet_v2 import STAGE_UNITS, WIDTHS
 from shufflenet_mlflow.runtime.files import sha256_of
 
 if TYPE_CHECKING:
@@ -26,12 +27,9 @@ logger = logging.getLogger(__name__)
 
 def build(name: str, num_classes: int) -> nn.Module:
     """Build torchvision's network with weights drawn as torchvision does."""
-    from torchvision.models import get_model
+    from shufflenet_mlflow.models.torchvision_unit import Network
 
-    from shufflenet_mlflow.models.torchvision_unit import Unit
-
-    model: nn.Module = get_model(name.rpartition("/")[2], weights=None, num_classes=num_classes, inverted_residual=Unit)
-    return model
+    return Network(STAGE_UNITS, WIDTHS[name.rpartition("/")[2]], num_classes)
 
 
 def published_weights(name: str) -> "WeightsEnum":
