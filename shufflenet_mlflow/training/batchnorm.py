@@ -1,4 +1,4 @@
-"""Running statistics of batch normalisation: equal in all processes, and re-estimated after training."""
+"""Running statistics of batch normalisation: equal in all processes, re-estimated after training, or frozen."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,15 +7,25 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
+from shufflenet_mlflow.models.batchnorm import FrozenBatchNorm2d
 from shufflenet_mlflow.runtime.distributed import World
 
 
+def freeze(modules: Iterable[nn.Module]) -> None:
+    """Keep weights and BN statistics of these modules as they are, in training and in BN re-estimation."""
+    for module in modules:
+        module.requires_grad_(requires_grad=False)
+        for layer in module.modules():
+            if isinstance(layer, _BatchNorm) and not isinstance(layer, FrozenBatchNorm2d):
+                layer.__class__ = FrozenBatchNorm2d
+                layer.eval()
+
+
 def bn_layers(model: nn.Module) -> list[_BatchNorm]:
-    """Return the batch normalisation layers that keep running statistics."""
+    """Return the batch normalisation layers that update running statistics."""
     layers = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    return [layer for layer in layers if layer.running_mean is not None]
+    return [layer for layer in layers if layer.running_mean is not None and not isinstance(layer, FrozenBatchNorm2d)]
 
 
 class RunningStatistics:
@@ -96,8 +106,13 @@ def reestimate_bn(models: Sequence[nn.Module], inputs: Iterable[Tensor], world: 
     momenta = [layer.momentum for layer in layers]
     try:
         all_models.train()
-        update_bn(inputs, all_models)
-    finally:  # `update_bn` does not restore the momentum if `inputs` raises
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain average over all batches
+        with torch.no_grad():
+            for images in inputs if layers else ():
+                all_models(images)
+    finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         for model, mode in zip(models, modes, strict=True):

@@ -1,6 +1,9 @@
-"""Training loss and accuracy between two reports."""
+"""Training loss, accuracy and speed between two reports."""
 
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -70,3 +73,24 @@ class Meter:
             raise ValueError(f"meter_state has {len(sums)} numbers, not {len(self._sums)}")
         target = self._sums if self._world.size == 1 else self._collected
         target.copy_(torch.tensor(sums, dtype=torch.float64))
+
+
+class Clock:
+    """Measures iterations per second, without the time in `paused`."""
+
+    def __init__(self, iters: int) -> None:
+        self._start, self._iters = time.perf_counter(), iters
+
+    def lap(self, iters: int) -> float:
+        """Return the rate since the last call, or since the beginning."""
+        now = time.perf_counter()
+        rate = (iters - self._iters) / max(now - self._start, 1e-9)
+        self._start, self._iters = now, iters
+        return rate
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time within the block."""
+        began = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - began

@@ -1,24 +1,18 @@
-"""Training recipes of the series: loss, parameter groups, schedule, moving average.
+"""Recipes: the published settings of the families, and named sets of options. No torch is imported here.
 
-The values are those of the original release's training scripts: SGD with momentum 0.9, weight decay 4e-5, label
-smoothing 0.1, a learning rate of 0.5 at batch size 1,024 that falls linearly to 0 over 300,000 iterations, then BN
-statistics averaged over 1,280,000 images. V2+ and Large deviate in learning rate, batch size and length.
+A family's settings are those of the original release's training scripts: SGD with momentum 0.9, weight decay 4e-5,
+label smoothing 0.1, a learning rate of 0.5 at batch size 1,024 that falls linearly to 0 over 300,000 iterations, then
+BN statistics averaged over 1,280,000 images. V2+ and Large deviate in learning rate, batch size and length.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim import SGD
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from shufflenet_mlflow.models.catalog import get_variant
-
-REESTIMATION_IMAGES = 1_280_000
-"""The most training images that BN statistics are re-estimated from; never more than one epoch."""
+from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE, DEFAULTS, FIELDS, FIXED_DEFAULTS, RunConfig
+from shufflenet_mlflow.errors import ConfigError
+from shufflenet_mlflow.models.catalog import find_network
 
 
 @dataclass(frozen=True)
@@ -55,14 +49,13 @@ RECIPES: dict[str, Recipe] = {
     "v2": _V2,
     "v2_plus": replace(_V2, total_iters=450_000),
     "oneshot": _V2,
+    "oneshot_supernet": replace(_V2, total_iters=150_000),
     "detnas": _V2,
     "large": _LARGE,
     "exlarge": replace(_LARGE, augment="release"),  # no recipe was published: Large's, without its lighting noise
     "torchvision": _V2,  # not torchvision's own
+    "registered": _V2,  # of other packages, which say nothing of training
 }
-
-AUXILIARY_WEIGHTS = (1.0, 0.7, 0.5, 0.3)
-"""Weights of the losses on the main logits and on those of `predict_14`, `predict_28` and `predict_56`."""
 
 
 def get_recipe(model: str) -> Recipe:
@@ -71,62 +64,121 @@ def get_recipe(model: str) -> Recipe:
     Raises:
         ModelError: there is no network `model`.
     """
-    return RECIPES[get_variant(model).family]
+    return RECIPES[find_network(model).family]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups: tensors of two or more dimensions with weight decay, biases and BN parameters without."""
-    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    undecayed = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
+@dataclass(frozen=True)
+class NamedRecipe:
+    """A set of options that `--recipe` names; the options that it leaves out are the family's."""
+
+    summary: str
+    options: Mapping[str, Any]
+    lr_share: float | None = None
+    """Learning rate over the family's own."""
+    lr: float | None = None
+    """Learning rate for batches of `DEFAULT_BATCH_SIZE`. It grows with the square root of the batch size: AdamW's steps
+    do not shrink with the noise of their gradients (Malladi et al., 2022)."""
+    in_short_runs: Mapping[str, Any] = field(default_factory=dict)
+    """Options of runs of `SHORT_RUN_EPOCHS` epochs and fewer, which gain more from images that are easier to learn."""
 
 
-def make_optimizer(model: nn.Module, *, lr: float, momentum: float, weight_decay: float, fused: bool = False) -> SGD:
-    """Return SGD over `parameter_groups`.
+SHORT_RUN_EPOCHS = 10
+QAT_RECIPE = "qat"
+
+NAMED_RECIPES: dict[str, NamedRecipe] = {
+    "paper": NamedRecipe("as the networks were published", {}),
+    "finetune": NamedRecipe(
+        "for --init-from and --pretrained: careful with the weights that are there",
+        {
+            "epochs": 30,
+            "schedule": "cosine",
+            "warmup_epochs": 1.0,
+            "head_lr_factor": 10.0,
+        },
+        lr_share=0.1,
+    ),
+    "modern": NamedRecipe(
+        f"from scratch, with AdamW; runs of {SHORT_RUN_EPOCHS} epochs and fewer have --augment shift",
+        {
+            "optimizer": "adamw",
+            "schedule": "cosine",
+            "warmup_epochs": 5.0,
+            "weight_decay": 0.05,
+            "clip_norm": 1.0,
+        },
+        lr=1e-3,
+        in_short_runs={"augment": "shift"},
+    ),
+    QAT_RECIPE: NamedRecipe(
+        "for --qat, which has it by default: small steps from weights that are good",
+        {"epochs": 5, "schedule": "cosine"},
+        lr_share=0.003,
+    ),
+}
+
+DECIDED = (
+    *("epochs", "optimizer", "lr", "momentum", "weight_decay", "schedule", "warmup_epochs", "clip_norm", "layer_decay"),
+    *("head_lr_factor", "freeze", "augment", "erasing", "mixup", "cutmix", "balance", "label_smooth", "ema_decay"),
+    "patience",
+)
+"""The options that a recipe decides, as they are listed."""
+
+WARMUP_AT_MOST = 0.1
+"""Share of a run that a recipe's own warm-up takes at most."""
+
+VALIDATIONS = 10
+"""By default a run is validated, and saved, about this often, and at most once per epoch."""
+
+
+def recipe_options(name: str, model: str, batch_size: int, epochs: float | None = None) -> dict[str, Any]:
+    """Return the options that a recipe decides, for this network and batch size.
 
     Args:
-        fused: one kernel per step, on a CPU or with CUDA. Not with a loss scaler: if the first scale is too high,
-            PyTorch's fused SGD leaves the momentum uninitialised.
+        epochs: length of the run, if it is known.
+
+    Raises:
+        ModelError: there is no network `model`.
     """
-    return SGD(parameter_groups(model, weight_decay), lr=lr, momentum=momentum, fused=fused)
+    family, named = get_recipe(model), NAMED_RECIPES[name]
+    lr = family.scaled_lr(batch_size) * (named.lr_share or 1)
+    if named.lr is not None:
+        lr = named.lr * math.sqrt(batch_size / DEFAULT_BATCH_SIZE)
+    values = {
+        **{option: DEFAULTS[option] for option in DECIDED if option in DEFAULTS},
+        "epochs": family.epochs,
+        "momentum": family.momentum,
+        "weight_decay": family.weight_decay,
+        "label_smooth": family.label_smooth,
+        "augment": family.augment,
+        "lr": lr,
+        **named.options,
+    }
+    if epochs is not None and epochs <= SHORT_RUN_EPOCHS:
+        values |= named.in_short_runs
+    return {option: values[option] for option in DECIDED}
 
 
-def linear_decay(total_iters: int) -> Callable[[int], float]:
-    """Return the learning rate's factor as a function of completed iterations: 1 at 0, 0 from `total_iters` on."""
-    return lambda iters: max(0.0, 1.0 - iters / total_iters)
-
-
-def make_scheduler(optimizer: SGD, total_iters: int) -> LambdaLR:
-    """Return a linear decay that is stepped once per iteration."""
-    return LambdaLR(optimizer, linear_decay(total_iters))
-
-
-def make_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """Return a moving average of weights and BN statistics: average = decay * average + (1 - decay) * model."""
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-
-
-def make_loss(label_smooth: float = 0.0) -> nn.CrossEntropyLoss:
-    """Return the cross-entropy loss; `label_smooth` of the target is spread evenly over all classes."""
-    return nn.CrossEntropyLoss(label_smoothing=label_smooth)
-
-
-def training_loss(
-    outputs: Tensor | tuple[Tensor, ...], labels: Tensor, loss_function: nn.Module
-) -> tuple[Tensor, Tensor]:
-    """Return the loss to minimise, and the main logits.
+def run_defaults(recipe: Mapping[str, Any], total_iters: int, iters_per_epoch: int) -> dict[str, Any]:
+    """Return the values of options that are not given and that depend on no data.
 
     Args:
-        outputs: of the network in training mode: (N, num_classes) logits, or four such, the main ones first, then
-            those of the auxiliary heads; their losses are added with `AUXILIARY_WEIGHTS`.
-        labels: (N,) int64.
+        recipe: the result of `recipe_options`.
     """
-    if isinstance(outputs, Tensor):
-        return loss_function(outputs, labels), outputs
-    pairs = zip(AUXILIARY_WEIGHTS, outputs, strict=True)
-    losses = [weight * loss_function(logits, labels) for weight, logits in pairs]
-    return torch.stack(losses).sum(), outputs[0]
+    interval = max(1, -(-total_iters // (VALIDATIONS * iters_per_epoch))) * iters_per_epoch
+    return {
+        **FIXED_DEFAULTS,
+        **{name: value for name, value in recipe.items() if name in FIELDS},
+        "warmup_epochs": min(recipe["warmup_epochs"], WARMUP_AT_MOST * total_iters / iters_per_epoch),
+        "val_interval": interval,
+        "save_interval": interval,
+    }
+
+
+def check_warmup(config: RunConfig, iters_per_epoch: int) -> None:
+    """Raise ConfigError if the warm-up does not end before the run does."""
+    if config.warmup_iters(iters_per_epoch) >= config.total_iters:
+        raise ConfigError(
+            f"--warmup-epochs (={config.warmup_epochs}) must be below the length of the run, "
+            f"{config.total_iters / iters_per_epoch:g} epochs",
+            code="warmup-too-long",
+        )
