@@ -8,10 +8,14 @@ from typing import TextIO
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
-from shufflenet_mlflow.data.decode import UnreadableImageError, decode
+from shufflenet_mlflow.data.decode import open_picture
+from shufflenet_mlflow.data.formats import UnreadableImageError
+from shufflenet_mlflow.data.reading import Reading
+from shufflenet_mlflow.data.remarks import remarks
+from shufflenet_mlflow.evaluation.baseline import beside_majority
 from shufflenet_mlflow.evaluation.report import CALIBRATION_BINS, Report
+from shufflenet_mlflow.runtime.text import visible
 
 MOST_NUMBERS = 20
 """The most classes for which the confusion matrix shows its counts."""
@@ -24,6 +28,7 @@ GALLERY = 24
 
 _COLUMNS = 6
 _INK, _BLUE, _GREY = "#1b1f24", "#2f6fb2", "#c9d1d9"
+_CAPTION = {"ha": "center", "va": "top", "fontsize": 6, "color": "#59636e"}
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -42,7 +47,7 @@ def confusion_figure(report: Report) -> Figure:
     fractions_CC = counts_CC / np.maximum(1, counts_CC.sum(1, keepdims=True))
     image = axes.imshow(fractions_CC, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=axes, label="fraction of the true class", shrink=0.8)
-    axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
+    axes.set(xlabel="predicted", ylabel="true", title=f"Confusion matrix\n{_in_short(report)}")
     if len(classes) <= MOST_NAMES:
         axes.set_xticks(range(len(classes)), [_short(name) for name in classes], rotation=90)
         axes.set_yticks(range(len(classes)), [_short(name) for name in classes])
@@ -61,11 +66,20 @@ def classes_figure(report: Report) -> Figure:
     shown = rows[:MOST_NAMES]
     figure = new_figure(6.5, max(2.5, 0.22 * len(shown) + 1.2))
     axes = figure.subplots()
-    axes.barh([_short(row.name) for row in shown], [row.accuracy or 0.0 for row in shown], color=_BLUE)
+    bars = axes.barh([_short(row.name) for row in shown], [row.accuracy or 0.0 for row in shown], color=_BLUE)
+    right = [f"{round((row.accuracy or 0.0) * row.images)} of {row.images}" for row in shown]
+    axes.bar_label(bars, right, padding=3, fontsize=7, color=_INK)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1), xlabel="accuracy", title=f"Accuracy by class ({len(shown)} of {len(rows)})")
+    title = f"Accuracy by class ({len(shown)} of {len(rows)})\n{_in_short(report)}"
+    axes.set(xlim=(0, 1.16), xlabel="accuracy, and how many images of each class are right")
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set_title(title, fontsize=10)
     axes.axvline(report.mean_class_accuracy, color=_INK, linewidth=1, linestyle=":")
     return figure
+
+
+def _in_short(report: Report) -> str:
+    return f"accuracy {beside_majority(report.accuracy, report.majority)}, mean class {report.mean_class_accuracy:.4f}"
 
 
 def calibration_figure(report: Report) -> Figure:
@@ -91,23 +105,30 @@ def mistakes_figure(report: Report, root: Path) -> Figure:
     """Draw the images below `root` that were misclassified with the highest probability."""
     mistakes = report.worst_mistakes(GALLERY)
     rows = max(1, -(-len(mistakes) // _COLUMNS))
-    figure = new_figure(1.7 * _COLUMNS, 2.0 * rows + 0.4)
+    figure = new_figure(1.7 * _COLUMNS, 2.2 * rows + 0.4)
     figure.suptitle(f"Most confident mistakes ({len(mistakes)} of {int((~report.outcomes.is_correct).sum())})")
     grid = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
     for axes in grid:
         axes.axis("off")
     for axes, index in zip(grid, mistakes, strict=False):
         try:
-            image = Image.fromarray(decode(str(root / report.outcomes.paths[index])))
+            with remarks():
+                small_HWC = open_picture(str(root / report.outcomes.paths[index]), Reading()).thumbnail(192)
         except UnreadableImageError:  # the file is gone
             continue
-        image.thumbnail((192, 192))
-        axes.imshow(image)
+        axes.imshow(small_HWC)
         true = report.classes[report.outcomes.labels_N[index]]
         predicted = report.classes[report.outcomes.predicted_N[index]]
         title = f"{_short(true, 20)}\n→ {_short(predicted, 16)} {report.outcomes.probability_N[index]:.2f}"
         axes.set_title(title, fontsize=8)
+        axes.text(0.5, -0.04, _end_of(report.outcomes.paths[index]), **_CAPTION, transform=axes.transAxes)
     return figure
+
+
+def _end_of(path: str, most: int = 26) -> str:
+    """Return a path, or its end, with which a file is found below the folder of images."""
+    path = visible(path)
+    return as_label(path if len(path) <= most else f"…{path[1 - most :]}")
 
 
 def write_figure(figure: Figure, target: "Path | TextIO", form: str = "png") -> None:
@@ -129,6 +150,11 @@ def figures_of(report: Report, root: Path) -> dict[str, Callable[[], Figure]]:
 
 
 def _short(name: str, most: int = 24) -> str:
-    """Shorten a name to `most` characters and replace unprintable ones; `$`, which starts a formula, is escaped."""
-    short = name if len(name) <= most else f"{name[: most - 1]}…"
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in short).replace("$", r"\$")
+    """Shorten a name for a figure to `most` characters."""
+    name = visible(name)
+    return as_label(name if len(name) <= most else f"{name[: most - 1]}…")
+
+
+def as_label(text: str) -> str:
+    """Return text that matplotlib draws as it is: `$` would start a formula."""
+    return visible(text).replace("$", r"\$")

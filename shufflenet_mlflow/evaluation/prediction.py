@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
 
-from shufflenet_mlflow.data.decode import UnreadableImageError, decode
-from shufflenet_mlflow.data.loader import BadImage, BadImageLog, Item, batches_of, make_loader
-from shufflenet_mlflow.data.pictures import Pictures
+from shufflenet_mlflow.data.formats import UnreadableImageError
+from shufflenet_mlflow.data.inputs import open_any
+from shufflenet_mlflow.data.loader import BadImage, BadImageLog, Item, Remark, batches_of, make_loader
 from shufflenet_mlflow.data.preprocess import ToInput, Transform, eval_transform
+from shufflenet_mlflow.data.remarks import remarks
 from shufflenet_mlflow.data.sampler import EvalBatches, Key
 from shufflenet_mlflow.evaluation.evaluate import EvalSettings
 from shufflenet_mlflow.evaluation.ranking import rank
@@ -47,10 +48,23 @@ class Prediction:
         }
 
 
+class AnyPictures(Protocol):
+    """Pictures in order, such as `Pictures`."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def path(self, index: int) -> str:
+        """Return what to call one of them."""
+
+    def source(self, index: int) -> Any:
+        """Return what to open; see `data.inputs.ImageLike`."""
+
+
 class PictureDataset(Dataset[Item]):
     """Pictures, decoded and transformed; its keys are (epoch, index), of which the epoch is ignored."""
 
-    def __init__(self, pictures: Pictures, transform: Transform) -> None:
+    def __init__(self, pictures: AnyPictures, transform: Transform) -> None:
         self.pictures, self.transform = pictures, transform
 
     def __len__(self) -> int:
@@ -59,14 +73,17 @@ class PictureDataset(Dataset[Item]):
     def __getitem__(self, key: Key) -> Item:
         _epoch, index = key
         try:
-            return Item(self.transform(decode(self.pictures.source(index))), 0, index, None, ())
+            with remarks() as found:
+                image_CHW = self.transform(open_any(self.pictures.source(index), self.transform.reading))
+            noted = tuple(Remark(self.pictures.path(index), text) for text in found)
+            return Item(image_CHW, 0, index, None, (), noted)
         except UnreadableImageError as error:
             return Item(None, -1, -1, None, (BadImage(self.pictures.path(index), str(error)),))
 
 
 def predict(
     network: LoadedModel,
-    pictures: Pictures,
+    pictures: AnyPictures,
     settings: EvalSettings,
     *,
     top: int,
@@ -89,14 +106,24 @@ def predict(
     loader = make_loader(dataset, batches, workers=settings.workers, pin_memory=settings.device.type == "cuda")
     to_input, labels = ToInput(network.preprocess, settings.device), network.labels
     model = move_model(network.module, settings.device).eval()
+    first = 0
     with context.reporter.phase("predicting", len(batches)) as phase:
-        for batch in batches_of(loader):
+        for batch in batches_of(loader, context.stop):
             context.stop.check()
-            for bad in bad_images.new_in(batch):
-                context.reporter.warn(f"skipped: {bad}")
+            found: list[Prediction] = []
             if len(batch.indices_N):
                 with torch.inference_mode():
                     ranked = rank(model(to_input(batch.images_NCHW)), labels, top)
                 indices = batch.indices_N.tolist()
-                yield [Prediction(pictures.path(index), tuple(row)) for index, row in zip(indices, ranked, strict=True)]
+                found = [Prediction(pictures.path(at), tuple(row)) for at, row in zip(indices, ranked, strict=True)]
+                if batch.bad and not bad_images.skip:  # those before the first that ends it
+                    before = [row for number, row in enumerate(found) if indices[number] == first + number]
+                    if before:
+                        yield before
+                    found = []
+            for bad in bad_images.new_in(batch):
+                context.reporter.warn(f"skipped: {bad}")
+            if found:
+                yield found
+            first += len(batch.indices_N) + len(batch.bad)
             phase.advance()

@@ -149,6 +149,16 @@ class Report:
         accuracies = [row.accuracy for row in self.class_rows() if row.accuracy is not None]
         return float(np.mean(accuracies))
 
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the images whose predicted class is the true one."""
+        return float(self.outcomes.is_correct.mean())
+
+    @property
+    def majority(self) -> float:
+        """Share of the largest class: the accuracy of always answering with it."""
+        return max(row.images for row in self.class_rows()) / len(self.outcomes.paths)
+
     def calibration_error(self) -> float:
         """Return the expected calibration error, in 0..1 (Guo et al., 2017, arXiv:1706.04599, eq. 3).
 
