@@ -1,12 +1,13 @@
 """A tracking store that is connected to when it is first needed, once, and read once per run."""
 
-from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Union
 
-from shufflenet_mlflow.tracking.client import connect, impatient, mlflow_errors
+from shufflenet_mlflow.tracking.client import connect, mlflow_errors
+from shufflenet_mlflow.tracking.exchanges import impatient
+from shufflenet_mlflow.tracking.paths import store_file
 from shufflenet_mlflow.tracking.redaction import redact
-from shufflenet_mlflow.tracking.uris import is_server, uri_in_force
+from shufflenet_mlflow.tracking.uris import uri_in_force
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -45,6 +46,11 @@ class Connection:
         """
         return connect(self._given)
 
+    def exists(self) -> bool:
+        """Whether using the store would not create it."""
+        file = store_file(self.uri)
+        return file is None or file.exists()
+
     def run(self, run_id: str) -> "Run":
         """Return a run as it was when it was first read over this connection.
 
@@ -57,5 +63,5 @@ class Connection:
         return self._runs[run_id]
 
     def impatient(self) -> "AbstractContextManager[None]":
-        """Try requests in the block once, and briefly, if the store is a server; see `client.impatient`."""
-        return impatient() if is_server(self.uri) else nullcontext()
+        """Make exchanges in the block once, and briefly; see `exchanges.impatient`."""
+        return impatient()

@@ -1,151 +1,49 @@
 """The journal: what has yet to reach MLflow, on the disk beside the checkpoints.
 
-The file is only appended to, one line per entry: the CRC-32 of the JSON that follows it, and that JSON. Entries are
-numbered. A line of the kind `delivered` says that everything up to its number has arrived; `bound` says which MLflow
-run has replaced a provisional run, one that started while the server was away. A process that is killed while it
-appends leaves half a line at the end, which the next process cuts off. Once everything has arrived, a large file is
-replaced by one with only the header.
+A process that is killed while it appends leaves half a line at the end, which the next process cuts off. Once all of it
+has arrived, a large file is replaced by one with only the header. `tracking.journal_file` has the lines.
 
 Nothing here knows MLflow; `shufflenet_mlflow.tracking.messages` has the meaning of the entries.
 """
 
 import contextlib
-import json
 import logging
 import os
-import secrets
 import threading
-import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from shufflenet_mlflow.errors import JournalError
-from shufflenet_mlflow.runtime.files import sync_folder, write_atomically
+from shufflenet_mlflow.runtime.files import open_regular, sync_folder, write_atomically
 from shufflenet_mlflow.runtime.locks import FileLock
+from shufflenet_mlflow.runtime.text import counted
+from shufflenet_mlflow.tracking.journal_file import (
+    ABOUT_ITSELF,
+    BOUND,
+    DELIVERED,
+    JOURNAL_NAME,
+    LEASE,
+    Content,
+    Entry,
+    FolderLease,
+    decode,
+    encode,
+    encode_header,
+    scan,
+)
 
 logger = logging.getLogger(__name__)
 
-# The journal was first called spool; files, header and tags keep that name, so that old journals stay readable.
-JOURNAL_NAME = "spool.jsonl"
 DAMAGED_NAME = "spool.damaged.jsonl"
 LOCK_NAME = "spool.lock"
-JOURNAL_VERSION = 1
-
-_HEADER, _DELIVERED, _BOUND = "spool", "delivered", "bound"
-_ABOUT_ITSELF = (_HEADER, _DELIVERED, _BOUND)
-"""Kinds of lines about the journal itself, which are not sent."""
 _COMPACT_BYTES = 256 * 1024
+_MOST_TOKENS = 20
 
 _CLOSED = -1
 """Takes the place of a closed descriptor, whose number may belong to another file by then."""
-
-_PROVISIONAL = "new-"
-
-
-def new_provisional_id() -> str:
-    """Return a provisional ID for a run that MLflow has not created yet."""
-    return _PROVISIONAL + secrets.token_hex(16)
-
-
-def is_created(run: str) -> bool:
-    """Whether this is the ID of a run in MLflow, and not a provisional one."""
-    return not run.startswith(_PROVISIONAL)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One message that has to reach a run."""
-
-    seq: int
-    run: str
-    """An MLflow run ID, or a provisional one."""
-    kind: str
-    body: Mapping[str, Any]
-
-
-def _encode(seq: int, run: str, kind: str, body: Mapping[str, Any]) -> bytes:
-    text = json.dumps({"seq": seq, "run": run, "kind": kind, "body": body}, separators=(",", ":")).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
-
-
-def _decode(line: bytes) -> Entry | None:
-    """Return the entry of a line, or None if the line is damaged."""
-    checksum, _, text = line.rstrip(b"\n").partition(b" ")
-    if len(checksum) != 8 or b"%08x" % zlib.crc32(text) != checksum:
-        return None
-    try:
-        values = json.loads(text)
-        entry = Entry(**values)
-    except (ValueError, TypeError):
-        return None
-    sound = type(entry.seq) is int and isinstance(entry.body, dict)
-    return entry if sound and isinstance(entry.run, str) and isinstance(entry.kind, str) else None
-
-
-@dataclass
-class _Content:
-    """The content of a journal."""
-
-    uri: str | None = None
-    run: str | None = None
-    last_seq: int = 0
-    delivered: int = 0
-    bound: dict[str, str] = field(default_factory=dict)
-    waiting: deque[tuple[int, Entry | None]] = field(default_factory=deque)
-    """Offsets of the pending entries, oldest first, with the entries themselves if asked for."""
-    end: int = 0
-    """Offset behind the last complete line."""
-    damaged: list[bytes] = field(default_factory=list)
-    missing: int = 0
-    """Number of pending entries that no line holds."""
-
-
-def _scan(path: Path, *, keep_entries: bool = False) -> _Content:
-    """Read a whole journal.
-
-    Raises:
-        JournalError: another version of this project wrote it.
-    """
-    content = _Content()
-    numbers: deque[int] = deque()
-    gaps: list[tuple[int, int]] = []
-    with open(path, "rb") as file:
-        for line in file:
-            offset, content.end = content.end, content.end + len(line)
-            if not line.endswith(b"\n"):  # the writer was killed
-                content.end = offset
-                break
-            entry = _decode(line)
-            if entry is None:
-                content.damaged.append(line)
-            elif entry.kind == _HEADER:
-                if entry.body.get("version") != JOURNAL_VERSION:
-                    raise JournalError(
-                        f"the journal {str(path)!r} has format {entry.body.get('version')!r}, and this version reads "
-                        f"only format {JOURNAL_VERSION}; upgrade this package",
-                        code="journal-format",
-                    )
-                content.uri, content.run = entry.body.get("uri"), entry.run or None
-                content.last_seq = content.delivered = max(content.last_seq, entry.seq)
-            elif entry.kind == _DELIVERED:
-                content.delivered = max(content.delivered, entry.seq)
-            elif entry.kind == _BOUND:
-                content.bound[entry.run] = str(entry.body["run_id"])
-            else:
-                if entry.seq > content.last_seq + 1:
-                    gaps.append((content.last_seq + 1, entry.seq - 1))
-                content.last_seq = max(content.last_seq, entry.seq)
-                content.run = entry.run
-                numbers.append(entry.seq)
-                content.waiting.append((offset, entry if keep_entries else None))
-            while numbers and numbers[0] <= content.delivered:
-                numbers.popleft()
-                content.waiting.popleft()
-    content.missing = sum(max(0, last - max(first, content.delivered + 1) + 1) for first, last in gaps)
-    return content
 
 
 class Journal:
@@ -181,9 +79,10 @@ class Journal:
 
     def _open(self) -> None:
         if not self.path.exists():
-            write_atomically(self.path, lambda file: file.write(_encode(0, "", _HEADER, {"version": JOURNAL_VERSION})))
-        content = _scan(self.path)
+            write_atomically(self.path, lambda file: file.write(encode_header(0)))
+        content = scan(self.path)
         self.uri, self.run, self.bound = content.uri, content.run, content.bound
+        self.tokens, self.lease = content.tokens, content.lease
         self._last_seq, self._delivered = content.last_seq, content.delivered
         self._noted = content.delivered
         self._pending = len(content.waiting)
@@ -196,16 +95,16 @@ class Journal:
             self._keep_damaged_lines(content)
 
     def _open_to_append(self) -> int:
-        return os.open(self.path, os.O_RDWR | os.O_APPEND | getattr(os, "O_CLOEXEC", 0))
+        return open_regular(self.path, os.O_RDWR | os.O_APPEND)
 
-    def _keep_damaged_lines(self, content: _Content) -> None:
-        with open(self.directory / DAMAGED_NAME, "ab") as file:
+    def _keep_damaged_lines(self, content: Content) -> None:
+        with open(open_regular(self.directory / DAMAGED_NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
             file.writelines(content.damaged)
         logger.warning(
-            "%s: %d lines were damaged and %d entries are missing; damaged lines are kept in %s, the rest is delivered",
+            "%s: %s damaged, %s missing; damaged lines are kept in %s, the rest is delivered",
             self.path,
-            len(content.damaged),
-            content.missing,
+            counted(len(content.damaged), "line"),
+            counted(content.missing, "entry", "entries"),
             DAMAGED_NAME,
         )
         self._rewrite()
@@ -232,10 +131,12 @@ class Journal:
         )
 
     def _header(self) -> bytes:
-        body = {"version": JOURNAL_VERSION, "uri": self.uri}
         # Numbered like the last entry that has arrived, so that the next ones follow without a gap.
-        header = _encode(self._delivered, self.run or "", _HEADER, body)
-        return header + b"".join(_encode(0, key, _BOUND, {"run_id": run_id}) for key, run_id in self.bound.items())
+        header = encode_header(self._delivered, self.run or "", self.uri)
+        bound = (encode(0, key, BOUND, {"run_id": run_id}) for key, run_id in self.bound.items())
+        rest = asdict(self.lease) if self.lease is not None else {}
+        tokens = (encode(0, "", LEASE, {**rest, "token": token}) for token in self.tokens[-_MOST_TOKENS:])
+        return header + b"".join((*bound, *tokens))
 
     def _rewrite(self) -> None:
         """Replace the journal by one that holds only what is pending."""
@@ -245,7 +146,7 @@ class Journal:
             Entry(number, entry.run, entry.kind, entry.body)
             for number, entry in enumerate(waiting, start=self._delivered + 1)
         ]
-        lines = [_encode(entry.seq, entry.run, entry.kind, entry.body) for entry in waiting]
+        lines = [encode(entry.seq, entry.run, entry.kind, entry.body) for entry in waiting]
         header = self._header()
         write_atomically(self.path, lambda file: file.writelines([header, *lines]))
         os.close(self._descriptor)
@@ -259,8 +160,8 @@ class Journal:
         with open(self.path, "rb") as file:
             file.seek(offset)
             while file.tell() < self._end:
-                entry = _decode(file.readline())
-                if entry is not None and entry.kind not in _ABOUT_ITSELF:
+                entry = decode(file.readline())
+                if entry is not None and entry.kind not in ABOUT_ITSELF:
                     yield entry
 
     # ---------------------------------------------------------------- appending
@@ -269,8 +170,12 @@ class Journal:
         """Append an entry; it survives this process and, after `sync`, a loss of power.
 
         On a full disk, nothing is lost while the process lives; see `failure`.
+
+        Raises:
+            TypeError, ValueError: the body is not plain data; nothing is appended.
         """
         with self._mutex:
+            encode(self._last_seq + 1, run, kind, body)  # before it counts: what cannot be written would stay in front
             self._last_seq += 1
             self._pending += 1
             self._unwritten.append(Entry(self._last_seq, run, kind, body))
@@ -281,7 +186,7 @@ class Journal:
             return
         while self._unwritten:
             entry = self._unwritten[0]
-            if not self._write_line(_encode(entry.seq, entry.run, entry.kind, entry.body)):
+            if not self._write_line(encode(entry.seq, entry.run, entry.kind, entry.body)):
                 return
             self._unwritten.popleft()
 
@@ -356,7 +261,7 @@ class Journal:
     def _note_delivered(self) -> bool:
         """Write the note; if that fails, a later one covers it, or the next process sends the entries again,
         harmlessly."""
-        written = self._write_line(_encode(self._delivered, "", _DELIVERED, {}))
+        written = self._write_line(encode(self._delivered, "", DELIVERED, {}))
         if written:
             self._noted = self._delivered
         return written
@@ -366,8 +271,8 @@ class Journal:
             file.seek(self._cursor)
             while self._cursor < self._end:
                 line = file.readline()
-                entry = _decode(line)
-                if entry is not None and entry.kind not in _ABOUT_ITSELF and entry.seq > self._delivered:
+                entry = decode(line)
+                if entry is not None and entry.kind not in ABOUT_ITSELF and entry.seq > self._delivered:
                     return
                 self._cursor += len(line)
 
@@ -377,8 +282,22 @@ class Journal:
             self.bound[run] = run_id
             if self._descriptor == _CLOSED:  # as in `delivered`
                 return
-            self._write_line(_encode(0, run, _BOUND, {"run_id": run_id}))
+            self._write_line(encode(0, run, BOUND, {"run_id": run_id}))
             self.sync()
+
+    def note_lease(self, lease: "FolderLease") -> None:
+        """Note how this folder's process takes its run, or that it has taken it."""
+        with self._mutex:
+            if lease.token not in self.tokens:
+                self.tokens.append(lease.token)
+            self.lease = lease
+            if self._descriptor != _CLOSED:
+                self._write_line(encode(0, "", LEASE, asdict(lease)))
+
+    def note_taken(self) -> None:
+        """Note that the folder's process has reached its run, and taken it."""
+        if self.lease is not None and not self.lease.taken:
+            self.note_lease(replace(self.lease, taken=True))
 
     def run_id_of(self, run: str) -> str:
         """Return the MLflow run of an entry, or its provisional ID if it has not been created yet."""
@@ -398,32 +317,14 @@ class Journal:
                 sync_folder(self.directory)
             self._descriptor = _CLOSED
 
-
-@dataclass(frozen=True)
-class Pending:
-    """The pending entries of a folder, as read without opening its journal."""
-
-    run_id: str | None
-    """The run of the folder; None if it has not been created, or there is no journal."""
-    uri: str | None
-    entries: tuple[Entry, ...]
-
-
-def read_pending(directory: Path) -> Pending:
-    """Return what is pending in a folder, also while another process works there; nothing without a journal.
-
-    Raises:
-        JournalError: the journal cannot be read.
-    """
-    path = directory / JOURNAL_NAME
-    if not os.path.isfile(path):  # unlike Path.is_file, never raises
-        return Pending(None, None, ())
-    try:
-        content = _scan(path, keep_entries=True)
-    except OSError as error:
-        raise JournalError(
-            f"cannot read the journal {str(path)!r}: {error.strerror}", code="journal-unreadable"
-        ) from error
-    run = content.bound.get(content.run, content.run) if content.run is not None else None
-    run_id = run if run is not None and is_created(run) else None
-    return Pending(run_id, content.uri, tuple(entry for _, entry in content.waiting if entry is not None))
+    def remove(self) -> None:
+        """Close a journal in which nothing is pending, and remove its files, and its folder if that is empty then."""
+        with self._mutex:
+            # Still locked: a process that has opened the lock's file meanwhile finds that it is gone, and begins again.
+            for name in (JOURNAL_NAME, LOCK_NAME):
+                (self.directory / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()
+            os.close(self._descriptor)
+            self._lock.release()
+            self._descriptor = _CLOSED

@@ -3,6 +3,7 @@
 from typing import Any
 
 from shufflenet_mlflow.tracking.commit import Checkpoint
+from shufflenet_mlflow.tracking.logged import LoggedBatch, LoggedFile, LoggedInputs, RunUpdate
 from shufflenet_mlflow.tracking.messages import (
     Create,
     DatasetInput,
@@ -30,5 +31,9 @@ TRACKING_KINDS: dict[str, type[Any]] = {
         Create,
         Reopen,
         Finish,
+        LoggedBatch,
+        LoggedInputs,
+        LoggedFile,
+        RunUpdate,
     )
 }

@@ -9,18 +9,26 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from shufflenet_mlflow.checkpoints.manifest import LATEST_TAG
-from shufflenet_mlflow.errors import RefusedError
+from shufflenet_mlflow.errors import RefusedError, TrackingError
 from shufflenet_mlflow.runtime.serialization import to_json
-from shufflenet_mlflow.tracking.client import mlflow_errors
-from shufflenet_mlflow.tracking.names import DATASET_CONTEXT_TAG, RESOLVED_PREFIX
+from shufflenet_mlflow.tracking.client import LOST_RACE, mlflow_errors
+from shufflenet_mlflow.tracking.names import DATASET_CONTEXT_TAG, RESOLVED_PREFIX, RESUMED_FROM_ITERS_TAG
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.target import Message, RunTarget, manifest_in_tag
+from shufflenet_mlflow.tracking.uris import is_server
+
+LARGEST_NUMBER = 2**53
+"""The largest whole number that every store takes."""
 
 MOST_POINTS = 1000
 """Metric points that MLflow accepts in one request."""
+
+
+_RACES = 5
+"""Attempts to log a data set that other runs log at the same time."""
 
 
 def now_ms() -> int:
@@ -38,7 +46,12 @@ class MetricPoints:
     timestamp: int
 
     def send(self, target: RunTarget) -> None:
-        send_points(target, [self])
+        self.send_all(target, [self])
+
+    @staticmethod
+    def send_all(target: RunTarget, steps: "Sequence[MetricPoints]") -> None:
+        """Send several in as few requests as possible."""
+        send_points(target, steps)
 
 
 def send_points(target: RunTarget, steps: Sequence[MetricPoints], tags: Mapping[str, str] | None = None) -> None:
@@ -61,8 +74,12 @@ def send_points(target: RunTarget, steps: Sequence[MetricPoints], tags: Mapping[
     new_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
     for first in range(0, max(len(metrics), len(new_tags)), MOST_POINTS):
         batch = metrics[first : first + MOST_POINTS]
-        with mlflow_errors(f"log metrics at step {steps[0].step}"):
-            target.client.log_batch(target.run_id, metrics=batch, tags=new_tags)
+        try:
+            with mlflow_errors(f"log metrics at step {steps[0].step}"):
+                target.client.log_batch(target.run_id, metrics=batch, tags=new_tags)
+        except TrackingError:
+            target.seen = None  # they may have arrived nevertheless: what the run has is read again
+            raise
         new_tags = []
         for metric in batch:
             seen[metric.key].add(metric.step)
@@ -127,7 +144,10 @@ class TextArtifact:
         # File names need not be valid Unicode.
         text = self.text.encode("utf-8", "backslashreplace").decode()
         with mlflow_errors(f"write {self.path} of run {target.run_id}"):
-            target.client.log_text(target.run_id, text, self.path)
+            target.artifacts.put_text(text, self.path)
+        if is_server(target.client.tracking_uri):
+            folder, _, name = self.path.rpartition("/")
+            target.artifacts.check_arrived(folder, {name: len(text.encode())})
 
 
 @dataclass(frozen=True)
@@ -145,16 +165,30 @@ class DatasetInput:
     """`content` or `listing`."""
 
     def send(self, target: RunTarget) -> None:
-        from mlflow.entities import Dataset, InputTag
-        from mlflow.entities import DatasetInput as Input
+        for _ in range(_RACES):
+            if self._has_arrived(target):
+                return
+            try:
+                self._log(target)
+            except TrackingError as error:
+                if error.mlflow_code != LOST_RACE:  # another run has just logged the same data set
+                    raise
+            else:
+                return
+        self._log(target)
 
+    def _has_arrived(self, target: RunTarget) -> bool:
         inputs = target.read().inputs
-        if inputs is not None and any(
+        return inputs is not None and any(
             (entry.dataset.name, entry.dataset.digest) == (self.name, self.digest)
             and self.context in [tag.value for tag in entry.tags]
             for entry in inputs.dataset_inputs
-        ):
-            return
+        )
+
+    def _log(self, target: RunTarget) -> None:
+        from mlflow.entities import Dataset, InputTag
+        from mlflow.entities import DatasetInput as Input
+
         dataset = Dataset(
             name=self.name,
             digest=self.digest,
@@ -183,12 +217,16 @@ class Create:
 
 @dataclass(frozen=True)
 class Reopen:
-    """The run continues."""
+    """The run continues, unless it was continued elsewhere meanwhile."""
 
     kind: ClassVar[str] = "reopen"
     tags: Mapping[str, str]
 
     def send(self, target: RunTarget) -> None:
+        latest = manifest_in_tag(target.read_to_commit().data.tags, LATEST_TAG)
+        since = self.tags.get(RESUMED_FROM_ITERS_TAG, "")
+        if target.require_writer is None and latest is not None and since.isdecimal() and latest.iters > int(since):
+            return
         with mlflow_errors(f"continue run {target.run_id}"):
             target.client.update_run(target.run_id, status="RUNNING")
         target.set_tags(self.tags)
@@ -204,7 +242,9 @@ class Finish:
     iters: int
 
     def send(self, target: RunTarget) -> None:
-        latest = manifest_in_tag(target.read().data.tags, LATEST_TAG)
+        if self.status not in ("FINISHED", "FAILED", "KILLED"):
+            raise RefusedError(f"a run cannot end as {self.status!r}", code="journal-status")
+        latest = manifest_in_tag(target.read_to_commit().data.tags, LATEST_TAG)
         if latest is not None and latest.iters > self.iters:
             return
         with mlflow_errors(f"end run {target.run_id}"):
@@ -232,4 +272,26 @@ def from_body(kinds: Mapping[str, type[Any]], kind: str, body: Mapping[str, Any]
             f"the journal has an unknown kind of entry, {kind!r}; upgrade this package",
             code="journal-entry-unknown",
         ) from error
+    for name, hint in get_type_hints(type(message)).items():
+        if get_origin(hint) is not ClassVar and not _fits(getattr(message, name), hint):
+            raise RefusedError(
+                f"the journal has a {kind} entry whose {name} cannot be used; this package did not write it",
+                code="journal-entry-types",
+            )
     return message
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is of the type that a message's field has."""
+    if hint is Any:
+        return True
+    if get_origin(hint) is Mapping:
+        item = get_args(hint)[1]
+        return isinstance(value, dict) and all(_fits(each, item) for each in value.values())
+    if get_origin(hint) is Sequence:
+        return isinstance(value, list | tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
+    if args := get_args(hint):  # a union
+        return any(_fits(value, each) for each in args)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint and not (hint is int and abs(value) > LARGEST_NUMBER)

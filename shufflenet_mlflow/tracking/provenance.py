@@ -2,12 +2,15 @@
 
 import os
 import platform
+import re
 import shlex
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import psutil
 
+from shufflenet_mlflow.runtime.text import counted
 from shufflenet_mlflow.runtime.versions import installed_versions
 from shufflenet_mlflow.tracking.names import BRANCH_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG, HARDWARE_TAG, VERSION_TAG
 from shufflenet_mlflow.tracking.redaction import redact_word
@@ -19,6 +22,12 @@ def command_line() -> str:
     program = Path(sys.argv[0]).name
     words = ["shufflenet" if program == "__main__.py" else program, *sys.argv[1:]]
     return shlex.join(map(redact_word, words))
+
+
+def command_name() -> str:
+    """Return the command without its options, as the UI shows it in the column Source: `shufflenet train`."""
+    program, *rest = shlex.split(command_line())
+    return " ".join([program, *takewhile(re.compile("[a-z]+").fullmatch, rest[:1])])
 
 
 def git_tags() -> dict[str, str]:
@@ -51,7 +60,7 @@ def hardware_tags() -> dict[str, str]:
 
     memory = psutil.virtual_memory().total / (1 << 30)
     tags = {
-        f"{HARDWARE_TAG}cpu": f"{_processor()}, {os.cpu_count()} cores",
+        f"{HARDWARE_TAG}cpu": f"{_processor()}, {counted(os.cpu_count() or 1, 'core')}",
         f"{HARDWARE_TAG}memory": f"{memory:.1f} GiB",
     }
     if torch.cuda.is_available():
@@ -88,6 +97,6 @@ def provenance_tags() -> dict[str, str]:
         **git_tags(),
         **version_tags(),
         **hardware_tags(),
-        "mlflow.source.name": command,
+        "mlflow.source.name": command_name(),
         COMMAND_TAG: command,
     }

@@ -1,20 +1,14 @@
-"""A thread that does what the training loop hands to it, in order, so that the loop does not wait."""
+"""A thread that fills the journal, in order with other work, so that the training loop does not wait."""
 
-import logging
-import queue
-import threading
 from collections.abc import Callable
 
+from shufflenet_mlflow.runtime.jobs import Jobs
 from shufflenet_mlflow.tracking.journal import Journal
 from shufflenet_mlflow.tracking.messages import to_body
 from shufflenet_mlflow.tracking.target import JustWritten, Message
 
-logger = logging.getLogger(__name__)
 
-Job = Callable[[], None]
-
-
-class Recorder:
+class Recorder(Jobs):
     """Puts messages to one run into the journal, and does other work between them, all in order.
 
     Args:
@@ -28,11 +22,7 @@ class Recorder:
     ) -> None:
         self.journal, self.run, self._wake = journal, run, wake
         self.just_written = just_written if just_written is not None else {}
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.failure: BaseException | None = None
-        """The first error that a job raised."""
-        self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
-        self._thread.start()
+        super().__init__("recorder")
 
     @property
     def run_id(self) -> str:
@@ -53,36 +43,3 @@ class Recorder:
         if durable:
             self.journal.sync()
         self._wake()
-
-    def do(self, job: Job) -> None:
-        """Do a job when its turn comes."""
-        self._jobs.put(job)
-
-    def drain(self) -> None:
-        """Wait until everything given so far is done.
-
-        Raises:
-            BaseException: what a job raised.
-        """
-        done = threading.Event()
-        self._jobs.put(done.set)
-        while not done.wait(timeout=1.0):  # signals are handled between timeouts
-            if not self._thread.is_alive():
-                break
-        if self.failure is not None:
-            failure, self.failure = self.failure, None
-            raise failure
-
-    def close(self) -> None:
-        """Do what is left, then end the thread."""
-        self._jobs.put(None)
-        self._thread.join()
-        if self.failure is not None:
-            logger.warning("%s", self.failure)
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except BaseException as error:  # noqa: BLE001 - raised where the work was given
-                self.failure = self.failure or error

@@ -3,8 +3,8 @@
 import re
 
 # Up to the last @: an unquoted password may contain anything. File names may contain an @ of their own.
-_USERINFO = re.compile(r"\b(?!sqlite:|file:)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s'\"]*@")
-_USERINFO_IN_WORD = re.compile(r"\b(?!sqlite:|file:)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://).*@", re.DOTALL)
+_USERINFO = re.compile(r"\b(?!sqlite[:+]|file:)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s'\"]*@")
+_USERINFO_IN_WORD = re.compile(r"\b(?!sqlite[:+]|file:)(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://).*@", re.DOTALL)
 _SECRET = re.compile(r"(?P<name>[?&][\w.-]*(?:password|passwd|pwd|token|secret|key|signature|sig)=)[^&\s'\"]*", re.I)
 
 

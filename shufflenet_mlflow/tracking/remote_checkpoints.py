@@ -7,7 +7,8 @@ gets its name in the cache only after it was verified against its manifest, and 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,24 +22,28 @@ from shufflenet_mlflow.checkpoints.manifest import (
     read_manifest,
     write_manifest,
 )
-from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
-from shufflenet_mlflow.checkpoints.references import ModelReference, RunReference, is_run_id
+from shufflenet_mlflow.checkpoints.names import attempt_prefix, local_name, newest_first, parse_name
+from shufflenet_mlflow.checkpoints.references import ModelReference, RunReference, is_run_id, run_folder
 from shufflenet_mlflow.checkpoints.verification import VerifiedCheckpoint, open_checkpoint, verify_checkpoint
 from shufflenet_mlflow.errors import (
     CheckpointError,
     CorruptCheckpointError,
     NoCheckpointError,
     TrackingError,
+    UnreadableCheckpointError,
     UnresolvedError,
+    UnsafeCheckpointError,
 )
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts, being_deleted
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.downloads import scratch_folder, shown
-from shufflenet_mlflow.tracking.names import MODEL_VERSION_TAG
+from shufflenet_mlflow.tracking.lease import writer_in
+from shufflenet_mlflow.tracking.names import CONTINUES_TAG, MODEL_VERSION_TAG
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run_ids import is_missing, read_run
+from shufflenet_mlflow.tracking.target import manifest_in_tag
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,11 +62,15 @@ class RemoteCheckpoints:
     """The checkpoints of one run, fetched into a cache folder."""
 
     def __init__(self, store: Connection, run_id: str, cache_dir: Path, reporter: Reporter | None = None) -> None:
+        self.folder = run_folder(cache_dir / "runs", run_id)  # what is no run's ID is not asked for
         run = read_run(store, run_id)
+        if CONTINUES_TAG in run.data.tags:  # made by `mlflow run`, whose training is in another run
+            run_id = run.data.tags[CONTINUES_TAG]
+            self.folder = run_folder(cache_dir / "runs", run_id)
+            run = read_run(store, run_id)
         self.client = store.client
         self._reporter = reporter
         self.run_id = run_id
-        self.folder = cache_dir / "runs" / run_id
         self.artifacts = RunArtifacts(self.client, run_id)
         self.name = run.info.run_name
         self.tags: dict[str, str] = run.data.tags
@@ -91,16 +100,23 @@ class RemoteCheckpoints:
         )
 
     def list_names(self) -> list[str]:
-        """Return the names of the run's checkpoints, newest first, without those being deleted."""
-        doomed = being_deleted(self.tags)
-        return [name for name in newest_first(self.artifacts.sizes()) if name not in doomed]
+        """Return the names of the run's checkpoints, newest first, without half uploads and those being deleted."""
+        doomed, listed = being_deleted(self.tags), self.artifacts.sizes()
+        return [
+            name
+            for name in newest_first(listed)
+            if name not in doomed and (not attempt_prefix(name) or f"{name}.json" in listed)
+        ]
 
     def at(self, iters: int) -> str:
-        """Return the name of the checkpoint after `iters` iterations.
+        """Return the name of the checkpoint after `iters` iterations; of several attempts, the latest or the last.
 
         Raises:
             UnresolvedError: the run has none; the message lists those it has.
         """
+        latest = manifest_in_tag(self.tags, LATEST_TAG)
+        if latest is not None and latest.iters == iters:
+            return latest.file_name
         names = self.list_names()
         for name in names:
             parsed = parse_name(name)
@@ -140,8 +156,8 @@ class RemoteCheckpoints:
                 f"run {self.run_id}: {artifact!r} is not named like a checkpoint, {{tag}}checkpoint-{{iters}}.pth.tar",
                 code="artifact-name",
             )
-        target = self.folder / name
-        if manifest is not None and read_manifest(target) == manifest:
+        target = self.folder / attempt_prefix(name).removesuffix("~") / local_name(name)
+        if manifest is not None and read_manifest(target) == manifest.as_local():
             try:
                 cached = open_checkpoint(target, manifest)
             except CheckpointError as error:
@@ -155,6 +171,8 @@ class RemoteCheckpoints:
                 return self._fetch_once(artifact, manifest, target)
             except OSError as error:
                 raise self._unusable_cache(name, error) from error
+            except UnreadableCheckpointError as error:
+                raise self._unusable_cache(name, error.__cause__) from error
             except (TrackingError, CorruptCheckpointError) as error:
                 if attempt == _ATTEMPTS or (isinstance(error, TrackingError) and is_missing(error)):
                     raise
@@ -170,9 +188,10 @@ class RemoteCheckpoints:
             with open(arrived, "rb") as file:
                 os.fsync(file.fileno())
             manifest_path(target).unlink(missing_ok=True)
+            target.parent.mkdir(exist_ok=True)
             fetched.rename(target)
         if manifest is not None:
-            write_manifest(target, manifest)
+            write_manifest(target, manifest.as_local())
         return fetched
 
     def verify(self, name: str) -> None:
@@ -190,35 +209,63 @@ class RemoteCheckpoints:
                 verify_checkpoint(self.artifacts.download(f"{ARTIFACT_FOLDER}/{name}", scratch), manifest)
         except OSError as error:
             raise self._unusable_cache(name, error) from error
+        except UnreadableCheckpointError as error:
+            raise self._unusable_cache(name, error.__cause__) from error
 
-    def _unusable_cache(self, name: str, error: OSError) -> UnresolvedError:
+    def _unusable_cache(self, name: str, error: BaseException | None) -> UnresolvedError:
         return UnresolvedError(
-            f"cannot keep {name} in the cache folder {str(self.folder)!r}: {error.strerror}; --cache-dir or "
+            f"cannot keep {name} in the cache folder {str(self.folder)!r}: "
+            f"{getattr(error, 'strerror', None) or error}; --cache-dir or "
             "SHUFFLENET_CACHE_DIR names another",
             code="cache-unusable",
         )
 
     def newest_valid(self) -> Resolved:
-        """Return the checkpoint that `checkpoint.latest` names or, if that fails, the newest that verifies.
+        """Return the checkpoint that `checkpoint.latest` names or, if it does not verify, the newest that does.
+
+        Only what fails verification, or what MLflow says is gone, is passed over. A download that fails for another
+        reason ends the search: the checkpoint may be intact, and an older one would rewind the run.
 
         Raises:
-            UnresolvedError: none of the run's checkpoints verifies; NoCheckpointError: it has none.
+            UnresolvedError: none of the run's checkpoints verifies, or the cache folder cannot be used;
+                NoCheckpointError: the run has none.
+            TrackingError: the newest could not be downloaded.
         """
+        return self._first_valid(self._newest_first())
+
+    def best_valid(self) -> Resolved:
+        """Return the checkpoint that `checkpoint.best` names; if there is none, or it does not verify, `newest_valid`.
+
+        Raises:
+            UnresolvedError, TrackingError: as `newest_valid` does.
+        """
+        best = manifest_in_tag(self.tags, BEST_TAG)
+        if best is not None:
+            return self._first_valid(chain([(best.path, best)], self._newest_first()))
+        newest = self.newest_valid()
+        logger.info("run %s has no best checkpoint, so its latest is taken: %s", self.run_id, newest.path.name)
+        return newest
+
+    def _first_valid(self, candidates: Iterable[tuple[str, CheckpointManifest | None]]) -> Resolved:
         failures: list[str] = []
-        for artifact, manifest in self._newest_first():
+        for artifact, manifest in candidates:
             try:
                 checkpoint = self.fetch(artifact, manifest)
-            except (CorruptCheckpointError, TrackingError) as error:
-                if isinstance(error, TrackingError) and not self._reachable():
-                    raise
+            except (CorruptCheckpointError, UnsafeCheckpointError, TrackingError) as error:
+                if isinstance(error, TrackingError) and self.artifacts.has(artifact):
+                    raise TrackingError(
+                        f"{error}; no older checkpoint takes its place: try again once MLflow gives it",
+                        error.mlflow_code,
+                        code="newest-not-downloaded",
+                    ) from error
                 logger.warning("skipped: %s", error)
                 failures.append(str(error))
                 continue
-            return Resolved(checkpoint, self.run_id)
+            return self._resolved(checkpoint)
         if not failures:
             raise self._without(LATEST_TAG)
         raise UnresolvedError(
-            f"run {self.run_id}: none of its {len(failures)} checkpoints verifies; the newest: {failures[0]}",
+            f"run {self.run_id}: no checkpoint verifies ({len(failures)} tried); the newest: {failures[0]}",
             code="none-verifies-in-run",
         )
 
@@ -236,14 +283,6 @@ class RemoteCheckpoints:
             if latest is None or name != latest.file_name:
                 yield f"{ARTIFACT_FOLDER}/{name}", self.manifest_of(name)
 
-    def _reachable(self) -> bool:
-        try:
-            with mlflow_errors("reach the server"):
-                self.client.get_run(self.run_id)
-        except TrackingError:
-            return False
-        return True
-
     def resolve(self, reference: RunReference) -> Resolved:
         """Return the checkpoint that `reference` names.
 
@@ -254,7 +293,11 @@ class RemoteCheckpoints:
         artifact, manifest = self.locate(reference)
         if artifact is None:
             return self.newest_valid()
-        return Resolved(self.fetch(artifact, manifest), self.run_id)
+        return self._resolved(self.fetch(artifact, manifest))
+
+    def _resolved(self, checkpoint: VerifiedCheckpoint) -> Resolved:
+        writer = writer_in(self.tags)
+        return Resolved(checkpoint, self.run_id, None if writer is None else writer.token)
 
     def locate(self, reference: RunReference) -> tuple[str | None, CheckpointManifest | None]:
         """Return artifact path and manifest of an exact reference; (None, None) for the latest, which may fall back.
@@ -264,11 +307,12 @@ class RemoteCheckpoints:
         """
         if reference.artifact is not None:
             return reference.artifact, self.manifest_of(reference.artifact.rpartition("/")[2])
-        if reference.which == "latest":
+        if reference.is_latest:
             return None, None
         if reference.which == "best":
             manifest = self.tagged(BEST_TAG)
             return manifest.path, manifest
+        assert isinstance(reference.which, int)  # noqa: S101 - nothing else is left
         name = self.at(reference.which)
         return f"{ARTIFACT_FOLDER}/{name}", self.manifest_of(name)
 
@@ -283,17 +327,28 @@ def promoted_names(client: "MlflowClient", run_id: str) -> set[str]:
         versions = list(client.search_model_versions(f"run_id = '{run_id}'"))
     names = set()
     for version in versions:
-        with contextlib.suppress(CheckpointError):
-            names.add(CheckpointManifest.from_json(version.tags.get(MODEL_VERSION_TAG, "")).file_name)
+        _, manifest = _checkpoint_of(client, version)
+        if manifest is not None:
+            names.add(manifest.file_name)
         names.add(str(version.source).rpartition("/")[2])
     return names
 
 
 def resolve_run(
-    reference: RunReference, store: Connection, *, cache_dir: Path, reporter: Reporter | None = None
+    reference: RunReference,
+    store: Connection,
+    *,
+    cache_dir: Path,
+    reporter: Reporter | None = None,
+    prefer_best: bool = False,
 ) -> Resolved:
-    """Fetch the checkpoint of a run; see `RemoteCheckpoints.resolve`."""
-    return RemoteCheckpoints(store, reference.run_id, cache_dir, reporter).resolve(reference)
+    """Fetch the checkpoint of a run; see `RemoteCheckpoints.resolve`.
+
+    Args:
+        prefer_best: of a run ID alone, the best.
+    """
+    run = RemoteCheckpoints(store, reference.run_id, cache_dir, reporter)
+    return run.best_valid() if prefer_best and reference.is_bare else run.resolve(reference)
 
 
 def resolve_model(

@@ -11,7 +11,7 @@ from shufflenet_mlflow.runtime.text import name_some
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.redaction import redact
-from shufflenet_mlflow.tracking.uris import store_file
+from shufflenet_mlflow.tracking.uris import stored_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -78,9 +78,8 @@ def may_have_been(mistyped: str, store: str | Connection | None) -> str:
 def _newest(store: str | Connection | None, filter_string: str, what: str) -> dict[str, str]:
     """Return ID -> name of the newest matching runs."""
     store = Connection.to(store)
-    file = store_file(store.uri)
-    if file is not None and not file.exists():
-        return {}  # MLflow would create it
+    if not store.exists():
+        return {}
     client = store.client
     from mlflow.entities import ViewType
 
@@ -110,7 +109,7 @@ def read_run(store: Connection, run_id: str) -> "Run":
             raise
         suggestion = may_have_been(run_id, store)
         raise UnresolvedError(
-            f"there is no run {run_id} in {redact(store.client.tracking_uri)}{suggestion}; "
+            f"there is no run {run_id} in {stored_uri(store.client.tracking_uri)}{suggestion}; "
             "--tracking-uri or MLFLOW_TRACKING_URI names another store",
             code="run-missing",
         ) from error

@@ -12,21 +12,35 @@ from shufflenet_mlflow.checkpoints.staging import StagingBuffer
 from shufflenet_mlflow.checkpoints.writing import PreparedCheckpoint, prepare_checkpoint, write_prepared
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.runtime.progress import Reporter
-from shufflenet_mlflow.tracking.commit import Checkpoint
-from shufflenet_mlflow.tracking.journal import Journal, is_created
+from shufflenet_mlflow.tracking.commit import Checkpoint, pending_checkpoints
+from shufflenet_mlflow.tracking.journal import Journal
+from shufflenet_mlflow.tracking.journal_file import is_created, read_pending
 from shufflenet_mlflow.tracking.messages import MetricPoints, now_ms
-from shufflenet_mlflow.tracking.prune import Prune, pending_names
+from shufflenet_mlflow.tracking.prune import Prune
 from shufflenet_mlflow.tracking.recorder import Recorder
 
 
 class TrackedMetrics:
-    """Sends metric points to the run; a point that the run already has is dropped on delivery."""
+    """Sends metric points to the run; a point that the run already has is dropped on delivery.
 
-    def __init__(self, recorder: Recorder) -> None:
+    Args:
+        afterwards: values without steps that follow the first ones, because the UI's page for comparing runs opens on
+            the metric that was logged first.
+    """
+
+    def __init__(self, recorder: Recorder, afterwards: Mapping[str, float] | None = None) -> None:
         self._recorder = recorder
+        self._afterwards = dict(afterwards or {})
+        self.has_logged = False
 
     def log(self, values: Mapping[str, float], iters: int) -> None:
-        """See `shufflenet_mlflow.training.loop.MetricSink`."""
+        """See `shufflenet_mlflow.training.keeping.MetricSink`."""
+        self._record(values, iters)
+        if not self.has_logged and self._afterwards:
+            self._record(self._afterwards, 0)
+        self.has_logged = True
+
+    def _record(self, values: Mapping[str, float], iters: int) -> None:
         plain = {name: float(value) for name, value in values.items()}
         self._recorder.record(MetricPoints(plain, iters, now_ms()))
 
@@ -60,9 +74,10 @@ class TrackedStore:
         self._submitted: set[Path] = set()
         self._newest: Path | None = None
         self._failure: CheckpointError | None = None
+        self._may_repeat = False
 
     def save(self, state: Mapping[str, Any], iters: int, tag: str, *, val_top1: float | None) -> Path:
-        """See `shufflenet_mlflow.training.loop.CheckpointStore`.
+        """See `shufflenet_mlflow.training.keeping.CheckpointStore`.
 
         Raises:
             CheckpointError: the state is not plain data, or an earlier checkpoint could not be written.
@@ -105,7 +120,7 @@ class TrackedStore:
             self._reporter.warn(f"{error}; training goes on")
 
     def mark_best(self, checkpoint: Path, val_top1: float) -> bool:
-        """See `shufflenet_mlflow.training.loop.CheckpointStore`."""
+        """See `shufflenet_mlflow.training.keeping.CheckpointStore`."""
         if checkpoint not in self._submitted and read_manifest(checkpoint) is None:
             return False
 
@@ -122,17 +137,20 @@ class TrackedStore:
         return True
 
     def newest(self) -> Path | None:
-        """See `shufflenet_mlflow.training.loop.CheckpointStore`."""
+        """See `shufflenet_mlflow.training.keeping.CheckpointStore`."""
         self._recorder.drain()
         return self._newest
 
     def finish(self) -> Path | None:
-        """See `shufflenet_mlflow.training.loop.CheckpointStore`.
+        """See `shufflenet_mlflow.training.keeping.CheckpointStore`.
 
         Raises:
             CheckpointError: the last checkpoint could not be written or, unless `continue_on_error`, any of them.
         """
         self._recorder.drain()
+        if self._may_repeat and not self._retention.is_set:
+            self._may_repeat = False
+            self._recorder.append(Prune(None, None, None))
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -144,7 +162,11 @@ class TrackedStore:
             raise failure
 
     def deliver_again(self) -> None:
-        """Deliver what the journal may not know of; see `lost_checkpoints`."""
+        """Deliver what the journal may not know of; see `lost_checkpoints`.
+
+        From here on, checkpoints may be written that the run already has. `finish` has the earlier ones deleted.
+        """
+        self._may_repeat = True
         for message in lost_checkpoints(self._recorder.journal):
             self._recorder.record(message)
 
@@ -152,13 +174,14 @@ class TrackedStore:
 def lost_checkpoints(journal: Journal) -> list[Checkpoint]:
     """Return messages for checkpoints in a folder that its journal may not know of, oldest first.
 
-    The process may have been killed after writing the newest one and before noting it, and a journal can lose its end.
+    The process may have been killed after writing the newest one, or its accuracy, and before noting it, and a journal
+    can lose its end.
     Older ones are sent unless the run has gone past them, and always if lines of the journal were damaged.
     """
-    waiting = pending_names(journal.directory)
+    waiting = {found.file_name: found for found in pending_checkpoints(read_pending(journal.directory).entries)}
     manifests = list_manifests(journal.directory)
     return [
         Checkpoint.of(manifest, again=True, unless_passed=manifest != manifests[0] and not journal.was_damaged)
         for manifest in reversed(manifests)
-        if manifest.file_name not in waiting
+        if waiting.get(manifest.file_name) != manifest
     ]

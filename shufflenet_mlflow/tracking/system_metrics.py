@@ -76,7 +76,7 @@ class SystemMetrics:
 
 def _interval() -> float:
     try:
-        seconds = float(os.environ.get(INTERVAL_VARIABLE, INTERVAL))
+        seconds = float(os.environ.get(INTERVAL_VARIABLE) or INTERVAL)
     except ValueError:
         return INTERVAL
     return seconds if 0 < seconds < LONGEST_INTERVAL else INTERVAL

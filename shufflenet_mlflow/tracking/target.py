@@ -1,15 +1,17 @@
 """The run that messages are sent to, and the protocol of a message."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
 
 from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
+from shufflenet_mlflow.checkpoints.names import local_name
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.guarded import Guarded
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,6 +42,24 @@ class RunTarget:
         """Metric name -> steps that have a point; None until it is read."""
         self.artifacts = RunArtifacts(client, run_id)
         self.just_written: JustWritten = {}
+        self.require_writer: Callable[[Mapping[str, str]], None] | None = None
+        """Raises LostLeaseError if the run's tags, just read, say that another process has it; None without a lease."""
+
+    def guard(self, check: Callable[[], object]) -> None:
+        """Have `check` called before each request that changes something; it raises if this process no longer may."""
+        self.client = cast("MlflowClient", Guarded(self.client, check))
+        self.artifacts.guard(check)
+
+    def read_to_commit(self) -> "Run":
+        """Read the run just before what other commands rely on is changed.
+
+        Raises:
+            LostLeaseError: another process has taken it.
+        """
+        run = self.read()
+        if self.require_writer is not None:
+            self.require_writer(run.data.tags)
+        return run
 
     def read(self) -> "Run":
         """Read the run."""
@@ -89,9 +109,23 @@ class Message(Protocol):
         """
 
 
+@runtime_checkable
+class Joinable(Message, Protocol):
+    """A message of which several go in one request."""
+
+    @staticmethod
+    def send_all(target: RunTarget, messages: "Sequence[Any]") -> None:
+        """Send several of its kind, oldest first.
+
+        Raises:
+            RefusedError: one of them will never arrive.
+            TrackingError: they did not arrive this time.
+        """
+
+
 def is_trusted(manifest: CheckpointManifest, just_written: JustWritten) -> bool:
     """Whether this process read the file back a moment ago."""
-    sha256, when = just_written.get(manifest.file_name, ("", 0.0))
+    sha256, when = just_written.get(local_name(manifest.file_name), ("", 0.0))
     return sha256 == manifest.sha256 and time.monotonic() - when < TRUST_SECONDS
 
 
