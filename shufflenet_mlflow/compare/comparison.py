@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shufflenet_mlflow.compare.groups import GroupComparison
 from shufflenet_mlflow.compare.paired import Evaluation, Outcome, PairedTest, paired_test, read_outcomes
+from shufflenet_mlflow.evaluation.top5 import is_trivial
+from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.names import (
     EVALUATION_FOLDER,
@@ -29,12 +32,23 @@ logger = logging.getLogger(__name__)
 HIGHER, LOWER = "higher", "lower"
 
 _BETTER = {
-    **dict.fromkeys(("top1", "top5", "val_top1", "mean_class_accuracy", "images_per_second"), HIGHER),
-    **dict.fromkeys(("loss", "calibration_error"), LOWER),
+    **dict.fromkeys(("top1", "top5", "val_top1", "mean_class_accuracy"), HIGHER),
+    **dict.fromkeys(("loss", "calibration_error", "bytes", "load_ms", "memory_mb"), LOWER),
 }
-"""Last part of a metric's name -> which values are better."""
+"""Last part of a metric's name -> which values are better; the speed of a run is its machine's as much as its own."""
 
-_LEFT_OUT = (SYSTEM_SECTION, "train/lr", "epoch")
+_NOT_RANKED = ("train/", "loss")
+"""Beginnings of names: values of augmented batches of training images."""
+
+_SECTIONS_FIRST = ("best", "val", "eval", "repeats", "study", "", "deploy", "data", "train")
+"""First parts of names: results before costs; others follow."""
+_NAMES_FIRST = ("top1", "val_top1", "mean_class_accuracy", "loss", "top5")
+"""Last parts of names, within a section; others follow."""
+
+_RENAMED = {"model/macs": "macs", "model/parameters": "parameters"}
+"""Metrics of version 0.1 -> their names."""
+
+_LEFT_OUT = (SYSTEM_SECTION, "train/lr", "epoch", "best/iters")
 """Metrics that do not say which run is better."""
 
 CURVES = ("train/loss", "val/loss", "train/top1", "val/top1")
@@ -52,6 +66,8 @@ class RunColumn:
     status: str
     started: int
     """Milliseconds since the epoch."""
+    ended: int | None
+    """The same; None while it runs."""
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     evaluated: Mapping[str, str]
@@ -82,8 +98,8 @@ class Curve:
     metric: str
     run: int
     iterations: tuple[int, ...]
-    images: tuple[int, ...] | None
-    """Images seen; None if the run does not say how large its batches are."""
+    epochs: tuple[float, ...] | None
+    """Passes over the training images; None if the run does not say how many iterations one takes."""
     minutes: tuple[float, ...]
     """Minutes since the run started, pauses included."""
     values: tuple[float, ...]
@@ -100,6 +116,17 @@ class Comparison:
     curves: tuple[Curve, ...]
     tests: tuple[PairedTest, ...]
     """Tests of the first run's evaluations against those of the others, on the same images."""
+    groups: GroupComparison | None = None
+    """Groups of repeated trainings: means and differences over the seeds."""
+
+    @property
+    def shown_results(self) -> tuple[ResultRow, ...]:
+        """Return the results without top-5 accuracies that are 1 because there are so few classes."""
+        return tuple(row for row in self.results if not self._is_trivial(row))
+
+    def _is_trivial(self, row: ResultRow) -> bool:
+        pairs = [(value, run) for value, run in zip(row.values, self.runs, strict=True) if value is not None]
+        return bool(pairs) and all(is_trivial(row.metric, value, run.params) for value, run in pairs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document of `compare --json`."""
@@ -116,6 +143,7 @@ class Comparison:
                 for row in self.results
             ],
             "paired_tests": [test.to_dict() for test in self.tests],
+            **({} if self.groups is None else self.groups.to_dict()),
         }
 
 
@@ -134,8 +162,9 @@ def compare_runs(client: "MlflowClient", runs: "Sequence[Run]", *, curves: bool 
             run.info.run_name,
             run.info.status,
             run.info.start_time,
+            run.info.end_time,
             _resolved(run.data.params),
-            dict(run.data.metrics),
+            {_RENAMED.get(name, name): value for name, value in run.data.metrics.items()},
             {
                 tag.removeprefix(EVALUATION_TAG): digest
                 for tag, digest in run.data.tags.items()
@@ -164,11 +193,22 @@ def _resolved(params: Mapping[str, str]) -> dict[str, str]:
 
 
 def _results(runs: Sequence[RunColumn]) -> tuple[ResultRow, ...]:
-    names = sorted({name for run in runs for name in run.metrics if not name.startswith(_LEFT_OUT)})
+    known = {name for run in runs for name in run.metrics if not name.startswith(_LEFT_OUT)}
+    names = sorted(known, key=_for_the_eye)
     return tuple(
         _result(name, tuple(run.metrics.get(name) for run in runs), of_same_images=_of_same_images(name, runs))
         for name in names
     )
+
+
+def _for_the_eye(metric: str) -> tuple[int, str, int, str]:
+    """Return the sort key that puts results before costs, and accuracy before loss."""
+    section, _, name = metric.rpartition("/")
+    return _place(section.partition("/")[0], _SECTIONS_FIRST), section, _place(name, _NAMES_FIRST), name
+
+
+def _place(name: str, first: Sequence[str]) -> int:
+    return first.index(name) if name in first else len(first)
 
 
 def _of_same_images(metric: str, runs: Sequence[RunColumn]) -> bool:
@@ -181,7 +221,7 @@ def _of_same_images(metric: str, runs: Sequence[RunColumn]) -> bool:
 
 
 def _result(name: str, values: tuple[float | None, ...], *, of_same_images: bool) -> ResultRow:
-    better = _BETTER.get(name.rpartition("/")[2])
+    better = None if name.startswith(_NOT_RANKED) else _BETTER.get(name.rpartition("/")[2])
     finite = {value for value in values if value is not None and math.isfinite(value)}
     best: tuple[int, ...] = ()
     if better is not None and len(finite) > 1 and of_same_images:
@@ -202,29 +242,45 @@ def _curves(client: "MlflowClient", runs: Sequence[RunColumn]) -> Iterator[Curve
             if len(points) < 2:
                 continue
             steps = tuple(point.step for point in points)
-            batch = run.params.get("batch_size", "")
+            per_epoch = _iterations_per_epoch(run)
             yield Curve(
                 metric,
                 index,
                 steps,
-                tuple(step * int(batch) for step in steps) if batch.isdecimal() else None,
+                tuple(step / per_epoch for step in steps) if per_epoch is not None else None,
                 tuple((point.timestamp - run.started) / 60_000 for point in points),
                 tuple(point.value for point in points),
             )
 
 
+def _iterations_per_epoch(run: RunColumn) -> float | None:
+    """Return how many iterations a pass over the training images takes; None if the run does not say."""
+    try:
+        per_epoch = float(run.params["total_iters"]) / float(run.params["epochs"])
+    except (KeyError, ValueError, ZeroDivisionError):
+        return None
+    return per_epoch if 0 < per_epoch < math.inf else None
+
+
 def _evaluations(client: "MlflowClient", run: "Run") -> Iterator[Evaluation]:
-    """Return the evaluations among a run's artifacts: for each set of images, that of the latest checkpoint."""
-    run_id = run.info.run_id
+    """Return a run's evaluations of checkpoints: for each set of images, that of the latest checkpoint."""
     newest: dict[str, Evaluation] = {}
+    for found in all_evaluations(client, run):
+        if found.export_sha256 is None and (found.digest not in newest or newest[found.digest].iters <= found.iters):
+            newest[found.digest] = found
+    yield from newest.values()
+
+
+def all_evaluations(client: "MlflowClient", run: "Run") -> Iterator[Evaluation]:
+    """Return the evaluations among a run's artifacts, of checkpoints and of exported files.
+
+    Raises:
+        TrackingError: MLflow did not answer.
+    """
+    run_id = run.info.run_id
+    artifacts = RunArtifacts(client, run_id)
     with mlflow_errors(f"list the evaluations of run {run_id}"):
-        folders = [
-            folder.path
-            for data in client.list_artifacts(run_id, EVALUATION_FOLDER)
-            if data.is_dir
-            for folder in client.list_artifacts(run_id, data.path)
-            if folder.is_dir
-        ]
+        folders = [folder for data in artifacts.folders(EVALUATION_FOLDER) for folder in artifacts.folders(data)]
     for folder in folders:
         try:
             summary = json.loads(_read(client, run_id, f"{folder}/{SUMMARY_FILE}"))
@@ -237,12 +293,21 @@ def _evaluations(client: "MlflowClient", run: "Run") -> Iterator[Evaluation]:
                 int(summary["iters"]),
                 float(summary["metrics"]["top1"]),
                 folder,
+                summary["export"]["sha256"] if "export" in summary else None,
             )
         except (ValueError, KeyError, TypeError):  # truncated, or from a later version
             continue
-        if found.digest not in newest or newest[found.digest].iters <= found.iters:
-            newest[found.digest] = found
-    yield from newest.values()
+        yield found
+
+
+def test_of(client: "MlflowClient", first: Evaluation, second: Evaluation) -> PairedTest | None:
+    """Compare two evaluations on the same images; None if their predictions cannot be read.
+
+    Raises:
+        TrackingError: MLflow did not answer.
+    """
+    before, after = _outcomes(client, first), _outcomes(client, second)
+    return paired_test(first, second, (before, after)) if before is not None and after is not None else None
 
 
 def _tests(client: "MlflowClient", evaluations: Sequence[Sequence[Evaluation]]) -> Iterator[PairedTest]:
@@ -266,6 +331,6 @@ def _outcomes(client: "MlflowClient", evaluation: Evaluation) -> dict[str, Outco
 
 def _read(client: "MlflowClient", run_id: str, artifact: str) -> str:
     """Read a small text artifact."""
-    with mlflow_errors(f"read {artifact} of run {run_id}"), tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         # Not as text: quoted names may contain line ends of any kind.
-        return Path(client.download_artifacts(run_id, artifact, scratch)).read_bytes().decode()
+        return RunArtifacts(client, run_id).download(artifact, Path(scratch)).read_bytes().decode()

@@ -4,11 +4,11 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
-from scipy.stats import binomtest
-
-SIGNIFICANT = 0.05
+from shufflenet_mlflow.evaluation.significance import SIGNIFICANT
+from shufflenet_mlflow.runtime.serialization import from_csv_cell
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Evaluation:
     top1: float
     folder: str
     """Artifact path of its folder."""
+    export_sha256: str | None = None
+    """SHA-256 of the exported file that was evaluated in the place of the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,18 @@ class PairedTest:
     only_first: tuple[Change, ...]
     """Images that only the first evaluation gets right."""
     only_second: tuple[Change, ...]
+    different_labels: int = 0
+    """Images with different predictions, whether or not one of them is right."""
 
     @property
     def p_value(self) -> float:
         """Two-sided probability of so uneven a split if both are equally good."""
         changed = len(self.only_first) + len(self.only_second)
-        return 1.0 if not changed else float(binomtest(len(self.only_first), changed, 0.5).pvalue)
+        if not changed:
+            return 1.0
+        from scipy.stats import binomtest  # takes as long to import as a run to read
+
+        return float(binomtest(len(self.only_first), changed, 0.5).pvalue)
 
     @property
     def verdict(self) -> str:
@@ -93,17 +101,34 @@ class PairedTest:
             "second_top1": self.second.top1,
             "only_first_right": [vars(change) for change in self.only_first],
             "only_second_right": [vars(change) for change in self.only_second],
+            "different_labels": self.different_labels,
             "p_value": self.p_value,
             "test": "McNemar, exact, two-sided",
         }
 
 
+def mixed(changes: Sequence[Change]) -> list[Change]:
+    """Return the images with their classes taking turns: the first few are of many classes, whatever the paths."""
+    by_class: dict[str, list[Change]] = {}
+    for change in changes:
+        by_class.setdefault(change.label, []).append(change)
+    rounds = zip_longest(*by_class.values())
+    return [change for turn in rounds for change in turn if change is not None]
+
+
 def read_outcomes(text: str) -> dict[str, Outcome]:
     """Return the lines of `predictions.csv` by path."""
     rows = csv.DictReader(io.StringIO(text))
-    return {
-        row["path"]: Outcome(row["path"], row["label"], row["predicted"], float(row["probability"])) for row in rows
-    }
+    outcomes = (
+        Outcome(
+            from_csv_cell(row["path"]),
+            from_csv_cell(row["label"]),
+            from_csv_cell(row["predicted"]),
+            float(row["probability"]),
+        )
+        for row in rows
+    )
+    return {outcome.path: outcome for outcome in outcomes}
 
 
 def paired_test(first: Evaluation, second: Evaluation, outcomes: Sequence[dict[str, Outcome]]) -> PairedTest:
@@ -117,4 +142,5 @@ def paired_test(first: Evaluation, second: Evaluation, outcomes: Sequence[dict[s
         if one.correct != other.correct:
             right_in = only_first if one.correct else only_second
             right_in.append(Change(path, one.label, one.predicted, other.predicted))
-    return PairedTest(first, second, len(common), tuple(only_first), tuple(only_second))
+    different = sum(first_by_path[path].predicted != second_by_path[path].predicted for path in common)
+    return PairedTest(first, second, len(common), tuple(only_first), tuple(only_second), different)
