@@ -1,7 +1,9 @@
 """Export a network as a program that PyTorch runs without the network's code, with a description of its input and
 output."""
 
-from collections.abc import Callable
+import functools
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 from shufflenet_mlflow.data.preprocess import ToInput, eval_transform
 from shufflenet_mlflow.errors import ExportError
 from shufflenet_mlflow.models.loaded import LoadedModel
+
+Export = Callable[[LoadedModel], torch.export.ExportedProgram]
+"""Makes a program of a network: `export_program`, or an `Exporter`."""
 
 INPUT, OUTPUT = "images", "logits"
 """Names of a program's input and output."""
@@ -43,8 +48,30 @@ def example_pixels(network: LoadedModel, images: int = 2) -> Tensor:
     return torch.randint(256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
+@functools.cache
+def keep_device_guard() -> None:
+    """Let a thread that never ends be the first of this process to ask torch for the guard of absent GPUs.
+
+    Without a GPU, torch 2.10 and 2.11 built for CUDA keep that guard in memory of the thread whose export asks first.
+    Once that thread has ended, as a run's delivery does, the next export would crash the process.
+    """
+    ensure = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
+    if ensure is None:
+        return
+    is_set = threading.Event()
+
+    def ask_and_stay() -> None:
+        ensure()
+        is_set.set()
+        threading.Event().wait()
+
+    threading.Thread(target=ask_and_stay, name="device guard", daemon=True).start()
+    is_set.wait()
+
+
 def export_program(network: LoadedModel) -> torch.export.ExportedProgram:
     """Return the network in evaluation mode as a program for batches of any size."""
+    keep_device_guard()
     module = PixelsToLogits(network)
     with torch.no_grad():
         return torch.export.export(
@@ -52,12 +79,43 @@ def export_program(network: LoadedModel) -> torch.export.ExportedProgram:
         )
 
 
-def settings_of(network: LoadedModel) -> dict[str, Any]:
+class Exporter:
+    """Exports several networks, one after the other; those that differ in their weights only share one program."""
+
+    def __init__(self) -> None:
+        self._last: tuple[LoadedModel, torch.export.ExportedProgram] | None = None
+
+    def __call__(self, network: LoadedModel) -> torch.export.ExportedProgram:
+        """Return the network as a program, as `export_program` does; the program returned before is of no more use."""
+        if self._last is not None and self._is_like(self._last[0], network):
+            program = self._last[1]
+            program.state_dict.update(PixelsToLogits(network).state_dict(keep_vars=True))
+        else:
+            program = export_program(network)
+        self._last = network, program
+        return program
+
+    @staticmethod
+    def _is_like(one: LoadedModel, other: LoadedModel) -> bool:
+        """Whether two networks differ in the values of their tensors only."""
+        shapes = [{key: tensor.shape for key, tensor in model.module.state_dict().items()} for model in (one, other)]
+        mean, other_mean = one.preprocess.mean_image, other.preprocess.mean_image
+        same_mean = mean is other_mean or (
+            mean is not None and other_mean is not None and torch.equal(mean, other_mean)
+        )
+        return one.spec == other.spec and one.preprocess == other.preprocess and same_mean and shapes[0] == shapes[1]
+
+
+def settings_of(network: LoadedModel, origin: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return labels, and how an image becomes the program's input, as plain values.
 
     `serving.Classifier` uses them.
+
+    Args:
+        origin: run and file that the program is made from.
     """
     return {
+        **({} if origin is None else {"origin": dict(origin)}),
         "network": network.spec.name,
         "labels": network.labels,
         "prepare": asdict(eval_transform(network.preprocess)),

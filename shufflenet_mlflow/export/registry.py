@@ -1,13 +1,13 @@
 """Promote a run's checkpoint to a version of a registered model, with aliases."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
 from shufflenet_mlflow.errors import CheckpointError, TrackingError
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
-from shufflenet_mlflow.tracking.client import mlflow_errors
+from shufflenet_mlflow.tracking.client import mlflow_errors, used_by_mlflow
 from shufflenet_mlflow.tracking.names import MODEL_VERSION_TAG
 
 if TYPE_CHECKING:
@@ -47,13 +47,17 @@ def promote(
     model_id: str,
     name: str,
     aliases: Sequence[str],
+    tags: Mapping[str, str] | None = None,
 ) -> Promoted:
     """Register the logged model of a checkpoint as a version of `name`, or find that version, and set the aliases.
+
+    Args:
+        tags: of the version, besides the checkpoint's manifest.
 
     Raises:
         TrackingError: MLflow refused, or did not answer.
     """
-    with mlflow_errors(f"register the model {name!r}"):
+    with used_by_mlflow(client.tracking_uri), mlflow_errors(f"register the model {name!r}"):
         version = _find_version(client, name, model_id, manifest) or client.create_model_version(
             name,
             f"models:/{model_id}",
@@ -62,6 +66,9 @@ def promote(
             tags={MODEL_VERSION_TAG: manifest.to_json()},
             description=_description(manifest, run_id),
         )
+    for key, value in (tags or {}).items():
+        with mlflow_errors(f"set the tag {key!r} of {name}"):
+            client.set_model_version_tag(name, version.version, key, value)
     for alias in aliases:
         with mlflow_errors(f"set the alias {alias!r} of {name}"):
             client.set_registered_model_alias(name, alias, version.version)
@@ -107,13 +114,18 @@ def _description(manifest: CheckpointManifest, run_id: str) -> str:
     return f"{manifest.file_name} of run {run_id}: iteration {manifest.iters}{accuracy}"
 
 
-def checkpoint_in_run(client: "MlflowClient", run_id: str, name: str) -> CheckpointManifest:
-    """Return the manifest of the run's artifact `name`.
+def checkpoint_in_run(client: "MlflowClient", run_id: str, name: str, sha256: str) -> CheckpointManifest:
+    """Return the manifest of a checkpoint among the run's artifacts.
+
+    Args:
+        name: its name on the disk or in the run.
+        sha256: of several attempts, the one with these bytes is taken; without such, the last.
 
     Raises:
         TrackingError: there is no such artifact, or MLflow did not answer.
     """
-    manifest = RunArtifacts(client, run_id).manifest_of(name)
+    artifacts = RunArtifacts(client, run_id)
+    manifest = artifacts.find(name, sha256) or artifacts.find(name, None)
     if manifest is None:
         raise TrackingError(
             f"run {run_id} has no checkpoint {name} yet; `shufflenet sync FOLDER` uploads it",
