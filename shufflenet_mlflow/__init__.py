@@ -10,34 +10,59 @@ from typing import TYPE_CHECKING, Any
 from shufflenet_mlflow.version import __version__
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.checkpoints.loading import LoadReport, load_checkpoint
+    from shufflenet_mlflow.checkpoints.loading import LoadReport
+    from shufflenet_mlflow.config import TrainConfig
     from shufflenet_mlflow.errors import ShuffleNetError
     from shufflenet_mlflow.models.catalog import create_model, list_models
     from shufflenet_mlflow.tracking.resolve import get_latest_model
     from shufflenet_mlflow.tracking.resolve import get_latest_model as get_lastest_model
-    from shufflenet_mlflow.workflows.save_checkpoint import save_checkpoint
+    from shufflenet_mlflow.training.trainer import Callback, Trainer
+    from shufflenet_mlflow.workflows.library import load_checkpoint, read_checkpoint
+    from shufflenet_mlflow.workflows.library_models import LoadedModel, evaluate, load_model, predict
+    from shufflenet_mlflow.workflows.library_training import train
+    from shufflenet_mlflow.workflows.save_checkpoint import CheckpointWriter, save_checkpoint
 
 __all__ = [
+    "Callback",
+    "CheckpointWriter",
     "LoadReport",
+    "LoadedModel",
     "ShuffleNetError",
+    "TrainConfig",
+    "Trainer",
     "__version__",
     "create_model",
+    "evaluate",
     "get_lastest_model",
     "get_latest_model",
     "list_models",
     "load_checkpoint",
+    "load_model",
+    "predict",
+    "read_checkpoint",
     "save_checkpoint",
+    "train",
 ]
 
 _HOMES = {
+    "Callback": "training.trainer",
+    "CheckpointWriter": "workflows.save_checkpoint",
     "LoadReport": "checkpoints.loading",
+    "LoadedModel": "workflows.library_models",
     "ShuffleNetError": "errors",
+    "TrainConfig": "config",
+    "Trainer": "training.trainer",
     "create_model": "models.catalog",
+    "evaluate": "workflows.library_models",
     "get_lastest_model": "tracking.resolve:get_latest_model",  # so the original release spelled it
     "get_latest_model": "tracking.resolve",
     "list_models": "models.catalog",
-    "load_checkpoint": "checkpoints.loading",
+    "load_checkpoint": "workflows.library",
+    "load_model": "workflows.library_models",
+    "predict": "workflows.library_models",
+    "read_checkpoint": "workflows.library",
     "save_checkpoint": "workflows.save_checkpoint",
+    "train": "workflows.library_training",
 }
 
 

@@ -12,34 +12,32 @@ import psutil
 import torch
 
 from shufflenet_mlflow.checkpoints.retention import Retention
-from shufflenet_mlflow.config import TrainConfig
-from shufflenet_mlflow.data.loader import PREFETCHED, worker_death
+from shufflenet_mlflow.config import RunConfig
+from shufflenet_mlflow.data.loader import PREFETCHED
 from shufflenet_mlflow.errors import TrackingError
+from shufflenet_mlflow.runtime.compiler import compile_failure, compiled
 from shufflenet_mlflow.runtime.context import JobContext
-from shufflenet_mlflow.runtime.devices import (
-    choose_device,
-    compile_failure,
-    compiled,
-    finish,
-    keep_freed_memory,
-    usable_cores,
-)
+from shufflenet_mlflow.runtime.devices import choose_device, finish, keep_freed_memory, usable_cores
 from shufflenet_mlflow.runtime.progress import LoggingReporter, Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
+from shufflenet_mlflow.runtime.text import counted
+from shufflenet_mlflow.runtime.threads import threads_used
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.tracking.journal import Journal
+from shufflenet_mlflow.tracking.journal_file import new_provisional_id
+from shufflenet_mlflow.tracking.paths import file_uri, store_uri
 from shufflenet_mlflow.tracking.run import make_run, new_run
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
-from shufflenet_mlflow.training.loop import Trainer
+from shufflenet_mlflow.training.keeping import NoMetrics, NoStore
+from shufflenet_mlflow.training.loop import TrainingLoop
 from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
 from shufflenet_mlflow.workflows.options import check_training
 from shufflenet_mlflow.workflows.training.attempts import Attempt
 from shufflenet_mlflow.workflows.training.config import Plan, choose, complete_config
 from shufflenet_mlflow.workflows.training.data import list_data
 from shufflenet_mlflow.workflows.training.description import constants, environment
-from shufflenet_mlflow.workflows.training.followers import NoMetrics, NoStore
 from shufflenet_mlflow.workflows.training.request import TrainRequest
 from shufflenet_mlflow.workflows.training.state import fresh_state
 
@@ -49,6 +47,8 @@ _SECONDS = 30.0
 """Seconds after which a measurement ends, however few iterations it had."""
 _WARM_UP = 3
 _SAVES = 3
+_WORTH_SAYING = 0.9
+"""Share of the time that another number of threads may take at most to be recommended."""
 _POINTS = 20
 
 Timings = dict[str, float]
@@ -88,6 +88,7 @@ class BenchResult:
     input_size: int
     batch_size: int
     workers: int
+    threads: int
     device: str
     cores: int
     memory_gb: float
@@ -98,6 +99,8 @@ class BenchResult:
     milliseconds: float
     """Milliseconds of whole iterations: data and step as in training, with shares of checkpoint and tracking."""
     images_per_second: float
+    by_threads: Mapping[str, float]
+    """Threads -> images per second; on the CPU, and unless the number was given, several are tried."""
     bottleneck: str
     """Name of a part."""
     advice: str
@@ -119,20 +122,34 @@ def run_bench(request: BenchRequest, *, reporter: Reporter, stop: StopFlag) -> B
     options.setdefault("val_dir", options.get("train_dir"))
     planned, trainer = bare_training(options, request.cache_dir, JobContext.alone(reporter, stop))
     bench = _Bench(trainer, request.iterations)
+    used = trainer.config.threads or torch.get_num_threads()
     try:
-        load = bench.loading()
-        first, convert, step = bench.stepping()
-        whole = bench.training()
+        with threads_used(used):
+            load = bench.loading()
+            first, convert, step = bench.stepping()
+            by_threads = {used: bench.training()}
+        for threads in _other_threads(used, bench.device, is_given=options.get("threads") is not None):
+            with threads_used(threads):
+                by_threads[threads] = bench.training()
     except RuntimeError as error:
-        problem = worker_death(error) or compile_failure(error)
+        problem = compile_failure(error)
         if problem is None:
             raise
         raise problem from error
     save, point = _bookkeeping(request, trainer)
-    return _result(planned, {"load": load, "convert": convert, "step": step, "whole": whole, **save, **point}, first)
+    seconds = {"load": load, "convert": convert, "step": step, "whole": by_threads[used], **save, **point}
+    return _result(planned, seconds, first, by_threads)
 
 
-def bare_training(options: Mapping[str, Any], cache_dir: Path | None, context: JobContext) -> tuple[Plan, Trainer]:
+def _other_threads(used: int, device: torch.device, *, is_given: bool) -> list[int]:
+    """Return the numbers of threads to compare with the one that training uses: one, half of the cores, and all."""
+    if is_given or device.type != "cpu":
+        return []
+    cores = usable_cores()
+    return sorted({1, max(1, cores // 2), cores} - {used})
+
+
+def bare_training(options: Mapping[str, Any], cache_dir: Path | None, context: JobContext) -> tuple[Plan, TrainingLoop]:
     """Return the training loop of these options, from its beginning, with nothing kept."""
     request = TrainRequest(options=options, cache_dir=cache_dir)
     attempt = Attempt(resume="none", is_fork=False, save_dir=None, job=None)
@@ -141,7 +158,7 @@ def bare_training(options: Mapping[str, Any], cache_dir: Path | None, context: J
     plan = Plan(complete_config(choices, data, context.world), choices.spec, data)
     device = choose_device(plan.config.device)
     keep_freed_memory(device)
-    trainer = Trainer(
+    trainer = TrainingLoop(
         config=plan.config,
         data=data,
         state=fresh_state(plan, device, context.world, fetch_pretrained=False),
@@ -156,7 +173,7 @@ def bare_training(options: Mapping[str, Any], cache_dir: Path | None, context: J
 class _Bench:
     """Times iterations of training, one part at a time."""
 
-    def __init__(self, trainer: Trainer, iterations: int) -> None:
+    def __init__(self, trainer: TrainingLoop, iterations: int) -> None:
         self.trainer, self.iterations = trainer, iterations
         # Batches that the workers load in advance would not be measured.
         self._warm_up = _WARM_UP + PREFETCHED * trainer.config.workers
@@ -209,14 +226,14 @@ class _Bench:
         return self._mean("both", lambda: self.trainer.step(self.network, self.trainer.fetch(batches)))
 
 
-def _bookkeeping(request: BenchRequest, trainer: Trainer) -> tuple[Timings, Timings]:
+def _bookkeeping(request: BenchRequest, trainer: TrainingLoop) -> tuple[Timings, Timings]:
     """Return what a checkpoint and a metric point cost the loop, and how long they take in the background."""
     with tempfile.TemporaryDirectory() as scratch:
-        uri = request.tracking_uri or f"sqlite:///{Path(scratch, 'mlflow.db')}"
+        uri = request.tracking_uri or store_uri(Path(scratch, "mlflow.db"))
         client = connect(uri)
         if request.tracking_uri is None and client.get_experiment_by_name(EXPERIMENT) is None:
-            client.create_experiment(EXPERIMENT, artifact_location=Path(scratch, "artifacts").as_uri())
-        run_id, _ = make_run(client, new_run(experiment=EXPERIMENT, name="bench", tags={}))
+            client.create_experiment(EXPERIMENT, artifact_location=file_uri(Path(scratch, "artifacts")))
+        run_id, _ = make_run(client, new_run(experiment=EXPERIMENT, name="bench", tags={}), mark=new_provisional_id())
         try:
             with TrackingSession(
                 client,
@@ -244,7 +261,7 @@ def _bookkeeping(request: BenchRequest, trainer: Trainer) -> tuple[Timings, Timi
     return save, {"log": logged, "deliver": delivered}
 
 
-def _saving(trainer: Trainer, session: TrackingSession) -> Timings:
+def _saving(trainer: TrainingLoop, session: TrackingSession) -> Timings:
     store = TrackedStore(
         session.journal.directory,
         session.recorder,
@@ -265,10 +282,17 @@ def _saving(trainer: Trainer, session: TrackingSession) -> Timings:
     return {"stall": sum(stalls) / _SAVES, "save": sum(whole) / _SAVES, "bytes": float(size)}
 
 
-def _result(planned: Plan, seconds: Timings, first: float) -> BenchResult:
+def _result(planned: Plan, seconds: Timings, first: float, by_threads: Mapping[int, float]) -> BenchResult:
+    """Put the result together.
+
+    Args:
+        first: seconds of the first step.
+        by_threads: threads -> seconds of an iteration; the first is what training uses.
+    """
     config = planned.config
     batch = config.batch_size
-    workers = f"{config.workers} worker{'s' if config.workers != 1 else ''}" if config.workers else "no workers"
+    used, fastest = next(iter(by_threads)), min(by_threads, key=by_threads.__getitem__)
+    workers = counted(config.workers, "worker") if config.workers else "no workers"
     parts = _, _, checkpoint, tracking = (
         Part("data", 1e3 * seconds["load"], f"{batch / seconds['load']:.0f} images/s with {workers}"),
         Part(
@@ -279,13 +303,15 @@ def _result(planned: Plan, seconds: Timings, first: float) -> BenchResult:
         Part(
             "checkpoint",
             1e3 * seconds["stall"] / config.save_interval,
-            f"{1e3 * seconds['stall']:.1f} ms every {config.save_interval} iterations; {seconds['bytes'] / 1e6:.1f} MB "
+            f"{1e3 * seconds['stall']:.1f} ms every {counted(config.save_interval, 'iteration')}; "
+            f"{seconds['bytes'] / 1e6:.1f} MB "
             f"on the disk after {seconds['save']:.2f} s",
         ),
         Part(
             "tracking",
             1e3 * seconds["log"] / config.display_interval,
-            f"{1e3 * seconds['log']:.2f} ms every {config.display_interval} iterations; MLflow had everything "
+            f"{1e3 * seconds['log']:.2f} ms every {counted(config.display_interval, 'iteration')}; "
+            f"MLflow had everything "
             f"{seconds['deliver']:.1f} s after the last",
         ),
     )
@@ -297,6 +323,7 @@ def _result(planned: Plan, seconds: Timings, first: float) -> BenchResult:
         input_size=config.input_size,
         batch_size=batch,
         workers=config.workers,
+        threads=used,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         cores=usable_cores(),
         memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
@@ -305,12 +332,17 @@ def _result(planned: Plan, seconds: Timings, first: float) -> BenchResult:
         parts=parts,
         milliseconds=milliseconds,
         images_per_second=1e3 * batch / milliseconds,
+        by_threads={str(threads): batch / by_threads[threads] for threads in sorted(by_threads)},
         bottleneck=bottleneck,
-        advice=_advice(bottleneck, config, device),
+        advice=(
+            f"pass --threads {fastest}"
+            if by_threads[fastest] < _WORTH_SAYING * by_threads[used]
+            else _advice(bottleneck, config, device)
+        ),
     )
 
 
-def _advice(bottleneck: str, config: TrainConfig, device: torch.device) -> str:
+def _advice(bottleneck: str, config: RunConfig, device: torch.device) -> str:
     """Return what would help."""
     cores = usable_cores()
     if bottleneck == "data":
@@ -333,5 +365,5 @@ def described(result: BenchResult) -> list[str]:
     """Return a description of what was measured."""
     return [
         f"{result.model}, {result.input_size} px, batches of {result.batch_size}",
-        f"{result.device}, {result.cores} cores, {result.memory_gb:g} GB, torch {result.torch}",
+        f"{result.device}, {counted(result.cores, 'core')}, {result.memory_gb:g} GB, torch {result.torch}",
     ]

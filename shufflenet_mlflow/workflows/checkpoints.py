@@ -4,12 +4,14 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.folders import Resolved, list_checkpoints
+from shufflenet_mlflow.checkpoints.glance import Glance, glance
 from shufflenet_mlflow.checkpoints.manifest import (
     BEST_TAG,
     LATEST_TAG,
@@ -18,23 +20,27 @@ from shufflenet_mlflow.checkpoints.manifest import (
     read_manifest,
     write_manifest,
 )
-from shufflenet_mlflow.checkpoints.names import newest_first, parse_name
+from shufflenet_mlflow.checkpoints.names import local_name, newest_first, parse_name
 from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference
 from shufflenet_mlflow.checkpoints.retention import Retention, best_first
 from shufflenet_mlflow.checkpoints.verification import has_checksums, open_checkpoint, verify_checkpoint
 from shufflenet_mlflow.config import default_cache_dir
-from shufflenet_mlflow.errors import CheckpointError, ConfigError, TrackingError, UnresolvedError
+from shufflenet_mlflow.errors import CheckpointError, ConfigError, ModelError, TrackingError, UnresolvedError
+from shufflenet_mlflow.models.catalog import find_network
 from shufflenet_mlflow.runtime.files import write_atomically
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.client import prepare_environment
 from shufflenet_mlflow.tracking.connection import Connection
-from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, Journal, read_pending
+from shufflenet_mlflow.tracking.journal import Journal
+from shufflenet_mlflow.tracking.journal_file import JOURNAL_NAME, read_pending
+from shufflenet_mlflow.tracking.lifecycle import require_active
+from shufflenet_mlflow.tracking.names import NETWORK_TAG
 from shufflenet_mlflow.tracking.prune import Dropped, choose_dropped, delete, pending_names
 from shufflenet_mlflow.tracking.remote_checkpoints import RemoteCheckpoints, promoted_names
 from shufflenet_mlflow.tracking.resolve import resolve
 from shufflenet_mlflow.tracking.run_ids import complete, read_run
 from shufflenet_mlflow.tracking.target import RunTarget, manifest_in_tag
-from shufflenet_mlflow.tracking.uris import uri_of_journal
+from shufflenet_mlflow.tracking.trust import uri_of_journal
 
 if TYPE_CHECKING:
     pass
@@ -49,8 +55,19 @@ class CheckpointLocation:
     ref: str
     directory: Path | None
     run_id: str | None
-    store: Connection
-    """The store that has the run."""
+    tracking_uri: str | None
+    """The store that was asked for."""
+    journal_uri: str | None = None
+    """The store that the folder's journal names."""
+
+    @cached_property
+    def store(self) -> Connection:
+        """The store that has the run.
+
+        Raises:
+            TrackingError: the user has never named it.
+        """
+        return Connection(uri_of_journal(self.journal_uri, self.tracking_uri))
 
 
 def find_location(ref: str, tracking_uri: str | None) -> CheckpointLocation:
@@ -63,11 +80,11 @@ def find_location(ref: str, tracking_uri: str | None) -> CheckpointLocation:
     store = Connection(tracking_uri)
     reference = parse_reference(complete(ref, store))
     if isinstance(reference, RunReference):
-        return CheckpointLocation(ref, None, reference.run_id, store)
+        return CheckpointLocation(ref, None, reference.run_id, tracking_uri)
     if not isinstance(reference, Path) or not os.path.isdir(reference):
         raise UnresolvedError(f"{ref!r} is neither a folder of checkpoints nor a run ID", code="not-folder-or-run")
     pending = read_pending(reference)
-    return CheckpointLocation(ref, reference, pending.run_id, Connection(uri_of_journal(pending.uri, tracking_uri)))
+    return CheckpointLocation(ref, reference, pending.run_id, tracking_uri, pending.uri)
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,10 @@ class CheckpointRow:
     epoch: int | None
     loss: float | None
     val_top1: float | None
+    monitor: str | None
+    """The metric that decides which checkpoint is the best; None: `val_top1`."""
+    value: float | None
+    """That metric's value."""
     bytes: int | None
     sha256: str | None
     local: bool
@@ -90,6 +111,10 @@ class CheckpointRow:
     best: bool
     promoted: bool
     """A version of a registered model was made from it."""
+    run_id: str | None
+    """The run that it belongs to; None without one, or if the file does not say."""
+    network: str | None
+    """The network that the file names, or the run; None if neither does, so that it can only be resumed from."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return one entry of `checkpoints ls --json`."""
@@ -103,6 +128,16 @@ class _InRun:
     latest: str | None
     best: str | None
     promoted: set[str]
+    network: str | None
+
+    def name_of(self, name: str, manifest: CheckpointManifest | None) -> str | None:
+        """Return the name in the run of a file on the disk; None if the run has other bytes, or nothing."""
+        attempts = [found for found in self.manifests if local_name(found) == local_name(name)]
+        for found in attempts:
+            recorded = self.manifests[found]
+            if recorded is None or manifest is None or recorded.sha256 == manifest.sha256:
+                return found
+        return None
 
 
 def _read_from_run(location: CheckpointLocation) -> _InRun:
@@ -117,6 +152,7 @@ def _read_from_run(location: CheckpointLocation) -> _InRun:
         latest,
         best,
         promoted_names(remote.client, location.run_id),
+        remote.tags.get(NETWORK_TAG),
     )
 
 
@@ -142,11 +178,21 @@ def list_rows(ref: str, *, tracking_uri: str | None, reporter: Reporter) -> list
     manifests = {name: read_manifest(path) for name, path in paths.items()}
     waiting = pending_names(location.directory) if location.directory else set()
     latest, best = _latest_and_best(manifests, in_run)
+    names_in_run = {name: in_run.name_of(name, manifests[name]) if in_run else None for name in paths}
+    others = set(in_run.manifests if in_run else ()) - set(names_in_run.values())
+    # On the disk or not, then the name: an attempt at what is on the disk has the same name without a prefix.
+    entries = [*((True, name) for name in paths), *((False, name) for name in others)]
+    order = {name: place for place, name in enumerate(newest_first({name for _, name in entries}))}
     rows = []
-    for name in newest_first({*paths, *(in_run.manifests if in_run else ())}):
-        manifest = manifests.get(name) or (in_run.manifests.get(name) if in_run else None)
+    for is_local, name in sorted(entries, key=lambda entry: (order[entry[1]], not entry[0])):
+        in_run_as = names_in_run[name] if is_local else name
+        manifest = manifests[name] if is_local else None
+        if manifest is None and in_run is not None and in_run_as is not None:
+            manifest = in_run.manifests[in_run_as]
         parsed = parse_name(name)
-        size = paths[name].stat().st_size if name in paths else in_run.sizes.get(name) if in_run else None
+        known_as = in_run_as if in_run is not None else name
+        said = glance(paths[name]) if is_local else Glance(location.run_id, in_run.network if in_run else None)
+        size = paths[name].stat().st_size if is_local else in_run.sizes.get(name) if in_run else None
         rows.append(
             CheckpointRow(
                 file=name,
@@ -154,17 +200,37 @@ def list_rows(ref: str, *, tracking_uri: str | None, reporter: Reporter) -> list
                 epoch=manifest.epoch if manifest else None,
                 loss=manifest.loss if manifest else None,
                 val_top1=manifest.val_top1 if manifest else None,
+                monitor=manifest.monitor if manifest else None,
+                value=manifest.value if manifest else None,
                 bytes=size,
                 sha256=manifest.sha256 if manifest else None,
-                local=name in paths,
-                remote=name in in_run.manifests if in_run else None,
-                pending=name in waiting,
-                latest=name == latest,
-                best=name == best,
-                promoted=in_run is not None and name in in_run.promoted,
+                local=is_local,
+                remote=in_run_as is not None if in_run else None,
+                pending=is_local and name in waiting,
+                latest=known_as is not None and known_as == latest,
+                best=known_as is not None and known_as == best,
+                promoted=in_run is not None and in_run_as in in_run.promoted,
+                run_id=said.run_id,
+                network=said.network,
             )
         )
     return rows
+
+
+def names_network(path: Path) -> bool:
+    """Whether a file, or the newest one in a folder, names its network; see `is_known`."""
+    newest = list_checkpoints(path)[:1] if os.path.isdir(path) else [path]
+    return any(is_known(glance(file).network) for file in newest)
+
+
+def is_known(network: str | None) -> bool:
+    """Whether a network is named and is there, which `eval` and its like need."""
+    if network is None:
+        return False
+    with suppress(ModelError):
+        find_network(network)
+        return True
+    return False
 
 
 def _latest_and_best(
@@ -301,6 +367,7 @@ def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | 
         ConfigError: no --keep option was given.
         UnresolvedError: there is no such folder or run.
         BusyError: a run is being trained in the folder.
+        DeletedError: the run, or its experiment, was deleted.
         TrackingError: MLflow did not answer, and only it knows which are promoted.
     """
     if not retention.is_set:
@@ -311,7 +378,9 @@ def prune(ref: str, retention: Retention, *, dry_run: bool, tracking_uri: str | 
     with _locked(location.directory) if not dry_run else nullcontext():
         target = None
         if location.run_id is not None:
-            read_run(location.store, location.run_id)  # raises if there is none
+            run = read_run(location.store, location.run_id)
+            if not dry_run:
+                require_active(location.store.client, run)
             target = RunTarget(location.store.client, location.run_id, location.directory or Path())
         waiting = pending_names(location.directory) if location.directory else ()
         dropped = choose_dropped(location.directory, retention, target=target, waiting=waiting)

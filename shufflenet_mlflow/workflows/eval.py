@@ -1,37 +1,48 @@
 """`shufflenet eval`: a checkpoint and an image folder in, accuracies out, also in MLflow."""
 
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.checkpoints.references import parse_reference
-from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE, check_types
-from shufflenet_mlflow.data.datasets import data_name, list_folder
-from shufflenet_mlflow.data.folder import require_same_classes
+from shufflenet_mlflow.checkpoints.manifest import read_manifest
+from shufflenet_mlflow.checkpoints.references import is_exported, parse_reference
+from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE
+from shufflenet_mlflow.data.folder import with_same_classes
 from shufflenet_mlflow.data.listing import ImageListing
-from shufflenet_mlflow.data.loader import BadImageLog, default_workers, worker_deaths_reported
-from shufflenet_mlflow.errors import ConfigError, DataError, TrackingError, UnresolvedError
+from shufflenet_mlflow.data.loader import BadImageLog, default_workers
+from shufflenet_mlflow.errors import DataError, TrackingError, UnresolvedError
 from shufflenet_mlflow.evaluation.evaluate import EvalResult, EvalSettings, evaluate
 from shufflenet_mlflow.evaluation.report import Observer, Report
+from shufflenet_mlflow.export.exported import ExportedFile
 from shufflenet_mlflow.models.loaded import LoadedModel, label_outputs
 from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.devices import choose_device, keep_freed_memory, move_model
-from shufflenet_mlflow.runtime.launchers import ended_with_mlflow_run
+from shufflenet_mlflow.runtime.launchers import ended_with_launcher
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.signals import StopFlag
+from shufflenet_mlflow.runtime.text import counted
+from shufflenet_mlflow.tracking.abandoned import status_in_words, writer_state
+from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import prepare_environment
 from shufflenet_mlflow.tracking.connection import Connection
+from shufflenet_mlflow.tracking.images import training_digests
+from shufflenet_mlflow.tracking.lifecycle import explained, read_experiment, require_active, require_active_experiment
+from shufflenet_mlflow.tracking.messages import Tags
+from shufflenet_mlflow.tracking.names import CONTINUES_TAG
 from shufflenet_mlflow.tracking.redaction import redact
-from shufflenet_mlflow.tracking.run import WrapperRun, take_mlflow_run_id
+from shufflenet_mlflow.tracking.run import WrapperRun, is_unplaced, take_mlflow_run_id, wanted_experiment
 from shufflenet_mlflow.tracking.run_ids import read_run
+from shufflenet_mlflow.workflows.eval_images import EvalImages, as_its_run, list_images_of
 from shufflenet_mlflow.workflows.eval_results import Evaluated, record_in_new, record_in_own, record_in_source
-from shufflenet_mlflow.workflows.loading import LoadedCheckpoint, ModelRequest
+from shufflenet_mlflow.workflows.loading import LoadedCheckpoint, ModelRequest, usable_config
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.tracking.client import Run
+    from shufflenet_mlflow.tracking.client import MlflowClient, Run
+
+SHORT_ID = 12
+"""Characters of a run's ID in a message."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +50,13 @@ class EvalRequest(ModelRequest):
     """A checkpoint to evaluate, and the images; None means the checkpoint's own setting."""
 
     val_dir: str | None = None
+    split: str | None = None
+    """`train`, `val` or `test`, of a table's column or as the run divided its images; None means validation images,
+    or all, where nothing divides them."""
     batch_size: int | None = None
     workers: int | None = None
     device: str = "auto"
-    on_bad_image: str = "fail"
+    on_bad_image: str | None = None
     log_to: str | None = None
     """`source`, the run that the checkpoint belongs to; `new`, a run of its own; or `none`. By default the run that
     `mlflow run` created, or else `source` if `ref` names a run or a registered model."""
@@ -66,6 +80,43 @@ class EvalSummary:
     """The run that has the result."""
     problem: TrackingError | None = None
     """Error that kept the result from being logged."""
+    export: ExportedFile | None = None
+    """The exported file in the place of a checkpoint."""
+
+    @property
+    def top1(self) -> float:
+        """Accuracy, in 0..1."""
+        return self.result.top1
+
+    @property
+    def top5(self) -> float:
+        """Share of images whose class is among the five most probable, in 0..1."""
+        return self.result.top5
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return self.result.loss
+
+    @property
+    def n(self) -> int:
+        """Number of images."""
+        return self.result.n
+
+    @property
+    def mean_class_accuracy(self) -> float:
+        """Mean of the classes' accuracies, in 0..1."""
+        return self.report.mean_class_accuracy
+
+    @property
+    def majority(self) -> float:
+        """Share of the largest class, in 0..1: the accuracy of always answering with it."""
+        return self.result.majority
+
+    @property
+    def classes(self) -> dict[str, float | None]:
+        """Class -> its accuracy, in 0..1; None for a class without images."""
+        return {row.name: row.accuracy for row in self.report.class_rows()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document of `eval --json`."""
@@ -76,14 +127,16 @@ class EvalSummary:
             "n": self.result.n,
             "skipped": self.result.skipped,
             "mean_class_accuracy": self.report.mean_class_accuracy,
+            "majority": self.result.majority,
             "calibration_error": self.report.calibration_error(),
             "images_per_second": self.images_per_second,
-            "classes": {row.name: row.accuracy for row in self.report.class_rows()},
+            "classes": self.classes,
             "checkpoint": str(self.checkpoint),
             "run_id": self.run_id,
             "iters": self.iters,
             "model": self.model,
             "logged_to": self.logged_to,
+            "export": None if self.export is None else self.export.to_dict(),
         }
 
     def metrics(self) -> dict[str, float]:
@@ -93,6 +146,7 @@ class EvalSummary:
             "top5": self.result.top5,
             "loss": self.result.loss,
             "mean_class_accuracy": self.report.mean_class_accuracy,
+            "majority": self.result.majority,
             "calibration_error": self.report.calibration_error(),
             "images_per_second": self.images_per_second,
         }
@@ -107,7 +161,7 @@ def run_evaluation(request: EvalRequest, *, reporter: Reporter, stop: StopFlag) 
         ShuffleNetError: see `shufflenet_mlflow.errors`.
     """
     prepare_environment()
-    with ended_with_mlflow_run():
+    with ended_with_launcher(stop):
         return _run(request, JobContext.alone(reporter, stop))
 
 
@@ -119,9 +173,15 @@ def _run(request: EvalRequest, context: JobContext) -> EvalSummary:
     made = WrapperRun(client, mlflow_run_id, tags={}) if client is not None and mlflow_run_id is not None else None
     with made or nullcontext():
         loaded = request.load(store, context.reporter)
-        source = _source(store, loaded, where) if client is not None and where != "none" else None
-        val_dir = _val_dir(request, loaded)
-        summary, listing = _evaluate(request, loaded, val_dir, context)
+        source, where = _place(store, request, loaded, where, context.reporter)
+        if client is not None and (made is None or where == "source"):
+            _require_active_place(client, source, where, request.experiment)
+        if source is not None and writer_state(source) in ("silent", "gone"):
+            run_id = source.info.run_id
+            context.reporter.note(f"run {run_id} is {status_in_words(source)}: `shufflenet runs mend {run_id}` ends it")
+        images, summary = measure(request, as_its_run(loaded, source), context)
+        if source is not None:
+            _warn_of_training_images(store, source.info.run_id, images.listing, context.reporter)
         if client is None or where == "none":
             return summary
         evaluated = Evaluated(
@@ -129,12 +189,14 @@ def _run(request: EvalRequest, context: JobContext) -> EvalSummary:
             checkpoint=summary.checkpoint.name,
             iters=summary.iters,
             run_id=summary.run_id,
-            name=data_name(val_dir),
-            listing=listing,
+            names=images.names,
+            listing=images.listing,
             metrics=summary.metrics(),
             report=summary.report,
+            sha256=manifest.sha256 if (manifest := read_manifest(summary.checkpoint)) is not None else None,
+            export=loaded.exported,
         )
-        if where == "new" and made is not None:
+        if where == "new" and made is not None and not is_unplaced(client, made.target.run_id):
             try:
                 record_in_own(made, source, evaluated)
             except TrackingError as error:
@@ -144,19 +206,82 @@ def _run(request: EvalRequest, context: JobContext) -> EvalSummary:
         try:
             if where == "new":
                 run_id = record_in_new(client, source, evaluated, experiment=request.experiment, name=request.run_name)
+                if made is not None:
+                    made.send(Tags({CONTINUES_TAG: run_id}))
             else:
                 assert source is not None  # noqa: S101 - `_source` saw to that
                 run_id = record_in_source(client, source, evaluated)
         except TrackingError as error:
+            if made is not None:
+                made.status = "FAILED"
+            if where == "source" and source is not None:
+                error = explained(client, source.info.run_id, error)
             return replace(summary, problem=error)
         return replace(summary, logged_to=run_id)
+
+
+def measure(request: EvalRequest, loaded: LoadedCheckpoint, context: JobContext) -> tuple[EvalImages, EvalSummary]:
+    """Evaluate a checkpoint that has been loaded.
+
+    Args:
+        request: on which images, and how; its `ref` has been loaded.
+
+    Raises:
+        ShuffleNetError: see `shufflenet_mlflow.errors`.
+    """
+    images = list_images_of(
+        request.val_dir,
+        request.split,
+        loaded,
+        usable_config(loaded.payload),
+        skip_bad=_skip_bad(request, loaded),
+        cache_dir=request.cache_dir,
+        reporter=context.reporter,
+    )
+    listing = _with_classes(loaded.network, images.listing, loaded.source, context.reporter)
+    images = replace(images, listing=listing)
+    return images, _evaluate(request, loaded, listing, context, is_digits=images.directory is None)
+
+
+def measure_on(
+    request: EvalRequest, loaded: LoadedCheckpoint, listing: ImageListing, context: JobContext, *, is_digits: bool
+) -> EvalSummary:
+    """Evaluate a checkpoint that has been loaded, on images that have been listed.
+
+    Raises:
+        DataError: they have other classes.
+    """
+    listing = _with_classes(loaded.network, listing, loaded.source, context.reporter)
+    return _evaluate(request, loaded, listing, context, is_digits=is_digits)
 
 
 def _default_place(ref: str, mlflow_run_id: str | None) -> str:
     """Return `new` below `mlflow run`, `source` if a run was named, else `none`."""
     if mlflow_run_id is not None:
         return "new"
-    return "none" if isinstance(parse_reference(ref), Path) else "source"
+    return "none" if isinstance(parse_reference(ref), Path) and not is_exported(ref) else "source"
+
+
+def _place(
+    store: Connection, request: EvalRequest, loaded: LoadedCheckpoint, where: str, reporter: Reporter
+) -> tuple["Run | None", str]:
+    """Return the run that the checkpoint belongs to, if it matters, and where to log.
+
+    The result of an exported file goes to its run if that is in this store, unless the user wants it elsewhere; and
+    unless the user names images, its run says which.
+
+    Raises:
+        UnresolvedError, TrackingError: as `_source`.
+    """
+    if where == "none" and (loaded.exported is None or request.val_dir is not None):
+        return None, where
+    try:
+        return _source(store, loaded, where), where
+    except UnresolvedError as error:
+        if loaded.exported is None or request.log_to is not None:
+            raise
+        reporter.note(f"not logged: {error}")
+        return None, "none"
 
 
 def _source(store: Connection, loaded: LoadedCheckpoint, where: str) -> "Run | None":
@@ -179,65 +304,55 @@ def _source(store: Connection, loaded: LoadedCheckpoint, where: str) -> "Run | N
     return run
 
 
-def _usable_config(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the checkpoint's configuration; empty if it is missing or invalid, which evaluation does not need."""
-    config = dict(payload.get("config", {}))
-    try:
-        check_types(config)
-    except ConfigError:
-        return {}
-    usable = config.get("batch_size", 1) >= 1 and config.get("workers", 0) >= 0
-    return config if usable else {}
-
-
-def _val_dir(request: EvalRequest, loaded: LoadedCheckpoint) -> str | None:
-    """Return the folder of the images to evaluate on; None for the bundled digits.
+def _require_active_place(client: "MlflowClient", source: "Run | None", where: str, experiment: str | None) -> None:
+    """Refuse, before the work, to log to a deleted run or experiment.
 
     Raises:
-        ConfigError: neither the user nor the checkpoint says.
+        DeletedError: it was deleted.
+        TrackingError: MLflow did not answer.
     """
-    trained = _usable_config(loaded.payload)
-    val_dir: str | None = request.val_dir if request.val_dir is not None else trained.get("val_dir")
-    if val_dir is None and "val_dir" not in trained:
-        raise ConfigError(
-            f"--val-dir is missing: {loaded.source} does not say which images it was validated on",
-            code="val-dir-missing",
-        )
-    return val_dir
+    if where == "source" and source is not None:
+        require_active(client, source)
+    elif where == "new" and source is not None and experiment is None:
+        require_active_experiment(client, read_experiment(client, source))
+    elif where == "new":
+        wanted_experiment(client, experiment)
+
+
+def _skip_bad(request: EvalRequest, loaded: LoadedCheckpoint) -> bool:
+    return (request.on_bad_image or usable_config(loaded.payload).get("on_bad_image")) == "skip"
 
 
 def _evaluate(
-    request: EvalRequest, loaded: LoadedCheckpoint, val_dir: str | None, context: JobContext
-) -> tuple[EvalSummary, ImageListing]:
-    network, source = loaded.network, loaded.source
-    trained = _usable_config(loaded.payload)
-    skip_bad = request.on_bad_image == "skip"
-    listing = list_folder(val_dir, "val", option="--val-dir", skip_bad=skip_bad, cache_dir=request.cache_dir)
-    _check_classes(network, listing, source, context.reporter)
-    device = choose_device(request.device)
+    request: EvalRequest, loaded: LoadedCheckpoint, listing: ImageListing, context: JobContext, *, is_digits: bool
+) -> EvalSummary:
+    network = loaded.network
+    trained = usable_config(loaded.payload)
+    device = choose_device(loaded.device(request.device))
     keep_freed_memory(device)
     batch_size = request.batch_size or trained.get("batch_size", DEFAULT_BATCH_SIZE)
     workers = default_workers(len(listing), batch_size, network.preprocess.input_size)
-    if val_dir is None:  # the digits, where they would be of no use
+    if is_digits:  # where they would be of no use
         workers = 0
     settings = EvalSettings(
         batch_size=batch_size, workers=workers if request.workers is None else request.workers, device=device
     )
     observer = Observer(listing)
     began = time.perf_counter()
-    with worker_deaths_reported():
-        result = evaluate(
-            move_model(network.module, device),
-            listing,
-            network.preprocess,
-            settings,
-            bad_images=BadImageLog(skip=skip_bad),
-            context=context,
-            observe=observer,
-        )
+    result = evaluate(
+        move_model(network.module, device),
+        listing,
+        network.preprocess,
+        settings,
+        bad_images=BadImageLog(skip=_skip_bad(request, loaded)),
+        context=context,
+        observe=observer,
+    )
     seconds = time.perf_counter() - began
     labels = label_outputs(dict(enumerate(listing.classes)), network.num_classes)
-    summary = EvalSummary(
+    if result.only_answer is not None:
+        context.reporter.warn(f"every image is taken for {labels[result.only_answer]!r}")
+    return EvalSummary(
         result=result,
         report=Report(observer.outcomes(), tuple(labels)),
         checkpoint=loaded.path,
@@ -245,22 +360,40 @@ def _evaluate(
         iters=loaded.iters,
         model=network.spec.name,
         images_per_second=result.n / seconds,
+        export=loaded.exported,
     )
-    return summary, listing
 
 
-def _check_classes(network: LoadedModel, listing: ImageListing, source: str, reporter: Reporter) -> None:
-    """Refuse a folder whose classes are not the network's; report it if the checkpoint does not name its classes.
+def _warn_of_training_images(store: Connection, run_id: str, listing: ImageListing, reporter: Reporter) -> None:
+    """Say how many of the images the run was trained on, as far as digests show it."""
+    if not listing.is_small:
+        return
+    try:
+        trained_on = training_digests(RunArtifacts(store.client, run_id))
+    except TrackingError as error:
+        reporter.warn(f"{error}; whether the images were trained on is not known")
+        return
+    known = sum(digest in trained_on for digest in listing.image_digests)
+    if known:
+        reporter.warn(
+            f"{known:,} of {counted(len(listing), 'image')} in {str(listing.source)!r} "
+            f"{'is' if known == 1 else 'are'} among the training images of the run, so its accuracy on them is too "
+            f"high; `shufflenet data check DIR --against {run_id[:SHORT_ID]}` names them"
+        )
+
+
+def _with_classes(network: LoadedModel, listing: ImageListing, source: str, reporter: Reporter) -> ImageListing:
+    """Return the listing with the network's labels; report it if the checkpoint does not name its classes.
 
     Raises:
         DataError: the names differ, or there are more of them than the network tells apart.
     """
     if network.class_to_idx is not None:
-        require_same_classes(network.class_to_idx, listing, expected_in=source, option="--val-dir")
+        listing = with_same_classes(network.class_to_idx, listing, expected_in=source, option="--val-dir")
     if len(listing.classes) > network.num_classes:
         raise DataError(
-            f"--val-dir {str(listing.root)!r} has {len(listing.classes)} classes, {source} tells "
-            f"{network.num_classes} apart; --val-dir names another folder",
+            f"--val-dir {str(listing.source)!r} has {counted(len(listing.classes), 'class', 'classes')}, {source} "
+            f"tells {network.num_classes} apart; --val-dir names another folder",
             code="too-many-classes",
         )
     if network.class_to_idx is None:
@@ -273,3 +406,4 @@ def _check_classes(network: LoadedModel, listing: ImageListing, source: str, rep
             reporter.note(text)
         else:
             reporter.warn(f"{text}; if these are other classes, the accuracies below mean nothing")
+    return listing

@@ -1,21 +1,30 @@
 """Log an evaluation to MLflow: in the run that the checkpoint belongs to, or in a run of its own."""
 
+import json
 import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.names import short_name
 from shufflenet_mlflow.data.listing import ImageListing
+from shufflenet_mlflow.errors import TrackingError
+from shufflenet_mlflow.evaluation.baseline import beside_majority
 from shufflenet_mlflow.evaluation.report import Report
+from shufflenet_mlflow.export.exported import ExportedFile
 from shufflenet_mlflow.export.logged import find_logged_model
+from shufflenet_mlflow.runtime.text import counted
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.evaluation_metrics import EvaluatedModel, log_input_model, log_results
+from shufflenet_mlflow.tracking.journal_file import new_provisional_id
 from shufflenet_mlflow.tracking.messages import Params, Tags, TextArtifact
 from shufflenet_mlflow.tracking.names import (
+    DEPLOY_SECTION,
+    DEPLOY_TAG,
     EVALUATED_CHECKPOINT_TAG,
     EVALUATED_RUN_TAG,
     EVALUATION_CONTEXT,
@@ -30,8 +39,9 @@ from shufflenet_mlflow.tracking.names import (
 )
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
-from shufflenet_mlflow.tracking.run import WrapperRun, make_run, new_run
+from shufflenet_mlflow.tracking.run import WrapperRun, end_lost_run, make_run, new_run
 from shufflenet_mlflow.tracking.target import Message, RunTarget
+from shufflenet_mlflow.tracking.uris import is_server
 from shufflenet_mlflow.workflows.training.description import dataset_input
 
 if TYPE_CHECKING:
@@ -51,17 +61,21 @@ class Evaluated:
     iters: int
     run_id: str | None
     """The run that the checkpoint belongs to."""
-    name: str
-    """Name of the set of images."""
+    names: tuple[str, ...]
+    """Names for the set of images; the first is its name, the others what it may be called if that is taken."""
     listing: ImageListing
     metrics: Mapping[str, float]
     """Values by plain name, such as `top1`."""
     report: Report
+    sha256: str | None = None
+    """SHA-256 of the checkpoint's file, if it has a manifest."""
+    export: ExportedFile | None = None
+    """The exported file in the place of a checkpoint."""
 
     @property
     def data(self) -> str:
         """Name of the images as MLflow accepts it: some letters only, of limited length."""
-        name = re.sub(r"[^\w .:-]", "_", self.name)
+        name = re.sub(r"[^\w .:-]", "_", self.names[0])
         return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{self.listing.content_digest[:8]}"
 
     @property
@@ -71,16 +85,27 @@ class Evaluated:
 
     def with_unique_name(self, run: "Run") -> "Evaluated":
         """Return the same under another name, if the run has been evaluated on other images of that name."""
+        candidates = [replace(self, names=self.names[place:]) for place in range(len(self.names))]
+        if not self._is_free_in(run) and self._was_evaluated_in(run):  # the folder's images have changed
+            candidates = candidates[:1]
+        numbered = (replace(self, names=(f"{self.names[0]}-{number}",)) for number in count(2))
+        return next(evaluated for evaluated in chain(candidates, numbered) if evaluated._is_free_in(run))
+
+    def _is_free_in(self, run: "Run") -> bool:
+        """Whether the run has no evaluation of other images under this name."""
         tagged_digest = run.data.tags.get(EVALUATION_TAG + self.data)
+        digests = {entry.digest for entry in self._namesakes_in(run)} if tagged_digest is None else {tagged_digest}
+        return digests <= {self.listing.content_digest}
+
+    def _was_evaluated_in(self, run: "Run") -> bool:
+        """Whether the run has an evaluation under this name that was of the same folder or table."""
+        source = json.dumps({"uri": str(self.listing.source.absolute())})
+        return any(entry.source == source for entry in self._namesakes_in(run))
+
+    def _namesakes_in(self, run: "Run") -> list[Any]:
         inputs = run.inputs.dataset_inputs if run.inputs is not None else []
-        digests = {
-            entry.dataset.digest
-            for entry in inputs
-            if entry.dataset.name == self.data and any(tag.value == EVALUATION_CONTEXT for tag in entry.tags)
-        }
-        if not ({tagged_digest} if tagged_digest is not None else digests) - {self.listing.content_digest}:
-            return self
-        return replace(self, name=f"{self.data[: LONGEST_NAME - 9]}-{self.listing.content_digest[:8]}")
+        evaluated = [entry for entry in inputs if EVALUATION_CONTEXT in [tag.value for tag in entry.tags]]
+        return [entry.dataset for entry in evaluated if entry.dataset.name == self.data]
 
     @property
     def folder(self) -> str:
@@ -99,6 +124,7 @@ class Evaluated:
             "iters": self.iters,
             "run_id": self.run_id,
             "metrics": dict(self.metrics),
+            **({} if self.export is None else {"export": self.export.to_dict()}),
         }
 
 
@@ -111,7 +137,15 @@ def record_in_source(client: "MlflowClient", source: "Run", evaluated: Evaluated
     evaluated = evaluated.with_unique_name(source)
     target = RunTarget(client, source.info.run_id, Path())
     Tags({EVALUATION_TAG + evaluated.data: evaluated.listing.content_digest}).send(target)
-    _record(target, evaluated, EVALUATION_SECTION + evaluated.data, _logged_model(client, source, evaluated))
+    if evaluated.export is None:
+        section = EVALUATION_SECTION + evaluated.data
+        _record(target, evaluated, section, _logged_model(client, source, evaluated))
+        return target.run_id
+    kind = evaluated.export.kind
+    _record(target, evaluated, f"{DEPLOY_SECTION}{kind}", None)
+    on = {"data": evaluated.data, "digest": evaluated.listing.content_digest, "images": len(evaluated.listing)}
+    tag = json.dumps({**evaluated.export.to_dict(), **on, "top1": evaluated.metrics["top1"]})
+    Tags({f"{DEPLOY_TAG}{kind}": tag}).send(target)
     return target.run_id
 
 
@@ -130,8 +164,14 @@ def record_in_new(
     create = new_run(experiment=experiment, name=name or f"eval {evaluated.network} {evaluated.data}", tags=tags)
     if source is not None and experiment is None:
         create = replace(create, experiment_id=source.info.experiment_id)
-    run_id, _ = make_run(client, create)
-    with WrapperRun(client, run_id, tags={}) as run:
+    mark = new_provisional_id()
+    try:
+        run_id, _ = make_run(client, create, mark=mark)
+    except TrackingError as error:
+        if not error.answered and "connection refused" not in str(error):
+            end_lost_run(client, create, mark)
+        raise
+    with WrapperRun(client, run_id, tags={}, is_new=True) as run:
         record_in_own(run, source, evaluated)
     return run_id
 
@@ -145,17 +185,20 @@ def record_in_own(run: WrapperRun, source: "Run | None", evaluated: Evaluated) -
     target = run.target
     model = _logged_model(target.client, source, evaluated) if source is not None else None
     tags = {NETWORK_TAG: evaluated.network, EVALUATED_CHECKPOINT_TAG: evaluated.checkpoint}
+    if evaluated.export is not None:
+        tags[f"{DEPLOY_TAG}{evaluated.export.kind}"] = json.dumps(evaluated.export.to_dict())
     if evaluated.run_id is not None:
         tags[EVALUATED_RUN_TAG] = evaluated.run_id
     run.send(Tags(tags))
     values = {
         "model": evaluated.network,
         "iters": evaluated.iters,
-        "val_dir": evaluated.root,
+        "val_dir": str(evaluated.listing.source.absolute()),
         "val_images": len(evaluated.listing),
     }
     run.send(Params.of(values))
-    top1 = f"accuracy {evaluated.metrics['top1']:.4f} on {len(evaluated.report.outcomes.paths):,} images"
+    accuracy = beside_majority(evaluated.metrics["top1"], evaluated.metrics["majority"])
+    top1 = f"accuracy {accuracy} on {counted(len(evaluated.report.outcomes.paths), 'image')}"
     run.send(
         Note.of(
             f"**{evaluated.network}**, {evaluated.checkpoint} on **{evaluated.data}**",
@@ -186,14 +229,23 @@ def _record(target: RunTarget, evaluated: Evaluated, section: str, model: "Logge
     with tempfile.TemporaryDirectory() as scratch:
         for name, draw in figures_of(report, listing.root).items():
             write_figure(draw(), Path(scratch) / name)
+        figures = f"{FIGURES_FOLDER}/{evaluated.folder}"
         with mlflow_errors(f"upload the figures of run {target.run_id}"):
-            target.client.log_artifacts(target.run_id, scratch, f"{FIGURES_FOLDER}/{evaluated.folder}")
-    values = {f"{section}/{name}": value for name, value in evaluated.metrics.items()}
+            target.artifacts.put_folder(scratch, figures)
+        if is_server(target.client.tracking_uri):
+            sizes = {path.name: path.stat().st_size for path in Path(scratch).iterdir()}
+            target.artifacts.check_arrived(figures, sizes)
+    metrics = {**evaluated.metrics, **(evaluated.export.fixed_metrics() if evaluated.export is not None else {})}
+    values = {f"{section}/{name}": value for name, value in metrics.items()}
     evaluated_model = None if model is None else EvaluatedModel(model.model_id, evaluated.data, listing.content_digest)
-    log_results(target, values, evaluated.iters, evaluated_model)
+    # In the run of the checkpoint all at one step: the UI draws one point of each run as bars side by side.
+    step = evaluated.iters if section == OWN_EVALUATION_SECTION else 0
+    log_results(target, values, step, evaluated_model)
 
 
 def _logged_model(client: "MlflowClient", source: "Run", evaluated: Evaluated) -> "LoggedModel | None":
     """Return the logged model of the checkpoint; None if there is none."""
-    manifest = RunArtifacts(client, source.info.run_id).manifest_of(evaluated.checkpoint)
+    if evaluated.export is not None:
+        return None
+    manifest = RunArtifacts(client, source.info.run_id).find(evaluated.checkpoint, evaluated.sha256)
     return find_logged_model(client, source, manifest) if manifest is not None else None

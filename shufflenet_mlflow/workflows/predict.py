@@ -4,10 +4,10 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 from shufflenet_mlflow.config import DEFAULT_BATCH_SIZE
-from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog, default_workers, worker_deaths_reported
+from shufflenet_mlflow.data.loader import WORKERS_FROM, BadImageLog, default_workers
 from shufflenet_mlflow.data.pictures import Pictures
 from shufflenet_mlflow.evaluation.evaluate import EvalSettings
-from shufflenet_mlflow.evaluation.prediction import Prediction, predict
+from shufflenet_mlflow.evaluation.prediction import AnyPictures, Prediction, predict
 from shufflenet_mlflow.models.fuse_bn import fuse_bn
 from shufflenet_mlflow.models.loaded import LoadedModel
 from shufflenet_mlflow.runtime.context import JobContext
@@ -54,16 +54,21 @@ def run_prediction(request: PredictRequest, pictures: Pictures, *, reporter: Rep
         ShuffleNetError: see `shufflenet_mlflow.errors`.
     """
     prepare_environment()
-    network = request.load(Connection(request.tracking_uri), reporter).network
+    loaded = request.load(Connection(request.tracking_uri), reporter)
+    network, request = loaded.network, replace(request, device=loaded.device(request.device))
     top = min(request.top, network.num_classes)
-    return Predictions(
-        tuple(network.labels), top, _predict(request, network, pictures, top, JobContext.alone(reporter, stop))
-    )
+    context = JobContext.alone(reporter, stop)
+    return Predictions(tuple(network.labels), top, predict_pictures(network, pictures, request, context))
 
 
-def _predict(
-    request: PredictRequest, network: LoadedModel, pictures: Pictures, top: int, context: JobContext
+def predict_pictures(
+    network: LoadedModel, pictures: AnyPictures, request: PredictRequest, context: JobContext
 ) -> Generator[list[Prediction], None, None]:
+    """Yield the predictions for pictures, a batch at a time, as `predict` of `evaluation` does.
+
+    Args:
+        request: how; its `ref` has been loaded as `network`.
+    """
     device = choose_device(request.device)
     keep_freed_memory(device)
     if len(pictures) >= WORKERS_FROM:
@@ -77,12 +82,11 @@ def _predict(
         workers=workers if request.workers is None else request.workers,
         device=device,
     )
-    with worker_deaths_reported():
-        yield from predict(
-            network,
-            pictures,
-            settings,
-            top=top,
-            bad_images=BadImageLog(skip=request.on_bad_image == "skip"),
-            context=context,
-        )
+    yield from predict(
+        network,
+        pictures,
+        settings,
+        top=min(request.top, network.num_classes),
+        bad_images=BadImageLog(skip=request.on_bad_image == "skip"),
+        context=context,
+    )

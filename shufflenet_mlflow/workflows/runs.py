@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -9,9 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointManifest
 from shufflenet_mlflow.config import FIELDS, command_of
+from shufflenet_mlflow.config.rules import MOST_ROWS
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
+from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.text import name_some
+from shufflenet_mlflow.tracking.abandoned import (
+    RUNNING,
+    end_abandoned,
+    require_abandoned,
+    status_in_words,
+    writer_state,
+)
 from shufflenet_mlflow.tracking.client import connect, mlflow_errors, prepare_environment
 from shufflenet_mlflow.tracking.connection import Connection
+from shufflenet_mlflow.tracking.lifecycle import is_active, require_active
 from shufflenet_mlflow.tracking.messages import now_ms
 from shufflenet_mlflow.tracking.names import (
     COMMAND_TAG,
@@ -20,16 +32,18 @@ from shufflenet_mlflow.tracking.names import (
     DATASET_CONTEXT_TAG,
     DIRTY_TAG,
     HARDWARE_TAG,
+    NETWORK_TAG,
+    STUDY_TAG,
     VERSION_TAG,
 )
-from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.run import wanted_experiment
 from shufflenet_mlflow.tracking.run_ids import complete, read_run
 from shufflenet_mlflow.tracking.target import manifest_in_tag
+from shufflenet_mlflow.tracking.uris import stored_uri
 from shufflenet_mlflow.workflows.options import run_id_of
 
 if TYPE_CHECKING:
-    from shufflenet_mlflow.tracking.client import Run
+    from shufflenet_mlflow.tracking.client import MlflowClient, Run
 
 DEFAULT_COLUMNS = ("run_id", "name", "status", "started", "minutes", "model", "val/top1", "best/val_top1")
 
@@ -75,7 +89,7 @@ class Column:
             return getattr(run.data, self.kind).get(self.key)
         info = run.info
         if self.key == "minutes":
-            end = info.end_time or (now_ms() if info.status == "RUNNING" else None)
+            end = info.end_time or (now_ms() if info.status == RUNNING else None)
             return None if end is None else round((end - info.start_time) / 60_000, 1)
         if self.key == "started":
             return _time(info.start_time)
@@ -103,10 +117,26 @@ class RunTable:
     columns: tuple[Column, ...]
     runs: tuple["Run", ...]
     has_more: bool
+    elsewhere: Mapping[str, int]
+    """Other experiments with runs of this project -> their number; empty if the user named the experiment."""
 
     def rows(self) -> list[list[Any]]:
         """One value per column; None for runs without it."""
         return [[column.of(run) for column in self.columns] for run in self.runs]
+
+    def rows_in_words(self) -> list[list[Any]]:
+        """One value per column; the status says whether the writer of a running run is gone."""
+        return [
+            [
+                status_in_words(run) if (column.kind, column.key) == ("attribute", "status") else column.of(run)
+                for column in self.columns
+            ]
+            for run in self.runs
+        ]
+
+    def abandoned(self) -> list[str]:
+        """Return the IDs of running runs whose writer does not seem to be at work."""
+        return [run.info.run_id for run in self.runs if writer_state(run) in ("silent", "gone")]
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the document of `runs --json`: the columns, and all metrics and parameters."""
@@ -114,11 +144,34 @@ class RunTable:
             {
                 **{column.title: value for column, value in zip(self.columns, row, strict=True)},
                 "run_id": run.info.run_id,
+                "writer_state": writer_state(run),
                 "metrics": dict(run.data.metrics),
                 "params": dict(run.data.params),
             }
             for run, row in zip(self.runs, self.rows(), strict=True)
         ]
+
+
+def require_study(study: str, experiment: str, tracking_uri: str | None) -> None:
+    """Refuse the name of a study of which an experiment has no run.
+
+    Raises:
+        UnresolvedError: always; the message names the studies that are there.
+        TrackingError: MLflow did not answer.
+    """
+    client = connect(tracking_uri)
+    _, experiment_id = wanted_experiment(client, experiment)
+    found: list[str] = []
+    if experiment_id is not None:
+        with mlflow_errors(f"look for the studies of {experiment!r}"):
+            runs = client.search_runs([experiment_id], f"tags.`{STUDY_TAG}` LIKE '%'", max_results=MOST_ROWS)
+        found = sorted({run.data.tags[STUDY_TAG] for run in runs})
+    known = f"it holds {name_some(found)}" if found else "it holds none"
+    raise UnresolvedError(
+        f"experiment {experiment!r} has no run of a study {study!r} ({known}); --experiment NAME looks into another "
+        "one",
+        code="study-without-runs",
+    )
 
 
 def list_runs(
@@ -141,6 +194,7 @@ def list_runs(
     Raises:
         ConfigError: a column or the filter is not understood.
         UnresolvedError: there is no such experiment.
+        DeletedError: it was deleted.
         TrackingError: MLflow did not answer.
     """
     parsed = tuple(Column.parse(name) for name in columns)
@@ -148,16 +202,39 @@ def list_runs(
     prepare_environment()
     client = connect(tracking_uri)
     name, experiment_id = wanted_experiment(client, experiment)
+    elsewhere = {} if experiment else _runs_elsewhere(client, experiment_id)
+    if experiment_id is None and elsewhere:
+        return RunTable(name, parsed, (), False, elsewhere)
     if experiment_id is None:
         with mlflow_errors("list the experiments"):
             names = ", ".join(known.name for known in client.search_experiments(max_results=8))
         raise UnresolvedError(
-            f"there is no experiment {name!r} in {redact(client.tracking_uri)}; experiments: {names}",
+            f"there is no experiment {name!r} in {stored_uri(client.tracking_uri)}; experiments: {names}",
             code="experiment-missing",
         )
     with mlflow_errors(f"search the runs of {name!r}" + (f" for {filter_string!r}" if filter_string else "")):
         runs = client.search_runs([experiment_id], filter_string, max_results=limit, order_by=[order])
-    return RunTable(name, parsed, tuple(runs), bool(runs.token))
+    return RunTable(name, parsed, tuple(runs), bool(runs.token), elsewhere)
+
+
+def _runs_elsewhere(client: "MlflowClient", but: str | None) -> dict[str, int]:
+    """Return the names of other experiments that hold runs of this project, and how many of the newest are theirs.
+
+    `mlflow run` puts its runs into the experiment `Default`.
+    """
+    with mlflow_errors("look for runs in other experiments"):
+        others = {
+            found.experiment_id: found.name
+            for found in client.search_experiments(max_results=_MOST_EXPERIMENTS)
+            if found.experiment_id != but
+        }
+        filter_string = f"tags.`{NETWORK_TAG}` LIKE '%'"
+        runs = client.search_runs([*others], filter_string, max_results=_MOST_ELSEWHERE) if others else []
+    return dict(Counter(others[run.info.experiment_id] for run in runs).most_common())
+
+
+_MOST_EXPERIMENTS = 100
+_MOST_ELSEWHERE = 1000
 
 
 @dataclass(frozen=True)
@@ -183,6 +260,11 @@ class RunDetails:
         """Whether the code differed from the commit."""
         return self.run.data.tags.get(DIRTY_TAG) == "true"
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether it is RUNNING and its writer does not seem to be at work."""
+        return writer_state(self.run) in ("silent", "gone")
+
     def reproduce_lines(self) -> list[str]:
         """Return shell commands that repeat the run, with remarks on what they cannot restore."""
         tags, lines = self.run.data.tags, []
@@ -204,7 +286,8 @@ class RunDetails:
             "name": info.run_name,
             "experiment": self.experiment,
             "status": info.status,
-            "deleted": info.lifecycle_stage != "active",
+            "writer_state": writer_state(self.run),
+            "deleted": not is_active(self.run),
             "started": _time(info.start_time),
             "ended": _time(info.end_time),
             "command": data.tags.get(COMMAND_TAG),
@@ -262,6 +345,45 @@ def show_run(ref: str, *, tracking_uri: str | None) -> RunDetails:
         tuple((str(model.model_id), str(model.name)) for model in models),
         tuple(command_of(config)) if "model" in config else None,
     )
+
+
+@dataclass(frozen=True)
+class MendedRun:
+    """A run, and whether its status was mended."""
+
+    run_id: str
+    name: str
+    before: str
+    status: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return its entry in the document of `runs mend --json`."""
+        return {"run_id": self.run_id, "name": self.name, "before": self.before, "status": self.status}
+
+
+def mend_runs(refs: Sequence[str], *, tracking_uri: str | None, reporter: Reporter) -> list[MendedRun]:
+    """Set runs to KILLED that are RUNNING although their writer is gone; runs that have ended stay as they are.
+
+    Nothing is changed unless all of them can be mended.
+
+    Raises:
+        UnresolvedError: a reference is not a run ID, or there is no such run.
+        DeletedError: a run, or its experiment, was deleted.
+        TrackingError: a writer is at work, or is not known, or MLflow did not answer.
+    """
+    prepare_environment()
+    store = Connection(tracking_uri)
+    runs = {run.info.run_id: run for run in (find_run(store, ref) for ref in refs)}
+    for run in runs.values():
+        require_active(store.client, run)
+    writers = {run_id: require_abandoned(store.client, run_id, note=reporter.note) for run_id in runs}
+    mended = []
+    for run_id, run in runs.items():
+        if (writer := writers[run_id]) is not None:
+            end_abandoned(store.client, run_id, writer)
+        status = run.info.status if writer is None else "KILLED"
+        mended.append(MendedRun(run_id, run.info.run_name, run.info.status, status))
+    return mended
 
 
 def find_run(store: Connection, ref: str) -> "Run":

@@ -8,21 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
-from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
-from shufflenet_mlflow.errors import ConfigError, NoCheckpointError, ResumeError, TrackingError
+from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types, weights_ref
+from shufflenet_mlflow.errors import ConfigError, DeletedError, NoCheckpointError, ResumeError, TrackingError
 from shufflenet_mlflow.runtime.launchers import attempt as attempts_before
 from shufflenet_mlflow.runtime.launchers import launch_name, may_restart
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.connection import Connection
-from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, read_pending
-from shufflenet_mlflow.tracking.run import KnownRun, config_to_begin_with, find_job, known_run, peek_mlflow_run_id
+from shufflenet_mlflow.tracking.journal_file import JOURNAL_NAME, read_pending
+from shufflenet_mlflow.tracking.lifecycle import refuse_deleted_run, suppress_unanswered
+from shufflenet_mlflow.tracking.run import (
+    KnownRun,
+    config_to_begin_with,
+    find_job,
+    known_run,
+    peek_mlflow_run_id,
+    wanted_experiment,
+)
 from shufflenet_mlflow.tracking.run_ids import complete
 from shufflenet_mlflow.workflows.training.request import TrainRequest
 from shufflenet_mlflow.workflows.training.resume import (
     InitialWeights,
     ResumePoint,
+    TeacherPoint,
     find_initial_weights,
     find_resume_point,
+    find_teacher,
 )
 
 
@@ -38,19 +48,27 @@ class Attempt:
     """Folder of the checkpoints; None if it is named after the run, which does not exist yet."""
     job: str | None
     """Name that the user gave, or that all attempts of this launch share."""
+    is_automatic: bool = False
+    """A launcher, or the name of a job, has started it again: nobody is there to be asked."""
     init_from: str | None = None
     """Reference with a whole run ID."""
+    teacher: str | None = None
+    """Likewise."""
+    qat: str | None = None
+    """Likewise."""
     inherited: Mapping[str, Any] = field(default_factory=dict)
     """Configuration of a run that is started again because it has no checkpoint: the defaults of options not given."""
     unstarted_runs: tuple[str, ...] = ()
     """Runs that an earlier attempt created, and that have no checkpoint yet."""
     resume_point: ResumePoint | None = None
     initial_weights: InitialWeights | None = None
+    teacher_point: TeacherPoint | None = None
 
     def options(self, request: TrainRequest) -> dict[str, Any]:
         """Return the options that were given, over those of the run that is continued or started again."""
         inherited = self.resume_point.config if self.resume_point is not None else dict(self.inherited)
-        return {**inherited, **request.options, **({"init_from": self.init_from} if self.init_from else {})}
+        references = {"init_from": self.init_from, "teacher": self.teacher, "qat": self.qat}
+        return {**inherited, **request.options, **{name: ref for name, ref in references.items() if ref}}
 
     @property
     def own_point(self) -> ResumePoint | None:
@@ -67,7 +85,8 @@ class Attempt:
         """Return the same without the tensors of its checkpoints, once they are loaded."""
         point = self.resume_point.without_tensors() if self.resume_point is not None else None
         weights = replace(self.initial_weights, payload={}) if self.initial_weights is not None else None
-        return replace(self, resume_point=point, initial_weights=weights)
+        teacher = replace(self.teacher_point, payload={}) if self.teacher_point is not None else None
+        return replace(self, resume_point=point, initial_weights=weights, teacher_point=teacher)
 
 
 def find_attempt(request: TrainRequest, store: Connection, reporter: Reporter) -> Attempt:
@@ -76,21 +95,57 @@ def find_attempt(request: TrainRequest, store: Connection, reporter: Reporter) -
     Raises:
         ConfigError: there is nothing to fork.
         ResumeError: the folder belongs to another run.
+        DeletedError: the run, or the experiment, was deleted.
         TrackingError: the job's folder is empty, and the store that could know the job does not answer.
         UnresolvedError, CheckpointError: see `find_resume_point`, `find_initial_weights`.
     """
     attempt = _find_earlier(request, _as_asked(request, store, reporter), store, reporter)
+    if request.experiment is not None:
+        _require_experiment(store, request.experiment)
     try:
         point = find_resume_point(attempt.resume, attempt.save_dir, store, request.cache_dir, fork=attempt.is_fork)
         attempt = replace(attempt, resume_point=point)
     except NoCheckpointError as error:
         attempt = _start_again(attempt, store, error)
         reporter.note(f"run {error.run_id} has no checkpoint yet: starting it again")
+    if attempt.own_point is not None:
+        _require_run(store, attempt.own_point.run_id)
+    elif not attempt.unstarted_runs and peek_mlflow_run_id() is None:
+        _require_experiment(store, request.experiment)
+    options = attempt.options(request)
+    attempt = replace(attempt, teacher_point=find_teacher(options.get("teacher"), store, request.cache_dir))
     if attempt.resume_point is not None:
         return attempt
-    options = attempt.options(request)
-    ref = options.get("init_from")
+    ref = weights_ref(options)
     return replace(attempt, initial_weights=find_initial_weights(ref, options, store, request.cache_dir))
+
+
+def _require_run(store: Connection, run_id: str | None) -> None:
+    """Refuse to continue a deleted run before the work, if the store answers.
+
+    Raises:
+        DeletedError: the run, or its experiment, was deleted.
+    """
+    if run_id is None or not store.exists():
+        return
+    try:
+        with suppress_unanswered():
+            refuse_deleted_run(store.client, run_id)
+    except DeletedError as error:
+        raise DeletedError(
+            f"{error}; --new-run with another --save-dir goes on as a run of its own", error.command, code=error.code
+        ) from error
+
+
+def _require_experiment(store: Connection, experiment: str | None) -> None:
+    """Refuse to begin a run in a deleted experiment before the work, if the store answers.
+
+    Raises:
+        DeletedError: the experiment was deleted.
+    """
+    if store.exists():
+        with store.impatient(), suppress_unanswered():
+            wanted_experiment(store.client, experiment)
 
 
 def _as_asked(request: TrainRequest, store: Connection, reporter: Reporter) -> Attempt:
@@ -100,9 +155,14 @@ def _as_asked(request: TrainRequest, store: Connection, reporter: Reporter) -> A
         UnresolvedError: the beginning of a run ID fits none, or several.
         TrackingError: MLflow did not answer.
     """
-    init_from = request.options.get("init_from")
+
+    def named(name: str) -> str | None:
+        ref = request.options.get(name)
+        return str(complete(ref, store)) if ref is not None else None
+
     resume, job, save_dir = request.resume, request.job, request.save_dir
     names_checkpoint = resume not in ("auto", "none")
+    is_automatic = attempts_before() > 0 or (resume == "auto" and (job is not None or peek_mlflow_run_id() is not None))
     if job is None and save_dir is None and (request.new_run or not names_checkpoint):
         asked = json.dumps([dict(request.options), resume, request.new_run, request.run_name], default=str)
         job = launch_name(asked, requeue=request.requeue)
@@ -115,7 +175,10 @@ def _as_asked(request: TrainRequest, store: Connection, reporter: Reporter) -> A
         is_fork=request.new_run,
         save_dir=save_dir,
         job=job,
-        init_from=str(complete(init_from, store)) if init_from is not None else None,
+        is_automatic=is_automatic,
+        init_from=named("init_from"),
+        teacher=named("teacher"),
+        qat=named("qat"),
     )
 
 
@@ -128,6 +191,8 @@ def _find_earlier(request: TrainRequest, attempt: Attempt, store: Connection, re
     try:
         is_named = request.job is not None and attempt.resume == "auto"
         known = _find_run(request, attempt, store, by_name=is_restart or is_named)
+    except DeletedError:
+        raise
     except TrackingError as error:
         if request.job is not None and not _was_used(attempt.save_dir):
             raise TrackingError(
@@ -145,13 +210,24 @@ def _find_earlier(request: TrainRequest, attempt: Attempt, store: Connection, re
             )
         return attempt
     if known is None:
-        return attempt
+        return _as_folder_says(attempt, reporter)
     if not known.has_checkpoint:
         return replace(attempt, unstarted_runs=(known.run_id,))
     owner = read_pending(attempt.save_dir).run_id if attempt.save_dir is not None else None
     if request.save_dir is None and owner not in (None, known.run_id):
         attempt = replace(attempt, save_dir=None)  # it belongs to the run that this one was forked from
     return replace(attempt, resume=known.run_id, is_fork=False)
+
+
+def _as_folder_says(attempt: Attempt, reporter: Reporter) -> Attempt:
+    """Return the attempt that continues the folder's run, if a process there has, and was killed before it saved."""
+    if attempt.resume != "auto" or attempt.is_fork or attempt.save_dir is None or _has_checkpoints(attempt.save_dir):
+        return attempt
+    pending = read_pending(attempt.save_dir)
+    if pending.run_id is None or pending.lease is None or not pending.lease.iters:
+        return attempt
+    reporter.note(f"{str(attempt.save_dir)!r} belongs to run {pending.run_id}, which is continued")
+    return replace(attempt, resume=pending.run_id)
 
 
 def _find_run(request: TrainRequest, attempt: Attempt, store: Connection, *, by_name: bool) -> KnownRun | None:
@@ -183,6 +259,8 @@ def _start_again(attempt: Attempt, store: Connection, error: NoCheckpointError) 
         ResumeError: the folder belongs to another run.
         TrackingError: the store does not answer.
     """
+    if not attempt.is_fork:
+        _require_run(store, error.run_id)
     config = None if attempt.is_fork else config_to_begin_with(store.client, error.run_id)
     if config is None:
         raise error

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 
-from shufflenet_mlflow.config import TrainConfig
+from shufflenet_mlflow.config import DEFAULTS, RunConfig
 from shufflenet_mlflow.data.datasets import data_name
+from shufflenet_mlflow.data.identity import DataIdentity
 from shufflenet_mlflow.data.listing import ImageListing
+from shufflenet_mlflow.evaluation.baseline import beside_majority
 from shufflenet_mlflow.models.cost import model_cost
+from shufflenet_mlflow.runtime.devices import processor
 from shufflenet_mlflow.runtime.distributed import World
+from shufflenet_mlflow.runtime.text import counted
 from shufflenet_mlflow.runtime.versions import installed_versions
+from shufflenet_mlflow.tracking.images import images_file
 from shufflenet_mlflow.tracking.messages import DatasetInput, Params, TextArtifact
 from shufflenet_mlflow.tracking.names import (
     CLASSES_FILE,
@@ -26,21 +31,31 @@ from shufflenet_mlflow.tracking.names import (
     NETWORK_TAG,
     RESUMED_FROM_ITERS_TAG,
     RESUMED_FROM_RUN_TAG,
+    TEACHER_CHECKPOINT_TAG,
+    TEACHER_RUN_TAG,
     VALIDATION_CONTEXT,
 )
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.tracking.provenance import command_line
 from shufflenet_mlflow.tracking.redaction import redact
 from shufflenet_mlflow.tracking.target import Message
-from shufflenet_mlflow.training.loop import TrainData, TrainResult
+from shufflenet_mlflow.training.changes import RESUME_MAY_CHANGE, drift
+from shufflenet_mlflow.training.data import TrainData
+from shufflenet_mlflow.training.result import TrainResult
 from shufflenet_mlflow.workflows.training.attempts import Attempt
 from shufflenet_mlflow.workflows.training.config import Plan
-from shufflenet_mlflow.workflows.training.resume import RESUME_MAY_CHANGE, ResumePoint, drift
+from shufflenet_mlflow.workflows.training.resume import ResumePoint
 
 OF_PIXELS = ("torchvision", "opencv-python-headless", "simplejpeg")
 """Packages that decode and transform images."""
 
-NEEDED_FOR_EQUALITY = ("shufflenet-mlflow", "torch", *OF_PIXELS, "device", "instructions", "threads", "processes")
+PROCESSOR = "processor"
+"""Key of the kind of the processor, which checkpoints of earlier versions lack."""
+
+NEEDED_FOR_EQUALITY = (
+    *("shufflenet-mlflow", "torch", *OF_PIXELS),
+    *("device", PROCESSOR, "instructions", "threads", "processes"),
+)
 """Entries of the environment that results depend on, up to rounding."""
 
 MICRO_BATCHES = "parts"
@@ -51,14 +66,18 @@ MAX_TAG_LENGTH = 5000
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """Return a digest of the options that may not change on resuming."""
-    values = {name: value for name, value in config.items() if name not in RESUME_MAY_CHANGE}
+    """Return a digest of the options that may not change on resuming; defaults count as fields that are not there."""
+    values = {
+        name: value
+        for name, value in config.items()
+        if name not in RESUME_MAY_CHANGE and (name not in DEFAULTS or value != DEFAULTS[name])
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def first_tags(
     attempt: Attempt,
-    config: TrainConfig,
+    config: RunConfig,
     changed: Mapping[str, tuple[Any, Any]],
     *,
     is_continued: bool,
@@ -70,7 +89,7 @@ def first_tags(
     Args:
         changed: what has changed since the checkpoint was written; see `drift_since`.
     """
-    point, weights = attempt.resume_point, attempt.initial_weights
+    point, weights, teacher = attempt.resume_point, attempt.initial_weights, attempt.teacher_point
     if point is not None and is_continued:
         tags = {RESUMED_FROM_ITERS_TAG: str(point.iters)}
     else:
@@ -79,6 +98,8 @@ def first_tags(
             del tags[CONFIG_TAG]
         if weights is not None and weights.run_id is not None:
             tags |= {INIT_FROM_RUN_TAG: weights.run_id, INIT_FROM_CHECKPOINT_TAG: weights.path.name}
+        if teacher is not None and teacher.run_id is not None:
+            tags |= {TEACHER_RUN_TAG: teacher.run_id, TEACHER_CHECKPOINT_TAG: teacher.path.name}
         if point is not None and attempt.is_fork and point.run_id is not None:
             tags |= {RESUMED_FROM_RUN_TAG: point.run_id, RESUMED_FROM_ITERS_TAG: str(point.iters)}
     if point is not None and changed:
@@ -88,18 +109,19 @@ def first_tags(
     return tags
 
 
-def describe(config: TrainConfig, data: TrainData) -> tuple[Message, ...]:
+def describe(config: RunConfig, data: TrainData) -> tuple[Message, ...]:
     """Return messages with parameters, data sets, configuration and classes."""
     epochs = config.total_iters / data.order.iters_per_epoch
     values = {**config.to_dict(), "epochs": int(epochs) if epochs.is_integer() else epochs}
-    for key in ("train_dir", "val_dir"):
-        values[key] = values[key] or data_name(None)
+    if config.train_dir is None:
+        values |= dict.fromkeys(("train_dir", "val_dir"), data_name(None))
     return (
         Params.of(values),
         dataset_input(data.train, name=data_name(config.train_dir), context="training"),
-        dataset_input(data.val, name=data_name(config.val_dir), context=VALIDATION_CONTEXT),
+        dataset_input(data.val, name=data_name(config.val_dir or config.train_dir), context=VALIDATION_CONTEXT),
         TextArtifact.of_json(CONFIG_FILE, config.to_dict()),
         TextArtifact.of_json(CLASSES_FILE, data.train.class_to_idx),
+        *images_file({"train": data.train.image_digests, "val": data.val.image_digests}),
     )
 
 
@@ -108,7 +130,8 @@ def describe_in_words(plan: Plan, result: str) -> Note:
     config, data = plan.config, plan.data
     return Note.of(
         f"**{config.model}** on **{data_name(config.train_dir)}**: {len(data.train):,} training and "
-        f"{len(data.val):,} validation images of {len(data.train.classes)} classes, {config.input_size} px",
+        f"{counted(len(data.val), 'validation image')} of "
+        f"{counted(len(data.train.classes), 'class', 'classes')}, {config.input_size} px",
         f"**Result:** {result}",
         indented(command_line()),
     )
@@ -118,10 +141,17 @@ def result_in_words(result: TrainResult, best: Mapping[str, Any] | None, total_i
     """Return progress and accuracy in a sentence."""
     parts = [f"iteration {result.iters:,} of {total_iters:,}"]
     if result.val_top1 is not None:
-        parts.append(f"validation accuracy {result.val_top1:.4f}")
+        parts.append(f"validation accuracy {beside_majority(result.val_top1, result.val_majority)}")
     if best is not None:
         parts.append(f"best {best['val_top1']:.4f} at iteration {best['iters']:,}")
-    return ", ".join(parts) + ("; stopped by a signal" if result.stopped_by is not None else "")
+    end = "; stopped by a signal" if result.stopped_by is not None else ""
+    if result.pause_reason:
+        end = f"; paused: {result.pause_reason}"
+    if result.stop_reason:
+        end = f"; ended by a callback: {result.stop_reason}"
+    if result.ended_by_patience:
+        end = "; ended by --patience: validation did not get better"
+    return ", ".join(parts) + end
 
 
 def dataset_input(listing: ImageListing, *, name: str, context: str) -> DatasetInput:
@@ -129,7 +159,7 @@ def dataset_input(listing: ImageListing, *, name: str, context: str) -> DatasetI
     return DatasetInput(
         name,
         listing.content_digest,
-        str(listing.root.absolute()),
+        str(listing.source.absolute()),
         len(listing),
         len(listing.classes),
         context,
@@ -138,10 +168,10 @@ def dataset_input(listing: ImageListing, *, name: str, context: str) -> DatasetI
 
 
 def model_cost_metrics(plan: Plan) -> dict[str, float]:
-    """Return the network's size as metrics."""
+    """Return the network's size as metrics; without a section, the UI draws them below the curves."""
     config = plan.config
     size = model_cost(config.model, config.num_classes, config.input_size, **plan.spec.kwargs())
-    return {"model/parameters": size.parameters, "model/macs": size.macs}
+    return {"parameters": size.parameters, "macs": size.macs}
 
 
 def environment(plan: Plan, device: torch.device, world: World) -> dict[str, Any]:
@@ -150,29 +180,41 @@ def environment(plan: Plan, device: torch.device, world: World) -> dict[str, Any
         "python": platform.python_version(),
         **installed_versions(("shufflenet-mlflow", "torch", *OF_PIXELS)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        PROCESSOR: processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "threads": plan.config.threads or torch.get_num_threads(),
         "processes": world.size,
         MICRO_BATCHES: plan.data.micro_batches.count,
     }
 
 
-def constants(plan: Plan, surroundings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of every checkpoint besides the training state."""
+def constants(
+    plan: Plan, surroundings: Mapping[str, Any], *, teacher_digest: str | None = None, is_leader: bool = True
+) -> dict[str, Any]:
+    """Return the entries of every checkpoint besides the training state.
+
+    Args:
+        teacher_digest: hash of the weights that training distils from, if any.
+        is_leader: only the leader, which writes the checkpoints, reads the images' content.
+    """
     config, data = plan.config, plan.data
-    kwargs = {"num_classes": config.num_classes, **plan.spec.kwargs()}
     return {
-        "model": {"name": config.model, "kwargs": kwargs},
+        "model": plan.spec.to_entry(config.num_classes),
         "preprocess": data.preprocess.to_dict(),
         "class_to_idx": data.train.class_to_idx,
         "config": config.to_dict(),
-        "data": {"train_digest": data.train.digest, "val_digest": data.val.digest},
+        "data": {
+            **DataIdentity.of(data.train, with_content=is_leader).to_payload("train"),
+            **DataIdentity.of(data.val, with_content=is_leader).to_payload("val"),
+        },
         "environment": dict(surroundings),
+        **({"teacher": teacher_digest} if teacher_digest is not None else {}),
     }
 
 
-def drift_since(point: ResumePoint, config: TrainConfig, surroundings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def drift_since(point: ResumePoint, plan: Plan, surroundings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what has changed since the checkpoint was written: name -> (then, now)."""
     then = point.payload.get("environment")
-    changed = {} if then is None else drift(then, surroundings)
-    return {**drift(point.config, config.to_dict()), **changed}
+    known = {name: value for name, value in surroundings.items() if name != PROCESSOR or name in (then or {})}
+    changed = {} if then is None else drift(then, known)
+    return {**drift({**DEFAULTS, **point.config}, plan.config.to_dict()), **changed, **plan.data_changes}

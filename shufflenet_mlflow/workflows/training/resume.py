@@ -8,10 +8,11 @@ from typing import Any
 
 from shufflenet_mlflow.checkpoints.folders import Resolved, newest_valid
 from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, read_manifest
-from shufflenet_mlflow.checkpoints.names import FINAL_TAG, newest_first, parse_name
-from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference
+from shufflenet_mlflow.checkpoints.names import FINAL_TAG, local_name, newest_first, parse_name
+from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference, run_folder
 from shufflenet_mlflow.checkpoints.schema import RESUME_KEYS, check_payload, is_own
-from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, TrainConfig, check_types, option
+from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, check_types
+from shufflenet_mlflow.data.folder import same_classes
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, ResumeError, TrackingError, UnresolvedError
 from shufflenet_mlflow.models.loaded import ModelDescription, describe, identify
 from shufflenet_mlflow.models.spec import ModelSpec
@@ -19,26 +20,6 @@ from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.resolve import latest_of_run, resolve, run_of
 
 logger = logging.getLogger(__name__)
-
-FORK_MAY_NOT_CHANGE = ("model", "choices", "scales", "init_from", "pretrained", "num_classes", "seed", "batch_size")
-"""A checkpoint cannot be continued, not even as a run of its own, with one of these changed."""
-
-RESUME_MAY_CHANGE = (
-    "train_dir",
-    "val_dir",
-    "mean_image",
-    "workers",
-    "device",
-    "display_interval",
-    "val_interval",
-    "save_interval",
-    "on_bad_image",
-    "keep_last",
-    "keep_best",
-    "keep_every",
-    "on_save_error",
-)
-"""These may change when a run is resumed; data and mean image are compared by their content."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +32,13 @@ class ResumePoint:
     """It was fetched from a run; otherwise it lies where it was found on the disk."""
     run_id: str | None = None
     """The run that it belongs to; None if MLflow has not created it yet."""
+    is_newest_valid: bool = False
+    """MLflow was asked for the newest checkpoint of the run, and whatever is newer than this one does not verify."""
+    writer: str | None = None
+    """Token of the process that had the run at that time; None if MLflow was not asked."""
 
     @classmethod
-    def of(cls, resolved: Resolved) -> "ResumePoint":
+    def of(cls, resolved: Resolved, *, is_newest_valid: bool = False) -> "ResumePoint":
         """Read a checkpoint to continue from.
 
         Raises:
@@ -69,7 +54,7 @@ class ResumePoint:
                 f"{source}: its configuration is not understood: {error}", code="checkpoint-config-invalid"
             ) from error
         run_id = run_of(resolved.checkpoint) or resolved.run_id
-        return cls(resolved.path, payload, resolved.run_id is not None, run_id)
+        return cls(resolved.path, payload, resolved.run_id is not None, run_id, is_newest_valid, resolved.writer)
 
     def without_tensors(self) -> "ResumePoint":
         """Return the same without the tensors, once they are loaded: gigabytes for a large network."""
@@ -89,7 +74,9 @@ class ResumePoint:
     def is_final(self, total_iters: int) -> bool:
         """Whether nothing is left to train."""
         name = parse_name(self.path.name)
-        return name is not None and name.tag == FINAL_TAG and self.iters >= total_iters
+        was_ended = self.config.get("patience", 0) > 0 or bool(self.payload.get("stop_reason"))
+        is_long_enough = self.iters >= total_iters or was_ended
+        return name is not None and name.tag == FINAL_TAG and is_long_enough
 
 
 @dataclass(frozen=True)
@@ -106,13 +93,40 @@ class InitialWeights:
     def fits_classes(self, class_to_idx: Mapping[str, int]) -> bool:
         """Whether its classifier, as far as the file says, is for these classes."""
         named = self.description.class_to_idx
-        return named is None or dict(named) == dict(class_to_idx)
+        return named is None or same_classes(named, class_to_idx)
+
+
+@dataclass(frozen=True)
+class TeacherPoint:
+    """The checkpoint that training distils from."""
+
+    path: Path
+    payload: Mapping[str, Any]
+    run_id: str | None
+    """The run that it belongs to."""
+
+
+def find_teacher(ref: str | None, store: Connection, cache_dir: Path | None) -> TeacherPoint | None:
+    """Return the checkpoint that `--teacher` names; None without one.
+
+    Raises:
+        UnresolvedError, CheckpointError, TrackingError: the reference could not be resolved.
+    """
+    if ref is None:
+        return None
+    try:
+        resolved = resolve(ref, tracking_uri=store, cache_dir=cache_dir)
+        payload = resolved.checkpoint.read()
+    except (UnresolvedError, CheckpointError, TrackingError) as error:
+        raise type(error)(f"--teacher: {error}", code=error.code) from error
+    run_id = payload.get("run_id") if is_own(payload) else None
+    return TeacherPoint(resolved.path, payload, run_id or resolved.run_id)
 
 
 def find_initial_weights(
     ref: str | None, options: Mapping[str, Any], store: Connection, cache_dir: Path | None
 ) -> InitialWeights | None:
-    """Return the checkpoint that `--init-from` names; None without one.
+    """Return the checkpoint that `--init-from` or `--qat` names; None without one.
 
     Raises:
         ConfigError: its network is not known, or is another one than the options name.
@@ -129,6 +143,14 @@ def find_initial_weights(
     source = repr(str(resolved.path))
     description = describe(payload, source)
     spec = identify(description.spec, ModelSpec.from_options(options), payload, source)
+    is_qat = options.get("qat") is not None
+    if spec.fake_quantized and not is_qat:
+        raise ConfigError(
+            f"--init-from: {source} was trained with --qat; --qat {ref} trains it further, or name the checkpoint that "
+            "it began with",
+            code="init-from-qat",
+        )
+    spec = replace(spec, fake_quantized=is_qat)
     run_id = payload.get("run_id") if is_own(payload) else None
     return InitialWeights(resolved.path, payload, spec, description, run_id or resolved.run_id)
 
@@ -165,8 +187,8 @@ def find_resume_point(
                 code="fork-into-own-folder",
             )
         return ResumePoint.of(found)
-    resolved = _resolve(resume, found, store, cache_dir, fork=fork)
-    point = ResumePoint.of(resolved)
+    resolved, is_newest_valid = _resolve(resume, found, store, cache_dir, fork=fork)
+    point = ResumePoint.of(resolved, is_newest_valid=is_newest_valid)
     if found is not None:
         owner = run_of(found.checkpoint)
         same_folder = found.path.parent.resolve() == point.path.parent.resolve()
@@ -179,37 +201,54 @@ def find_resume_point(
     return point
 
 
-def _resolve(resume: str, found: Resolved | None, store: Connection, cache_dir: Path | None, *, fork: bool) -> Resolved:
+def _resolve(
+    resume: str, found: Resolved | None, store: Connection, cache_dir: Path | None, *, fork: bool
+) -> tuple[Resolved, bool]:
     """Resolve `--resume`. The latest checkpoint of a run is taken from this disk if it is there, or a newer one is.
+
+    An older one on this disk is taken if MLflow cannot be asked for the latest, or if nothing newer there verifies; not
+    if the newer one just could not be fetched, since that would rewind the run.
 
     Args:
         found: the newest valid checkpoint in `--save-dir`.
+
+    Returns:
+        The checkpoint, and whether it is known to be the newest valid one of the run.
     """
     reference = parse_reference(resume)
     if fork or not isinstance(reference, RunReference) or not reference.is_latest:
-        return resolve(resume, tracking_uri=store, cache_dir=cache_dir)
-    local = found if found is not None else _newest_in(Path(DEFAULT_SAVE_ROOT) / reference.run_id)
+        return resolve(resume, tracking_uri=store, cache_dir=cache_dir), False
+    local = found if found is not None else _newest_in(run_folder(Path(DEFAULT_SAVE_ROOT), reference.run_id))
     if local is not None and run_of(local.checkpoint) != reference.run_id:
         local = None
+    if local is None:
+        return resolve(resume, tracking_uri=store, cache_dir=cache_dir), True
     try:
-        if local is None or not _is_up_to_date(local, latest_of_run(reference.run_id, store)):
-            return resolve(resume, tracking_uri=store, cache_dir=cache_dir)
+        latest = latest_of_run(reference.run_id, store)
     except (TrackingError, UnresolvedError) as error:
-        if local is None:
+        logger.warning("%s; using %s", error, local.path)
+        return local, False
+    if _is_up_to_date(local, latest):
+        return local, True
+    try:
+        resolved = resolve(resume, tracking_uri=store, cache_dir=cache_dir)
+    except UnresolvedError as error:
+        if error.code != "none-verifies-in-run":
             raise
         logger.warning("%s; using %s", error, local.path)
-    return local
+        return local, True
+    return (local if local.iters > resolved.iters else resolved), True  # it is older if the run's did not verify
 
 
 def _is_up_to_date(local: Resolved, latest: CheckpointManifest | None) -> bool:
     """Whether a checkpoint on this disk is the one that the run names as its latest, or a newer one."""
     if latest is None:
         return True
-    name = local.path.name
-    if name == latest.file_name:
+    name, latest_name = local_name(local.path.name), local_name(latest.file_name)
+    if name == latest_name:
         manifest = read_manifest(local.path)
         return manifest is not None and manifest.sha256 == latest.sha256
-    return newest_first([name, latest.file_name])[0] == name
+    return newest_first([name, latest_name])[0] == name
 
 
 def _newest_in(directory: Path) -> Resolved | None:
@@ -218,37 +257,3 @@ def _newest_in(directory: Path) -> Resolved | None:
         return newest_valid(directory)
     except UnresolvedError:
         return None
-
-
-def drift(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs, name -> (before, now). A field that is new in `now` counts only if it is set."""
-    return {
-        name: (before.get(name), value)
-        for name, value in now.items()
-        if before.get(name) != value and (name in before or value)
-    }
-
-
-def check_resumable(before: Mapping[str, Any], now: TrainConfig, *, new_run: bool) -> None:
-    """Raise ResumeError for changed options that would make the resumed run a different one.
-
-    Args:
-        before: the configuration of the run, or of its checkpoint.
-        new_run: the continuation is a run of its own, in which all but `FORK_MAY_NOT_CHANGE` may change.
-
-    Raises:
-        ResumeError: the message names the option, both values and the way out.
-    """
-    changed = {name: pair for name, pair in drift(before, now.to_dict()).items() if name not in RESUME_MAY_CHANGE}
-    breaking = {name: pair for name, pair in changed.items() if name in FORK_MAY_NOT_CHANGE}
-    refused = breaking or ({} if new_run else changed)
-    if refused:
-        listed = ", ".join(f"{option(name)} ({was} -> {is_})" for name, (was, is_) in refused.items())
-        way_out = (
-            "leave them out, or start a new run with --resume none and another --save-dir"
-            if breaking
-            else "leave them as they were, or pass --new-run to continue as a run of its own"
-        )
-        raise ResumeError(
-            f"the run cannot be continued with changed {listed}; {way_out}", code="resume-options-changed"
-        )

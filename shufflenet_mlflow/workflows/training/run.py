@@ -2,45 +2,33 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shufflenet_mlflow.checkpoints.folders import remove_leftovers
-from shufflenet_mlflow.checkpoints.references import RunReference, parse_reference
+from shufflenet_mlflow.checkpoints.references import run_folder
 from shufflenet_mlflow.checkpoints.retention import Retention
-from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT, TrainConfig
-from shufflenet_mlflow.data.datasets import data_name
-from shufflenet_mlflow.errors import CheckpointError, ResumeError, TrackingError
+from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT
+from shufflenet_mlflow.errors import CheckpointError, DeletedError, TrackingError
 from shufflenet_mlflow.export.logged import LogModels
 from shufflenet_mlflow.runtime.context import JobContext
-from shufflenet_mlflow.runtime.launchers import attempt as attempts_before
-from shufflenet_mlflow.runtime.progress import Reporter
+from shufflenet_mlflow.runtime.text import counted
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.connection import Connection
-from shufflenet_mlflow.tracking.journal import Journal, is_created, new_provisional_id
-from shufflenet_mlflow.tracking.messages import Create, Reopen
-from shufflenet_mlflow.tracking.names import (
-    CONTINUES_TAG,
-)
+from shufflenet_mlflow.tracking.journal import Journal
+from shufflenet_mlflow.tracking.journal_file import is_created
+from shufflenet_mlflow.tracking.lease import Lease
 from shufflenet_mlflow.tracking.run import (
     WrapperRun,
-    config_to_begin_with,
-    make_run,
-    new_run,
-    reopen_run,
-    require_not_beyond,
-    tags_for_mlflow_run,
-    take_mlflow_run_id,
 )
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 from shufflenet_mlflow.tracking.system_metrics import SystemMetrics
-from shufflenet_mlflow.tracking.target import Message
-from shufflenet_mlflow.tracking.uris import is_server
-from shufflenet_mlflow.training.loop import CheckpointStore, MetricSink, TrainResult, best_metrics
+from shufflenet_mlflow.training.keeping import CheckpointStore, MetricSink, NoMetrics, NoStore
+from shufflenet_mlflow.training.result import TrainResult, best_metrics
 from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
 from shufflenet_mlflow.workflows.training.attempts import Attempt
 from shufflenet_mlflow.workflows.training.config import Plan
@@ -48,19 +36,18 @@ from shufflenet_mlflow.workflows.training.description import (
     config_digest,
     describe,
     describe_in_words,
-    first_tags,
     model_cost_metrics,
     result_in_words,
 )
-from shufflenet_mlflow.workflows.training.followers import NoMetrics, NoStore
+from shufflenet_mlflow.workflows.training.opening import OpenedRun, open_run
 from shufflenet_mlflow.workflows.training.request import TrainRequest
 from shufflenet_mlflow.workflows.training.state import PreparedState
+from shufflenet_mlflow.workflows.training.turn import Turn
 
-if TYPE_CHECKING:
-    from shufflenet_mlflow.tracking.client import MlflowClient
+Close = Callable[[ExitStack], object]
+"""Takes over what ends a run, whose end is in the journal already: its delivery, its status, its journal."""
 
-
-NOTHING_TRAINED = TrainResult(iters=0, epoch=0, loss=math.nan, val_top1=None, val_top5=None, checkpoint=None)
+NOTHING_TRAINED = TrainResult(iters=0, epoch=0, loss=math.nan, validation={}, best=None, checkpoint=None)
 
 
 @dataclass(frozen=True)
@@ -76,24 +63,68 @@ class TrainSummary:
     experiment_id: str = ""
     pending: int = 0
     """Journal entries that have not reached MLflow; they are kept in `save_dir`."""
+    refused: int = 0
+    """Entries that MLflow has refused; they are kept in `save_dir`, too."""
+    restoring: str = ""
+    """Command that restores the run, which was deleted meanwhile; only then can the rest be delivered."""
     was_complete: bool = False
     """The run had ended before; nothing was trained."""
+    is_kept: bool = False
+    """Everything up to the run's end is on the disk, although it may have yet to reach MLflow; see `Close`."""
     is_leader: bool = True
     """False in those processes of a distributed job that neither write nor track."""
 
+    @property
+    def iters(self) -> int:
+        """Completed iterations."""
+        return self.result.iters
+
+    @property
+    def epoch(self) -> int:
+        """Completed epochs."""
+        return self.result.epoch
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss of the last iterations."""
+        return self.result.loss
+
+    @property
+    def validation(self) -> Mapping[str, float]:
+        """Metrics of the last validation, such as `val/top1` in 0..1; empty if there was none."""
+        return self.result.validation
+
+    @property
+    def val_top1(self) -> float | None:
+        """Accuracy of the last validation, in 0..1; None if there was none."""
+        return self.result.val_top1
+
+    @property
+    def best(self) -> Mapping[str, Any] | None:
+        """`val_top1` and `iters` of the best validation."""
+        return self.result.best
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last checkpoint's file; None if training was stopped before the first iteration."""
+        return self.result.checkpoint
+
     def to_dict(self) -> dict[str, Any]:
         """Return the document of `train --json`."""
-        result = self.result
+        result, best = self.result, self.result.best or {}
         return {
             "run_id": self.run_id,
             "iters": result.iters,
             "epoch": result.epoch,
             "loss": result.loss,
-            "val_top1": result.val_top1,
-            "val_top5": result.val_top5,
+            **result.validation_fields(),
+            "best_val_top1": best.get("val_top1"),
+            "best_iters": best.get("iters"),
             "checkpoint": str(result.checkpoint) if result.checkpoint else None,
             "save_dir": str(self.save_dir),
             "pending": self.pending,
+            "refused": self.refused,
+            "ended_by_patience": result.ended_by_patience,
         }
 
 
@@ -111,12 +142,15 @@ class TrackedRun:
         plan: Plan,
         prepared: PreparedState,
         store: Connection,
+        close: Close | None = None,
     ) -> None:
+        self._close = close
         self._context, self._request, self._attempt, self._plan = context, request, attempt, plan
         self._prepared = prepared
         self._mlflow = store
         self._closing = ExitStack()
         self._session: TrackingSession | None = None
+        self._has_ended = False
         self._opened: OpenedRun | None = None
         self.store: CheckpointStore = NoStore()
         self.metrics: MetricSink = NoMetrics()
@@ -132,7 +166,14 @@ class TrackedRun:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._closing.__exit__(*exception)
+        if self._close is None or exception[0] is not None:
+            self._closing.__exit__(*exception)
+            return
+        with ExitStack() as closing:
+            closing.push(self._closing.pop_all())
+            if self._session is not None:
+                self._summary = replace(self._summary, is_kept=self._session.seal())
+            self._close(closing.pop_all())
 
     def _open(self) -> None:
         """Open the journal, then the run, then the session that delivers to it."""
@@ -143,14 +184,21 @@ class TrackedRun:
             if save_dir is not None:
                 journal = Journal(save_dir)  # no other process may be at work there
                 undo.callback(journal.close)
+            point = self._attempt.own_point
+            lease = Lease(
+                iters=point.iters if point is not None else 0,
+                takes_over=self._request.take_over,
+                after=point.writer if point is not None else None,
+            )
+            turn = Turn(lease, self._attempt.is_automatic, self._context)
             opened = open_run(
-                self._mlflow, self._request, self._attempt, self._plan, self._prepared.drift, journal, reporter
+                self._mlflow, self._request, self._attempt, self._plan, self._prepared.drift, journal, turn
             )
             if opened.wrapper_run is not None:
                 self._closing.enter_context(opened.wrapper_run)
             if journal is None:
                 with _failed_on_error(self._mlflow, opened.run):
-                    journal = Journal(Path(DEFAULT_SAVE_ROOT) / opened.run)
+                    journal = Journal(run_folder(Path(DEFAULT_SAVE_ROOT), opened.run))
                 undo.callback(journal.close)
             session = TrackingSession(
                 self._mlflow.client,
@@ -158,20 +206,22 @@ class TrackedRun:
                 opened.run,
                 MESSAGE_KINDS,
                 is_new=opened.is_new,
+                lease=lease,
+                config=config_digest(self._plan.config.to_dict()),
                 reporter=reporter,
                 stop=self._context.stop,
+                ended=opened.ended,
             )
             undo.pop_all()  # the session closes the journal
+        if opened.wrapper_run is not None:
+            self._closing.callback(self._fail_wrapper_if_lost, opened.wrapper_run)
         self._opened, self._session = opened, self._closing.enter_context(session)
         remove_leftovers(journal.directory)
         config = self._plan.config
-        session.record(
-            *opened.first_messages,
-            *describe(config, self._plan.data),
-            describe_in_words(self._plan, "Not finished yet."),
-        )
-        self.metrics = TrackedMetrics(session.recorder)
-        self.metrics.log(model_cost_metrics(self._plan), 0)
+        session.record(*opened.first_messages, *describe(config, self._plan.data))
+        if opened.ended is None:
+            session.record(describe_in_words(self._plan, "Not finished yet."))
+        self.metrics = TrackedMetrics(session.recorder, afterwards=model_cost_metrics(self._plan))
         store = TrackedStore(
             journal.directory,
             session.recorder,
@@ -180,12 +230,32 @@ class TrackedRun:
             reporter=reporter,
         )
         self.store = store
-        point = self._attempt.own_point
         if point is not None:
             session.iters = point.iters
             reporter.note(f"continuing run {session.recorder.run_id} from iteration {point.iters} ({point.path})")
             store.deliver_again()
         self._summary = TrainSummary(session.run_id, self._mlflow.client.tracking_uri, journal.directory)
+        stop = self._context.stop
+        stop.resume_ref, stop.on_leave = session.run_id or str(journal.directory), self._mark_left
+
+    def _mark_left(self) -> None:
+        """Set the run's status when a second signal ends this process; the journal keeps what has not been sent."""
+        session, opened = self._session, self._opened
+        if session is None or opened is None or session.run_id is None or session.delivery.reason:
+            return  # there is no run, or MLflow does not answer
+        status = session.status if self._has_ended else "KILLED"
+        for run_id in (session.run_id, opened.wrapper_run.target.run_id if opened.wrapper_run is not None else None):
+            if run_id is not None:
+                self._mlflow.client.set_terminated(run_id, status)
+
+    def _fail_wrapper_if_lost(self, wrapper_run: WrapperRun) -> None:
+        if self._session is not None and self._session.lost is not None:
+            wrapper_run.status = "FAILED"
+
+    def require_kept(self) -> None:
+        """Raise LostLeaseError if another process has taken the run; once everything else has ended."""
+        if self._session is not None and self._session.lost is not None:
+            raise self._session.lost
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -193,11 +263,17 @@ class TrackedRun:
         if self._session is None:
             yield
             return
-        state = self._prepared.state
+        state, sink = self._prepared.state, self.metrics
+        begun = state.iters
+
+        def iters() -> int:
+            """Return the iteration; the first one until there are results, which the UI wants logged first."""
+            return state.iters if isinstance(sink, TrackedMetrics) and sink.has_logged else begun
+
         try:
             with ExitStack() as watching:
                 if not self._request.no_system_metrics:
-                    watching.enter_context(SystemMetrics(self._session.recorder, lambda: state.iters))
+                    watching.enter_context(SystemMetrics(self._session.recorder, iters))
                 yield
         except BaseException as error:
             self._warn_of_failed_saves(error)
@@ -225,17 +301,21 @@ class TrackedRun:
             return
         config = self._plan.config
         if unreadable:
-            self._context.reporter.warn(f"{unreadable} unreadable files were skipped")
+            self._context.reporter.warn(
+                f"{counted(unreadable, 'unreadable file was', 'unreadable files were')} skipped"
+            )
             self.metrics.log({"data/unreadable_files": unreadable}, result.iters)
         if was_complete:
             self._context.reporter.note("nothing is left to train")
             if best:
                 self.metrics.log(best_metrics(best), 0)
+        self._has_ended = True
         if result.stopped_by is not None:
             self._session.status = "KILLED"
             if self._opened is not None and self._opened.wrapper_run is not None:
                 self._opened.wrapper_run.status = "KILLED"
-        self._session.record(describe_in_words(self._plan, result_in_words(result, best, config.total_iters)))
+        if self._session.ended is None:
+            self._session.record(describe_in_words(self._plan, result_in_words(result, best, config.total_iters)))
         if result.stopped_by is None and not self._request.no_log_models:
             self._session.record(LogModels())
 
@@ -243,12 +323,15 @@ class TrackedRun:
         """Return what the run left behind, once it has ended."""
         if self._session is None or self._opened is None:
             return self._summary
+        error = self._session.delivery.error
         return replace(
             self._summary,
             run_id=self._session.run_id,
             run_name=self._opened.name,
             experiment_id=self._opened.experiment_id,
             pending=self._session.journal.pending,
+            refused=self._session.refused,
+            restoring=error.command if isinstance(error, DeletedError) else "",
         )
 
 
@@ -261,7 +344,7 @@ def save_dir_of(attempt: Attempt) -> Path | None:
         if not point.in_cache:
             return point.path.parent
         if point.run_id is not None:
-            return Path(DEFAULT_SAVE_ROOT) / point.run_id
+            return run_folder(Path(DEFAULT_SAVE_ROOT), point.run_id)
     return None
 
 
@@ -275,130 +358,3 @@ def _failed_on_error(store: Connection, run: str) -> Iterator[None]:
             with suppress(TrackingError), mlflow_errors(f"end run {run}"):
                 store.client.set_terminated(run, "FAILED")
         raise
-
-
-@dataclass(frozen=True)
-class OpenedRun:
-    """The run to write to."""
-
-    run: str
-    """Its ID, or its provisional ID until MLflow creates it."""
-    first_messages: tuple[Message, ...] = ()
-    """Messages that go first, once the server answers."""
-    is_new: bool = False
-    name: str = ""
-    experiment_id: str = ""
-    wrapper_run: WrapperRun | None = None
-    """The run that `mlflow run` created, if that is another one: it ends as this one does."""
-
-
-def open_run(
-    store: Connection,
-    request: TrainRequest,
-    attempt: Attempt,
-    plan: Plan,
-    drift: Mapping[str, tuple[Any, Any]],
-    journal: Journal | None,
-    reporter: Reporter,
-) -> OpenedRun:
-    """Open the resumed run, the one that `mlflow run` created, or a new one; while the server is away, provisionally.
-
-    Args:
-        drift: what has changed since the resume point was written: name -> (then, now).
-
-    Raises:
-        ResumeError: the run has gone on beyond the checkpoint, or no longer exists.
-        TrackingError: the store refuses.
-    """
-    mlflow_run_id = take_mlflow_run_id()
-    known = _run_to_continue(attempt, journal)
-    tags = first_tags(attempt, plan.config, drift, is_continued=known is not None and attempt.own_point is not None)
-    name = request.run_name or f"{plan.config.model} {data_name(plan.config.train_dir)} {plan.config.input_size}px"
-    first: Create | Reopen
-    if known is not None:
-        first = Reopen(tags)
-    elif mlflow_run_id is not None:
-        known, first = mlflow_run_id, Reopen(tags_for_mlflow_run(request.run_name, tags))
-    else:
-        first = new_run(experiment=request.experiment, name=name, tags=tags)
-    if known is not None and not is_created(known):  # the journal has yet to create it
-        return OpenedRun(known, (first,), name=name)
-    try:
-        with store.impatient():
-            unstarted = _find_unstarted_run(store.client, attempt, journal, plan.config)
-            if unstarted is not None:
-                known, first = unstarted, Reopen(tags)
-            return _open_now(store.client, known, first, attempt, mlflow_run_id)
-    except TrackingError as error:
-        if error.answered or not is_server(store.client.tracking_uri):
-            raise
-        reporter.warn(f"{error}; training goes on; what belongs to MLflow is kept and sent later")
-    return OpenedRun(known or new_provisional_id(), (first,), name=name)
-
-
-def _run_to_continue(attempt: Attempt, journal: Journal | None) -> str | None:
-    """Return the run, or its provisional ID, that an earlier attempt has written to; None for another run."""
-    owner = journal.run if journal is not None else None
-    if attempt.resume_point is not None:
-        return None if attempt.is_fork else attempt.resume_point.run_id or owner
-    if attempts_before() and journal is not None and owner and not is_created(journal.run_id_of(owner)):
-        return owner  # MLflow was away then, too
-    return None
-
-
-def _find_unstarted_run(
-    client: "MlflowClient", attempt: Attempt, journal: Journal | None, config: TrainConfig
-) -> str | None:
-    """Return a run that a killed process created with this configuration, and that has no checkpoint yet."""
-    if not attempt.may_be_unstarted_run():
-        return None
-    candidates = [*attempt.unstarted_runs]
-    if journal is not None and journal.run is not None:
-        candidates.append(journal.run_id_of(journal.run))
-    digest = config_digest(config.to_dict())
-    for run_id in filter(is_created, candidates):
-        before = config_to_begin_with(client, run_id)
-        if before is not None and config_digest(before) == digest:
-            return run_id
-    return None
-
-
-def _open_now(
-    client: "MlflowClient", known: str | None, first: "Create | Reopen", attempt: Attempt, mlflow_run_id: str | None
-) -> OpenedRun:
-    """Create the run, or continue the known one, in a store that answers."""
-    is_new = False
-    if known is None:
-        assert isinstance(first, Create)  # noqa: S101 - a known run is reopened
-        known, is_new = make_run(client, first)
-    else:
-        _continue(client, known, dict(first.tags), attempt, is_mlflow_run=known == mlflow_run_id)
-    run = client.get_run(known)
-    wrapper_run = None
-    if mlflow_run_id is not None and mlflow_run_id != known:
-        wrapper_run = WrapperRun(client, mlflow_run_id, tags={CONTINUES_TAG: known})
-    return OpenedRun(known, (), is_new, run.info.run_name, run.info.experiment_id, wrapper_run)
-
-
-def _continue(
-    client: "MlflowClient", run_id: str, tags: dict[str, str], attempt: Attempt, *, is_mlflow_run: bool
-) -> None:
-    try:
-        if attempt.own_point is not None and not _means_latest(attempt.resume):
-            require_not_beyond(client, run_id, attempt.own_point.iters)
-        reopen_run(client, run_id, tags)
-    except TrackingError as error:
-        if is_mlflow_run or not error.answered:
-            raise
-        raise ResumeError(
-            f"{error}; --new-run continues as a run of its own, --tracking-uri names another store",
-            code="run-not-continued",
-        ) from error
-
-
-def _means_latest(resume: str) -> bool:
-    """Whether resolving has looked for the newest checkpoint of a run, and may have passed over corrupt ones."""
-    if resume == "auto":
-        return False
-    reference = parse_reference(resume)
-    return isinstance(reference, RunReference) and reference.is_latest

@@ -1,0 +1,155 @@
+"""The candidates of a search, generation by generation: evolution as in arXiv:1904.00420, algorithm 1.
+
+A generation's candidates follow from the scores of those before it. Each is drawn by a generator of its own, seeded
+with the search's seed, the generation and the candidate's place in it, so that neither the order in which candidates
+are scored nor an interruption has a part in it. None exceeds the limit, and none comes twice.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from shufflenet_mlflow.config import format_numbers
+from shufflenet_mlflow.config.search import SearchPlan
+from shufflenet_mlflow.data.sampler import derive_seed
+from shufflenet_mlflow.models.paths import CostTable, MacsTable, uniform_choices
+from shufflenet_mlflow.models.search_space import BRANCHES, UNITS
+
+SEARCH_STREAM = -3
+"""Tells the seeds of candidates from all others."""
+TRIES = 500
+"""Draws from parents until one is new and within the limit; then the candidate is a random one."""
+RANDOM_TRIES = 100_000
+"""Random draws until one is new and within the limit; then the generation has one candidate less."""
+
+Choices = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network of the search space."""
+
+    generation: int
+    """0 is the random one."""
+    index: int
+    """Place in the generation."""
+    choices: Choices
+    macs: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Generation and index, in whose order candidates are drawn."""
+        return self.generation, self.index
+
+    @property
+    def listed(self) -> str:
+        """The choices as `--choices` takes them."""
+        return format_numbers(self.choices)
+
+
+@dataclass(frozen=True)
+class Scored(Candidate):
+    """A candidate with its score."""
+
+    correct: int
+    """Images that it classified correctly."""
+    images: int
+    """Images that it was scored on."""
+
+    @property
+    def score(self) -> float:
+        """Accuracy, in 0..1."""
+        return self.correct / self.images
+
+
+def ranked(candidates: Iterable[Scored]) -> list[Scored]:
+    """Return candidates from the best to the worst; of equal ones, the one that was drawn first comes first."""
+    return sorted(candidates, key=lambda candidate: (-candidate.correct, candidate.place))
+
+
+def within(plan: SearchPlan, macs: MacsTable, latency: CostTable | None, choices_PU: Tensor) -> Tensor:
+    """Return bool (P): which of P networks are within the limit.
+
+    Args:
+        latency: nanoseconds; None where multiply-accumulates are limited.
+        choices_PU: int64 (P, 20).
+    """
+    if latency is not None and plan.latency_limit is not None:
+        return latency.of_many(choices_PU) <= round(plan.latency_limit * 1e6)
+    assert plan.macs_limit is not None  # noqa: S101 - there is one of the two
+    return macs.of_many(choices_PU) <= plan.macs_limit
+
+
+def propose(
+    plan: SearchPlan,
+    table: MacsTable,
+    generation: int,
+    before: Sequence[Scored],
+    latency: CostTable | None = None,
+) -> list[Candidate]:
+    """Return the candidates of a generation; fewer than asked for where hardly any new ones are within the limit.
+
+    Args:
+        before: all candidates of the generations before it.
+        latency: nanoseconds; None where multiply-accumulates are limited.
+    """
+    seen = {candidate.choices for candidate in before}
+    parents = [candidate.choices for candidate in ranked(before)[: plan.top]]
+    found = []
+    for index in range(plan.population):
+        generator = torch.Generator().manual_seed(derive_seed(plan.seed, SEARCH_STREAM, generation, index))
+        choices = _draw(plan, index, parents, seen, generator, partial(within, plan, table, latency))
+        if choices is not None:
+            seen.add(choices)
+            found.append(Candidate(generation, index, choices, table.macs(choices)))
+    return found
+
+
+def _draw(
+    plan: SearchPlan,
+    index: int,
+    parents: list[Choices],
+    seen: set[Choices],
+    generator: torch.Generator,
+    are_within: Callable[[Tensor], Tensor],
+) -> Choices | None:
+    """Return a candidate that is new and within the limit; None if none was found."""
+
+    def is_legal(choices: Choices) -> bool:
+        return choices not in seen and bool(are_within(torch.tensor([choices])))
+
+    make: Callable[[], Tensor] | None = None
+    if parents and index < plan.mutations:
+        make = lambda: _mutated(parents, plan.mutation_probability, generator)  # noqa: E731
+    elif parents and index < plan.mutations + plan.crossovers:
+        make = lambda: _crossed(parents, generator)  # noqa: E731
+    for _ in range(TRIES if make is not None else 0):
+        choices = tuple(make().tolist())  # type: ignore[misc]  # there is one
+        if is_legal(choices):
+            return choices
+    for _ in range(RANDOM_TRIES // TRIES):
+        drawn_TU = uniform_choices(TRIES, generator)
+        for choices in map(tuple, drawn_TU[are_within(drawn_TU)].tolist()):
+            if choices not in seen:
+                return choices
+    return None
+
+
+def _one_of(parents: list[Choices], generator: torch.Generator) -> Tensor:
+    return torch.tensor(parents[int(torch.randint(len(parents), (), generator=generator))])
+
+
+def _mutated(parents: list[Choices], probability: float, generator: torch.Generator) -> Tensor:
+    """Return a parent's choices, int64 (20), each drawn anew with this probability."""
+    parent_U = _one_of(parents, generator)
+    is_drawn_U = torch.rand(UNITS, generator=generator) < probability
+    return torch.where(is_drawn_U, torch.randint(BRANCHES, (UNITS,), generator=generator), parent_U)
+
+
+def _crossed(parents: list[Choices], generator: torch.Generator) -> Tensor:
+    """Return choices, int64 (20), each of one of two parents."""
+    first_U, second_U = _one_of(parents, generator), _one_of(parents, generator)
+    return torch.where(torch.rand(UNITS, generator=generator) < 0.5, first_U, second_U)

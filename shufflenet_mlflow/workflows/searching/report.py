@@ -1,0 +1,155 @@
+"""The report of a search: the document of `search --json`, its list of candidates, its description."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shufflenet_mlflow.config.search import SearchPlan
+from shufflenet_mlflow.models.search_space import NETWORK
+from shufflenet_mlflow.runtime.text import counted
+from shufflenet_mlflow.tracking.note import Note, indented
+from shufflenet_mlflow.workflows.searching.evolution import Scored, ranked
+from shufflenet_mlflow.workflows.searching.latency import LatencyTable, Measured
+from shufflenet_mlflow.workflows.searching.record import line_of
+from shufflenet_mlflow.workflows.searching.trust import Trust
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """A search as it stands."""
+
+    plan: SearchPlan
+    candidates: tuple[Scored, ...]
+    """In the order in which they were drawn."""
+    num_classes: int
+    input_size: int
+    is_complete: bool = False
+    trust: Trust | None = None
+    """How far scores agree with the accuracies of trained networks, if any were trained."""
+    latency: LatencyTable | None = None
+    """By which candidates are limited; None where it is multiply-accumulates."""
+    measured: Measured | None = None
+    """The latencies of the best ones as wholes, once they have been measured."""
+
+    @property
+    def best(self) -> Scored | None:
+        """The candidate with the highest score; None before the first."""
+        return next(iter(self.top(1)), None)
+
+    def top(self, count: int) -> list[Scored]:
+        """Return the best candidates, the best first."""
+        return ranked(self.candidates)[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `search --json` says of the search itself."""
+        best = self.best
+        return {
+            "best": None if best is None else _entry(best),
+            "candidates": [{**_entry(scored), "generation": scored.generation} for scored in self.candidates],
+            "macs_limit": self.plan.macs_limit,
+            "latency_limit": self.plan.latency_limit,
+            "latency": None if self.measured is None else self.measured.to_dict(),
+            "is_complete": self.is_complete,
+            "trust": None if self.trust is None else self.trust.to_dict(self.plan.seed),
+        }
+
+    def latencies(self) -> dict[str, list[str]]:
+        """Return predicted and measured latency of the best candidates by their choices; empty without a table."""
+        found = {} if self.measured is None else {choices: ms for choices, _, ms in self.measured.networks}
+        return {
+            one.listed: []
+            if self.latency is None
+            else [f"{self.latency.ms(one.choices):.3f}", f"{found[one.listed]:.3f}" if one.listed in found else "-"]
+            for one in self.candidates
+        }
+
+    def lines(self) -> str:
+        """Return all candidates with their scores, one JSON object a line."""
+        return "".join(f"{json.dumps(line_of(scored))}\n" for scored in self.candidates)
+
+    def architecture(self, scored: Scored) -> dict[str, Any]:
+        """Return the content of `architecture.json`."""
+        return {
+            "model": NETWORK,
+            **_entry(scored),
+            "input_size": self.input_size,
+            "num_classes": self.num_classes,
+            "generation": scored.generation,
+            "command": train_command(scored),
+        }
+
+    def best_by_generation(self) -> list[float]:
+        """Return the best score so far, after each generation that is complete or has begun."""
+        best: list[float] = []
+        for generation in range(max((scored.generation for scored in self.candidates), default=-1) + 1):
+            scores = [scored.score for scored in self.candidates if scored.generation <= generation]
+            best.append(max(scores))
+        return best
+
+    def progress(self) -> str:
+        """Return in words how far the search has come."""
+        generations = max((scored.generation for scored in self.candidates), default=-1) + 1
+        of_all = f"generation {generations} of {self.plan.generations + 1}"
+        return f"{counted(len(self.candidates), 'candidate')}, " + ("complete" if self.is_complete else of_all)
+
+    def _limit_in_words(self) -> str:
+        if self.plan.macs_limit is None:
+            return f"{self.plan.latency_limit:g} ms of latency"
+        return f"{self.plan.macs_limit / 1e6:,.2f} M multiply-accumulates"
+
+    def note(self) -> Note:
+        """Return the description of the search's run."""
+        plan, best = self.plan, self.best
+        lines = [
+            f"**Search** below {self._limit_in_words()} at {self.input_size} px with "
+            f"{counted(self.num_classes, 'class', 'classes')}: {plan.generations + 1} generations of {plan.population}"
+        ]
+        if best is not None:
+            lines.append(f"**Best:** {in_words(best)}")
+            lines.append(indented(train_command(best)))
+        if self.measured is not None:
+            lines.append(f"**Latency:** {self.measured.in_words()}")
+        if self.trust is not None:
+            lines.append(f"**Trust:** {self.trust.in_words(self.plan.seed)}")
+        lines.append(f"**Progress:** {self.progress()}")
+        return Note.of(*lines)
+
+
+def _entry(scored: Scored) -> dict[str, Any]:
+    return {"choices": scored.listed, "macs": scored.macs, "score": scored.score}
+
+
+def in_words(scored: Scored) -> str:
+    """Return a candidate in words."""
+    share = f"{scored.correct:,} of {counted(scored.images, 'image')}"
+    return f"{scored.listed}: accuracy {scored.score:.4f} ({share}), {scored.macs / 1e6:,.2f} M multiply-accumulates"
+
+
+def train_command(scored: Scored) -> str:
+    """Return the command that trains a candidate from the beginning."""
+    return shlex.join(["shufflenet", "train", "--model", NETWORK, "--choices", scored.listed])
+
+
+def best_tag(scored: Scored) -> str:
+    """Return the value of the tag that names a candidate."""
+    return json.dumps(_entry(scored))
+
+
+def choices_of_tag(text: str) -> str | None:
+    """Return the choices in such a tag, or in `architecture.json`; None if it holds none."""
+    try:
+        choices = json.loads(text)["choices"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return choices if isinstance(choices, str) else None
+
+
+def shares(candidates: Sequence[Scored], branches: int) -> list[list[float]]:
+    """Return for each unit the share of the candidates that take each branch."""
+    units = len(candidates[0].choices)
+    return [
+        [sum(scored.choices[unit] == branch for scored in candidates) / len(candidates) for branch in range(branches)]
+        for unit in range(units)
+    ]
