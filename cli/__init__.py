@@ -4,6 +4,15 @@ Commands are thin: they turn options into a request, run a workflow and print it
 when a command starts to work, so that help and wrong usage answer at once.
 """
 
+import os
+import signal
+import sys
+
+if os.path.basename(sys.argv[0]) == "shufflenet" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in `shufflenet_mlflow.__main__`
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the cores from those that decode images
+
 import click
 
 import shufflenet_mlflow
@@ -19,9 +28,12 @@ from .export import export
 from .models import models
 from .options import common_options
 from .predict import predict
+from .recipes import recipes
 from .runs import runs
+from .search import search
 from .sync import sync
 from .train import train
+from .tune import tune
 
 
 @click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -41,5 +53,23 @@ def main() -> None:
     """
 
 
-for command in (train, eval_, predict, runs, compare, checkpoints, export, sync, models, data, bench, completion):
+for command in (
+    *(
+        train,
+        tune,
+        search,
+        eval_,
+        predict,
+        runs,
+        compare,
+        checkpoints,
+        export,
+        sync,
+        models,
+        recipes,
+        data,
+        bench,
+        completion,
+    ),
+):
     main.add_command(command)

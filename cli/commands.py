@@ -7,45 +7,33 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import click
 from click.exceptions import NoArgsIsHelpError
 
-from shufflenet_mlflow.config import EXCLUSIONS
+from shufflenet_mlflow.config import EXCLUSIONS, FIELDS
 from shufflenet_mlflow.errors import PeerFailedError, ShuffleNetError
 from shufflenet_mlflow.runtime.signals import EXIT_BASE, StopRequested
+from shufflenet_mlflow.runtime.text import visible
 
 from .errors import UsageError
-from .option import DEBUG, ERROR_PRINTED, Option
-from .settings import drop_weaker, note_sources, sources, warn_of_unknown_variables
+from .help import WithHelp
+from .option import DEBUG, ERROR_PRINTED
+from .say import say
+from .settings import drop_standing, drop_weaker, note_sources, sources, warn_of_unknown_variables
+from .stopping import leave, let_signals_end, let_signals_raise
+from .streams import OutputError, guard
 
 SIGINT = 2
 LONGEST_LINE = 2000
 """Most characters of an error: a file can hold names of any length."""
 
 
-def _write_sections(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-    """Write the options under the titles of their sections, in the order of their declaration."""
-    sections: dict[str, list[tuple[str, str]]] = {}
-    for parameter in command.get_params(ctx):
-        record = parameter.get_help_record(ctx)
-        if record is not None and isinstance(parameter, click.Option):
-            section = parameter.section if isinstance(parameter, Option) else None
-            sections.setdefault(section or "Options", []).append(record)
-    sections["Options"] = sections.pop("Options", [])  # last
-    for title, records in sections.items():
-        if records:
-            with formatter.section(title):
-                formatter.write_dl(records)
-
-
-class Command(click.Command):
+class Command(WithHelp):
     """A command with its options in sections, whose values are checked before anything heavy is imported."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        _write_sections(self, ctx, formatter)
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise ShuffleNetError for a value or a combination that cannot work."""
@@ -71,19 +59,28 @@ class TrainingCommand(Command):
         check_training(options)
 
 
+class SearchCommand(Command):
+    """`search`."""
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        from shufflenet_mlflow.workflows.options import check_searching
+
+        check_searching(options)
+
+
 def _set_up_logging() -> None:
     from .console import setup_logging
 
     setup_logging()
 
 
-class Group(click.Group):
+class Group(WithHelp, click.Group):
     """A group of commands; a mistyped name is answered with suggestions."""
 
     command_class = Command
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        _write_sections(self, ctx, formatter)
+        super().format_options(ctx, formatter)
         self.format_commands(ctx, formatter)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -106,6 +103,27 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
+class StudyGroup(Group):
+    """`tune`: a command with the options of training, and commands for studies below it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        note_sources(ctx)
+        words = [*getattr(ctx, "_protected_args", ()), *ctx.args]
+        if not words:
+            from shufflenet_mlflow.workflows.options import check_tuning
+
+            if not ctx.params.get("study"):
+                raise UsageError(
+                    "--study is missing; it names the study to begin, or to go on with", ctx, code="study-missing"
+                )
+            for pair in EXCLUSIONS:
+                drop_weaker(ctx, pair.first, pair.second)
+            if not ctx.params.get("param"):  # the study has them already
+                drop_standing(ctx, (*FIELDS, "epochs"))
+            check_tuning(ctx.params)
+        return super().invoke(ctx)
+
+
 class Main(Group):
     """The whole command line; it ends with the documented exit statuses."""
 
@@ -117,23 +135,35 @@ class Main(Group):
             return super().main(args, standalone_mode=False, **named)
         words = list(sys.argv[1:] if args is None else args)
         self.as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
+        if args is not None:
+            sys.exit(self._run(args, **named))
+        # This process is the command.
+        guard()
+        let_signals_raise()
+        status = self._run(args, **named)
+        let_signals_end()
+        return leave(status)
+
+    def _run(self, args: Sequence[str] | None, **named: Any) -> int:
+        """Run a command, print its error, and return its exit status."""
         try:
             status = super().main(args, standalone_mode=False, **named)
         except click.ClickException as error:
             if self.as_json and not isinstance(error, NoArgsIsHelpError):
                 _print_json_error(getattr(error, "code", "usage"), error.format_message())
             _show_usage_error(error)
-            sys.exit(error.exit_code)
-        except click.Abort:
-            click.echo("Stopped by SIGINT.", err=True)
-            sys.exit(EXIT_BASE + SIGINT)
-        except OSError as error:
-            if error.errno != errno.EPIPE:
-                raise
-            # The reader, such as `head`, has closed the pipe; what is left in the buffer has nowhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            sys.exit(1)
-        sys.exit(status if isinstance(status, int) else 0)
+            return error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            say("Stopped by SIGINT.", err=True)
+            return EXIT_BASE + SIGINT
+        except OutputError as error:
+            # A reader such as `head` has had enough of lines; half a document is of no use to anyone.
+            if self.as_json or error.errno != errno.EPIPE:
+                say(f"Error: standard output cannot be written to: {error.strerror}", err=True)
+            return 1
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else 1
+        return status if isinstance(status, int) else 0
 
     def invoke(self, ctx: click.Context) -> Any:
         warn_of_unknown_variables(self)
@@ -146,21 +176,23 @@ class Main(Group):
                 _print_json_error(error.code, str(error))
             _end(ctx, error)
         except StopRequested as stop:
-            if os.environ.get("RANK", "0") == "0":
-                click.echo(f"Stopped by {stop}.", err=True)
+            if (os.environ.get("RANK") or "0") == "0":
+                say(f"Stopped by {stop}.", err=True)
             sys.exit(stop.exit_status)
         except KeyboardInterrupt:
-            click.echo("Stopped by SIGINT.", err=True)
+            say("Stopped by SIGINT.", err=True)
             sys.exit(EXIT_BASE + SIGINT)
+        except EOFError as error:  # which click takes for Ctrl-D at a prompt, and thus for Ctrl-C
+            raise RuntimeError("a stream ended too early") from error
 
 
 def _end(ctx: click.Context, error: ShuffleNetError) -> NoReturn:
     from shufflenet_mlflow.tracking.redaction import redact
 
     if ctx.meta.get(DEBUG):
-        click.echo(redact(traceback.format_exc()), err=True, nl=False)
+        say(*redact(traceback.format_exc()).rstrip("\n").split("\n"), err=True)
     else:
-        click.echo(f"Error: {_one_line(redact(_with_sources(str(error))))}", err=True)
+        say(f"Error: {_one_line(redact(_with_sources(str(error))))}", err=True)
     sys.exit(error.exit_status)
 
 
@@ -169,9 +201,10 @@ def _print_json_error(code: str, message: str) -> None:
     from shufflenet_mlflow.runtime.launchers import is_last_attempt
     from shufflenet_mlflow.tracking.redaction import redact
 
-    if os.environ.get("RANK", "0") != "0" or not is_last_attempt():
+    if (os.environ.get("RANK") or "0") != "0" or not is_last_attempt():
         return
-    click.echo(json.dumps({"error": {"code": code, "message": redact(message)}}))
+    with suppress(OutputError):  # the line on stderr says what happened
+        say(json.dumps({"error": {"code": code, "message": redact(message)}}))
 
 
 def _with_sources(text: str) -> str:
@@ -185,13 +218,12 @@ def _show_usage_error(error: click.ClickException) -> None:
     if isinstance(error, NoArgsIsHelpError) or not isinstance(error, click.UsageError):
         error.show()
         return
-    click.echo(f"Error: {_one_line(error.format_message())}", err=True)
+    say(f"Error: {_one_line(error.format_message())}", err=True)
     if error.ctx is not None:
-        click.echo(f"Try '{error.ctx.command_path} --help'.", err=True)
+        say(f"Try '{error.ctx.command_path} --help'.", err=True)
 
 
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+    line = visible(" ".join(text.split()))
     half = LONGEST_LINE // 2
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} … {line[-half:]}"

@@ -33,10 +33,11 @@ class NetworkName(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from shufflenet_mlflow.errors import ModelError
-        from shufflenet_mlflow.models.catalog import get_variant
+        from shufflenet_mlflow.models.catalog import find_network
 
         try:
-            return get_variant(value).name
+            find_network(value)
+            return value
         except ModelError as error:
             raise BadParameter(str(error), ctx, param, code=error.code) from error
 
@@ -72,6 +73,10 @@ class Reference(click.ParamType):  # type: ignore[type-arg]
             return _items([(f"runs:/{run_id}", text) for run_id, text in recent_runs(_store(ctx))], incomplete)
         found = words + _items(recent_runs(_store(ctx)), incomplete)
         return found or [CompletionItem(incomplete, type="file")]
+
+
+class ImageSet(click.Path):
+    """A folder of images or a table of them. The workflow that uses it checks whether it exists."""
 
 
 class Folder(click.Path):

@@ -4,11 +4,13 @@ import logging
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from shlex import quote
+from shlex import quote, split
+from typing import TextIO
 
 import click
 from click.core import ParameterSource
@@ -24,6 +26,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from shufflenet_mlflow.evaluation.baseline import beside_majority
+from shufflenet_mlflow.runtime.text import visible
 
 from .options import verbosity
 from .settings import sources
@@ -65,7 +70,7 @@ class _Screen:
         """Print above the bars. Their thread must not draw meanwhile: rich would then erase as many lines as there
         were, and with them one that was to stay."""
         with nullcontext() if self.bars is None else self.bars.live._lock:
-            self.console.print(markup, highlight=False)
+            self.console.print(visible(markup), highlight=False)
 
 
 @cache
@@ -91,8 +96,21 @@ def setup_logging() -> None:
     logger.handlers = [_Handler()]
     logger.propagate = False
     logger.setLevel(LEVELS[verbosity()])
+    warnings.showwarning = _log_warning
     for option, source in sources().items():
         logger.debug("%s is from %s", option, source)
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Put a library's warning in the log: it is about code, not about what the user can change."""
+    logger.debug("%s: %s (%s:%d)", category.__name__, " ".join(str(message).split()), filename, lineno)
 
 
 class _LivePhase:
@@ -120,11 +138,12 @@ class ConsoleReporter:
         self._began = time.monotonic()
         self._waiting = 0
         self._val_top1: float | None = None
+        self._explained_dip = False
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[_LivePhase | _PlainPhase]:
         """Show a bar on a terminal; phases may be nested."""
-        if name == "training":
+        if name.rpartition(": ")[2] == "training":  # of a study: "trial 3: training"
             self._total, self._first, self._began = total, done, time.monotonic()
         if not self._live:
             yield _PlainPhase()
@@ -155,11 +174,7 @@ class ConsoleReporter:
     def metrics(self, iters: int, values: Mapping[str, float]) -> None:
         """Show training metrics below the bar, or as a line; validations always as a line."""
         if "val/top1" in values:
-            self._val_top1 = values["val/top1"]
-            self._line(
-                f"[bold]validation[/] at iteration {iters}: top1 {values['val/top1']:.4f}  "
-                f"top5 {values['val/top5']:.4f}  loss {values['val/loss']:.4f}"
-            )
+            self._validation(iters, values)
             return
         text = (
             f"loss {values['train/loss']:.4f}  top1 {values['train/top1']:.4f}  lr {values['train/lr']:.5f}  "
@@ -172,6 +187,21 @@ class ConsoleReporter:
         else:
             width = len(str(self._total))
             self._line(f"iteration {iters:>{width}}/{self._total}  {text}  ETA {self._eta(iters)}")
+
+    def _validation(self, iters: int, values: Mapping[str, float]) -> None:
+        """Show a validation; the first that is worse than the one before says what that can come from."""
+        before, self._val_top1 = self._val_top1, values["val/top1"]
+        accuracy = beside_majority(self._val_top1, values.get("val/majority"))
+        text = f"[bold]validation[/] at iteration {iters}: top1 {accuracy}  "
+        if "val/mean_class_accuracy" in values:
+            text += f"mean class {values['val/mean_class_accuracy']:.4f}  "
+        if "val/top5" in values:
+            text += f"top5 {values['val/top5']:.4f}  "
+        text += f"loss {values['val/loss']:.4f}"
+        if before is not None and self._val_top1 < before and iters < self._total and not self._explained_dip:
+            self._explained_dip = True
+            text += "  [dim](may dip before BN statistics are re-estimated at the end)[/]"
+        self._line(text)
 
     def _eta(self, iters: int) -> str:
         done = max(1, iters - self._first)
@@ -199,8 +229,13 @@ def next_steps(*commands: str) -> None:
         return
     console = make_console()
     for number, command in enumerate(commands):
-        text = _with_path(_with_store(command))
+        text = visible(as_typed(command))
         console.print(f"[dim]{'     ' if number else 'next:'}[/] {escape(text)}", highlight=False)
+
+
+def as_typed(command: str) -> str:
+    """Return the command as it has to be typed here, with the path of `shufflenet` and the store."""
+    return _with_path(_with_store(command))
 
 
 def _with_path(command: str) -> str:
@@ -214,11 +249,26 @@ def _with_path(command: str) -> str:
 def _with_store(command: str) -> str:
     """Return the command with this one's --tracking-uri, if it was typed; variables and files apply again anyway."""
     ctx = click.get_current_context(silent=True)
+    if ctx is not None and command.startswith("mlflow models serve -m models:"):
+        from shufflenet_mlflow.tracking.uris import mlflow_command, uri_in_force
+
+        return mlflow_command(command, uri_in_force(ctx.params.get("tracking_uri")))
     if ctx is None or ctx.get_parameter_source("tracking_uri") is not ParameterSource.COMMANDLINE:
-        return command
-    if not command.startswith("shufflenet ") or command.startswith("shufflenet sync "):  # a journal names its store
         return command
     from shufflenet_mlflow.tracking.redaction import redact
 
-    words, gap, comment = command.partition("    ")
-    return f"{words} --tracking-uri {quote(redact(ctx.params['tracking_uri']))}{gap}{comment}"
+    uri = quote(redact(ctx.params["tracking_uri"]))
+    words, gap, comment = _divided(command)
+    if not command.startswith("shufflenet ") or "--tracking-uri" in words or words.startswith("shufflenet train with"):
+        return command
+    return f"{words} --tracking-uri {uri}{gap}{comment}"
+
+
+def _divided(command: str) -> tuple[str, str, str]:
+    """Divide a suggestion at the four blanks before its comment; a quoted name may hold blanks of its own."""
+    words, gap, comment = command.rpartition("    ")
+    try:
+        split(words)
+    except ValueError:  # they end within quotes
+        return command, "", ""
+    return (words, gap, comment) if gap else (command, "", "")

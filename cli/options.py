@@ -134,12 +134,18 @@ cache_dir_option = option(
     help="Folder for fetched checkpoints.  [default: the user's cache folder]",
 )
 
-bad_image_option = option(
-    "--on-bad-image",
-    type=click.Choice(ON_BAD_IMAGE),
-    section="Data",
-    help="Stop at an unreadable image, or skip it.  [default: fail]",
-)
+
+def bad_image_option_with(default: str) -> Callable[[Command], Command]:
+    """Return `--on-bad-image`, with what its help says of the default."""
+    return option(
+        "--on-bad-image",
+        type=click.Choice(ON_BAD_IMAGE),
+        section="Data",
+        help=f"Stop at an unreadable image, or skip it.  [default: {default}]",
+    )
+
+
+bad_image_option = bad_image_option_with("fail")
 
 device_option = option(
     "--device", metavar="DEVICE", section="Machine", help="auto, cpu, mps, cuda or cuda:N.  [default: auto]"
@@ -168,6 +174,21 @@ keep_options = options(
     ),
     option("--keep-every", type=int, metavar="M", help="Keep the checkpoints of every M-th iteration.  [default: all]"),
     section="Checkpoints",
+)
+
+division_options = options(
+    option(
+        "--val-fraction",
+        type=float,
+        metavar="X",
+        help="Share of --train-dir that is for validation, if there is no --val-dir.  [default: 0.2]",
+    ),
+    option(
+        "--group-by",
+        metavar="PATTERN",
+        help="Regular expression for the paths: images in which it finds the same stay together.  [default: none]",
+    ),
+    section="Data",
 )
 
 mean_image_option = option(

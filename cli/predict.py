@@ -26,7 +26,7 @@ from .options import (
 )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, usual=("model", "device", "top", "tracking_uri"))
 @ref_argument
 @click.argument("images", metavar="IMAGE...", nargs=-1, type=click.Path())
 @network_options
@@ -57,8 +57,9 @@ from .options import (
 def predict(ref: str, images: tuple[str, ...], format_: str | None, as_json: bool, **values: Any) -> None:
     """Predict the classes of images.
 
-    REF is a checkpoint as for `shufflenet eval`. IMAGE is a file, a folder (with all images below it), a quoted pattern
-    (** matches folders of any depth), or - for standard input: one image, or paths, one per line or separated by NUL.
+    REF is a checkpoint or an exported file as for `shufflenet eval`; a run ID alone means the run's best. IMAGE is a
+    file, a folder (with all images below it), a table (.csv or .parquet, with a column path), a quoted pattern (**
+    matches folders of any depth), or - for standard input: one image, or paths, one per line or separated by NUL.
 
     \b
     Examples:
@@ -74,6 +75,7 @@ def predict(ref: str, images: tuple[str, ...], format_: str | None, as_json: boo
         )
     if as_json and format_ not in (None, "json"):
         raise UsageError(f"--json and --format {format_} exclude each other.", code="json-and-format")
+    from shufflenet_mlflow.data.folder import by_suffix
     from shufflenet_mlflow.data.pictures import find_pictures
 
     pictures = find_pictures(images, _stdin)  # before torch is imported: a wrong path is named at once
@@ -88,7 +90,10 @@ def predict(ref: str, images: tuple[str, ...], format_: str | None, as_json: boo
 
     given = {name: value for name, value in values.items() if value is not None}
     with stop_flag() as stop:
-        found = run_prediction(PredictRequest(ref, **given), pictures, reporter=ConsoleReporter(), stop=stop)
+        reporter = ConsoleReporter()
+        if pictures.left_out:
+            reporter.note(f"left out {by_suffix(pictures.left_out)}")
+        found = run_prediction(PredictRequest(ref, **given), pictures, reporter=reporter, stop=stop)
         with closing(found.batches):  # the processes that read images, too, if nobody takes what is printed
             WRITERS["json" if as_json else format_ or "table"](found, pictures, out)
 

@@ -10,8 +10,7 @@ import click
 from rich.cells import cell_len, set_cell_size
 
 from shufflenet_mlflow.runtime.serialization import to_csv, to_json
-
-from .tables import printable
+from shufflenet_mlflow.runtime.text import visible
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.data.pictures import Pictures
@@ -56,7 +55,8 @@ def _print_csv(found: "Predictions", _pictures: "Pictures", out: Output) -> None
     titles = ["path", "label", "probability"]
     for rank in range(2, found.top + 1):
         titles += [f"label_{rank}", f"probability_{rank}"]
-    _stream(to_csv([titles]), csv_rows, found, out)
+    out.write(to_csv([titles]))  # for programs, even if the first image is broken
+    _stream("", csv_rows, found, out)
 
 
 def _stream(titles: str, rows: "Callable[[list[Prediction]], str]", found: "Predictions", out: Output) -> None:
@@ -79,7 +79,7 @@ def _print_table(found: "Predictions", pictures: "Pictures", out: Output) -> Non
     On a terminal a row is one line: long paths lose their beginning, and labels that do not fit are dropped.
     """
     width = shutil.get_terminal_size().columns if out.is_terminal else None
-    columns = _Columns.fitting(map(printable, pictures.paths()), map(printable, found.labels), width, found.top)
+    columns = _Columns.fitting(map(visible, pictures.paths()), map(visible, found.labels), width, found.top)
     titles = columns.line("path", "label", "probability", ["others"] if found.top > 1 else [])
     _stream(titles, lambda batch: "".join(map(columns.row, batch)), found, out)
 
@@ -104,10 +104,8 @@ class _Columns:
 
     def row(self, prediction: "Prediction") -> str:
         """Return the row of one image."""
-        others = [f"{printable(label)} {probability:.4f}" for label, probability in prediction.top[1:]]
-        return self.line(
-            printable(prediction.path), printable(prediction.label), f"{prediction.probability:.4f}", others
-        )
+        others = [f"{visible(label)} {probability:.4f}" for label, probability in prediction.top[1:]]
+        return self.line(visible(prediction.path), visible(prediction.label), f"{prediction.probability:.4f}", others)
 
     def line(self, path: str, label: str, probability: str, others: Sequence[str]) -> str:
         """Return a line with as many of `others` as fit."""

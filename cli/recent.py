@@ -18,13 +18,16 @@ FILE_NAME = "recent.json"
 MOST = 50
 """Runs, and aliases, that are kept of a store."""
 MOST_STORES = 20
+_MOST_BYTES = 1 << 20
 
 
 def recent(kind: str, uri: str | None) -> dict[str, str]:
     """Return what was met in a store, newest first, with a description: `runs` by ID, `aliases` as NAME@ALIAS."""
     found = _read().get(stored_uri(uri_in_force(uri)))
     entries = found.get(kind) if isinstance(found, dict) else None
-    return {str(key): str(text) for key, text in entries.items()} if isinstance(entries, dict) else {}
+    if not isinstance(entries, dict):
+        return {}
+    return {key: str(text) for key, text in entries.items() if f"{key}{text}".isprintable()}
 
 
 def remember(
@@ -51,8 +54,12 @@ def _merged(new: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
 
 
 def _read() -> dict[str, Any]:
+    """Return what the file holds; nothing if it is damaged, too large, or not a file."""
+    path = default_cache_dir() / FILE_NAME
     try:
-        document = json.loads((default_cache_dir() / FILE_NAME).read_text("utf-8"))
-    except (OSError, ValueError):
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:  # opening a pipe would wait for ever
+            return {}
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}

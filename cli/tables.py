@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from io import StringIO
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from shufflenet_mlflow.runtime.serialization import to_json
+from shufflenet_mlflow.runtime.text import visible
+
+from .say import say
 
 SHORT_ID = 12
 """Characters of a run's ID that a narrow table keeps; every command takes the first characters of one."""
@@ -27,17 +29,12 @@ def cell(value: Any) -> str:
     """Return the text of a table's cell; a dash for None."""
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
-
-
-def printable(text: str) -> str:
-    """Return text on one line, without characters that control a terminal."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
 
 
 def print_json(document: Any) -> None:
     """Print one JSON document on stdout; numbers that are not finite become null."""
-    click.echo(to_json(document))
+    say(*to_json(document).split("\n"))
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, spare: Sequence[str] = ()) -> None:
@@ -52,9 +49,9 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, spare: 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     lines, dropped = fitted(titles, rows, width, spare=spare)
     for line in lines:
-        click.echo(line)
+        say(line)
     if dropped:
-        click.echo(f"not shown, the terminal is too narrow: {', '.join(dropped)}; --json has them", err=True)
+        say(f"not shown, the terminal is too narrow: {', '.join(dropped)}; --json has them", err=True)
 
 
 def fitted(

@@ -1,18 +1,31 @@
 """`shufflenet train`."""
 
+import os
 import shutil
 import sys
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from shufflenet_mlflow.config import AMP_DTYPES, AUGMENT_NAMES, ON_SAVE_ERROR
+from shufflenet_mlflow.config import (
+    AMP_DTYPES,
+    AUGMENT_NAMES,
+    BALANCES,
+    ON_SAVE_ERROR,
+    OPTIMIZERS,
+    RECIPE_NAMES,
+    SCHEDULES,
+)
+from shufflenet_mlflow.evaluation.baseline import beside_majority
 from shufflenet_mlflow.runtime.signals import StopRequested, exit_status
+from shufflenet_mlflow.runtime.text import counted
 
 from .commands import TrainingCommand
-from .completing import NETWORK, REFERENCE, Folder, Reference
+from .completing import NETWORK, REFERENCE, RUN, Folder, ImageSet, Reference
 from .options import (
     architecture_options,
     bad_image_option,
@@ -20,6 +33,7 @@ from .options import (
     common_options,
     config_option,
     device_option,
+    division_options,
     flag,
     json_option,
     keep_options,
@@ -29,13 +43,18 @@ from .options import (
     tracking_uri_option,
 )
 from .recent import remember
+from .say import say
+from .streams import OutputError
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.workflows.training.run import TrainSummary
 
 REQUEST_OPTIONS = (
+    "search",
     "resume",
     "new_run",
+    "changed_data",
+    "take_over",
     "save_dir",
     "tracking_uri",
     "experiment",
@@ -50,7 +69,14 @@ REQUEST_OPTIONS = (
 """Options that say where a run is kept and how it is continued; the others say what it does."""
 
 
-@click.command(cls=TrainingCommand)
+USUAL = (
+    *("model", "init_from", "input_size", "train_dir", "val_dir", "recipe", "batch_size", "epochs", "lr", "seed"),
+    *("device", "workers", "amp", "save_dir", "keep_last", "resume", "job", "tracking_uri", "experiment", "run_name"),
+)
+"""The options that `--help` shows; `--help-all` shows all."""
+
+
+@click.command(cls=TrainingCommand, usual=USUAL)
 @options(
     option(
         "--model",
@@ -59,6 +85,12 @@ REQUEST_OPTIONS = (
         help="Network; `shufflenet models` lists them.  [default: shufflenet_v2_x0_5]",
     ),
     architecture_options,
+    option(
+        "--search",
+        metavar="RUN",
+        type=RUN,
+        help="Train what a search has found: its run, its folder, or an architecture.json.  [default: none]",
+    ),
     option("--num-classes", type=int, metavar="N", help="Width of the classifier.  [default: the number of classes]"),
     option(
         "--input-size", type=int, metavar="PIXELS", help="Input size, a multiple of 32.  [default: 224; digits: 64]"
@@ -69,28 +101,70 @@ REQUEST_OPTIONS = (
         type=REFERENCE,
         help="Checkpoint with the initial weights.  [default: random weights]",
     ),
+    option(
+        "--qat",
+        metavar="REF",
+        type=REFERENCE,
+        help="Checkpoint to fine-tune with the rounding of int8, for `shufflenet export --int8`.  [default: none]",
+    ),
     flag("--pretrained", help="Start from torchvision's published weights; torchvision/ networks only."),
     section="Network",
 )
 @options(
     option(
-        "--train-dir", metavar="DIR", type=Folder(), help="Training images, one folder per class.  [default: digits]"
+        "--train-dir",
+        metavar="DIR",
+        type=ImageSet(),
+        help="Training images: one folder per class, or a table (.csv, .parquet).  [default: digits]",
     ),
-    option("--val-dir", metavar="DIR", type=Folder(), help="Validation images of the same classes.  [default: digits]"),
+    option(
+        "--val-dir",
+        metavar="DIR",
+        type=ImageSet(),
+        help="Validation images of the same classes.  [default: part of --train-dir]",
+    ),
+    division_options,
     option(
         "--augment",
         type=click.Choice(AUGMENT_NAMES),
-        help="release: random crop, colours, flip; lighting: with colour noise, too; shift: random crop only.  "
-        "[default: the paper's; digits: shift]",
+        help="release: random crop, colours, flip; lighting: with colour noise, too; trivial, rand: crop, flip and "
+        "torchvision's TrivialAugmentWide or RandAugment; shift: random crop only.  [default: the recipe's; digits: "
+        "shift]",
+    ),
+    option("--erasing", type=float, metavar="P", help="Probability of erasing a rectangle of an image.  [default: 0]"),
+    option(
+        "--mixup",
+        type=float,
+        metavar="ALPHA",
+        help="Blend each image with another, by shares from Beta(ALPHA, ALPHA).  [default: 0, not at all]",
+    ),
+    option(
+        "--cutmix",
+        type=float,
+        metavar="ALPHA",
+        help="Replace a rectangle of each image by another image's; with --mixup, one of the two by chance.  "
+        "[default: 0, not at all]",
+    ),
+    option(
+        "--balance",
+        type=click.Choice(BALANCES),
+        help="For classes of different sizes: weights in the loss, or a sampler that draws all classes equally often.  "
+        "[default: none]",
     ),
     mean_image_option,
     bad_image_option,
     section="Data",
 )
 @options(
+    option(
+        "--recipe",
+        type=click.Choice(RECIPE_NAMES),
+        help="Set of defaults for the options below, and for --augment to --balance; `shufflenet recipes` shows them.  "
+        "[default: paper; with --qat: qat]",
+    ),
     option("--batch-size", type=int, metavar="N", help="Images per iteration.  [default: 64]"),
     option(
-        "--epochs", type=int, metavar="N", help="Passes over the training images.  [default: the paper's; digits: 20]"
+        "--epochs", type=int, metavar="N", help="Passes over the training images.  [default: the recipe's; digits: 20]"
     ),
     option(
         "--total-iters",
@@ -98,22 +172,66 @@ REQUEST_OPTIONS = (
         metavar="N",
         help="Length in iterations, instead of --epochs.  [default: as --epochs says]",
     ),
+    option("--optimizer", type=click.Choice(OPTIMIZERS), help="Optimizer.  [default: the recipe's, sgd]"),
     option(
-        "--lr", type=float, metavar="X", help="Initial learning rate.  [default: the paper's, scaled to the batch size]"
+        "--lr",
+        type=float,
+        metavar="X",
+        help="Highest learning rate.  [default: the recipe's, scaled to the batch size]",
     ),
-    option("--momentum", type=float, metavar="X", help="Momentum of SGD.  [default: the paper's, 0.9]"),
+    option(
+        "--schedule",
+        type=click.Choice(SCHEDULES),
+        help="How the learning rate falls to 0, or stays.  [default: the recipe's, linear]",
+    ),
+    option(
+        "--warmup-epochs",
+        type=float,
+        metavar="X",
+        help="Epochs in which the learning rate rises first.  [default: the recipe's, 0]",
+    ),
+    option(
+        "--momentum", type=float, metavar="X", help="Momentum of SGD, beta1 of AdamW.  [default: the recipe's, 0.9]"
+    ),
     option(
         "--weight-decay",
         type=float,
         metavar="X",
-        help="Weight decay, except for biases and BN.  [default: the paper's, 4e-5]",
+        help="Weight decay, except for biases and BN.  [default: the recipe's, 4e-5]",
     ),
-    option("--label-smooth", type=float, metavar="X", help="Label smoothing.  [default: the paper's, 0.1]"),
+    option(
+        "--clip-norm", type=float, metavar="X", help="Largest norm of the gradients; 0: any.  [default: the recipe's]"
+    ),
+    option(
+        "--freeze",
+        metavar="PART",
+        help="Keep weights and BN statistics of the backbone (all but the classifier), of the first N stages and the "
+        "stem before them, or of none.  [default: none]",
+    ),
+    option(
+        "--head-lr-factor",
+        type=float,
+        metavar="X",
+        help="Factor of the classifier's learning rate.  [default: the recipe's, 1]",
+    ),
+    option(
+        "--layer-decay",
+        type=float,
+        metavar="X",
+        help="Factor of the learning rate from each stage to the one before it.  [default: the recipe's, 1]",
+    ),
+    option(
+        "--teacher",
+        metavar="REF",
+        type=REFERENCE,
+        help="Checkpoint of the same classes whose answers are learnt, too.  [default: none]",
+    ),
+    option("--label-smooth", type=float, metavar="X", help="Label smoothing.  [default: the recipe's, 0.1]"),
     option(
         "--ema-decay",
         type=float,
         metavar="DECAY",
-        help="Decay of a moving average of the weights, which is then evaluated.  [default: none]",
+        help="Decay of a moving average of the weights, which is then evaluated; 0: none.  [default: the recipe's]",
     ),
     option(
         "--seed",
@@ -125,6 +243,18 @@ REQUEST_OPTIONS = (
     option(
         "--val-interval", type=int, metavar="N", help="Iterations between validations.  [default: about 10 per run]"
     ),
+    option(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="End after N validations that were no better than the best; 0: train to the end.  [default: 0]",
+    ),
+    option(
+        "--bn-images",
+        type=int,
+        metavar="N",
+        help="Training images, at most, for the statistics of batch normalisation in the end.  [default: 1280000]",
+    ),
     section="Training",
 )
 @options(
@@ -134,6 +264,12 @@ REQUEST_OPTIONS = (
         type=int,
         metavar="N",
         help="Processes that decode images.  [default: one per core, at most 16; digits: 0]",
+    ),
+    option(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="Threads that compute on the CPU.  [default: as many cores as the network keeps busy]",
     ),
     option(
         "--amp",
@@ -176,10 +312,18 @@ REQUEST_OPTIONS = (
         help="auto: continue what is in --save-dir; or a file, folder, run ID, runs:/ID@ITERS.  [default: auto]",
     ),
     flag("--new-run", help="Continue as a new run."),
+    flag("--changed-data", help="Resume although the images have changed since; the run is tagged with it."),
+    flag("--take-over", help="Resume although another process is training this run; that one stops."),
     option(
         "--job",
         metavar="NAME",
         help="Name by which --resume auto finds the run in MLflow, from any machine.  [default: none]",
+    ),
+    option(
+        "--repeat",
+        type=int,
+        metavar="N",
+        help="Train N times, with --seed and the seeds after it, as children of one run.  [default: once]",
     ),
     option("--grace", type=float, metavar="SECONDS", help="Time to finish uploads after a signal.  [default: 20]"),
     flag("--requeue", help="Have Slurm start the job again after its warning, SIGUSR1."),
@@ -200,21 +344,29 @@ REQUEST_OPTIONS = (
 def train(as_json: bool, **values: Any) -> None:
     """Train a network, or continue training one.
 
-    Without options it trains on the bundled handwritten digits. Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint and
-    stops; the same command, or --resume RUN_ID, then continues from there.
+    Without options it trains on the bundled handwritten digits. Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 saves a checkpoint
+    and stops. --resume RUN_ID continues from there, and so does the same command if it names --save-dir or --job;
+    without them it starts a new run.
 
     \b
     Examples:
       shufflenet train
+      shufflenet train --train-dir photos --epochs 30
       shufflenet train --train-dir pets/train --val-dir pets/val --epochs 30
-      shufflenet train --config pets.toml --init-from ShuffleNetV2.1.0x.pth.tar
+      shufflenet train --recipe finetune --init-from ShuffleNetV2.1.0x.pth.tar
       shufflenet train --config pets.toml --seed 1
+      shufflenet train --repeat 5 --job baseline
       shufflenet train --resume 0123456789ab
     """
+    if values.pop("repeat") is not None:
+        from .repeats import train_repeatedly
+
+        train_repeatedly(click.get_current_context().params, as_json=as_json)
+        return
     request_options = {name: values.pop(name) for name in REQUEST_OPTIONS}
     given = {name: value for name, value in values.items() if value is not None}
 
-    from .stopping import stop_flag
+    from .stopping import say_how_to_go_on, stop_flag
 
     with stop_flag("stopping once the checkpoint is saved; again to stop at once") as stop:
         try:
@@ -222,10 +374,11 @@ def train(as_json: bool, **values: Any) -> None:
                 from shufflenet_mlflow.workflows.train import run_training
                 from shufflenet_mlflow.workflows.training.request import TrainRequest
 
-                from .console import ConsoleReporter, next_steps
+                from .console import ConsoleReporter, as_typed, next_steps
                 from .tables import print_json
 
                 reporter = ConsoleReporter()
+                stop.last_words = partial(say_how_to_go_on, stop, as_typed("shufflenet train --resume {}"))
         except StopRequested:
             from shufflenet_mlflow.runtime.launchers import Requeue
             from shufflenet_mlflow.runtime.progress import LoggingReporter
@@ -233,63 +386,91 @@ def train(as_json: bool, **values: Any) -> None:
             Requeue(bool(request_options["requeue"]), LoggingReporter()).ask_if_warned(stop)
             raise
         request_options["resume"] = request_options["resume"] or "auto"
-        for name in ("new_run", "requeue", "no_log_models", "no_system_metrics"):
+        for name in ("new_run", "changed_data", "take_over", "requeue", "no_log_models", "no_system_metrics"):
             request_options[name] = bool(request_options[name])
         request = TrainRequest(options=given, **request_options)
         summary = run_training(request, reporter=reporter, stop=stop)
-    if summary.is_leader and summary.run_id is not None:
-        remember(request.tracking_uri, runs={summary.run_id: summary.run_name})
-    if not summary.is_leader:
-        pass
-    elif as_json:
-        print_json(summary.to_dict())
-    else:
-        click.echo("\n".join(_result_lines(summary)))
-        next_steps(*_next_steps(summary))
+        if summary.is_leader and summary.run_id is not None:
+            remember(request.tracking_uri, runs={summary.run_id: summary.run_name})
+        if not summary.is_leader:
+            pass
+        elif as_json:
+            print_json(summary.to_dict())
+            if summary.result.stopped_by is not None:
+                next_steps(_resume(summary))
+        else:
+            with suppress(OutputError):  # the training is complete and saved, even if nobody can read this
+                say(*_result_lines(summary))
+            next_steps(*_next_steps(summary))
+    if stop.signum is not None and summary.is_leader and "TORCHELASTIC_RUN_ID" in os.environ:
+        say("A traceback of torchrun's own (SignalException) may follow; this run ended as it should.", err=True)
     if stop.signum is not None:  # perhaps during the last uploads, after training
         sys.exit(exit_status(stop.signum))
 
 
 def _result_lines(summary: "TrainSummary") -> list[str]:
     result = summary.result
+    patience = "; ended by --patience: validation did not get better" if result.ended_by_patience else ""
     lines = [
         f"run ID               {summary.run_id or 'none yet: MLflow did not answer'}",
         f"run name             {summary.run_name}",
-        f"iterations           {result.iters}  (epoch {result.epoch})",
+        f"iterations           {result.iters}  (epoch {result.epoch}{patience})",
         f"checkpoint           {result.checkpoint or 'none yet'}",
     ]
     if result.val_top1 is not None:
-        lines.append(f"validation accuracy  {result.val_top1:.4f}")
+        lines.append(f"validation accuracy  {beside_majority(result.val_top1, result.val_majority)}")
+    if "val/mean_class_accuracy" in result.validation:
+        lines.append(f"mean class accuracy  {result.validation['val/mean_class_accuracy']:.4f}")
+    if result.best is not None:
+        lines.append(f"best checkpoint      {_best_in_words(summary)}")
     if summary.pending:
-        lines.append(f"not in MLflow yet    {summary.pending} entries, kept in {summary.save_dir}")
+        lines.append(f"not in MLflow yet    {counted(summary.pending, 'entry', 'entries')}, kept in {summary.save_dir}")
     return lines
+
+
+def _best_in_words(summary: "TrainSummary") -> str:
+    """Return where the best checkpoint is, and what a run ID alone means if it is not the last one."""
+    best = summary.result.best or {}
+    text = f"iteration {best['iters']}, accuracy {best['val_top1']:.4f}"
+    if summary.run_id is None or best["iters"] == summary.result.iters:
+        return text
+    return f"{text}; the run ID alone means it, {summary.run_id[:12]}@latest the last one"
 
 
 def _next_steps(summary: "TrainSummary") -> list[str]:
     result, steps = summary.result, []
-    folder = quote(str(summary.save_dir))
-    ref = folder if summary.pending or summary.run_id is None else summary.run_id
     if summary.pending:
-        steps.append(f"shufflenet sync {folder}    sends it")
-    if result.stopped_by is not None and result.checkpoint is not None:
-        steps.append(f"shufflenet train --resume {ref}")
-    elif result.checkpoint is not None:
-        steps.append(f"shufflenet eval {ref}")
+        steps += [f"{summary.restoring}    restores the run"] if summary.restoring else []
+        steps.append(f"shufflenet sync {quote(str(summary.save_dir))}    sends it")
+    if result.stopped_by is None and result.checkpoint is not None:
+        steps.append(f"shufflenet eval {_ref(summary)}")
     if summary.run_id is not None:
         steps.append(_ui_hint(summary))
+    if result.stopped_by is not None:
+        steps.append(_resume(summary))  # last, where it is seen
     return steps
+
+
+def _resume(summary: "TrainSummary") -> str:
+    return f"shufflenet train --resume {_ref(summary)}"
+
+
+def _ref(summary: "TrainSummary") -> str:
+    """Return the run's ID, or its folder if MLflow does not have everything yet."""
+    return quote(str(summary.save_dir)) if summary.pending or summary.run_id is None else summary.run_id
 
 
 def _ui_hint(summary: "TrainSummary") -> str:
     page = f"/#/experiments/{summary.experiment_id}/runs/{summary.run_id}?workflowType=machine_learning"
+    from shufflenet_mlflow.tracking.paths import as_typed_for_mlflow, store_file
     from shufflenet_mlflow.tracking.redaction import redact
-    from shufflenet_mlflow.tracking.uris import store_file
 
     uri = redact(summary.tracking_uri)
     if not summary.experiment_id:  # the run was made while it trained
         page = ""
     if uri.startswith("http"):
         return uri.rstrip("/") + page
-    store = "" if store_file(uri) == Path.cwd() / "mlflow.db" else f" --backend-store-uri {quote(uri)}"
+    is_default = os.path.abspath(store_file(uri) or "") == os.path.abspath("mlflow.db")
+    store = "" if is_default else f" --backend-store-uri {quote(as_typed_for_mlflow(uri))}"
     mlflow = "mlflow" if shutil.which("mlflow") else f"{sys.executable} -m mlflow"
     return f"{mlflow} ui{store}    then http://127.0.0.1:5000{page}"
