@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from shufflenet_mlflow.models.catalog import create_model
-from shufflenet_mlflow.training.recipe import make_loss, make_optimizer, training_loss
+from shufflenet_mlflow.training.loss import make_loss, training_loss
+from shufflenet_mlflow.training.optimizer import make_optimizer
 
 BATCH_SIZE, INPUT_SIZE, CLASSES = 8, 32, 1000
 EXPERIMENT = "checkpoint_stall"

@@ -29,7 +29,7 @@ from shufflenet_mlflow import create_model
 from shufflenet_mlflow.evaluation.plots import figures_of, write_figure
 from shufflenet_mlflow.evaluation.report import Outcomes, Report
 from shufflenet_mlflow.runtime.devices import keep_freed_memory, move_images, move_model
-from shufflenet_mlflow.training.recipe import make_optimizer
+from shufflenet_mlflow.training.optimizer import make_optimizer
 
 CPU = torch.device("cpu")
 EVALUATED = 10_000

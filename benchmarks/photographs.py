@@ -1,5 +1,6 @@
-"""Write image folders for benchmarks: JPEG files of ImageNet's size with the statistics of photographs."""
+"""Write image folders for benchmarks: JPEG files with the statistics of photographs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ SLOPE = 1.0
 """Amplitudes fall with 1 / frequency, as in natural images (Field, 1987)."""
 CONTRAST = 55.0
 """Standard deviation of the pixels."""
+BLUR = 5
+"""Pixels that a phone's smallest detail is wide; files of 12 megapixels then have about 3 MB, as phones write them."""
 
 
 def photograph(generator: np.random.Generator, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
@@ -26,7 +29,21 @@ def photograph(generator: np.random.Generator, width: int = WIDTH, height: int =
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def write_photographs(root: Path, classes: int, per_class: int, seed: int = 0) -> int:
+def phone_photograph(
+    generator: np.random.Generator, width: int = 4032, height: int = 3024, *, blur: float = BLUR
+) -> Image.Image:
+    """Return a picture of 12 megapixels: a phone's lens and noise reduction leave less detail than there are pixels."""
+    small = photograph(generator, round(width / blur), round(height / blur))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_photographs(
+    root: Path,
+    classes: int,
+    per_class: int,
+    seed: int = 0,
+    make: Callable[[np.random.Generator], Image.Image] = photograph,
+) -> int:
     """Write an image folder.
 
     Returns:
@@ -39,6 +56,6 @@ def write_photographs(root: Path, classes: int, per_class: int, seed: int = 0) -
         folder.mkdir(parents=True)
         for number in range(per_class):
             path = folder / f"{number:05}.jpg"
-            photograph(generator).save(path, quality=QUALITY)
+            make(generator).save(path, quality=QUALITY)
             sizes.append(path.stat().st_size)
     return round(sum(sizes) / len(sizes))

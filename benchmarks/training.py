@@ -29,11 +29,11 @@ from torchvision.models import get_model
 from shufflenet_mlflow import create_model
 from shufflenet_mlflow.data.loader import Batch
 from shufflenet_mlflow.models.cost import model_cost
+from shufflenet_mlflow.runtime.compiler import compiled
 from shufflenet_mlflow.runtime.context import JobContext
-from shufflenet_mlflow.runtime.devices import compiled
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.training.loop import Trainer
+from shufflenet_mlflow.training.loop import TrainingLoop
 from shufflenet_mlflow.workflows.bench import bare_training
 
 FAMILIES = (
@@ -75,7 +75,7 @@ def seconds_each(step: Callable[[], object], device: torch.device, *, slow: bool
     return statistics.median(times)
 
 
-def make_trainer(root: Path, model: str, device: torch.device, batch: int, options: dict[str, Any]) -> Trainer:
+def make_trainer(root: Path, model: str, device: torch.device, batch: int, options: dict[str, Any]) -> TrainingLoop:
     """Return the training loop of `shufflenet train`, with nothing kept."""
     given = {"model": model, "train_dir": str(root), "val_dir": str(root), "batch_size": batch, "device": device.type}
     context = JobContext.alone(LoggingReporter(), StopFlag())
@@ -89,28 +89,31 @@ def plain_model(model: str) -> nn.Module:
     return create_model(model, CLASSES)
 
 
-def measure_step(side: str, model: str, root: Path, device: torch.device, batch: int) -> dict[str, float]:
-    """Return the seconds of a step, and of the first one."""
+def stepper(side: str, model: str, root: Path, device: torch.device, batch: int) -> Callable[[], None]:
+    """Return what makes one step of a side, with images that are in memory."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (batch, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     labels = torch.randint(CLASSES, (batch,), generator=generator)
     if side == "plain":
         images = pixels.float()
         training = Training(plain_model(model), device)
+        return lambda: training.step(images, labels)
+    trainer = make_trainer(root, model, device, batch, VARIANTS.get(side, {}))
+    network = compiled(trainer.state.model) if trainer.config.compile else trainer.state.model
+    network.train()
+    parts = [Batch(pixels.contiguous(memory_format=torch.channels_last), labels, labels, None, ())]
 
-        def step() -> None:
-            training.step(images, labels)
-    else:
-        trainer = make_trainer(root, model, device, batch, VARIANTS.get(side, {}))
-        network = compiled(trainer.state.model) if trainer.config.compile else trainer.state.model
-        network.train()
-        parts = [Batch(pixels.contiguous(memory_format=torch.channels_last), labels, labels, None, ())]
+    def step() -> None:
+        trainer.step(network, parts)
+        if device.type == "cpu":
+            trainer.state.check_finite()
 
-        def step() -> None:
-            trainer.step(network, parts)
-            if device.type == "cpu":
-                trainer.state.check_finite()
+    return step
 
+
+def measure_step(side: str, model: str, root: Path, device: torch.device, batch: int) -> dict[str, float]:
+    """Return the seconds of a step, and of the first one."""
+    step = stepper(side, model, root, device, batch)
     began = time.perf_counter()
     step()
     finish(device)
@@ -179,6 +182,15 @@ def rates(device: torch.device) -> dict[str, float]:
     return {"macs_per_second": n**3 / product, "bytes_per_second": 2 * x.numel() * 4 / copy}
 
 
+def floors(model: str, batch: int, speed: dict[str, float]) -> dict[str, float]:
+    """Return the shortest possible milliseconds of a step's multiplications, and of moving its activations."""
+    macs = model_cost(model, CLASSES, SIZE).macs
+    return {
+        "arithmetic_floor_ms": round(3e3 * macs * batch / speed["macs_per_second"], 1),
+        "memory_floor_ms": round(1e3 * _PASSES * activation_bytes(model) * batch / speed["bytes_per_second"], 1),
+    }
+
+
 def compare(
     what: str, sides: list[str], model: str, root: Path, device: torch.device, rounds: int
 ) -> dict[str, dict[str, float]]:
@@ -228,14 +240,10 @@ def main() -> None:
         for model in arguments.models:
             batch = batch_of(model, device)
             results = compare("step", ["plain", "ours", *arguments.variants], model, root, device, arguments.rounds)
-            macs = model_cost(model, CLASSES, SIZE).macs
             steps[model] = {
                 **row(results, batch),
                 "first_step_seconds": {side: round(found["first"], 1) for side, found in results.items()},
-                "arithmetic_floor_ms": round(3e3 * macs * batch / speed["macs_per_second"], 1),
-                "memory_floor_ms": round(
-                    1e3 * _PASSES * activation_bytes(model) * batch / speed["bytes_per_second"], 1
-                ),
+                **floors(model, batch, speed),
             }
         loops = {
             model: row(
