@@ -1,9 +1,13 @@
 """Fixtures that every test file can ask for: images, a tracking store, a server, the command line."""
 
+import contextlib
+import functools
 import json
+import logging
 import os
 import shutil
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +16,21 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
+from mlflow.store.db import utils as database
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as SqlAlchemyRegistryStore
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as SqlAlchemyTrackingStore
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.cli import main
+from shufflenet_mlflow.tracking import lease
 from tests.support.command_line import Invoke, small_options
 from tests.support.images import write_images
 from tests.support.metrics import history
 from tests.support.mlflow_server import Server
 from tests.support.proxy import Proxy
+from tests.support.searches import train_supernet
 from tests.support.training import run
 
 
@@ -49,6 +58,23 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick_stores() -> Iterator[None]:
+    """Save every new store 67 migrations to read, every write a sync, and every lease a second in which to lose it."""
+
+    def skip_syncs(connection: Any, _record: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            with contextlib.suppress(sqlite3.Error):  # a file that is no store is the test's affair
+                connection.execute("PRAGMA synchronous = OFF")  # no test loses power
+
+    event.listen(Engine, "connect", skip_syncs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "_get_latest_schema_revision", functools.cache(database._get_latest_schema_revision))
+        patch.setattr(lease, "SETTLE_SECONDS", 0.0)  # no test is two processes that take one run at once
+        yield
+    event.remove(Engine, "connect", skip_syncs)
+
+
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create a store once: its schema takes 2 s to create and no time to copy."""
@@ -64,7 +90,10 @@ def workplace(
     cache_dir: Path,
     empty_database: Path,
 ) -> Iterator[Path]:
-    """Give every test its own working directory with an empty store, and no MLflow settings."""
+    """Give every test its own working directory with an empty store, no MLflow settings, and an untouched log."""
+    library = logging.getLogger("shufflenet_mlflow")
+    library.handlers, library.propagate = [], True  # a command of another test has set them up for itself
+    library.setLevel(logging.NOTSET)
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
     folder = tmp_path_factory.mktemp("work")
@@ -72,6 +101,7 @@ def workplace(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     monkeypatch.setenv("SHUFFLENET_CACHE_DIR", str(cache_dir))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
     yield folder
     # MLflow keeps the connections of every store for as long as the process lives.
     for store in (SqlAlchemyTrackingStore, SqlAlchemyRegistryStore):
@@ -140,3 +170,11 @@ def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_
     return read_checkpoint(folder / "models" / "bnps-checkpoint-000012.pth.tar"), history(
         MlflowClient(uri), summary.run_id
     )
+
+
+@pytest.fixture(scope="module")
+def supernet(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
+    """Return the last checkpoint of a supernet."""
+    folder = tmp_path_factory.mktemp("supernet")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    return train_supernet(images, folder)

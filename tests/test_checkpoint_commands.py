@@ -14,6 +14,7 @@ from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.tracking.commit import Checkpoint
 from shufflenet_mlflow.tracking.journal import Journal
 from shufflenet_mlflow.tracking.messages import MetricPoints, to_body
+from shufflenet_mlflow.tracking.trust import remember_store
 from tests.support.command_line import Invoke, small_options
 
 
@@ -23,7 +24,7 @@ def run_id(client: MlflowClient) -> str:
     run_id = str(client.create_run(client.create_experiment("commands")).info.run_id)
     for iters in (10, 20, 30, 40):
         state = {"state_dict": {"w": torch.full((3,), float(iters))}, "epoch": iters // 10, "loss": 1 / iters}
-        save_checkpoint(state, iters, val_top1={20: 0.9, 30: 0.5}.get(iters), run_id=run_id)
+        save_checkpoint(state, iters, val_top1={20: 0.9, 30: 0.5}.get(iters), run_id=run_id, directory="models")
     journal = Journal(Path("models"))
     journal.set_owner(run_id, client.tracking_uri)
     journal.close()
@@ -200,7 +201,7 @@ def test_sync(run_id: str, client: MlflowClient, as_json: Callable[..., Any], sh
     journal.close()
     waiting = as_json("sync", "models", "--dry-run")
     assert (waiting["pending"], waiting["pending_by_kind"], waiting["sent"]) == (1, {"metrics": 1}, 0)
-    assert "1 entries are pending for" in shufflenet("sync", "models", "--dry-run").stdout
+    assert "1 entry is pending for" in shufflenet("sync", "models", "--dry-run").stdout
     sent = as_json("sync", "models")
     assert (sent["pending"], sent["sent"], sent["run_id"]) == (0, 1, run_id)
     assert client.get_run(run_id).data.metrics["val/top1"] == 0.5
@@ -226,6 +227,7 @@ def test_sync_finds_the_store_by_itself(
     run_id: str, client: MlflowClient, as_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     models = Path("models").absolute()
+    remember_store(client.tracking_uri)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.chdir(tmp_path)
     assert as_json("sync", models)["tracking_uri"] == client.tracking_uri

@@ -93,10 +93,10 @@ def test_the_other_shells(shell: str, run_id: str, shufflenet: Invoke) -> None:
 
 def test_completing_imports_nothing_heavy(run_id: str) -> None:
     code = (
-        "import os, sys; import shufflenet_mlflow.cli as cli\n"
-        "try:\n    cli.main(prog_name='shufflenet')\n"
-        "except SystemExit:\n    pass\n"
-        "print(sorted({'torch', 'mlflow', 'rich', 'numpy'} & sys.modules.keys()))"
+        "import atexit, sys; import shufflenet_mlflow.cli as cli\n"
+        "heavy = {'torch', 'mlflow', 'rich', 'numpy'}\n"
+        "atexit.register(lambda: print('\\n' + str(sorted(heavy & sys.modules.keys()))))\n"
+        "cli.main(prog_name='shufflenet')\n"
     )
     environment = {
         **os.environ,
@@ -154,6 +154,35 @@ def test_a_damaged_file_of_recent_runs_offers_nothing(
     assert recent_runs("sqlite:///x") == [("a", "b")]
     monkeypatch.setenv("SHUFFLENET_CACHE_DIR", "/dev/null/x")
     remember("sqlite:///x", runs={"a": "b"})  # cannot be written: no error
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"sqlite:///x": {"runs": {"\\ud800": "b", "\\u001b[2J": "c"}}}',
+        '{"x": "' + "x" * (1 << 20) + '"}',
+    ],
+    ids=["deep", "unprintable", "large"],
+)
+def test_a_hostile_file_of_recent_runs_offers_nothing(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_a_damaged_file_of_recent_runs_offers_nothing(content, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_recent_runs_are_read_from_a_plain_file_only(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHUFFLENET_CACHE_DIR", str(tmp_path))
+    if kind == "device":
+        (tmp_path / FILE_NAME).symlink_to("/dev/zero")
+    else:
+        os.mkfifo(tmp_path / FILE_NAME)
+    assert recent_runs("sqlite:///x") == []
+    remember("sqlite:///x", runs={"a": "b"})
+    assert recent_runs("sqlite:///x") == [("a", "b")]
 
 
 @pytest.mark.long

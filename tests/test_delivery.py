@@ -22,18 +22,24 @@ from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.errors import JournalError, RefusedError, TrackingError
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
-from shufflenet_mlflow.tracking import delivery
+from shufflenet_mlflow.tracking import delivery, lease
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.commit import Checkpoint
-from shufflenet_mlflow.tracking.delivery import REFUSED_NAME, Deliverer, Delivery, deliver_now
-from shufflenet_mlflow.tracking.journal import Journal, read_pending
+from shufflenet_mlflow.tracking.delivery import Deliverer, Delivery
+from shufflenet_mlflow.tracking.journal import Journal
+from shufflenet_mlflow.tracking.journal_file import read_pending
 from shufflenet_mlflow.tracking.kinds import TRACKING_KINDS
 from shufflenet_mlflow.tracking.messages import Finish, MetricPoints, to_body
+from shufflenet_mlflow.tracking.refused import REFUSED_NAME
+from shufflenet_mlflow.tracking.run import make_run
 from shufflenet_mlflow.tracking.target import RunTarget
-from shufflenet_mlflow.tracking.uris import stored_uri, uri_of_journal
+from shufflenet_mlflow.tracking.trust import remember_store, uri_of_journal
+from shufflenet_mlflow.tracking.uris import stored_uri
 from shufflenet_mlflow.workflows.sync import run_sync
-from shufflenet_mlflow.workflows.training import run as opening
+from shufflenet_mlflow.workflows.training import opening
 from tests.support.command_line import Invoke, small_options
+from tests.support.delivering import deliver_now
+from tests.support.effort import only_in_full_run
 from tests.support.metrics import steps
 from tests.support.training import Reporter, assert_same_end, run
 
@@ -246,7 +252,7 @@ def test_entries_that_mlflow_refuses_do_not_block_the_rest(
 def test_a_deleted_run_keeps_its_entries(client: MlflowClient, run_id: str, journal: Journal) -> None:
     put(journal, run_id, MetricPoints({"a": 1.0}, 1, 1))
     client.delete_run(run_id)
-    with pytest.raises(TrackingError, match="must be in the 'active' state"):
+    with pytest.raises(TrackingError, match="was deleted; `mlflow runs restore --run-id"):
         deliver_now(client, journal, TRACKING_KINDS)
     client.restore_run(run_id)
     deliver_now(client, journal, TRACKING_KINDS)
@@ -380,6 +386,79 @@ def sync(directory: str = "models") -> Any:
     return run_sync(Path(directory), dry_run=False, tracking_uri=None, reporter=LoggingReporter(), stop=StopFlag())
 
 
+class Death(BaseException):
+    """An end for which nothing is saved, as with SIGKILL."""
+
+
+def die_early(phase: str, done: int) -> None:
+    """Die before there is a checkpoint."""
+    if (phase, done) == ("training", 3):
+        raise Death
+
+
+@pytest.mark.parametrize(
+    ("away_first", "elsewhere"), [(True, False), (False, False), (False, True)], ids=["offline", "online", "elsewhere"]
+)
+def test_a_run_that_starts_again_while_the_server_is_away_is_one_run(
+    away_first: bool, elsewhere: bool, images: Path, client: MlflowClient, away: Any
+) -> None:
+    """It died before its first checkpoint; the same command, or its ID in another folder, is the same run."""
+    away.on = away_first
+    with pytest.raises(Death):
+        run(images, "--save-dir", "models", "--run-name", "early", reporter=Reporter(die_early))
+    if elsewhere:
+        sync()
+        [created] = all_runs(client)
+        words = ["--save-dir", "elsewhere", "--resume", created.info.run_id]
+        with pytest.MonkeyPatch.context() as patch:
+            look = opening._find_unstarted_run
+            patch.setattr(opening, "_find_unstarted_run", lambda *all_: (setattr(away, "on", True), look(*all_))[1])
+            run(images, *words)
+    else:
+        away.on = True
+        run(images, "--save-dir", "models", "--run-name", "early")
+    away.on = False
+    sync("elsewhere" if elsewhere else "models")
+    [found] = all_runs(client)
+    assert (found.info.run_name, found.info.status) == ("early", "FINISHED")
+    assert steps(client, found.info.run_id, "train/loss") == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+def test_a_process_killed_while_it_creates_its_run(
+    is_away: bool, images: Path, client: MlflowClient, away: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow has created the run, and nobody has heard of its ID: the same command is the same run."""
+    away.on = False
+
+    def make_and_die(*arguments: Any, **options: Any) -> Any:
+        make_run(*arguments, **options)
+        raise Death
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "make_run", make_and_die)
+        with pytest.raises(Death):
+            run(images, "--save-dir", "models", "--run-name", "early")
+    [created] = all_runs(client)
+    lease._held.clear()  # as the end of the process would
+    away.on = is_away
+    run(images, "--save-dir", "models", "--run-name", "early")
+    away.on = False
+    sync()
+    [found] = all_runs(client)
+    assert (found.info.run_id, found.info.status) == (created.info.run_id, "FINISHED")
+    assert steps(client, found.info.run_id, "train/loss") == [2, 4, 6, 8, 10, 12]
+
+
+def test_another_configuration_in_the_same_folder_is_another_run(images: Path, client: MlflowClient, away: Any) -> None:
+    with pytest.raises(Death):
+        run(images, "--save-dir", "models", reporter=Reporter(die_early))
+    run(images, "--save-dir", "models", "--lr", 0.01)
+    away.on = False
+    sync()
+    assert len(all_runs(client)) == 2
+
+
 def test_a_run_started_offline(images: Path, client: MlflowClient, away: Any, uninterrupted: Any) -> None:
     reporter = Reporter()
     summary = run(images, "--save-dir", "models", "--run-name", "offline", reporter=reporter)
@@ -403,6 +482,8 @@ def test_a_run_started_offline(images: Path, client: MlflowClient, away: Any, un
     assert sync().sent == 0
 
 
+@only_in_full_run
+@pytest.mark.long
 def test_another_process_understands_the_whole_journal(
     images: Path, shufflenet: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,34 +596,14 @@ def test_save_checkpoint_where_the_journal_cannot_be_read(
     client: MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("shufflenet_mlflow.tracking.journal.JOURNAL_VERSION", 2)
+        patch.setattr("shufflenet_mlflow.tracking.journal_file.JOURNAL_VERSION", 2)
         Journal(Path("models")).close()
     with pytest.raises(
         TrackingError, match="has format 2, .*; the checkpoint checkpoint-000001.pth.tar is on the disk"
     ):
-        save_checkpoint({"state_dict": {"w": torch.ones(3)}}, 1, run_id=run_id)
+        save_checkpoint({"state_dict": {"w": torch.ones(3)}}, 1, run_id=run_id, directory="models")
     assert list_manifests(Path("models"))[0].iters == 1
     assert tagged(client, run_id, LATEST_TAG) is None
-
-
-def test_save_checkpoint_notes_what_it_could_not_bring(
-    client: MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = {"state_dict": {"w": torch.ones(3)}, "loss": 0.5}
-    with monkeypatch.context() as patch:
-
-        def refuse(*_arguments: Any) -> None:
-            raise ConnectionError("Connection refused")
-
-        patch.setattr(RunArtifacts, "put_file", refuse)
-        for iters in (1, 2):
-            with pytest.raises(TrackingError, match="is on the disk, and `shufflenet sync models` brings it"):
-                save_checkpoint(state, iters, run_id=run_id)
-    save_checkpoint(state, 3, run_id=run_id)  # in order, after what waited
-    assert steps(client, run_id, "loss") == [1, 2, 3]
-    assert tagged(client, run_id, LATEST_TAG) == 3
-    assert read_pending(Path("models")).entries == ()
-    assert len(list_manifests(Path("models"))) == 3
 
 
 def test_sync_of_what_is_no_folder() -> None:
@@ -555,6 +616,11 @@ def test_the_store_of_a_journal(monkeypatch: pytest.MonkeyPatch, workplace: Path
     assert stored_uri("sqlite:///mlflow.db") == f"sqlite:///{workplace}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
     assert uri_of_journal("http://host:5000", None) == "http://me:secret@host:5000"
+    with pytest.raises(
+        TrackingError, match="http://other:5000, .* was not contacted; .*add --tracking-uri http://other"
+    ):
+        uri_of_journal("http://other:5000", None)
+    remember_store("http://me:secret@other:5000")
     assert uri_of_journal("http://other:5000", None) == "http://other:5000"
     assert uri_of_journal("http://other:5000", "http://third") == "http://third"
     assert uri_of_journal(None, None) == "http://me:secret@host:5000"

@@ -11,16 +11,16 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from shufflenet_mlflow import create_model
-from shufflenet_mlflow.config import TrainConfig
+from shufflenet_mlflow.config import RunConfig
 from shufflenet_mlflow.models.fuse_bn import fuse_bn
 from shufflenet_mlflow.runtime import devices
-from shufflenet_mlflow.runtime.devices import choose_device, memory_format_on, move_images, move_model
-from shufflenet_mlflow.training.recipe import make_optimizer, make_scheduler
+from shufflenet_mlflow.runtime.devices import choose_device, memory_format_on, move_images, move_model, repeat_exactly
+from shufflenet_mlflow.training.optimizer import make_optimizer, make_scheduler
 from shufflenet_mlflow.training.state import TrainingState
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
-CONFIG = TrainConfig(
+CONFIG = RunConfig(
     model="shufflenet_v2_x0_5",
     choices=None,
     scales=None,
@@ -106,7 +106,7 @@ def test_momentum_lies_in_memory_as_its_weights_do_also_after_loading() -> None:
     def through_a_checkpoint(state: TrainingState) -> TrainingState:
         payload = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone().contiguous(), state.state_dict())
         other = fresh_state(True)
-        other.load_state_dict({**payload, "iters": state.iters}, CONFIG)
+        other.load_state_dict({**payload, "iters": state.iters})
         return other
 
     undisturbed, resumed = train(True), train(True, through_a_checkpoint)
@@ -164,3 +164,32 @@ def test_freed_memory_is_reused() -> None:
     returned, kept = map(int, ran.stdout.split())
     assert kept < 1000
     assert returned > 40_000  # 40 MB in pages of 4 KiB, five times: the measurement notices it
+
+
+def test_training_on_a_gpu_uses_repeatable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    repeat_exactly(CPU)
+    assert not torch.backends.cudnn.deterministic
+    asked: list[torch.device] = []
+    monkeypatch.setattr("shufflenet_mlflow.training.state.repeat_exactly", asked.append)
+    TrainingState.of(CONFIG, create_model("shufflenet_v2_x0_5", num_classes=3), CPU, 10)
+    assert asked == [CPU]
+    repeat_exactly(CUDA)
+    assert torch.backends.cudnn.deterministic
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_on_a_gpu_is_equal_bit_for_bit() -> None:
+    def weights() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = move_model(create_model("shufflenet_v2_x0_5", num_classes=3), CUDA)
+        state = TrainingState.of(CONFIG, model, CUDA, 10)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            images = move_images(torch.randn(64, 3, 64, 64, generator=generator), CUDA)
+            state.optimizer.zero_grad()
+            state.backward(state.model(images).logsumexp(1).sum())
+            state.step()
+        return list(model.parameters())
+
+    assert all(torch.equal(one, two) for one, two in zip(weights(), weights(), strict=True))

@@ -20,7 +20,9 @@ from shufflenet_mlflow.runtime.rendezvous import joined, name_attempt
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 from shufflenet_mlflow.training.batchnorm import RunningStatistics
 from tests.support.command_line import small_options
+from tests.support.effort import cases
 from tests.support.metrics import steps, values
+from tests.support.option_groups import GROUPS
 from tests.support.processes import finish, start, torchrun
 from tests.support.training import run
 
@@ -182,9 +184,14 @@ def test_micro_batches_too_small_for_batch_normalisation(images: Path) -> None:
 
 
 @pytest.mark.long
-def test_micro_batches_train_as_several_processes_do(images: Path, client: MlflowClient, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more", cases([(*GROUPS["sampler"], "--freeze", 1, "--erasing", 0.5, "--clip-norm", 1), ()], ci=1)
+)
+def test_micro_batches_train_as_several_processes_do(
+    more: tuple[object, ...], images: Path, client: MlflowClient, tmp_path: Path
+) -> None:
     """Compare two processes with one that computes the same two micro-batches: equal up to rounding."""
-    options = ["--micro-batch-size", 4, "--ema-decay", 0.9]
+    options = ["--micro-batch-size", 4, "--ema-decay", 0.9, *more]
     alone = run(images, *options, "--save-dir", "alone")
     words = [*small_options(images), *options, "--save-dir", "m", "--json"]
     two = finish(start(tmp_path / "two", "train", *words, under=torchrun(2)))

@@ -13,6 +13,7 @@ from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.models.catalog import VARIANTS, Variant
 from tests.support.doc_commands import arguments_of, check_arguments, commands
 from tests.support.doc_pages import LANGUAGES, PAGES, ROOT, anchors, fences, links
+from tests.support.plugins import install
 
 LINKING = [*PAGES, ROOT / "CHANGELOG.md"]
 
@@ -45,8 +46,10 @@ def console_commands() -> list[Any]:
 
 
 @pytest.mark.parametrize("arguments", console_commands())
-def test_commands_and_options_exist(arguments: list[str]) -> None:
+def test_commands_and_options_exist(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are not run count, too."""
+    if "small" in arguments:  # the network that own-networks.md registers
+        install(tmp_path, monkeypatch, {"small": "tiny", "tv/": "from_torchvision"})
     check_arguments(main, arguments)
 
 
@@ -82,6 +85,45 @@ def test_commands_are_found() -> None:
         ["models"],
         None,
     ]
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """Return the cells of a page's tables, without headings."""
+    lines = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("| ")]
+    cells = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in lines]
+    return [row for row, line in zip(cells, lines, strict=True) if not line.startswith("| ---")]
+
+
+def test_what_others_call_it_is_called_so_here() -> None:
+    """The right side of the tables names options of ours; Lightning's table has torchrun's beside them."""
+    known = {
+        option
+        for command in walk(main)
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    named = {option for row in rows_of("docs/coming-from.md") for option in re.findall(r"--[a-z0-9-]+", row[1])}
+    assert len(named) > 30
+    assert named - known == {"--nproc-per-node"}
+
+
+def walk(command: click.Command) -> list[click.Command]:
+    return [command, *(inner for below in getattr(command, "commands", {}).values() for inner in walk(below))]
+
+
+def test_each_row_has_a_command_that_shows_it() -> None:
+    rows = rows_of("docs/only-here.md")[1:]
+    assert len(rows) > 10
+    for row in rows:
+        [line] = re.findall("`(shufflenet [^`]+)`", row[1])
+        arguments = arguments_of(next(commands(line)))
+        assert arguments is not None
+        check_arguments(main, arguments)
+        assert len(row) < 3 or not row[2] or "[" in row[2] or "measured here" in row[2], f"no source: {row[2]}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) < 700
 
 
 # ---------------------------------------------------------------- links

@@ -41,6 +41,7 @@ __all__ = ["recorder"]  # a fixture
 
 CHECKPOINT = "models/bnps-checkpoint-000004.pth.tar"
 NOBODY = "0" * 32
+OF_IMAGES = "--train-dir images/train --val-dir images/val --input-size 32 --batch-size 8 --total-iters 12 --workers 0"
 TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29600"}
 
 
@@ -101,6 +102,10 @@ def _weights_of_two_prefixes() -> None:
 
 def _hostile() -> None:
     torch.save({"state_dict": {}, "other": Hostile(Path("marker"))}, "strange.pth.tar")
+
+
+def _fifo_picture() -> None:
+    os.mkfifo("pipe.jpg")
 
 
 def _own_models() -> None:
@@ -176,6 +181,12 @@ def _unreadable_file() -> None:
         path.write_bytes(b"?")
 
 
+def _truncated_file() -> None:
+    shutil.copytree("images", "other")
+    for path in Path("other/train/red").glob("*.png"):
+        path.write_bytes(path.read_bytes()[:200])
+
+
 def _unreadable_validation() -> None:
     shutil.copytree("images", "other")
     for path in Path("other/val").glob("*/*.png"):
@@ -188,6 +199,58 @@ def _mean(array: Any) -> Callable[[], object]:
 
     make.__name__ = f"mean_{array.dtype}_{'x'.join(map(str, array.shape))}"
     return make
+
+
+PICTURE = "images/val/red/000.png"
+
+
+def table(content: str | bytes, *says: str, name: str = "pets.csv") -> Mistake:
+    return failing(f"train --train-dir {name}", "--train-dir '", f"/{name}'", *says, files={name: content})
+
+
+def _class_of_one() -> None:
+    write_images(Path("other"), per_class=2)
+    Path("other/red/000.png").unlink()
+
+
+def _entangled() -> None:
+    """Write three classes with images of two groups each, such that no choice of groups has all classes."""
+    write_images(Path("other"), per_class=4)
+    for name, missing in (("blue", 1), ("green", 2), ("red", 3)):
+        for number in {0, 1, 2, 3} - {missing}:
+            source = Path(f"other/{name}/00{number}.png")
+            source.rename(source.with_name(f"{number}.png")) if number else source.unlink()
+        Path(f"other/{name}/00{missing}.png").unlink()
+
+
+def _fifo_table() -> None:
+    os.mkfifo("pipe.csv")
+
+
+def _table_of_groups() -> None:
+    Path("table.csv").write_text(f"path,label,group\n{PICTURE},a,1\n")
+
+
+def _table_of_splits() -> None:
+    rows = (f"{PICTURE},a,train", f"{PICTURE.replace('0.', '1.')},b,train", f"{PICTURE.replace('0.', '2.')},a,val")
+    Path("table.csv").write_text("\n".join(("path,label,split", *rows)))
+
+
+def _table_of_slashes() -> None:
+    rows = [f"images/val/red/00{number}.png,a/b" for number in range(4)]
+    Path("table.csv").write_text("\n".join(("path,label", *rows)))
+
+
+def _table_of_hidden_images() -> None:
+    shutil.copytree("images/val/red", ".hidden")
+    for number in range(2):
+        os.rename(f".hidden/00{number}.png", f".hidden/{number}.png")
+    Path("table.csv").write_text("path,label\n.hidden/0.png,a\n.hidden/1.png,a\n")
+
+
+def _bytes_as_a_name() -> None:
+    write_images(Path("other"), per_class=3)
+    os.rename("other/red/000.png", b"other/red/\xff.png")
 
 
 def _sql(statement: str) -> Callable[[], object]:
@@ -233,6 +296,10 @@ def _second_run() -> None:
         names = [row[1] for row in store.execute("PRAGMA table_info(runs)") if row[1] != "run_uuid"]
         columns = ", ".join(names)
         store.execute(f"INSERT INTO runs (run_uuid, {columns}) SELECT '{'1' * 32}', {columns} FROM runs")
+        store.execute(
+            "UPDATE runs SET artifact_uri = replace(artifact_uri, (SELECT min(run_uuid) FROM runs WHERE "
+            f"run_uuid != '{'1' * 32}'), '{'1' * 32}') WHERE run_uuid = '{'1' * 32}'"
+        )
         store.commit()
 
 
@@ -245,7 +312,7 @@ MISTAKES = [
     wrong("frobnicate", "'frobnicate'", "there are bench, checkpoints", "--help"),
     wrong("evla", "'evla'", "did you mean eval?"),
     wrong("runs shwo", "'shwo'", "did you mean show?", "runs --help"),
-    wrong("train --lerning-rate 1", "'--lerning-rate'", "train --help"),
+    wrong("train --lerning-rate 1", "--lerning-rate", "train --help"),
     wrong("train --lr", "'--lr'", "requires an argument"),
     wrong("train extra", "extra", "train --help"),
     wrong("eval", "'REF'", "eval --help"),
@@ -253,6 +320,26 @@ MISTAKES = [
     wrong("-v train -q", "--verbose and --quiet", "give one of them"),
     wrong("train -v", "SHUFFLENET_QUIET", "--verbose and --quiet", variables={"SHUFFLENET_QUIET": "1"}),
     wrong("completion tcsh", "'tcsh'", "'bash'"),
+    # ------------------------------------------------------------ studies
+    wrong("tune --param lr=0.1,0.2", "--study is missing", "names the study"),
+    wrong("tune --study a/b --param lr=0.1,0.2", "--study (=a/b)", "letters, digits"),
+    wrong("tune --study a --param lr", "--param (=lr)", "KEY=a,b,c"),
+    wrong("tune --study a --param momentun=0,0.9", "'momentun'", "did you mean momentum?"),
+    wrong("tune --study a --param lr=1:0.5", "--param (=lr=1:0.5)", "below the second"),
+    wrong("tune --study a --param lr=0,0.1", "--param (=lr=0,0.1)", "--lr (=0.0) must be above 0"),
+    wrong("tune --study a --param lr=1,2 --param lr=3,4", "--param names lr twice"),
+    wrong("tune --study a --param lr=1,2 --lr 3", "--lr (=3.0)", "varied by --param"),
+    wrong("tune --study a --param lr=0.1:1 --sampler grid", "--sampler grid", "lr=0.1:1.0", "list them"),
+    wrong("tune --study a --param lr=1,2 --sampler cmaes", "--sampler cmaes", "needs a range"),
+    wrong("tune --study a --trials 3", "--trials (=3)", "without --param"),
+    wrong("tune --study a --param model=nope,shufflenet_v2_x0_5", "--param (=model=nope", "'nope'"),
+    wrong("tune --study a --param lr=1,2", "without torchrun", variables={"RANK": "0", "WORLD_SIZE": "2"}),
+    wrong(f"tune --study a --param lr={','.join(map(str, range(1, 900)))} {OF_IMAGES}", "5000 characters"),
+    failing("tune --study a --storage sqlite:////no/such/folder/x.db", "study's storage", "--storage names another"),
+    failing("compare --study nowhere", "no study 'nowhere'", "`shufflenet runs`"),
+    failing("tune show nowhere", "no study 'nowhere'", "'models/nowhere'", "--param begins one"),
+    failing("tune stop nowhere", "no study 'nowhere'", "'models/nowhere'", "--param begins one"),
+    wrong("train --repeat 3 --resume 0123456789ab", "--resume means one run", "--job NAME"),
     # ------------------------------------------------------------ files of options
     wrong("train --config no.toml", "'no.toml'", "--config", "No such file"),
     wrong("train --config images", "'images'", "--config", "Is a directory"),
@@ -263,12 +350,16 @@ MISTAKES = [
     config("bach_size = 3", "'bach_size'", "did you mean batch_size?"),
     config("qqqq = 3", "'qqqq'", "without their hyphens"),
     config("[train]\nlr = 1", "train is", "at the top of the file"),
-    config("[batch_size]\nlr = 1", "batch_size is a table", "at the top of the file"),
-    config("lr = [{a = 1}]", "lr is", "list"),
+    config("[batch_size]\nlr = 1", "batch_size (={'lr': 1})", "a whole number"),
+    config("lr = [{a = 1}]", "lr (=[{'a': 1}])", "a number"),
     config("batch_size = 'many'", "'many'", "--batch-size", "valid integer"),
-    config("batch_size = 1.5", "'1.5'", "--batch-size", "valid integer"),
-    config("batch_size = true", "'true'", "--batch-size", "valid integer"),
-    config("lr = 1979-05-27", "lr is"),
+    config("batch_size = 1.5", "batch_size (=1.5)", "a whole number"),
+    config("batch_size = true", "batch_size (=true)", "a whole number"),
+    config("lr = 1979-05-27", "lr (=1979-05-27)", "a number"),
+    config("lr = " + "[" * 5000, "nested too deeply"),
+    config("#" * 70_000, "larger than 65536 bytes"),
+    config('{"run_name": "\\ud800"}', "run_name (='\\ud800')", "half a character", name="config.json"),
+    wrong("train --config pipe.jpg", "'pipe.jpg'", "no regular file", make=_fifo_picture),
     wrong("train --config pets.toml", "--momentum (=nan)", "from pets.toml", files={"pets.toml": "momentum = nan"}),
     wrong("train --config pets.toml", "--momentum (=2.0)", "is from pets.toml", files={"pets.toml": "momentum = 2"}),
     wrong("train", "'pets.toml'", "SHUFFLENET_CONFIG", variables={"SHUFFLENET_CONFIG": "pets.toml"}),
@@ -282,7 +373,7 @@ MISTAKES = [
         "from pets.toml",
         files={"pets.toml": "epochs = 2\ntotal_iters = 3"},
     ),
-    config("batch_size = [16]", "batch_size (=[16])", "a number"),
+    config("batch_size = [16]", "batch_size (=[16])", "a whole number"),
     config("save_dir = 7", "save_dir (=7)", "text"),
     config("compile = 1", "compile (=1)", "true or false"),
     config(r'train_dir = "a\u0000b"', "train_dir", r"'a\x00b'", "null"),
@@ -335,6 +426,16 @@ MISTAKES = [
     wrong(f"train --model shufflenet_oneshot --choices {'9,' * 20}", "choices: 9", "0, 1, 2"),
     wrong(f"train --model shufflenet_oneshot --scales {'1,' * 19}nan", "scales: nan", "0.2, 0.4"),
     wrong("train --model shufflenet_oneshot --scales 1", "scales", "there are 1, not 20"),
+    wrong(
+        "train --model shufflenet_oneshot_supernet --compile", "--compile", "shufflenet_oneshot_supernet", "leave it"
+    ),
+    wrong("train --search models --model shufflenet_v2_x0_5", "--search", "--model", "give one of them"),
+    wrong("train --search models --choices 1", "--search", "--choices", "give one of them"),
+    wrong("train --search models --scales 1", "--search", "--scales", "give one of them"),
+    failing("train --search models", "--search (=models)", "holds no network", "architecture.json"),
+    failing("train --search no", "--search (=no)", "the run of a search"),
+    wrong("search models", "holds shufflenet_v2_x0_5", "needs a supernet", "shufflenet_oneshot_supernet"),
+    wrong("search models --mutations 40", "--mutations (=40)", "--crossovers (=25)", "--population (=50)", "lower one"),
     wrong("train --pretrained", "shufflenet_v2_x0_5", "--init-from FILE", "torchvision/"),
     wrong("train --pretrained --init-from models", "--init-from", "--pretrained", "give one of them"),
     failing("train --init-from nowhere", "'nowhere'", "a checkpoint is"),
@@ -346,6 +447,18 @@ MISTAKES = [
         "`shufflenet data mean DIR --input-size 64`",
         make=_mean(np.linspace(0, 255, 768, dtype=np.float32).reshape(16, 16, 3)),
     ),
+    wrong("train {small} --freeze 4", "--freeze (=4)", "at most 3", "backbone"),
+    wrong("train {small} --warmup-epochs 3", "--warmup-epochs (=3.0)", "below the length of the run", "epochs"),
+    failing("train {small} --teacher no", "--teacher", "'no'", "does not exist"),
+    failing("train {small} --teacher strange.pth.tar", "--teacher", "strange.pth.tar", "name a", make=_weights),
+    wrong(
+        "train --train-dir other --val-dir other --batch-size 8 --teacher models",
+        "--teacher",
+        "blue",
+        "a, b, c",
+        "same classes",
+        make=_four_classes,
+    ),
     # ------------------------------------------------------------ train: images
     failing("train --train-dir no --val-dir no", "no' does not exist", "--train-dir", "one folder per class"),
     failing("train {small} --val-dir no", "no' does not exist", "--val-dir", "one folder per class"),
@@ -353,8 +466,42 @@ MISTAKES = [
     failing("train --train-dir loop --val-dir no", "loop'", "--train-dir", "cannot be read", make=_loop),
     failing("train --train-dir images/train/red/000.png --val-dir no", "000.png'", "--train-dir", "is a file"),
     failing("train --train-dir images/train/red --val-dir no", "red'", "--train-dir", "one folder per class"),
-    wrong("train --train-dir images/train", "--val-dir is missing", "give both folders"),
-    wrong("train --val-dir images/val", "--train-dir is missing", "give both folders"),
+    wrong("train --val-dir images/val", "--train-dir is missing", "neither folder"),
+    wrong("train --group-by x", "--group-by (=x)", "--train-dir, which is missing"),
+    wrong("train --train-dir images/train --group-by (", "--group-by (=()", "a regular expression"),
+    wrong("train {small} --val-fraction 0.1", "--val-dir (=images/val) and --val-fraction (=0.1)", "give one of them"),
+    failing("train --train-dir images", "/images' holds the folders 'train', 'val'", "/images/train'"),
+    failing("train --train-dir images/train --group-by xx", "--group-by (=xx)", "matches none", "'blue/000.png'"),
+    failing("train --train-dir images/train --group-by png", "36 images are in one group, 'png'", "another --group-by"),
+    failing("train --train-dir images/train --group-by '(red)'", "one group only of class 'red'", "another --group-by"),
+    failing("train --train-dir other", "one image only of class 'red'", "add images", make=_class_of_one),
+    failing("train --train-dir other --group-by '/([123])'", "/other'", "do not divide", "--seed", make=_entangled),
+    table("path;label\nimages/a.png;a", "no column 'path'", "'path;label'"),
+    table("path,label,path\n", "two columns 'path'"),
+    table("", "no column 'path' and no column 'label'", "empty"),
+    table("path,label\n", "no row"),
+    table("path,label\nx,y,a.png,a\n", "row 2", "4 cells", "quotes"),
+    table('path,label\n"a.png,a\n', "line 2", "end of data"),
+    table(b"path,label\nx.png,K\xe4tzchen\n", "line 2", "0xE4 is not UTF-8", "save the table"),
+    table("path,label,weight\nx.png,a,2\n", "'weight'", "not supported"),
+    table(f"path,label\n\n{PICTURE},\n", "row 3", "label is missing", "fill it in"),
+    table(f"path,label\n{PICTURE},NaN\n", "row 2", "'NaN'", "missing value"),
+    table("path,label\nno.png,a\nno2.png,a", "row 2", "'no.png' does not exist", "1 more file", "remove the row"),
+    table("path,label\na\\b.png,a", "row 2", r"'a\\b.png'", "separated by /"),
+    table("path,label\nimages,a", "row 2", "'images'", "not a file"),
+    table("path,label\n/etc/passwd,a", "row 2", "'/etc/passwd' is absolute"),
+    table("path,label\nimages/../../x.png,a", "row 2", "'images/../../x.png' leads out"),
+    table(f"path,label\n{PICTURE},a\n./{PICTURE},b", "row 3", "'b', and 'a' in row 2", "keep one"),
+    table(f"path,label,split\n{PICTURE},a,eval", "row 2", "'eval'", "train, val and test"),
+    table(f"path,label,split\n{PICTURE},a,train", "no row with split val, only with train"),
+    table("no Parquet", "not a Parquet file", name="pets.parquet"),
+    failing("train --train-dir no.csv", "no.csv' cannot be read: No such file", "--train-dir"),
+    failing("train --train-dir pipe.csv", "pipe.csv' is a pipe", make=_fifo_table),
+    failing("train --train-dir table.csv --group-by x", "table.csv' has a column 'group'", make=_table_of_groups),
+    failing(
+        "train --train-dir table.csv --val-fraction 0.5", "has a column 'split'", "leave out", make=_table_of_splits
+    ),
+    failing("train --train-dir table.csv", "no row with split val of class 'b'", make=_table_of_splits),
     failing(
         "train --train-dir other --val-dir images/val",
         "yellow",
@@ -376,6 +523,13 @@ MISTAKES = [
         "other/train/red",
         "--on-bad-image skip",
         make=_unreadable_file,
+    ),
+    failing(
+        "train {small} --train-dir other/train",
+        "is not a readable image",
+        "other/train/red",
+        "--on-bad-image skip",
+        make=_truncated_file,
         begins=True,
     ),
     failing(
@@ -387,7 +541,7 @@ MISTAKES = [
     ),
     failing(
         "train {small} --val-dir other/val --on-bad-image skip",
-        "none of the 15 files",
+        "no file in",
         "other/val'",
         make=_unreadable_validation,
         begins=True,
@@ -410,6 +564,15 @@ MISTAKES = [
         "train --resume models --train-dir other/train", "other/train'", "--train-dir", "--new-run", make=_other_images
     ),
     failing(
+        "train --resume models --val-dir other/val",
+        "other/val'",
+        "--val-dir",
+        "of another size in class",
+        "--new-run",
+        "--changed-data",
+        make=_other_images,
+    ),
+    failing(
         "train --resume models --train-dir other/train", "'violet'", "--val-dir", "other/train", make=_other_classes
     ),
     failing(
@@ -429,7 +592,7 @@ MISTAKES = [
     failing(
         "train --resume strange.pth.tar --new-run",
         "cannot be resumed from",
-        "weights only",
+        "--init-from starts with its weights",
         make=_saved(meter_state=[1.0]),
         begins=True,
     ),
@@ -453,13 +616,14 @@ MISTAKES = [
         "train --resume models --save-dir new",
         "{run}",
         "was deleted",
-        "`mlflow runs restore`",
+        "mlflow runs restore --run-id {run}`",
+        "--new-run",
         make=_sql("UPDATE runs SET lifecycle_stage = 'deleted'"),
-        begins=True,
     ),
     failing(
         "train {small} --job pets --tracking-uri http://127.0.0.1:9", "127.0.0.1:9", "'shufflenet'", "--resume none"
     ),
+    failing("train {small} --tracking-uri localhost:5000", "lacks its scheme", "write http://localhost:5000"),
     failing("train {small} --save-dir /proc/x", "'/proc/x'", "--save-dir"),
     failing("train {small} --save-dir /dev/null", "'/dev/null'", "--save-dir"),
     failing("train {small} --lr 1e20 --save-interval 1", "iteration", "learning rate of", "lower --lr", begins=True),
@@ -477,12 +641,22 @@ MISTAKES = [
         failing(f"train {{small}} --tracking-uri {uri}", uri, "is not an address", "http://HOST:5000")
         for uri in ("http://", "http://[::1", "http://127.0.0.1:99999", "sqlite://x")
     ),
+    failing("train {small} --tracking-uri ftp://127.0.0.1/x", "--tracking-uri", "ftp://127.0.0.1/x", "such as sqlite:"),
+    failing("train {small}", "MLFLOW_TRACKING_URI: ", "ftp://h/x", variables={"MLFLOW_TRACKING_URI": "ftp://h/x"}),
+    failing("runs --tracking-uri databricks-uc", "--tracking-uri", "databricks-uc", "write databricks"),
+    failing("""train {small} --tracking-uri "'http://127.0.0.1:9'" """, "quotes around it", "write http://127.0.0.1:9"),
+    failing("train {small} --tracking-uri 'http://127.0.0.1:9/#/models'", "write http://127.0.0.1:9"),
+    failing(
+        "train {small} --tracking-uri http://mlflow.example",
+        *("http_proxy=ftp://127.0.0.1", "such as http://HOST:3128", "set NO_PROXY=mlflow.example"),
+        variables={"HTTP_PROXY": "ftp://127.0.0.1", "http_proxy": "ftp://127.0.0.1", "NO_PROXY": "", "no_proxy": ""},
+    ),
     failing("train {small} --tracking-uri sqlite:///.", "sqlite:///.", "is a folder", "sqlite:///./mlflow.db"),
     failing("train {small} --tracking-uri sqlite:///no/x.db", "sqlite:///no/x.db", "create it first"),
     failing(
         "train {small} --tracking-uri postgresql://u:s3cret@127.0.0.1/x",
         "postgresql://127.0.0.1/x",
-        "No module named 'psycopg",
+        *("the Python package psycopg", "is missing; install it"),
     ),
     failing(
         "runs --tracking-uri sqlite:///text.db", "text.db", "not a database", files={"text.db": "no database" * 100}
@@ -545,7 +719,7 @@ MISTAKES = [
     failing("eval zip.pth.tar", "'zip.pth.tar'", "corrupt", files={"zip.pth.tar": b"PK\x03\x04 nothing behind"}),
     failing("eval strange.pth.tar", "'strange.pth.tar'", "is refused", "save it again", make=_hostile),
     failing("eval own/" + Path(CHECKPOINT).name, "own/", "its manifest says", make=_truncated),
-    failing("eval own", "'own'", "none of its 3 checkpoints verifies", make=_all_truncated),
+    failing("eval own", "'own'", "no checkpoint verifies (3 tried)", make=_all_truncated),
     failing("eval own/" + Path(CHECKPOINT).name, "own/", "SHA-256", make=_flipped),
     failing("eval own/" + Path(CHECKPOINT).name, "own/", "is corrupt: the CRC of", make=_flipped_without_a_record),
     failing("eval own/" + Path(CHECKPOINT).name, "own/", "is corrupt", make=_truncated_without_a_record),
@@ -565,6 +739,8 @@ MISTAKES = [
     failing("eval strange.pth.tar", "strange.pth.tar", "format 99", "upgrade", make=_saved(format_version=99)),
     failing("eval strange.pth.tar", "strange.pth.tar", "'config'", "is a str", make=_saved(config="x")),
     failing("eval strange.pth.tar", "strange.pth.tar", "'class_to_idx'", "'a'", make=_saved(class_to_idx={"a": "x"})),
+    failing("eval strange.pth.tar", "'class_to_idx'", "'b': 0", make=_saved(class_to_idx={"a": 0, "b": 0})),
+    failing("eval strange.pth.tar", "'class_to_idx'", "'d': -1", make=_saved(class_to_idx={"a": 0, "d": -1})),
     failing("eval strange.pth.tar", "strange.pth.tar", "'model'", make=_saved(model={"name": 3})),
     failing("eval strange.pth.tar", "strange.pth.tar", "'iters' is -3", make=_saved(iters=-3)),
     failing("eval strange.pth.tar", "strange.pth.tar", "'best'", make=_saved(best={"val_top1": 1})),
@@ -572,13 +748,19 @@ MISTAKES = [
         "eval strange.pth.tar",
         "strange.pth.tar",
         "'depth'",
-        make=_saved(model={"name": "detnas", "kwargs": {"depth": 3}}),
+        make=_saved(model={"name": "detnas_voc_fpn_300m", "kwargs": {"depth": 3}}),
     ),
     failing(
         "eval strange.pth.tar",
         "strange.pth.tar",
         "not lists",
-        make=_saved(model={"name": "detnas", "kwargs": {"choices": 3}}),
+        make=_saved(model={"name": "detnas_voc_fpn_300m", "kwargs": {"choices": 3}}),
+    ),
+    failing(
+        "eval strange.pth.tar",
+        "cannot be built",
+        "not 20, one per unit",
+        make=_saved(model={"name": "shufflenet_oneshot", "kwargs": {"choices": [9]}}),
     ),
     failing(
         "eval strange.pth.tar", "strange.pth.tar", "'nothing'", make=_saved(model={"name": "nothing", "kwargs": {}})
@@ -601,6 +783,7 @@ MISTAKES = [
     wrong("eval models --model shufflenet_v2_x1_0", "models/", "shufflenet_v2_x0_5", "leave --model out"),
     wrong("eval models --model shufflenet_v2_x1_0 --choices 0", "choices", "shufflenet_v2_x1_0", "shufflenet_oneshot"),
     wrong("eval models --scales 1", "--scales (=1)", "needs --model shufflenet_oneshot"),
+    wrong("eval models --split test", "--split test", "images/val'", "leave it out"),
     failing("eval models --val-dir no", "no'", "--val-dir", "does not exist"),
     failing("eval models --val-dir other/val", "'violet'", "--val-dir", "it lacks 'red'", make=_other_classes),
     failing(
@@ -612,7 +795,7 @@ MISTAKES = [
     ),
     failing(
         "eval models --val-dir other/val --on-bad-image skip",
-        "none of the 15 files",
+        "no file in",
         "other/val'",
         make=_unreadable_validation,
         begins=True,
@@ -636,6 +819,7 @@ MISTAKES = [
     wrong("predict models - -", "standard input (-)", "only once"),
     wrong("predict models images --json --format csv", "--json and --format csv", "exclude each other"),
     failing("predict models no.png", "'no.png'", "does not exist"),
+    failing("predict models pipe.jpg", "'pipe.jpg'", "pipe", "standard input", make=_fifo_picture),
     failing("predict models empty", "'empty'", "no images", make=_empty),
     # ------------------------------------------------------------ runs, compare
     failing("runs --filter bad", "'bad'", "'shufflenet'"),
@@ -645,6 +829,8 @@ MISTAKES = [
     failing("runs --experiment no", "'no'", "mlflow.db", "experiments: "),
     failing("runs show no", "'no'", "`shufflenet runs`"),
     failing(f"runs show {NOBODY}", NOBODY),
+    failing("runs mend no", "'no'", "`shufflenet runs`"),
+    failing(f"runs mend {NOBODY}", NOBODY),
     wrong("compare {run}", "{run}", "two runs or more", "`shufflenet runs`"),
     wrong("compare {run} {run}", "{run}", "given twice", "name another"),
     failing(f"compare {{run}} {NOBODY}", NOBODY),
@@ -687,9 +873,31 @@ MISTAKES = [
     failing("export models --output no/x.pt2", "'no/x.pt2'", "--output", "create it"),
     failing("export models --output images", "'images'", "--output names a file"),
     failing("export models --format mlflow --output images", "'images'", "exists already", "--output"),
+    wrong("export models --int8", "--int8 is for --format onnx and openvino, not pt2"),
+    wrong("export models --calibration-images 9", "--calibration-images", "--int8"),
+    failing("export models --format openvino --output a.onnx", "--output (=a.onnx)", ".xml"),
+    failing("data split images/train images/val", "'images/val'", "not empty", "name a new folder"),
+    failing("data split images/train images/train/new", "'images/train/new'", "among the classes", "outside"),
+    failing("data split images/train /proc/x", "cannot write '/proc/x'", "name another place"),
+    failing("data split table.csv new", "'a/b' cannot be the name of a folder", "--manifest", make=_table_of_slashes),
+    failing("data split table.csv new", "'.hidden/0.png' is no image", "rename it", make=_table_of_hidden_images),
+    failing("data split images/train table.csv --manifest", "'table.csv' exists", "new file", make=_table_of_slashes),
+    failing("data split images/train empty/x.csv --manifest", "'empty/x.csv'", "or above", "write it to", make=_empty),
+    failing("data split other x.csv --manifest", "not UTF-8", "rename it", make=_bytes_as_a_name),
+    wrong("data split images/train new --manifest", "--manifest", ".csv", "'new'"),
     # ------------------------------------------------------------ data
     failing("data digits images", "'images'", "not empty", "name a new folder"),
     failing("data digits /proc/x", "'/proc/x'", "cannot write", "name another folder"),
+    failing("data check no", "'no'", "is not a folder", "train and val"),
+    failing("data check models", "'models'", "holds no image", "cat/0001.jpg"),
+    failing(
+        "data check images --against nothing",
+        "'nothing'",
+        "neither a folder, a table nor a run ID",
+        "`shufflenet runs`",
+    ),
+    failing("data check images --against {run}@best", "@best'", "neither a folder, a table nor a run ID"),
+    failing("data check images --out no/page.html", "'no/page.html'", "cannot write", "--out names another file"),
     failing("data mean no", "no'", "does not exist", "one folder per class"),
     wrong("data mean images/train --output x.txt", "--output (=x.txt)", ".npy", ".xml"),
     failing("data mean images/train --output /proc/x.npy", "'/proc/x.npy'", "cannot write"),
@@ -735,6 +943,8 @@ MISTAKES = [
     wrong("bench --iterations 0", "--iterations (=0)", "at least 1"),
     failing("bench --train-dir no", "no'", "--train-dir", "does not exist"),
     wrong("bench --batch-size 0", "--batch-size (=0)", "at least 2"),
+    wrong("bench --deploy no.onnx", "--deploy (=no.onnx)", "exists", ".onnx"),
+    wrong("bench a.onnx", "--deploy, which is missing"),
     wrong("bench --device tpu", "--device (=tpu)", "auto, cpu, mps, cuda or cuda:N"),
     failing("bench --tracking-uri gopher://x", "gopher://x", "sqlite"),
     # ------------------------------------------------------------ processes of a distributed job
@@ -796,7 +1006,7 @@ def _running(database: Path) -> int:
 
 
 ALLOWED_BEFORE = ("Warning: ", "fetching ")
-PROGRESS = ("iteration ", "validation at iteration ")
+PROGRESS = ("computing with ", "what was trained until then is kept in ", "iteration ", "validation at iteration ")
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=str)
@@ -845,12 +1055,12 @@ def test_every_mistake_is_one_line(
 
 
 CALLS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
-    "no classes": (lambda: create_model("shufflenet_v2_x0_5", 0), ("num_classes (=0)", "at least 1")),
+    "no classes": (lambda: create_model("shufflenet_v2_x0_5", -1), ("num_classes (=-1)", "at least 1")),
     "classes in words": (lambda: create_model("shufflenet_v2_x0_5", "ten"), ("num_classes (='ten')", "whole number")),  # type: ignore[arg-type]
     "negative iterations": (lambda: save_checkpoint({"state_dict": {}}, -1), ("iters (=-1)", "not negative")),
     "a loss that is a tensor": (
-        lambda: save_checkpoint({"state_dict": {}, "loss": torch.tensor(0.5)}, 1),
-        ("loss is a Tensor", "loss.item()"),
+        lambda: save_checkpoint({"state_dict": {}, "loss": torch.ones(2)}, 1),
+        ("loss is a Tensor of shape (2,)", "give a number"),
     ),
     "a tag with a slash": (lambda: save_checkpoint({"state_dict": {}}, 1, tag="a/b"), ("tag 'a/b'", "letters, digits")),
     "no state dict": (lambda: save_checkpoint({"weights": {}}, 1), ("'state_dict'", "['weights']")),
@@ -859,7 +1069,7 @@ CALLS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
         ("path", "Path"),
     ),
     "a missing file": (lambda: read_checkpoint(Path("no.pth.tar")), ("'no.pth.tar'", "does not exist")),
-    "a long name": (lambda: read_checkpoint(Path("x" * 300)), ("xxx", "cannot open", "File name too long")),
+    "a long name": (lambda: read_checkpoint(Path("x" * 300)), ("xxx", "cannot read", "File name too long")),
     "a mode": (lambda: Preprocess("hsv", 32), ("'hsv'", "there is bgr255")),
     "a mean image for another mode": (
         lambda: Preprocess("bgr255", 32, np.zeros((32, 32, 3), np.float32)),
@@ -894,16 +1104,135 @@ def test_calls_that_no_command_makes(call: str, here: Path, recorder: Recorder) 
 
 
 ELSEWHERE: dict[str, str] = {
+    "study-without-runs": "test_tune.py::test_a_study_without_runs_is_named",
+    "init-from-qat": "test_qat.py::test_what_does_not_go_together",
+    "int8-missing": "test_qat.py::test_what_does_not_go_together",
+    "qat-and-amp": "test_option_rules.py::test_pairs_and_references",
+    "cmaes-asynchronous": "test_option_rules.py::test_pairs_and_references",
+    "qat-other-classes": "test_qat.py::test_what_does_not_go_together",
+    "quantization-unknown": "test_qat.py::test_what_does_not_go_together",
+    "exported-bin-broken": "test_exported.py::test_weights_that_are_not_whole",
+    **dict.fromkeys(
+        ("search-differs", "search-images-changed", "search-plan-unreadable", "search-record-damaged"),
+        "test_search.py::test_records_that_cannot_be_used",
+    ),
+    **dict.fromkeys(
+        ("search-record-differs", "search-record-unwritable", "search-supernet-differs"),
+        "test_search.py::test_records_that_cannot_be_used",
+    ),
+    **dict.fromkeys(("macs-limit-low", "search-empty"), "test_search.py::test_limits"),
+    **dict.fromkeys(
+        ("search-classes-differ", "search-without-config", "search-distributed"),
+        "test_search.py::test_supernets_of_no_use",
+    ),
+    **dict.fromkeys(
+        ("trust-differs", "trust-record-damaged", "trust-record-differs"),
+        "test_search_trust.py::test_comparisons_that_cannot_be_used",
+    ),
+    "latency-limit-low": "test_search_latency.py::test_limits_and_tables_that_cannot_be_used",
+    "latency-table-unusable": "test_search_latency.py::test_limits_and_tables_that_cannot_be_used",
+    "trust-too-few": "test_search_trust.py::test_networks_to_compare",
+    "trust-epochs-alone": "test_option_rules.py::test_pairs_and_references",
+    "search-no-images": "test_search.py::test_images_that_cannot_be_read",
+    "search-pixels-unwritable": "test_search.py::test_no_room_for_pixels",
+    **dict.fromkeys(("search-worker-died", "search-worker-failed"), "test_search.py::test_workers_that_fail"),
+    "too-few-to-hold-out": "test_supernet.py::test_too_few_images_to_hold_out",
+    "exported-bin-missing": "test_exported.py::test_files_that_are_not_ours",
+    "study-record-damaged": "test_long_tune.py::test_a_record_that_is_damaged",
+    "trial-deleted": "test_long_tune.py::test_images_that_lie_elsewhere_and_runs_that_are_gone",
+    "trial-not-resumable": "test_long_tune.py::test_images_that_lie_elsewhere_and_runs_that_are_gone",
+    "param-fixed": "test_tune.py::test_specs_that_cannot_work",
+    "param-word": "test_tune.py::test_specs_that_cannot_work",
+    "param-choices": "test_tune.py::test_specs_that_cannot_work",
+    "param-range": "test_tune.py::test_specs_that_cannot_work",
+    "param-whole": "test_tune.py::test_specs_that_cannot_work",
+    "param-ends": "test_tune.py::test_specs_that_cannot_work",
+    "study-too-short": "test_tune.py::test_rungs",
+    "not-better": "test_better.py::test_the_gate",
+    "study-patience": "test_tune.py::test_patience_does_not_go_with_a_study",
+    "study-plan-invalid": "test_tune.py::test_plans_survive_json",
+    "study-all-failed": "test_tune.py::test_a_study_none_of_whose_trials_can_be_trained",
+    "study-differs": "test_tune.py::test_a_small_study",
+    "trial-beyond-rung": "nobody: needs an MLflow store that has lost points of a run",
+    "study-params-invalid": "nobody: needs a tag of a trial's run that someone has edited",
+    "parent-not-created": "test_long_tune.py::test_a_study_without_a_server",
+    "tune-package-missing": "nobody: needs an installation without the extra `tune`",
+    "cmaes-package-missing": "nobody: needs an installation without the extra `tune`",
+    "directory-nul": "test_save_checkpoint.py::test_arguments_of_no_use_are_named",
+    "directory-type": "test_save_checkpoint.py::test_arguments_of_no_use_are_named",
+    "epoch-negative": "test_save_checkpoint.py::test_arguments_of_no_use_are_named",
+    "metrics-not-dict": "test_save_checkpoint.py::test_arguments_of_no_use_are_named",
+    "reference-nul": "test_save_checkpoint.py::test_references_of_no_use_are_named",
+    "reference-type": "test_save_checkpoint.py::test_references_of_no_use_are_named",
+    "run-id-type": "test_save_checkpoint.py::test_arguments_of_no_use_are_named",
+    "state-too-deep": "test_save_checkpoint.py::test_states_of_no_use_are_named",
+    "top-invalid": "test_library.py::test_labels_per_image_are_a_whole_number",
+    "value-too-large": "test_save_checkpoint.py::test_arguments_of_no_use_are_named",
+    "every-n-steps": "test_long_frameworks.py::test_lightning_refuses_what_it_could_not_load",
+    "module-name-taken": "test_long_frameworks.py::test_lightning_refuses_what_it_could_not_load",
+    "not-of-trainer": "test_long_frameworks.py::test_hugging_face_unpacks_into_its_folder_only",
+    "processes-with-own-runs": "test_long_frameworks.py::test_lightning_in_two_processes",
+    "trainer-weights-divided": "nobody: needs several GPUs",
+    "weights-divided": "nobody: needs several GPUs",
+    "weights-in-parts": "test_long_frameworks.py::test_hugging_face_packs_one_file_of_weights",
     "amp-fp16-on-mps": "nobody: needs an Apple GPU",
+    "artifact-not-arrived": "test_long_answers.py::test_an_upload_that_a_portal_takes",
+    "artifact-address": "test_trust.py::test_artifacts_elsewhere_are_refused",
+    "artifact-folder": "test_trust.py::test_no_command_follows_a_run_into_a_local_folder",
+    "artifact-outside": "test_trust.py::test_a_manifest_leads_elsewhere",
+    "artifact-server-unknown": "test_trust.py::test_no_command_follows_a_run_to_a_strange_server",
+    "journal-not-ours": "test_strange_folders.py::test_a_journal_of_rubbish",
     "checkpoint-being-written": "test_read_once.py::test_a_file_that_is_written_to_while_it_is_read",
     "checkpoint-not-in-run": "test_export.py::test_promoting",
     "checkpoint-not-sendable": "test_delivery.py::test_a_file_that_was_damaged_while_it_waited_is_refused",
     "checkpoint-unwritable": "test_cli.py::test_a_full_disk_is_one_line",
+    "option-not-of-trainer": "test_trainer.py::test_mistakes_are_named",
+    "option-of-optimizer": "test_trainer.py::test_mistakes_are_named",
+    "training-without-classifier": "test_trainer.py::test_mistakes_are_named",
+    "num-classes-missing": "test_trainer.py::test_mistakes_are_named",
+    "dataset-not-indexed": "test_trainer.py::test_mistakes_are_named",
+    "dataset-empty": "test_trainer.py::test_mistakes_are_named",
+    "balance-without-labels": "test_trainer.py::test_mistakes_are_named",
+    "callbacks-not-list": "test_trainer.py::test_mistakes_are_named",
+    "callback-is-class": "test_trainer.py::test_mistakes_are_named",
+    "callback-hears-nothing": "test_trainer.py::test_mistakes_are_named",
+    "trainer-in-processes": "test_trainer.py::test_mistakes_in_a_job_and_in_items",
+    "dataset-item-invalid": "test_trainer.py::test_mistakes_in_a_job_and_in_items",
+    "dataset-size-changed": "test_trainer.py::test_an_error_of_a_callback_ends_the_training_which_resumes_bit_for_bit",
+    "option-unknown": "test_library.py::test_wrong_options_are_named_before_anything_is_done",
+    "config-not-config": "test_library.py::test_wrong_options_are_named_before_anything_is_done",
+    "input-unreadable": "test_library.py::test_odd_images_are_named",
+    "no-classifier": "test_features.py::test_a_checkpoint_without_a_classifier_is_refused_in_one_line",
+    "check-folder-unreadable": "nobody: needs a folder that may not be read, and tests may run as root",
     "class-link-broken": "test_data.py::test_a_class_may_be_a_link_but_not_one_that_leads_nowhere",
     "compile-failed": "test_resume.py::test_a_network_that_cannot_be_compiled",
     "compile-unavailable": "test_resume.py::test_a_network_that_cannot_be_compiled",
     "device-unknown": "nobody: config's rule goes before; for callers of the library",
     "export-failed": "test_export.py::test_output_that_cannot_be_written",
+    "calibration-dir-missing": "test_int8.py::test_calibration_images_that_are_not_there",
+    "calibration-no-image": "test_int8.py::test_calibration_images_that_are_not_there",
+    "bench-json-invalid": "test_deploy.py::test_figures_that_are_none",
+    "bench-json-unreadable": "test_deploy.py::test_figures_that_are_none",
+    "bench-script-unwritable": "test_deploy.py::test_the_script_cannot_be_written",
+    "checkpoint-not-evaluated": "test_exported.py::test_the_way_of_a_file",
+    "compare-mixed": "test_exported.py::test_what_a_file_does_not_take",
+    "deploy-bench-failed": "test_deploy.py::test_a_file_that_no_runtime_takes",
+    "export-not-evaluated": "test_exported.py::test_the_way_of_a_file",
+    "export-of-export": "test_exported.py::test_what_a_file_does_not_take",
+    "export-without-run": "test_exported.py::test_what_a_file_does_not_take",
+    "exported-changed": "test_exported.py::test_a_changed_weight_is_refused",
+    "exported-device": "test_exported.py::test_what_a_file_does_not_take",
+    "exported-fixed": "test_exported.py::test_what_a_file_does_not_take",
+    "exported-settings-changed": "test_exported.py::test_files_that_are_not_ours",
+    "exported-settings-invalid": "test_exported.py::test_files_that_are_not_ours",
+    "exported-unreadable": "test_exported.py::test_files_that_are_not_ours",
+    "exported-without-settings": "test_exported.py::test_files_that_are_not_ours",
+    "out-with-exports": "test_exported.py::test_what_a_file_does_not_take",
+    "promote-export-without-run": "test_exported.py::test_what_a_file_does_not_take",
+    "promote-format": "test_exported.py::test_a_pt2_is_not_promoted",
+    "export-int8-differs": "test_int8.py::test_quantised_programs_that_are_broken",
+    "export-int8-failed": "test_int8.py::test_what_cannot_be_quantised",
+    "export-int8-broken": "test_int8.py::test_quantised_programs_that_are_broken",
     "export-logits-differ": "test_export.py::test_a_program_that_differs_is_no_export",
     "export-package-missing": "test_export.py::test_a_missing_package_is_named",
     "export-shape-differs": "test_export.py::test_a_program_that_differs_is_no_export",
@@ -911,48 +1240,105 @@ ELSEWHERE: dict[str, str] = {
     "folder-unreadable": "test_checkpoint.py::test_a_folder_that_cannot_be_read",
     "image-subfolder-unreadable": "nobody: needs a folder below that may not be read, and tests may run as root",
     "init-from-and-pretrained": "nobody: config's rule goes before; for callers of the library",
+    "journal-entry-types": "test_trust.py::test_a_journal_of_junk",
     "journal-entry-unknown": "nobody: needs a journal that another version wrote",
     "journal-entry-without-run": "nobody: needs a journal that this package did not write",
+    "journal-file-missing": "test_trust.py::test_a_journal_of_junk",
+    "journal-file-name": "test_trust.py::test_a_journal_of_junk",
+    "journal-file-unreadable": "test_durable.py::test_a_link_among_the_files",
     "journal-format": "test_journal.py::test_a_journal_of_a_later_version",
+    "journal-logged": "test_trust.py::test_a_journal_of_junk",
+    "journal-record": "test_trust.py::test_a_journal_of_junk",
+    "journal-run-status": "test_trust.py::test_a_journal_of_junk",
+    "journal-status": "test_trust.py::test_a_journal_of_junk",
+    "journal-store-unknown": "test_trust.py::test_a_folder_names_a_strange_server",
     "journal-unreadable": "nobody: needs a file that may not be read, and tests may run as root",
     "locked-by-other-process": "test_journal.py::test_one_process_at_a_time",
     "locked-by-this-process": "test_journal.py::test_one_process_at_a_time",
+    "logged-param-changed": "test_durable.py::test_contradictions_in_one_journal",
+    "logged-model-not-arrived": "test_long_answers.py::test_a_logged_model_whose_files_a_portal_takes",
     "logged-model-refused": "test_export.py::test_models_that_cannot_be_created_do_not_block_delivery",
-    "logged-model-run-deleted": "test_export.py::test_models_of_a_deleted_run_wait",
+    "manifest-not-downloaded": "test_unreadable.py::test_no_room_for_a_manifest",
     "manifest-unwritable": "test_saving.py::test_marking_the_best_fails",
+    "teacher-changed": "test_training_options.py::test_a_teacher_resumes",
     "mean-image-changed": "test_families.py::test_the_mean_image_travels_in_the_checkpoint",
     "mean-image-unreadable": "nobody: needs a file that may not be read, and tests may run as root",
     "model-arguments-differ": "test_loading.py::test_a_file_that_names_its_network_is_believed",
     "model-does-not-fit": "test_loading.py::test_a_file_that_names_no_network_needs_one",
+    "newest-not-downloaded": "test_unreadable.py::test_a_503_for_the_newest_artifact_only",
     "none-verifies-in-run": "test_resolve.py::test_a_corrupt_artifact_is_passed_over_and_the_cache_stays_clean",
     "one-device-many-processes": "nobody: needs several processes with CUDA",
     "out-of-memory": "test_train_failures.py::test_memory_that_runs_out_is_one_line",
+    "path-not-unicode": "test_odd_folders.py::test_a_folder_that_is_not_unicode",
     "peer-diverged": "nobody: said by the first process of the job alone",
     "peer-failed": "nobody: said by the first process of the job alone",
     "peers-images-differ": "test_long_distributed.py::test_processes_with_other_options_end_with_one_line",
     "peers-options-differ": "test_long_distributed.py::test_processes_with_other_options_end_with_one_line",
     "process-lost": "test_distributed.py::test_pytorchs_error_for_a_lost_process",
     "promote-other-file": "test_export.py::test_a_file_of_another_run",
+    "table-column-type": "test_table.py::test_wrong_parquet_files",
+    "table-too-large": "test_table.py::test_tables_of_absurd_size",
+    "table-too-many-rows": "test_table.py::test_tables_of_absurd_size",
     "published-weights-cache": "test_torchvision.py::test_a_damaged_cache_is_named",
     "published-weights-damaged": "test_torchvision.py::test_a_damaged_cache_is_named",
     "published-weights-empty": "test_torchvision.py::test_a_cache_without_weights_is_named",
     "published-weights-not-fetched": "test_torchvision.py::test_a_failed_download_is_one_line",
     "read-back-differs": "nobody: the disk returns other bytes than it was given",
+    "refused-not-taken": "test_exchanges.py::test_refused_entries_stay_if_the_journal_cannot_be_written",
     "refused-entry-not-kept": "nobody: the disk fills up at that very moment",
     "registered-model-no-checkpoint": "test_resolve.py::test_registered_models",
     "rendezvous-timed-out": "test_distributed.py::test_a_signal_ends_the_wait_for_the_others",
+    "run-not-created": "test_exchanges.py::test_a_creation_is_never_dropped",
     "run-config-invalid": "nobody: the run's configuration is written by this package",
+    "run-has-writer": "test_writer.py::test_a_fresh_writer_elsewhere_is_respected",
     "run-id-ambiguous": "test_ids.py::test_prefixes_of_no_run_or_several",
+    "run-id-invalid": "test_trust.py::test_a_run_id_stays_below_its_folder",
     "run-id-unknown": "test_ids.py::test_prefixes_of_no_run_or_several",
-    "save-dir-of-other-run": "test_launchers.py::test_a_run_without_a_checkpoint_restarts_by_its_id",
-    "save-not-delivered": "test_delivery.py::test_save_checkpoint_notes_what_it_could_not_bring",
+    "run-images-unknown": "test_data_check.py::test_a_run_that_does_not_say_what_it_was_trained_on",
+    "run-resumed-meanwhile": "test_writer.py::test_a_silent_writer_elsewhere_is_watched_before_its_run_is_mended",
+    "run-still-trained": "test_writer.py::test_a_run_whose_writer_is_gone_is_mended",
+    "run-taken-over": "test_writer.py::test_the_loser_sends_nothing_more_and_can_go_on_as_its_own_run",
     "run-without-checkpoint": "test_resolve.py::test_a_missing_checkpoint_lists_what_exists",
-    "save-not-journaled": "test_delivery.py::test_save_checkpoint_notes_what_it_could_not_bring",
+    "run-without-writer": "test_writer.py::test_a_silent_writer_elsewhere_is_watched_before_its_run_is_mended",
+    "save-dir-of-other-run": "test_launchers.py::test_a_run_without_a_checkpoint_restarts_by_its_id",
+    "checkpoint-of-other-run": "test_save_checkpoint.py::test_no_file_of_another_run_is_overwritten",
+    "monitor-mode": "test_save_checkpoint.py::test_a_metric_that_is_not_there",
+    "monitor-not-metric": "test_save_checkpoint.py::test_a_metric_that_is_not_there",
+    "save-not-delivered": "test_save_checkpoint.py::test_a_run_that_does_not_exist",
+    "save-not-journaled": "test_delivery.py::test_save_checkpoint_where_the_journal_cannot_be_read",
+    "save-not-noted": "nobody: needs a full disk while the checkpoint itself can be written",
+    "save-refused": "test_save_checkpoint.py::test_a_metric_that_mlflow_refuses",
+    "state-is-module": "test_save_checkpoint.py::test_a_state_that_is_no_dict",
     "sync-interrupted": "test_delivery.py::test_a_run_started_offline",
     "upload-not-listed": "test_delivery.py::test_elsewhere_the_size_is_confirmed",
     "upload-sha256-differs": "test_delivery.py::test_a_damaged_upload_is_not_committed",
     "upload-size-differs": "test_delivery.py::test_elsewhere_the_size_is_confirmed",
     "worker-died": "test_train_failures.py::test_a_dead_worker_is_an_error_and_loses_nothing",
+    "workers-not-started": "nobody: needs a limit on processes, which does not hold for root",
+    "classes-beyond-network": "test_own_networks.py::test_states_that_are_refused",
+    "classes-not-all": "test_own_networks.py::test_states_that_are_refused",
+    "classes-twice": "test_own_networks.py::test_states_that_are_refused",
+    "classes-type": "test_own_networks.py::test_states_that_are_refused",
+    "model-arguments-not-plain": "test_registered.py::test_arguments_must_be_plain",
+    "model-not-registered": "test_registered.py::test_training_resuming_and_evaluating",
+    "model-registered-twice": "test_registered.py::test_names_that_are_taken",
+    "network-not-known": "test_own_networks.py::test_commands_say_that_they_need_a_network",
+    "preprocess-invalid": "test_own_networks.py::test_inputs_that_are_refused",
+    "preprocess-key-unknown": "test_own_networks.py::test_inputs_that_are_refused",
+    "preprocess-type": "test_own_networks.py::test_inputs_that_are_refused",
+    "registered-arguments": "test_registered.py::test_packages_that_are_wrong",
+    "registered-fails": "test_registered.py::test_packages_that_are_wrong",
+    "registered-no-function": "test_registered.py::test_packages_that_are_wrong",
+    "registered-outputs": "test_registered.py::test_networks_that_cannot_be_trained",
+    "registered-preprocess": "test_registered.py::test_packages_that_are_wrong",
+    "registered-returns": "test_registered.py::test_packages_that_are_wrong",
+    "registered-without-head": "test_registered.py::test_packages_that_are_wrong",
+    "registered-without-weights": "test_registered.py::test_options_that_it_cannot_take",
+    "stages-unknown": "test_registered.py::test_options_that_it_cannot_take",
+    "state-model-differs": "test_own_networks.py::test_states_that_are_refused",
+    "state-model-invalid": "test_own_networks.py::test_states_that_are_refused",
+    "state-not-dict": "test_save_checkpoint.py::test_a_state_that_is_no_dict",
+    "two-networks-saved": "test_own_networks.py::test_two_networks_are_refused",
     "zip-member-invalid": "test_checkpoint.py::test_no_single_bit_of_the_directory_changes_a_tensor",
 }
 """Code -> the test that provokes it, or why nobody can, in a test."""

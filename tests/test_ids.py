@@ -28,7 +28,8 @@ def three_runs(client: MlflowClient, workplace: Path) -> None:
     for number, run_id in enumerate((FIRST, SECOND, OTHER)):
         drawn = client.create_run(experiment, run_name=f"run {number}").info.run_id
         with closing(sqlite3.connect(workplace / "mlflow.db")) as store, store:
-            store.execute("UPDATE runs SET run_uuid = ? WHERE run_uuid = ?", (run_id, drawn))
+            change = "UPDATE runs SET run_uuid = ?, artifact_uri = replace(artifact_uri, ?, ?) WHERE run_uuid = ?"
+            store.execute(change, (run_id, drawn, run_id, drawn))
             store.execute("UPDATE tags SET run_uuid = ? WHERE run_uuid = ?", (run_id, drawn))
         save_checkpoint({"state_dict": {}}, number + 1, directory=workplace / "models" / run_id, run_id=run_id)
 
@@ -76,6 +77,7 @@ def test_a_missing_folder_may_look_like_an_id(workplace: Path, monkeypatch: pyte
         complete("20261125", "http://127.0.0.1:9")
 
 
+@pytest.mark.long
 def test_commands_take_it(
     small_train: Callable[..., dict[str, Any]], shufflenet: Invoke, client: MlflowClient, workplace: Path
 ) -> None:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("matplotlib", "mlflow", "onnx", "scipy", "sklearn", "torch", "torch._dynamo", "torchvision")
+from tests.support.command_line import small_options
+from tests.support.effort import only_in_full_run
+
+PACKAGES = ("bokeh", "matplotlib", "mlflow", "onnx", "scipy", "sklearn", "torch", "torch._dynamo", "torchvision")
 
 
 def imported(code: str, folder: Path) -> set[str]:
@@ -62,6 +65,15 @@ else:
 """
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.long)])
+def test_a_training_does_not_import_the_compiler(optimizer: str, images: Path, tmp_path: Path) -> None:
+    words = [str(word) for word in (*small_options(images), "--optimizer", optimizer)]
+    words = ["train", *words, "--no-log-models"]
+    code = f"import shufflenet_mlflow.cli as cli\ncli.main({words!r}, standalone_mode=False)"
+    assert "torch._dynamo" not in imported(code, tmp_path)
+
+
+@only_in_full_run
 @pytest.mark.long
 def test_imports_before_the_first_image(images: Path, tmp_path: Path) -> None:
     """torchvision serves the crops of `release`; MLflow brings scipy and scikit-learn where it finds them."""
@@ -69,7 +81,7 @@ def test_imports_before_the_first_image(images: Path, tmp_path: Path) -> None:
     options = ["--batch-size", "8", "--save-dir", str(tmp_path / "saved"), "--workers", "0", "--augment", "shift"]
     words = ["train", *folders, *options, "--no-system-metrics"]
     brought = {"torch", "mlflow", "scipy", "sklearn"}
-    assert imported(FIRST_IMAGE.format(words=words), tmp_path) <= {*brought, "torch._dynamo"}  # by PyTorch's optimisers
+    assert imported(FIRST_IMAGE.format(words=words), tmp_path) <= brought
     saved = (
         "from shufflenet_mlflow import create_model, save_checkpoint\n"
         "save_checkpoint({'state_dict': create_model('shufflenet_v2_x0_5', 3).state_dict()}, 1, directory='weights')"

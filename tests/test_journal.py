@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import random
 import resource
@@ -15,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from shufflenet_mlflow.errors import BusyError, JournalError
-from shufflenet_mlflow.tracking.journal import DAMAGED_NAME, JOURNAL_NAME, Journal, new_provisional_id, read_pending
+from shufflenet_mlflow.tracking.journal import DAMAGED_NAME, Journal
+from shufflenet_mlflow.tracking.journal_file import JOURNAL_NAME, new_provisional_id, read_pending
 
 RUN = "r" * 32
 
@@ -79,7 +79,6 @@ def test_the_next_process_goes_on(journal: Journal, reopen: Callable[[Journal], 
 def test_a_truncated_last_line_is_not_damage(
     journal: Journal, reopen: Callable[[Journal], Journal], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("shufflenet_mlflow").propagate = True
     fill(journal, 1, 2)
     with open(tmp_path / JOURNAL_NAME, "ab") as file:
         file.write(b'1234abcd {"seq":3,"ru')
@@ -93,13 +92,12 @@ def test_a_truncated_last_line_is_not_damage(
 def test_damage_is_named_and_set_aside(
     journal: Journal, reopen: Callable[[Journal], Journal], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("shufflenet_mlflow").propagate = True
     fill(journal, 1, 2, 3)
     data = (tmp_path / JOURNAL_NAME).read_bytes()
     (tmp_path / JOURNAL_NAME).write_bytes(data.replace(b'"n":2', b'"n":7'))
     reopened = reopen(journal)
     assert numbers(reopened) == [1, 3]
-    assert "1 lines were damaged and 1 entries are missing" in caplog.text
+    assert "1 line damaged, 1 entry missing" in caplog.text
     assert b'"n":7' in (tmp_path / DAMAGED_NAME).read_bytes()
     assert reopened.was_damaged
     caplog.clear()
@@ -213,7 +211,7 @@ def test_a_full_disk_at_the_start_of_a_run(journal: Journal, tmp_path: Path) -> 
 
 def test_a_journal_of_a_later_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("shufflenet_mlflow.tracking.journal.JOURNAL_VERSION", 2)
+        patch.setattr("shufflenet_mlflow.tracking.journal_file.JOURNAL_VERSION", 2)
         Journal(tmp_path).close()
     before = (tmp_path / JOURNAL_NAME).read_bytes()
     for read in (Journal, read_pending, Journal):

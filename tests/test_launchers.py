@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from mlflow import MlflowClient
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
+from shufflenet_mlflow.config import DEFAULT_EXPERIMENT
 from shufflenet_mlflow.errors import ConfigError, ResumeError, TrackingError, UnresolvedError
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.launchers import attempt, launch_name
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested
 from shufflenet_mlflow.workflows.sync import run_sync
 from shufflenet_mlflow.workflows.train import run_training
-from shufflenet_mlflow.workflows.training import run as opening
+from shufflenet_mlflow.workflows.training import opening
 from shufflenet_mlflow.workflows.training.attempts import Attempt
 from shufflenet_mlflow.workflows.training.config import choose
 from shufflenet_mlflow.workflows.training.request import TrainRequest
@@ -85,6 +87,7 @@ def test_a_job_that_began_with_other_options_is_another_run(images: Path, client
     assert len(runs_of(client)) == 2
 
 
+@pytest.mark.long
 def test_a_run_without_a_checkpoint_restarts_by_its_id(images: Path, client: MlflowClient, uninterrupted: Any) -> None:
     """The ID is enough: options, classes and images come from the run."""
     with pytest.raises(Death):
@@ -122,7 +125,7 @@ def test_another_micro_batch_size_is_not_called_rounding(images: Path) -> None:
     path.with_name(path.name + ".json").unlink()
     reporter = Reporter()
     run(images, "--save-dir", "models", reporter=reporter)
-    expected = "divided into 1 micro-batches, and were into 4: batch normalisation sees different images together"
+    expected = "divided into 1 micro-batch, and were into 4: batch normalisation sees different images together"
     assert any(expected in warning for warning in reporter.warnings)
 
 
@@ -310,6 +313,27 @@ def test_a_container_that_is_started_again_continues_the_run_it_was_given(
     assert_same_end(client, resumed, uninterrupted)
 
 
+def test_the_same_where_mlflow_was_told_no_experiment(
+    images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, uninterrupted: Any
+) -> None:
+    """Then the run is in `shufflenet`, and the one in `Default` that MLflow made leads to it."""
+    made = client.create_run("0").info.run_id
+    for iteration in (3, 7, None):
+        monkeypatch.setenv("MLFLOW_RUN_ID", made)
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")
+        if iteration is not None:
+            with pytest.raises(Death):
+                run(images, reporter=die_at(iteration))
+            move_away("models")
+    resumed = run(images)
+    [found] = client.search_runs([client.get_experiment_by_name("shufflenet").experiment_id])
+    assert found.info.run_id == resumed.run_id
+    assert found.data.tags["resumed.from_iters"] == "5"
+    ended = client.get_run(made)
+    assert (ended.info.status, ended.data.tags["continues.run"]) == ("FINISHED", resumed.run_id)
+    assert_same_end(client, resumed, uninterrupted)
+
+
 # --- Slurm ----------------------------------------------------------------------------------------------------------
 
 
@@ -416,8 +440,8 @@ def test_a_signal_while_the_run_is_made_leaves_it_killed(
     """The run exists by then, so its status has to be set."""
     make_run = opening.make_run
 
-    def interrupted(*arguments: Any) -> Any:
-        run_id = make_run(*arguments)
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        run_id = make_run(*arguments, **named)
         signal.raise_signal(signal.SIGTERM)
         return run_id
 
@@ -426,3 +450,15 @@ def test_a_signal_while_the_run_is_made_leaves_it_killed(
         summary = run(images, "--save-dir", "m", stop=stop)
     assert (summary.result.iters, summary.result.stopped_by) == (0, signal.SIGTERM)
     assert client.get_run(summary.run_id).info.status == "KILLED"
+
+
+def test_an_empty_variable_is_none(
+    small_train: Callable[..., dict[str, Any]], client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Job scripts and CI systems set variables that have no value."""
+    names = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_HTTP_REQUEST_TIMEOUT")
+    for name in (*names, "RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_WORLD_SIZE", "SHUFFLENET_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+    run_id = small_train("--total-iters", 1)["run_id"]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert client.get_experiment(client.get_run(run_id).info.experiment_id).name == DEFAULT_EXPERIMENT

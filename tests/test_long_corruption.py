@@ -20,12 +20,13 @@ from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.tracking.commit import Checkpoint
-from shufflenet_mlflow.tracking.delivery import deliver_now
-from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, Journal, read_pending
+from shufflenet_mlflow.tracking.journal import Journal
+from shufflenet_mlflow.tracking.journal_file import JOURNAL_NAME, read_pending
 from shufflenet_mlflow.tracking.kinds import TRACKING_KINDS
 from shufflenet_mlflow.tracking.messages import MetricPoints, to_body
 from shufflenet_mlflow.tracking.resolve import resolve
-from tests.support.effort import repetitions
+from tests.support.delivering import deliver_now
+from tests.support.effort import only_in_full_run, repetitions
 from tests.support.payloads import assert_equal_payloads
 from tests.support.training import run
 
@@ -79,6 +80,7 @@ def test_checkpoints(with_record: bool, checkpoint: Path) -> None:
     assert fell_back > TRIALS / 100
 
 
+@only_in_full_run
 def test_manifests(checkpoint: Path) -> None:
     """Neither figures nor digest of an altered manifest are used."""
     path, manifest = manifest_path(checkpoint), read_manifest(checkpoint)

@@ -1,7 +1,7 @@
 """Guarantee 1: a process killed at any instant loses nothing that was saved, and the next one repairs what it left.
 
 Real SIGKILLs at every step of save, upload, commit, prune, sync and resume, and at random instants: 300 in the full
-run, 96 in CI. Each run is killed and resumed a dozen times, so that what one crash left meets the next.
+run, 72 in CI. Each run is killed and resumed a dozen times, so that what one crash left meets the next.
 """
 
 import itertools
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from shufflenet_mlflow.checkpoints.folders import list_checkpoints
+from shufflenet_mlflow.checkpoints.manifest import manifest_path
 from tests.support.crash_points import CRASH_POINTS, kill_at
 from tests.support.crash_trials import TrialRun, create_trial_run, store_unreachable
 from tests.support.effort import repetitions
@@ -19,7 +21,7 @@ from tests.support.forked import Report, fork
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
 
-RUNS = repetitions(full=25, ci=8)
+RUNS = repetitions(full=25, ci=6)
 KILLS_PER_RUN = 12
 
 kills_by_point: Counter[str] = Counter()
@@ -80,6 +82,33 @@ def test_kills_lose_nothing(seed: int, workplace: Path) -> None:
         assert trial < (seed + 6) * KILLS_PER_RUN, "hardly any process is killed"
     fork(lambda report: run.train(report, 1)).expect_success()
     fork(lambda _report: run.check_after_exit()).expect_success()
+
+
+def rewind(run: TrialRun) -> None:
+    """Delete the newest checkpoint from the disk, so that the run trains the iteration again, with other bytes."""
+    newest = list_checkpoints(run.directory)[0]
+    newest.unlink()
+    manifest_path(newest).unlink()
+
+
+def test_an_iteration_that_is_repeated_leaves_what_the_tags_name(workplace: Path) -> None:
+    run = create_trial_run(workplace)
+    fork(lambda report: run.train(report, 3)).expect_success()
+    kills = 0
+    for point, after in itertools.product(CRASH_POINTS, (False, True)):
+        rewind(run)
+
+        def work(report: Report, point: str = point, after: bool = after) -> None:
+            kill_at(point, 1, after=after)
+            run.train(report, 1)
+
+        status, lines = fork(work).wait()
+        assert status in (0, signal.SIGKILL), f"{point}: " + "\n".join(lines)
+        kills += status == signal.SIGKILL
+        check_after_kill(run, 1)
+        fork(lambda report: run.train(report, 1)).expect_success()  # delivers what is pending
+        fork(lambda _report: run.check_after_exit()).expect_success()
+    assert kills > len(CRASH_POINTS)
 
 
 def test_every_crash_point_killed_a_process() -> None:

@@ -13,7 +13,9 @@ from mlflow import MlflowClient
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.runtime.signals import ECHO_SECONDS
+from shufflenet_mlflow.tracking.journal_file import read_pending
 from tests.support.command_line import small_options
+from tests.support.effort import cases, only_in_full_run
 from tests.support.metrics import steps, values
 from tests.support.mlflow_server import Server
 from tests.support.network import free_port
@@ -57,7 +59,7 @@ def assert_close(found: dict[str, list[float]], expected: dict[str, list[float]]
         assert found[name] == pytest.approx(curve, rel=1e-3, abs=1e-4), name
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", cases([0, 1], ci=1))
 def test_a_lost_process_is_started_again_and_the_run_goes_on(
     victim: int, images: Path, client: MlflowClient, tmp_path: Path, alone: dict[str, list[float]]
 ) -> None:
@@ -169,6 +171,7 @@ def test_two_machines_that_share_nothing(
     assert not list((tmp_path / "after-1").rglob("*.pth.tar")), "the second machine writes nothing"
 
 
+@only_in_full_run
 def test_three_processes_go_on_bit_for_bit(images: Path, client: MlflowClient, tmp_path: Path) -> None:
     """With three or more, the order in which gradients are added matters, and must be the same after resuming."""
     words = [*options(images), "--total-iters", 12, "--save-interval", 6, "--batch-size", 9, "--json"]
@@ -199,7 +202,7 @@ def test_processes_with_other_options_end_with_one_line(images: Path, tmp_path: 
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", cases([signal.SIGTERM, signal.SIGUSR1], ci=1))
 def test_a_signal_for_everyone_still_leaves_time_to_deliver(
     signum: int, server: Server, proxy: Proxy, images: Path, tmp_path: Path
 ) -> None:
@@ -213,9 +216,13 @@ def test_a_signal_for_everyone_still_leaves_time_to_deliver(
         "SLURM_JOB_ID": "4711",
         "PATH": f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}",
     }
-    words = options(images, "--total-iters", 2000, "--requeue", "--save-dir", "m", "--run-name", f"signal {signum}")
+    seldom = ("--save-interval", 1000, "--val-interval", 1000)
+    rest = ("--requeue", "--save-dir", "m", "--run-name", f"signal {signum}")
+    words = options(images, "--total-iters", 2000, *seldom, *rest)
     process = start(tmp_path / "work", "train", *words, env=env, under=torchrun(2))
     wait_for_iteration(process, 9)
+    while any(entry.kind != "metrics" for entry in read_pending(tmp_path / "work" / "m").entries):
+        time.sleep(0.1)  # what a run begins with has been delivered
     workers = [worker(process, rank) for rank in (0, 1)]
     proxy.mode = "slow"
     try:

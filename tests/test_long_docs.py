@@ -13,8 +13,24 @@ import pytest
 from shufflenet_mlflow.runtime.devices import usable_cores
 from tests.support.doc_pages import PAGES, ROOT, Fence, fences
 from tests.support.doc_terminal import Terminal, errors_in, write_page_data
+from tests.support.durable import entry_points_site
+from tests.support.effort import IN_CI
 
 pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(1800)]
+
+ONLY_IN_FULL_RUN = {
+    *(
+        "clusters.md",
+        "comparing.md",
+        "devices.md",
+        "migrating.md",
+        "performance.md",
+        "servers.md",
+        "serving.md",
+        "troubleshooting.md",
+    ),
+}
+"""Pages that take long, and whose commands other tests have, too."""
 
 Timings = list[tuple[str, float]]
 """Page and line of each block, and the seconds that it took."""
@@ -38,7 +54,7 @@ def page_data(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) ->
 
 
 @pytest.fixture(scope="module")
-def environment(cache_dir: Path) -> dict[str, str]:
+def environment(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return environment variables: this environment's PATH, no settings of MLflow, options for quick runs."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "SHUFFLENET_"))}
     return {
@@ -51,6 +67,7 @@ def environment(cache_dir: Path) -> dict[str, str]:
         "SHUFFLENET_NO_SYSTEM_METRICS": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # spares eight processes for each server
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": entry_points_site(tmp_path_factory.mktemp("plugin")),
     }
 
 
@@ -109,7 +126,11 @@ def outcomes(
             outcome.cancel()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if runnable(page) and not (IN_CI and page.name in ONLY_IN_FULL_RUN)],
+    ids=name_of,
+)
 def test_a_page_runs(page: Path, outcomes: dict[Path, "Future[Timings]"]) -> None:
     """With -s this prints how long each block takes."""
     timings = outcomes[page].result()

@@ -13,13 +13,12 @@ from shufflenet_mlflow import create_model, load_checkpoint
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import MismatchError
 from tests.support.command_line import Invoke
-from tests.support.effort import repetitions
+from tests.support.effort import cases, only_in_full_run
 from tests.support.payloads import assert_equal_payloads
 
 pytestmark = [pytest.mark.long, pytest.mark.alone]
 
 GIANTS = ["shufflenet_v2_large", "shufflenet_v2_exlarge"]
-TRAINED = GIANTS[: repetitions(full=2, ci=1)]
 """Training ExLarge takes minutes; `test_families` trains a short one everywhere."""
 
 
@@ -31,7 +30,8 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@only_in_full_run
+@pytest.mark.parametrize("name", GIANTS)
 @pytest.mark.timeout(1200)
 def test_it_trains_and_resumes_bit_for_bit(
     name: str, small_train: Callable[..., dict[str, Any]], shufflenet: Invoke, tmp_path: Path
@@ -59,7 +59,7 @@ def test_it_trains_and_resumes_bit_for_bit(
 
 
 @pytest.mark.parametrize("name", GIANTS)
-@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("legacy", cases([True, False], ci=1))
 def test_original_files_load_with_and_without_the_auxiliary_heads(name: str, legacy: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     source, target = create_model(name), create_model(name)

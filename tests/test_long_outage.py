@@ -58,13 +58,14 @@ def disturb(server: Server, proxy: Proxy, kind: str, seconds: float) -> None:
 
 
 OUTAGES = [
-    *(["killed"], ["stopped"], ["killed", "stopped"], ["slow", "stopped"], ["503", "slow"], ["500", "429"]),
-    *(["killed"], ["stopped", "stopped"], ["429", "killed"], ["stopped", "503"]),
+    *(["killed", "stopped"], ["503", "slow"], ["500", "429"]),
+    *(["killed"], ["stopped"], ["slow", "stopped"], ["killed"], ["stopped", "stopped"], ["429", "killed"]),
+    ["stopped", "503"],
 ]
-"""The first six have every kind of outage; the full run tries all."""
+"""The first three have every kind of outage; the full run tries all."""
 
 
-@pytest.mark.parametrize("seed", range(repetitions(full=len(OUTAGES), ci=6)), ids=lambda seed: "+".join(OUTAGES[seed]))
+@pytest.mark.parametrize("seed", range(repetitions(full=len(OUTAGES), ci=1)), ids=lambda seed: "+".join(OUTAGES[seed]))
 def test_everything_is_there_afterwards_once(
     seed: int, server: Server, proxy: Proxy, images: Path, tmp_path: Path
 ) -> None:

@@ -13,9 +13,10 @@ from mlflow import MlflowClient
 
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from tests.support.command_line import small_options
-from tests.support.effort import repetitions
+from tests.support.effort import cases, repetitions
 from tests.support.metrics import history
 from tests.support.mlflow_server import Server
+from tests.support.option_groups import GROUPS
 from tests.support.payloads import assert_equal_payloads
 from tests.support.processes import finish, kill, start, wait_for_iteration
 
@@ -25,7 +26,7 @@ ITERATIONS = 40
 EPOCH = 4
 """Iterations: the small set has 36 images, a batch 8."""
 
-CHAINS = repetitions(full=5, ci=3)
+CHAINS = repetitions(full=5, ci=1)
 KILLS = 4
 """In each chain; 20 in all in the full run."""
 
@@ -35,20 +36,23 @@ def at_the_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
 
 
-def options(images: Path) -> list[object]:
+def options(images: Path, group: tuple[object, ...] = ("--ema-decay", 0.9)) -> list[object]:
     return [
         *(*small_options(images), "--total-iters", ITERATIONS, "--val-interval", 8, "--save-interval", 5),
-        *("--display-interval", 1, "--ema-decay", 0.9),
+        *("--display-interval", 1, *group),
     ]
+
+
+def train_undisturbed(server: Server, folder: Path, words: list[object]) -> Any:
+    """Return the last checkpoint and every metric point of an undisturbed run."""
+    whole = finish(start(folder, "train", *words, "--tracking-uri", server.uri, "--json"))
+    return read_checkpoint(folder / whole["checkpoint"]), history(MlflowClient(server.uri), whole["run_id"])
 
 
 @pytest.fixture(scope="module")
 def undisturbed(server: Server, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return the last checkpoint and every metric point of an undisturbed run."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    words = [*options(images), "--tracking-uri", server.uri, "--json"]
-    whole = finish(start(folder, "train", *words))
-    return read_checkpoint(folder / whole["checkpoint"]), history(MlflowClient(server.uri), whole["run_id"])
+    """Share one between all chains with the same options."""
+    return train_undisturbed(server, tmp_path_factory.mktemp("undisturbed"), options(images))
 
 
 def compare(server: Server, run_id: str, path: Path, undisturbed: Any) -> None:
@@ -76,7 +80,7 @@ def run_of(server: Server, name: str) -> str:
     raise AssertionError(f"no run is called {name}")
 
 
-def kill_points(chain: int) -> list[int]:
+def kill_points(chain: int | str) -> list[int]:
     """Return random iterations in order: one ends an epoch, and the first chain has one before any checkpoint."""
     dice = random.Random(chain)
     points = [*dice.sample(range(5, ITERATIONS), KILLS - 1), EPOCH * dice.randrange(2, ITERATIONS // EPOCH)]
@@ -89,9 +93,20 @@ def kill_points(chain: int) -> list[int]:
 def test_a_run_killed_repeatedly_resumes_elsewhere(
     chain: int, server: Server, images: Path, tmp_path: Path, undisturbed: Any
 ) -> None:
-    dice = random.Random(100 + chain)
+    kill_and_resume(chain, server, options(images), tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("group", cases(list(GROUPS), ci=1))
+def test_every_group_of_options_resumes_elsewhere(group: str, server: Server, images: Path, tmp_path: Path) -> None:
+    words = options(images, GROUPS[group])
+    kill_and_resume(group, server, words, tmp_path, train_undisturbed(server, tmp_path / "undisturbed", words))
+
+
+def kill_and_resume(chain: int | str, server: Server, words: list[object], tmp_path: Path, undisturbed: Any) -> None:
+    """Train with these options, killed at the chain's moments, and compare the end with the undisturbed one."""
+    dice = random.Random(f"moments {chain}")
     name = f"chain {chain}"
-    words: list[object] = [*options(images), "--run-name", name]
+    words = [*words, "--run-name", name]
     run_id = ""
     for number, iteration in enumerate(kill_points(chain)):
         process = start(tmp_path / f"machine-{number}", "train", *words)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.backing_stores import BUCKET, PASSWORD, S3, S3_SECRET, Postgres, why_no_backing_stores
 from tests.support.command_line import small_options
+from tests.support.effort import cases, only_in_full_run
 from tests.support.mlflow_server import Server
 from tests.support.processes import start
 
@@ -86,6 +87,7 @@ def test_user_and_password_in_the_environment(guarded: Server, images: Path, tmp
     assert_nowhere(SECRET, files_below(tmp_path, guarded.folder))
 
 
+@only_in_full_run
 @needs_flask_wtf
 def test_user_and_password_in_the_uri(guarded: Server, images: Path, tmp_path: Path) -> None:
     uri = guarded.uri.replace("//", f"//{USER}:{SECRET}@")
@@ -95,7 +97,7 @@ def test_user_and_password_in_the_uri(guarded: Server, images: Path, tmp_path: P
 
 
 @needs_flask_wtf
-@pytest.mark.parametrize("secret", ["wrong", None])
+@pytest.mark.parametrize("secret", cases(["wrong", None], ci=1))
 def test_without_the_right_password(guarded: Server, images: Path, tmp_path: Path, secret: str | None) -> None:
     env = {"MLFLOW_TRACKING_URI": guarded.uri}
     if secret is not None:
@@ -110,6 +112,7 @@ def test_without_the_right_password(guarded: Server, images: Path, tmp_path: Pat
         assert "Traceback" not in err
 
 
+@only_in_full_run
 @pytest.mark.skipif(why_no_backing_stores() is not None, reason=str(why_no_backing_stores()))
 def test_keys_of_the_stores(images: Path, tmp_path: Path) -> None:
     postgres = Postgres()

@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.support.command_line import small_options
+from tests.support.effort import only_in_full_run
 from tests.support.metrics import steps
 from tests.support.mlflow_server import Server
 from tests.support.processes import finish, start, wait_for_iteration
@@ -38,7 +39,7 @@ def only_run(server: Server) -> str:
 
 def test_train_here_evaluate_there(server: Server, images: Path, tmp_path: Path) -> None:
     trained = finish(start(tmp_path / "here", "train", *options(images, 12)))
-    evaluated = finish(start(tmp_path / "there", "eval", trained["run_id"], "--json"))
+    evaluated = finish(start(tmp_path / "there", "eval", f"{trained['run_id']}@latest", "--json"))
     assert (evaluated["top1"], evaluated["top5"]) == (trained["val_top1"], trained["val_top5"])
     assert Path(evaluated["checkpoint"]).is_relative_to(tmp_path / "there")
     assert MlflowClient(server.uri).get_run(trained["run_id"]).info.status == "FINISHED"
@@ -79,9 +80,10 @@ def test_the_server_dies_and_comes_back(server: Server, images: Path, tmp_path: 
     assert client.get_run(ended["run_id"]).info.status == "FINISHED"
     assert steps(client, ended["run_id"], "train/loss") == list(range(2, 601, 2))
     assert steps(client, ended["run_id"], "val/top1") == list(range(100, 601, 100))
-    assert finish(start(tmp_path / "there", "eval", ended["run_id"], "--json"))["top1"] == ended["val_top1"]
+    assert finish(start(tmp_path / "there", "eval", f"{ended['run_id']}@latest", "--json"))["top1"] == ended["val_top1"]
 
 
+@only_in_full_run
 def test_the_server_dies_for_good(server: Server, images: Path, tmp_path: Path) -> None:
     """Training still succeeds and says what is left to do, and `sync` does it."""
     process = start(tmp_path / "work", "train", *options(images, 60))
@@ -105,6 +107,7 @@ def test_the_server_dies_for_good(server: Server, images: Path, tmp_path: Path) 
     assert steps(client, synced["run_id"], "train/loss") == list(range(2, 61, 2))
 
 
+@only_in_full_run
 def test_ctrl_c_while_waiting_for_a_slow_server(server: Server, images: Path, tmp_path: Path) -> None:
     """Training has ended; what has not been delivered stays in the journal."""
     process = start(tmp_path / "work", "train", *options(images, 12), "--save-dir", "m")

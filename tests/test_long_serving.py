@@ -1,5 +1,6 @@
 """The way from training to serving, as printed in the docs: train, compare, promote, serve, post an image with curl."""
 
+import base64
 import json
 import os
 import re
@@ -7,12 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.support.effort import repetitions
 from tests.support.network import free_port, wait_until_up
 from tests.support.processes import finish, start
+from tests.support.serving_requests import FORMS, malformed
+from tests.test_export import png, written
+
+__all__ = ["written"]  # a fixture
 
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -37,6 +48,26 @@ def shell(command: str, folder: Path) -> str:
     return done.stdout
 
 
+@contextmanager
+def serving(command: str, folder: Path) -> Iterator[str]:
+    """Run a command of `mlflow models serve`, on a free port in place of 5001, and yield its address."""
+    address = f"http://127.0.0.1:{free_port()}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", *command.replace("5001", address.rpartition(":")[2]).split()],
+        cwd=folder,
+        env={**os.environ, "PATH": PATH},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_until_up(f"{address}/ping", server)
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
 def test_the_way_in_the_docs(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stranger"
     folder.mkdir()
@@ -51,29 +82,59 @@ def test_the_way_in_the_docs(images: Path, tmp_path: Path) -> None:
     assert (folder / "comparison" / "compare.html").exists()
     shell(printed("serving.md", "shufflenet checkpoints promote").replace("RUN_ID", runs[0]), folder)
 
-    port = free_port()
-    serve = printed("serving.md", "mlflow models serve -m models:/").replace("5001", str(port))
-    served = subprocess.Popen(
-        [sys.executable, "-m", *serve.split()],
-        cwd=folder,
-        env={**os.environ, "PATH": PATH},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_until_up(f"http://127.0.0.1:{port}/ping", served)
+    serve = printed("serving.md", "mlflow models serve -m models:/")
+    with serving(serve, folder) as address:
+        port = address.rpartition(":")[2]
         shell(printed("serving.md", "echo "), folder)
-        answer = json.loads(shell(printed("serving.md", "curl ").replace("5001", str(port)), folder))
+        answer = json.loads(shell(printed("serving.md", "curl ").replace("5001", port), folder))
         status = shell(
             f"curl -s -o /dev/null -w '%{{http_code}}' -H 'Content-Type: application/json' "
             f"""-d '{{"dataframe_split": {{"columns": ["image"], "data": [["aGVsbG8="]]}}}}' """
-            f"http://127.0.0.1:{port}/invocations",
+            f"{address}/invocations",
             folder,
         )
-    finally:
-        os.killpg(served.pid, signal.SIGKILL)
-        served.wait()
     [predicted] = json.loads(shell("shufflenet predict models:/pets@champion cat.jpg --json", folder))
     assert answer == {"predictions": [{"label": predicted["label"], "probability": predicted["probability"]}]}
     assert status == "400"
+
+
+def post(address: str, body: bytes) -> tuple[int, str]:
+    request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def memory_of(address: str) -> float:
+    """Return the megabytes that the server on this port occupies."""
+    port = int(address.rpartition(":")[2])
+    [owner] = {c.pid for c in psutil.net_connections("tcp") if c.laddr.port == port and c.status == "LISTEN" and c.pid}
+    return psutil.Process(owner).memory_info().rss / 1e6
+
+
+def test_a_thousand_malformed_requests(written: Path, tmp_path: Path) -> None:
+    """Each is refused with one short line, the server stays as it was, and keeps nothing of them."""
+    number = repetitions(full=1000, ci=250)
+    text = base64.b64encode(png()).decode()
+    with serving(f"mlflow models serve -m {written} --env-manager local --port 5001", tmp_path) as address:
+        good = [
+            post(address, json.dumps(make([text, f"data:image/png;base64,{text}"])).encode()) for make in FORMS.values()
+        ]
+        assert {status for status, _ in good} == {200}
+        assert len({body for _, body in good}) == 1
+        occupied = []
+        for index, body in enumerate(malformed(png(), 2 * number, seed=1)):
+            status, answer = post(address, body)
+            assert status == 400, (body[:200], answer)
+            message = json.loads(answer)["message"]
+            assert set(json.loads(answer)) <= {"error_code", "message", "sqlstate", "error_class"}
+            assert "\n" not in message
+            assert len(message) < 250
+            assert str(written) not in answer
+            assert sys.prefix not in answer
+            if index in (number - 1, 2 * number - 1):
+                occupied.append(memory_of(address))
+        assert post(address, json.dumps(FORMS["inputs"]([text])).encode())[0] == 200
+    assert occupied[1] - occupied[0] < 15, occupied  # the requests of the second half alone are 30 MB and more

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from shufflenet_mlflow.data.decode import open_picture
 from shufflenet_mlflow.data.folder import (
     list_images,
 )
 from shufflenet_mlflow.data.loader import (
     BadImageLog,
-    decode,
 )
 from shufflenet_mlflow.data.mean import check_output, mean_image, read_mean_image, write_mean_image
 from shufflenet_mlflow.data.preprocess import (
     Preprocess,
     eval_transform,
 )
+from shufflenet_mlflow.data.reading import Reading
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, DataError
 from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
@@ -30,7 +31,9 @@ def test_the_mean_image_is_the_mean(images: Path, tmp_path: Path) -> None:
         listing, 32, workers=0, bad_images=BadImageLog(skip=False), reporter=LoggingReporter(), stop=StopFlag()
     )
     transform = eval_transform(Preprocess("bgr255", 32))
-    pixels = np.stack([transform(decode(str(listing.root / sample.path))).numpy() for sample in listing.samples])
+    pixels = np.stack(
+        [transform(open_picture(str(listing.root / sample.path), Reading())).numpy() for sample in listing.samples]
+    )
     expected = pixels.astype(np.float64).mean(0)
     assert mean.shape == (32, 32, 3)
     np.testing.assert_allclose(mean.transpose(2, 0, 1), expected, rtol=1e-6)

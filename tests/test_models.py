@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.errors import ModelError
 from shufflenet_mlflow.models.blocks import ShuffleUnit
 from shufflenet_mlflow.models.catalog import VARIANTS
 from shufflenet_mlflow.models.cost import Cost, model_cost
+from tests.support.effort import only_in_full_run
 
 REFERENCE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "reference_models.json").read_text())
 
@@ -42,7 +44,7 @@ def fill(model: nn.Module) -> None:
 
 
 GIANTS = ("shufflenet_v2_large", "shufflenet_v2_exlarge")
-UNPUBLISHED: set[str] = set()
+UNPUBLISHED = {"shufflenet_oneshot_supernet"}
 """Networks that nobody else has figures of."""
 PLAIN = [name for name in list_models() if not name.startswith("torchvision/") and name not in UNPUBLISHED]
 WITHOUT_GIANTS = [name for name in list_models() if name not in GIANTS]
@@ -69,6 +71,15 @@ def test_the_table_says_what_networks_cost(name: str) -> None:
     assert model_cost(name) == Cost(VARIANTS[name].parameters, VARIANTS[name].macs)
 
 
+@pytest.mark.parametrize("name", ["shufflenet_oneshot", "shufflenet_v1_x0_5_g8", "torchvision/shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("input_size", [32, 96])
+def test_the_cost_is_what_pytorch_counts(name: str, input_size: int) -> None:
+    options = {"choices": [3, 2, 1, 0] * 5} if name == "shufflenet_oneshot" else {}
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        create_model(name, 7, **options).eval()(torch.zeros(1, 3, input_size, input_size))
+    assert model_cost(name, 7, input_size, **options).macs == counter.get_total_flops() // 2
+
+
 def reference_images() -> torch.Tensor:
     return torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32))
 
@@ -86,6 +97,7 @@ def test_logits(name: str) -> None:
     assert logits.argmax(1).tolist() == REFERENCE[name]["argmax"]
 
 
+@only_in_full_run
 @pytest.mark.long
 @pytest.mark.parametrize("name", GIANTS)
 def test_logits_of_the_giants(name: str) -> None:
@@ -151,7 +163,7 @@ def test_a_stride_1_unit_passes_the_even_channels_on() -> None:
 def test_errors_name_the_value_and_the_way_out() -> None:
     with pytest.raises(ModelError, match=r"'shufflenet_v2_x10'; did you mean shufflenet_v2_x1_0"):
         create_model("shufflenet_v2_x10")
-    with pytest.raises(ModelError, match=r"num_classes \(=0\)"):
-        create_model("shufflenet_oneshot", num_classes=0)
+    with pytest.raises(ModelError, match=r"num_classes \(=-1\)"):
+        create_model("shufflenet_oneshot", num_classes=-1)
     with pytest.raises(ModelError, match=r"in_channels \(=6\)"):
         ShuffleUnit(6, 6, mid_channels=3, kernel=3, stride=1)

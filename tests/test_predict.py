@@ -32,6 +32,7 @@ from shufflenet_mlflow.evaluation.evaluate import EvalSettings, evaluate
 from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.devices import move_model
 from shufflenet_mlflow.runtime.progress import LoggingReporter
+from shufflenet_mlflow.runtime.text import FILE_NAME_BYTES, visible
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.workflows.loading import ModelRequest
 from tests.support.command_line import Invoke
@@ -55,6 +56,26 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Predict = Callable[..., Result]
+
+
+def test_turned_and_upright_copies_get_the_same_answer(images: Path, shufflenet: Invoke, tmp_path: Path) -> None:
+    run(images, "--save-dir", "models", "--total-iters", 6)
+    upright = Image.open(images / "val" / "red" / "000.png")
+    copies, exif = tmp_path / "copies", Image.Exif()
+    copies.mkdir()
+    undoing = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270")
+    for orientation, way in enumerate((None, *undoing), 1):
+        exif[0x0112] = orientation
+        stored = upright if way is None else upright.transpose(Image.Transpose[way])
+        stored.save(copies / f"{orientation}.webp", lossless=True, exif=exif)
+        stored.resize((stored.width * 32, stored.height * 32)).save(copies / f"{orientation} large.jpg", exif=exif)
+    rows = json.loads(shufflenet("predict", "models", copies, "--top", 3, "--json").stdout)
+    assert len(rows) == 16
+    for size, difference in ((".webp", 0.01), (" large.jpg", 0.05)):  # JPEG loses more in one direction
+        found = [row["top"] for row in rows if row["path"].endswith(size)]
+        of_red = [entry["probability"] for top in found for entry in top if entry["label"] == "red"]
+        assert len(of_red) == 8
+        assert max(of_red) - min(of_red) < difference
 
 
 @pytest.fixture
@@ -278,16 +299,22 @@ ODD = [
 """Names of files that formats like to break on; the last ones are no UTF-8."""
 
 
+def in_csv(name: str) -> str:
+    """Return a name as CSV has it: controls as escapes, bytes that are no UTF-8 as they are."""
+    return visible(name, keep=FILE_NAME_BYTES)
+
+
 def test_csv_brings_back_every_name(predict: Predict) -> None:
+    """Only those that control a terminal are changed."""
     put(*ODD)
     result = predict("./**/*.png", "--format", "csv", "--top", 3)
     assert result.exit_code == 0, result.output
     text = result.stdout_bytes.decode("utf-8", "surrogateescape")
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    assert [row["path"] for row in rows] == sorted(f"./{os.fsdecode(name)}" for name in ODD)
+    assert [row["path"] for row in rows] == [in_csv(path) for path in sorted(f"./{os.fsdecode(name)}" for name in ODD)]
     expected = rows_of(predict(".", "--top", 3, "--json"))
-    assert {row["path"][2:] for row in rows} == {os.path.normpath(row["path"]) for row in expected}
-    by_path = {os.path.normpath(row["path"]): row for row in expected}
+    by_path = {in_csv(os.path.normpath(row["path"])): row for row in expected}
+    assert {row["path"][2:] for row in rows} == by_path.keys()
     for row in rows:
         top = by_path[os.path.normpath(row["path"])]["top"]
         suffixes = ("", "_2", "_3")
@@ -305,7 +332,9 @@ def test_csv_with_names_drawn_at_random(predict: Predict) -> None:
     result = predict("-", "--format", "csv", "--top", 1, stdin=listed)
     assert result.exit_code == 0, result.output
     text = result.stdout_bytes.decode("utf-8", "surrogateescape")
-    assert [row[0] for row in csv.reader(io.StringIO(text, newline=""))][1:] == [f"drawn/{name}" for name in names]
+    assert [row[0] for row in csv.reader(io.StringIO(text, newline=""))][1:] == [
+        in_csv(f"drawn/{name}") for name in names
+    ]
     assert [row["path"] for row in rows_of(predict("-", "--json", stdin=listed))] == [f"drawn/{name}" for name in names]
 
 
@@ -343,7 +372,7 @@ def test_the_table(predict: Predict) -> None:
         "a.png",
         "long-name-of-a-file.png",
         "漢字.png",
-        "line\ufffdbreak.png",
+        r"line\nbreak.png",
     ]
     dots = [row.index(".", 30) + (2 if "漢" in row else 0) for row in rows]  # these letters are two cells wide
     assert dots == [title.index("probability") + 6] * 4
@@ -473,7 +502,7 @@ def test_predictions_are_those_of_the_network(images: Path, shufflenet: Invoke) 
 
 def evaluated(client: MlflowClient, run_id: str, val_dir: Path) -> dict[str, dict[str, str]]:
     """Return what `eval` recorded for each image, by path."""
-    [folder] = client.list_artifacts(run_id, f"evaluation/{val_dir.parent.name}")
+    [folder] = client.list_artifacts(run_id, f"evaluation/{val_dir.parent.name}-{val_dir.name}")
     text = Path(client.download_artifacts(run_id, f"{folder.path}/predictions.csv")).read_text("utf-8")
     return {str(val_dir / row["path"]): row for row in csv.DictReader(io.StringIO(text))}
 

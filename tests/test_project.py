@@ -48,7 +48,7 @@ def test_conda_yaml_agrees_with_pyproject() -> None:
 def test_entry_points() -> None:
     project = read_yaml("MLproject")
     assert project["conda_env"] == "conda.yaml"
-    assert set(project["entry_points"]) == {"main", "train", "eval"}
+    assert set(project["entry_points"]) == {"main", "train", "eval", "tune"}
     assert project["entry_points"]["main"] == project["entry_points"]["train"]
 
 
@@ -61,10 +61,11 @@ NOT_IN_MLPROJECT = {
     "quiet",
     "debug",
     "help",
+    "help_all",
 }
 
 
-@pytest.mark.parametrize("name", ["train", "eval"])
+@pytest.mark.parametrize("name", ["train", "eval", "tune"])
 def test_mlproject_mirrors_the_command(name: str) -> None:
     entry = read_yaml("MLproject")["entry_points"][name]
     options = {parameter.name: parameter for parameter in main.commands[name].params}
@@ -78,10 +79,18 @@ def test_mlproject_mirrors_the_command(name: str) -> None:
     for key, parameter in parameters.items():
         flag = f"--{key.replace('_', '-')}"
         assert f"{flag} {{{key}}}" in entry["command"]
-        words += [flag, str(parameter["default"])]
+        words += [flag, str(parameter.get("default", "lr"))]
     # Passing every default is the same as passing nothing: the defaults are the command's own, in one place.
     command = main.commands[name]
-    assert command.make_context(name, words).params == command.make_context(name, ref).params
+    needed = [*ref, *(["--study", "lr"] if name == "tune" else [])]
+    assert command.make_context(name, words).params == command.make_context(name, needed).params
+
+
+def test_several_params_in_one_text() -> None:
+    """As `mlflow run -e tune -P param=…` passes them."""
+    words = ["--study", "x", "--param", "lr=log:0.003:0.3 recipe=paper, modern  weight-decay=0:0.1"]
+    found = main.commands["tune"].make_context("tune", words).params["param"]
+    assert found == ("lr=log:0.003:0.3", "recipe=paper, modern", "weight-decay=0:0.1")
 
 
 # ---------------------------------------------------------------- packaging
@@ -103,7 +112,7 @@ def test_every_exported_name_is_there() -> None:
 
 def test_the_root_of_the_package_holds_nothing_loose() -> None:
     assert {path.name for path in LIBRARY.iterdir() if path.is_file()} == {
-        *("__init__.py", "__main__.py", "config.py", "errors.py", "version.py", "py.typed")
+        *("__init__.py", "__main__.py", "errors.py", "version.py", "py.typed")
     }
 
 

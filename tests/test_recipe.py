@@ -7,7 +7,9 @@ from torch import nn
 from shufflenet_mlflow import create_model
 from shufflenet_mlflow.evaluation.metrics import count_correct
 from shufflenet_mlflow.training.batchnorm import reestimate_bn
-from shufflenet_mlflow.training.recipe import get_recipe, make_loss, make_optimizer, make_scheduler, parameter_groups
+from shufflenet_mlflow.training.loss import make_loss
+from shufflenet_mlflow.training.optimizer import make_optimizer, make_scheduler, parameter_groups
+from shufflenet_mlflow.training.recipe import get_recipe
 
 
 def test_rate_is_scaled_with_the_batch() -> None:

@@ -17,6 +17,7 @@ from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_c
 from shufflenet_mlflow.checkpoints.writing import write_checkpoint
 from shufflenet_mlflow.errors import BusyError, CorruptCheckpointError, TrackingError, UnresolvedError
 from shufflenet_mlflow.runtime.locks import FileLock
+from shufflenet_mlflow.tracking import courier
 from shufflenet_mlflow.tracking import downloads as fetching
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.resolve import resolve
@@ -42,7 +43,7 @@ def flip(path: Path) -> None:
         (f"runs:/{ID}@latest", RunReference(ID, "latest")),
         (f"runs:/{ID}@best", RunReference(ID, "best")),
         (f"{ID}@1200", RunReference(ID, 1200)),
-        (f"runs:/{ID}/checkpoints/x.pth.tar", RunReference(ID, "latest", "checkpoints/x.pth.tar")),
+        (f"runs:/{ID}/checkpoints/x.pth.tar", RunReference(ID, artifact="checkpoints/x.pth.tar")),
         ("models:/net@champion", ModelReference("net", "champion")),
         ("models:/net/3", ModelReference("net", None, "3")),
         ("some/folder", Path("some/folder")),
@@ -106,13 +107,12 @@ def test_a_corrupt_newest_checkpoint_is_named_and_passed_over(tmp_path: Path, ca
     good, _ = write_checkpoint(state(), 1, directory=tmp_path)
     bad, _ = write_checkpoint(state(), 2, directory=tmp_path)
     flip(bad)
-    logging.getLogger("shufflenet_mlflow").propagate = True
     with caplog.at_level(logging.WARNING):
         assert get_latest_model(tmp_path) == (good, 1)
     assert str(bad) in caplog.text
     assert "is corrupt" in caplog.text
     flip(good)
-    with pytest.raises(UnresolvedError, match="none of its 2 checkpoints verifies"):
+    with pytest.raises(UnresolvedError, match=r"no checkpoint verifies \(2 tried\)"):
         get_latest_model(tmp_path)
     with pytest.raises(CorruptCheckpointError):
         get_latest_model(bad)
@@ -225,7 +225,6 @@ def test_a_corrupt_artifact_is_passed_over_and_the_cache_stays_clean(
 ) -> None:
     fill_run(run_id, tmp_path / "models")
     flip(artifact(client, run_id, "checkpoint-000030.pth.tar"))
-    logging.getLogger("shufflenet_mlflow").propagate = True
     cache = tmp_path / "cache"
     with caplog.at_level(logging.WARNING):
         path, iters = get_latest_model(run_id, cache_dir=cache)
@@ -331,7 +330,7 @@ def test_the_tag_does_not_move_when_the_upload_fails(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RunArtifacts, "put_file", refuse)
-    with pytest.raises(TrackingError, match="cannot upload the checkpoint checkpoint-000020"):
-        save_checkpoint(state(), 20, directory=tmp_path, run_id=run_id, val_top1=0.2)
+    save_checkpoint(state(), 20, directory=tmp_path, run_id=run_id, val_top1=0.2)
     assert client.get_run(run_id).data.tags == before
     assert get_latest_model(tmp_path)[1] == 20  # the local file is safe
+    courier.let_go(tmp_path)

@@ -25,6 +25,7 @@ from shufflenet_mlflow.training.rng import StepRandomness
 from shufflenet_mlflow.workflows.train import run_training
 from shufflenet_mlflow.workflows.training.request import TrainRequest
 from tests.support.command_line import Invoke
+from tests.support.effort import only_in_full_run
 from tests.support.images import write_images
 from tests.support.metrics import history, steps, values
 from tests.support.payloads import assert_equal_payloads
@@ -32,9 +33,9 @@ from tests.support.training import Reporter, assert_same_end, run, run_until
 
 
 @pytest.mark.parametrize(
-    # Around validations (every 4), checkpoints (every 5) and reports (every 2); all the others take their time.
+    # Before the first report, after the first checkpoint, between two, and at the end; all the others take their time.
     "iteration",
-    [1, 2, 4, 5, 9, 10, 11, 12, *(pytest.param(number, marks=pytest.mark.long) for number in (3, 6, 7, 8))],
+    [pytest.param(number, marks=() if number in (1, 5, 9, 12) else pytest.mark.long) for number in range(1, 13)],
 )
 def test_a_run_stopped_at_any_iteration_goes_on_as_if_nothing_had_happened(
     iteration: int, images: Path, client: MlflowClient, workplace: Path, uninterrupted: Any
@@ -60,7 +61,7 @@ def test_a_run_stopped_in_validation_or_reestimation(
     assert_same_end(client, run(images, "--save-dir", "models"), uninterrupted)
 
 
-@pytest.mark.parametrize("iteration", [1, 6, 9, 11])
+@pytest.mark.parametrize("iteration", [1, 9, *(pytest.param(number, marks=pytest.mark.long) for number in (6, 11))])
 def test_a_run_that_died_repeats_no_step(
     iteration: int, images: Path, client: MlflowClient, uninterrupted: Any
 ) -> None:
@@ -97,7 +98,8 @@ def test_comparison_with_the_uninterrupted_run_can_fail(images: Path, client: Ml
 
 
 EMA_KEY = "first_conv.0.weight"
-DROPOUT = ["--model", "shufflenet_oneshot", "--total-iters", 4, "--val-interval", 4]
+FEW = ["--total-iters", 4, "--val-interval", 4]
+DROPOUT = ["--model", "shufflenet_oneshot", *FEW]
 
 
 def whole_and_parts(images: Path, *options: object) -> tuple[Any, Any]:
@@ -112,6 +114,7 @@ def whole_and_parts(images: Path, *options: object) -> tuple[Any, Any]:
     return read_checkpoint(whole.result.checkpoint), read_checkpoint(parts.result.checkpoint)
 
 
+@pytest.mark.long
 def test_dropout_resumes(images: Path) -> None:
     whole, parts = whole_and_parts(images, *DROPOUT)
     assert_equal_payloads(whole["state_dict"], parts["state_dict"])
@@ -125,6 +128,7 @@ def test_a_generator_that_is_not_restored_is_noticed(images: Path, monkeypatch: 
         assert_equal_payloads(whole["state_dict"], parts["state_dict"])
 
 
+@pytest.mark.long
 def test_the_moving_average_resumes(images: Path, shufflenet: Invoke) -> None:
     whole, parts = whole_and_parts(images, "--ema-decay", 0.9)
     assert_equal_payloads(whole["ema_state_dict"], parts["ema_state_dict"])
@@ -137,7 +141,7 @@ def test_the_moving_average_resumes(images: Path, shufflenet: Invoke) -> None:
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_resumes(amp: str, images: Path) -> None:
-    whole, parts = whole_and_parts(images, "--amp", amp)
+    whole, parts = whole_and_parts(images, *FEW, "--amp", amp)
     assert_equal_payloads(whole["state_dict"], parts["state_dict"])
     assert_equal_payloads(whole["optimizer_state_dict"], parts["optimizer_state_dict"])
     assert ("scaler_state_dict" in whole) == (amp == "fp16")
@@ -145,6 +149,7 @@ def test_mixed_precision_resumes(amp: str, images: Path) -> None:
     assert {tensor.dtype for tensor in whole["state_dict"].values()} == {torch.float32, torch.int64}
 
 
+@only_in_full_run
 @pytest.mark.long
 def test_a_compiled_network_resumes(images: Path) -> None:
     whole, parts = whole_and_parts(images, "--compile")
@@ -153,6 +158,7 @@ def test_a_compiled_network_resumes(images: Path) -> None:
     assert not [name for name in whole["state_dict"] if "_orig_mod" in name]
 
 
+@only_in_full_run
 @pytest.mark.long
 def test_a_network_that_cannot_be_compiled(images: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/such/compiler",))
@@ -163,9 +169,9 @@ def test_a_network_that_cannot_be_compiled(images: Path, monkeypatch: pytest.Mon
 
 
 def test_a_scaler_that_is_not_restored_is_noticed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: twelve iterations do not change the scale, but they count towards its growth."""
+    """Negative control: a few iterations do not change the scale, but they count towards its growth."""
     monkeypatch.setattr(GradScaler, "load_state_dict", lambda *_: None)
-    whole, parts = whole_and_parts(images, "--amp", "fp16")
+    whole, parts = whole_and_parts(images, *FEW, "--amp", "fp16")
     assert whole["scaler_state_dict"] != parts["scaler_state_dict"]
 
 

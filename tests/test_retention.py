@@ -13,7 +13,7 @@ from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, manifest_
 from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.errors import UnresolvedError
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
-from shufflenet_mlflow.tracking.names import DELETING_TAG
+from shufflenet_mlflow.tracking.names import DELETING_TAG, MODEL_VERSION_TAG
 from shufflenet_mlflow.tracking.prune import prune_run
 from shufflenet_mlflow.tracking.resolve import resolve
 from shufflenet_mlflow.tracking.target import RunTarget
@@ -80,7 +80,7 @@ def run_id(client: MlflowClient) -> str:
     run = client.create_run(client.create_experiment("retention"))
     for iters in range(1, 6):
         state = {"state_dict": {"w": torch.full((3,), float(iters))}}
-        save_checkpoint(state, iters, val_top1=0.9 if iters == 3 else 0.1, run_id=run.info.run_id)
+        save_checkpoint(state, iters, val_top1=0.9 if iters == 3 else 0.1, run_id=run.info.run_id, directory="models")
     return str(run.info.run_id)
 
 
@@ -109,6 +109,20 @@ def test_it_deletes_on_disk_and_in_the_run(client: MlflowClient, run_id: str) ->
 def test_promoted_checkpoints_are_kept(client: MlflowClient, run_id: str) -> None:
     client.create_registered_model("pets")
     client.create_model_version("pets", f"runs:/{run_id}/checkpoints/checkpoint-000002.pth.tar", run_id)
+    prune_run(target(client, run_id), Retention(keep_last=1))
+    assert on_disk() == in_run(client, run_id) == [2, 3, 5]
+
+
+def test_checkpoints_of_logged_models_that_were_registered_elsewhere_are_kept(
+    client: MlflowClient, run_id: str
+) -> None:
+    """MLflow's UI registers a logged model without the tag of `checkpoints promote`."""
+    [second] = [found for found in RunArtifacts(client, run_id).manifests() if found.iters == 2]
+    model = client.create_logged_model(
+        client.get_run(run_id).info.experiment_id, source_run_id=run_id, tags={MODEL_VERSION_TAG: second.to_json()}
+    )
+    client.create_registered_model("pets")
+    client.create_model_version("pets", f"models:/{model.model_id}", run_id)
     prune_run(target(client, run_id), Retention(keep_last=1))
     assert on_disk() == in_run(client, run_id) == [2, 3, 5]
 
@@ -154,4 +168,4 @@ def test_two_phases_on_the_disk(run_id: str, monkeypatch: pytest.MonkeyPatch) ->
     assert manifest_path(path).exists()
     remove_leftovers(Path("models"))
     assert not manifest_path(path).exists()
-    assert len(list(Path("models").iterdir())) == 8
+    assert len(list(Path("models").glob("checkpoint-*"))) == 8

@@ -12,15 +12,16 @@ import torch
 from mlflow import MlflowClient
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
-from shufflenet_mlflow.checkpoints.manifest import read_manifest
+from shufflenet_mlflow.checkpoints.manifest import read_manifest, update_manifest
 from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.checkpoints.staging import StagingBuffer
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
 from shufflenet_mlflow.errors import CheckpointError
 from shufflenet_mlflow.tracking import store as store_module
-from shufflenet_mlflow.tracking.journal import Journal, read_pending
+from shufflenet_mlflow.tracking.journal import Journal
+from shufflenet_mlflow.tracking.journal_file import read_pending
 from shufflenet_mlflow.tracking.recorder import Recorder
-from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
+from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore, lost_checkpoints
 from tests.support.payloads import assert_equal_payloads
 from tests.support.training import Reporter, run, run_until
 
@@ -156,6 +157,19 @@ def test_the_best_is_marked_after_it_is_written(recorder: Recorder, tmp_path: Pa
     assert [entry.body["record"]["val_top1"] for entry in recorder.journal.oldest(9)] == [None, 0.75]
 
 
+@pytest.mark.parametrize("noted", [None, 0.5])
+def test_a_mark_that_was_written_but_not_noted(noted: float | None, recorder: Recorder) -> None:
+    """The process was killed between the two, and the checkpoint itself had not been sent yet."""
+    store = make_store(recorder)
+    path = save(store, 5)
+    if noted is not None:
+        store.mark_best(path, noted)
+    store.finish()
+    update_manifest(path, val_top1=0.5)
+    again = lost_checkpoints(recorder.journal)
+    assert [message.manifest().val_top1 for message in again] == ([0.5] if noted is None else [])
+
+
 @pytest.fixture
 def full_disk() -> Iterator[Callable[[bool], None]]:
     """Return a switch: while it is on, files may not grow beyond 20 kB."""
@@ -288,6 +302,7 @@ def test_retention_during_training(images: Path, client: MlflowClient) -> None:
     assert uploaded == {part for name in left for part in (name, f"{name}.json")}
 
 
+@pytest.mark.long
 def test_rules_are_inherited_and_can_be_changed_on_resuming(images: Path, client: MlflowClient) -> None:
     def newest() -> tuple[int, int]:
         payload = read_checkpoint(list_checkpoints(Path("models"))[0])

@@ -22,6 +22,7 @@ from shufflenet_mlflow import get_latest_model
 from shufflenet_mlflow.export.logged import find_logged_model
 from shufflenet_mlflow.tracking.target import manifest_in_tag
 from tests.support.backing_stores import BUCKET, S3, Postgres, why_no_backing_stores
+from tests.support.effort import only_in_full_run
 from tests.support.metrics import steps
 from tests.support.mlflow_server import Server
 from tests.support.training import run, run_until
@@ -30,7 +31,7 @@ Invoke = Callable[..., Result]
 
 STORES = [
     "embedded",
-    pytest.param("server", marks=pytest.mark.long),
+    pytest.param("server", marks=[pytest.mark.long, only_in_full_run]),
     pytest.param(
         "postgres-s3",
         marks=[
@@ -119,14 +120,15 @@ def test_the_whole_way(
     assert (evaluated["logged_to"], evaluated["top1"]) == (run_id, ended.result.val_top1)
     evaluation_run_id = as_json("eval", run_id, "--log-to", "new")["logged_to"]
     assert client.get_run(evaluation_run_id).data.tags["mlflow.parentRunId"] == run_id
-    section = f"eval/{images.name}"
+    section = f"eval/{images.name}-val"
     assert client.get_run(run_id).data.metrics[f"{section}/top1"] == evaluated["top1"]
     assert client.get_run(evaluation_run_id).data.metrics["val/top1"] == evaluated["top1"]
     manifest = manifest_in_tag(stored.data.tags, "checkpoint.latest")
     model = find_logged_model(client, stored, manifest)
     assert f"{section}/top1" in {metric.key for metric in model.metrics}
     figures = {
-        entry.path.rpartition("/")[2] for entry in client.list_artifacts(run_id, f"figures/{images.name}/bnps-000012")
+        entry.path.rpartition("/")[2]
+        for entry in client.list_artifacts(run_id, f"figures/{images.name}-val/bnps-000012")
     }
     assert figures == {"confusion.png", "classes.png", "calibration.png", "mistakes.png"}
 

@@ -17,6 +17,7 @@ from torchvision.models import get_model
 
 from shufflenet_mlflow import create_model, list_models
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
+from shufflenet_mlflow.data.decode import Picture
 from shufflenet_mlflow.data.preprocess import Preprocess, ToInput, eval_transform
 from shufflenet_mlflow.errors import CheckpointError, CorruptCheckpointError, ModelError
 from shufflenet_mlflow.models.catalog import VARIANTS
@@ -177,7 +178,7 @@ def test_x1_0_computes_what_torchvisions_does_behind_its_first_unit() -> None:
 def test_preprocessing_is_that_of_the_weights(name: str, shape: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
     preprocess = Preprocess(VARIANTS[name].preprocess, 224)
-    x = ToInput(preprocess, torch.device("cpu"))(eval_transform(preprocess)(np.asarray(image).copy())[None])[0]
+    x = ToInput(preprocess, torch.device("cpu"))(eval_transform(preprocess)(Picture(np.asarray(image).copy()))[None])[0]
     expected = published_weights(name).transforms()(image)
     one_level = 1 / (255 * 0.224)  # of 255, after the division by the smallest standard deviation
     torch.testing.assert_close(x, expected, rtol=0, atol=one_level + 1e-5)
@@ -232,7 +233,7 @@ def test_training_begins_with_published_weights(hub: Path, images: Path, shuffle
     assert result.exit_code == 0, result.output
     payload = read_checkpoint(Path(json.loads(result.stdout)["save_dir"]) / "checkpoint-000001.pth.tar")
     assert payload["config"]["pretrained"] is True
-    assert payload["preprocess"] == {"mode": "rgb_256", "input_size": 32}
+    assert payload["preprocess"] == Preprocess("rgb_256", 32).to_dict()
     torch.testing.assert_close(payload["state_dict"]["conv5.0.weight"], state_dict["conv5.0.weight"], atol=1e-6, rtol=0)
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from PIL import Image
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_manifests
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
@@ -25,7 +27,7 @@ from shufflenet_mlflow.runtime.devices import lack_of_memory
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking import delivery
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
-from shufflenet_mlflow.training.loop import Trainer
+from shufflenet_mlflow.training.loop import TrainingLoop
 from shufflenet_mlflow.training.meter import Meter
 from shufflenet_mlflow.training.state import TrainingState
 from tests.support.images import write_images
@@ -51,22 +53,28 @@ def test_a_diverging_run_names_iteration_and_rate(images: Path, client: MlflowCl
     assert all(tensor.isfinite().all() for tensor in payload["state_dict"].values())
 
 
-def test_memory_that_runs_out_is_one_line(images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the seventh iteration, PyTorch is asked for more memory than any machine has."""
-    original = Trainer.to_input
+@pytest.mark.parametrize(("method", "kept"), [("fetch", 6), ("_autocast", 5)], ids=["between steps", "within a step"])
+def test_memory_that_runs_out_is_one_line(
+    method: str, kept: int, images: Path, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the seventh iteration, PyTorch is asked for more memory than any machine has.
 
-    def too_large(trainer: Trainer, batch: Any) -> torch.Tensor:
+    Between two steps the state is whole, and kept; within a step it is not, and the last checkpoint counts.
+    """
+    original = getattr(TrainingLoop, method)
+
+    def too_large(trainer: TrainingLoop, *arguments: Any) -> Any:
         if trainer.state.iters == 6:
             torch.empty(1 << 55)
-        return original(trainer, batch)
+        return original(trainer, *arguments)
 
-    monkeypatch.setattr(Trainer, "to_input", too_large)
+    monkeypatch.setattr(TrainingLoop, method, too_large)
     with pytest.raises(
         ConfigError, match="memory ran out .*allocate.*; lower --batch-size, --input-size, or --micro-b"
     ):
         run(images, "--save-dir", "models")
     assert statuses(client) == ["FAILED"]
-    assert list_checkpoints(Path("models"))[0].name == "checkpoint-000005.pth.tar"
+    assert list_checkpoints(Path("models"))[0].name == f"checkpoint-{kept:06}.pth.tar"
 
 
 def test_pytorchs_error_for_gpu_memory() -> None:
@@ -89,7 +97,7 @@ def test_the_meter_remembers_the_first_bad_iteration() -> None:
 
 def test_nan_never_becomes_the_best() -> None:
     state = TrainingState.__new__(TrainingState)
-    state.best, state.iters = None, 5
+    state.best, state.iters, state.validations_since_best = None, 5, 0
     assert not state.record_validation({"val/top1": float("nan")})
     assert state.record_validation({"val/top1": 0.2})
     assert not state.record_validation({"val/top1": float("nan")})
@@ -110,6 +118,8 @@ def with_bad_file(tmp_path: Path) -> Path:
 
 
 def test_a_bad_image_fails_the_run_and_loses_nothing(with_bad_file: Path, client: MlflowClient) -> None:
+    truncated = (with_bad_file / "train" / "red" / "004.png").read_bytes()
+    (with_bad_file / "val" / "blue" / "002.png").write_bytes(truncated)  # with a good header, as the other
     with pytest.raises(BadImageError, match=r"red/004.png' is not a readable image .*--on-bad-image skip"):
         run(with_bad_file, "--save-dir", "models")
     assert statuses(client) == ["FAILED"]
@@ -118,6 +128,35 @@ def test_a_bad_image_fails_the_run_and_loses_nothing(with_bad_file: Path, client
     assert statuses(client) == ["FINISHED"]
     assert resumed.result.iters == 12
     assert client.get_run(resumed.run_id).data.metrics["data/unreadable_files"] == 2
+
+
+def test_files_without_an_image_header_are_found_before_training(with_bad_file: Path, client: MlflowClient) -> None:
+    """No run is begun; with skip they are counted, and the run goes on."""
+    (with_bad_file / "val" / "red" / "001.png").write_bytes(b"")
+    with pytest.raises(BadImageError, match=r"val/blue/002.png' is not .* \(and 1 more file\); remove it or") as caught:
+        run(with_bad_file, "--save-dir", "models")
+    assert caught.value.code == "image-header-unreadable"
+    assert statuses(client) == []
+    reporter = Reporter()
+    run(with_bad_file, "--on-bad-image", "skip", "--total-iters", 2, reporter=reporter)
+    assert "2 files are not readable, and will be skipped" in reporter.warnings
+
+
+@pytest.mark.parametrize("kind", ["format", "size"])
+def test_images_that_are_never_decoded_are_found_before_the_run(
+    kind: str, images: Path, client: MlflowClient, tmp_path: Path
+) -> None:
+    """The suffix is right, and Pillow opens the file, but the decoder reads neither this format nor this size."""
+    shutil.copytree(images, tmp_path / "copy")
+    path = tmp_path / "copy" / "val" / "blue" / "000.png"
+    if kind == "format":
+        Image.new("RGB", (32, 32)).save(path, "ICO")
+    else:
+        Image.new("1", (9000, 9000)).save(path)
+    with pytest.raises(BadImageError, match=r"000\.png") as caught:
+        run(tmp_path / "copy")
+    assert caught.value.code == "image-header-unreadable"
+    assert not client.search_runs([found.experiment_id for found in client.search_experiments()])
 
 
 def test_skipped_files_are_named_once(with_bad_file: Path) -> None:
@@ -153,7 +192,7 @@ def test_a_dead_worker_is_an_error_and_loses_nothing(workers: int, images: Path,
 def test_nothing_readable_to_validate_on(with_bad_file: Path) -> None:
     for path in (with_bad_file / "val").glob("*/*.png"):
         path.write_bytes(b"?")
-    with pytest.raises(DataError, match="none of the 15 files in .* is a readable image"):
+    with pytest.raises(DataError, match=r"no file in .* is a readable image \(15 tried\)"):
         run(with_bad_file, "--on-bad-image", "skip")
 
 
@@ -177,7 +216,7 @@ class Outage:
             monkeypatch.setattr(owner, name, call)
         monkeypatch.setattr(delivery, "FIRST_PAUSE", 0.02)
         monkeypatch.setattr(delivery, "LONGEST_PAUSE", 0.05)
-        monkeypatch.setattr(delivery, "GIVE_UP_SECONDS", 0.5)
+        monkeypatch.setattr(delivery, "GIVE_UP_SECONDS", 2.0)
 
 
 @pytest.fixture
@@ -255,6 +294,7 @@ def test_an_outage_when_stopped_does_not_hide_the_signal(images: Path, outage: O
     assert run(images, "--save-dir", "models").run_id == summary.run_id
 
 
+@pytest.mark.long
 def test_an_outage_at_the_end_leaves_the_rest_to_the_next_start(
     images: Path, client: MlflowClient, outage: Outage, uninterrupted: Any
 ) -> None:

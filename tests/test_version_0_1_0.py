@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,15 @@ import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
+from PIL import Image
 
 from shufflenet_mlflow import create_model, get_latest_model, load_checkpoint
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint, verify_checkpoint
+from shufflenet_mlflow.config import command_of
+from shufflenet_mlflow.data.folder import list_images
+from shufflenet_mlflow.data.loader import ImageDataset
+from shufflenet_mlflow.data.preprocess import Preprocess, eval_transform
+from shufflenet_mlflow.data.reading import Reading
 from tests.support.command_line import Invoke
 from tests.support.metrics import steps
 
@@ -50,18 +57,27 @@ def move_store(database: Path, old: str, new: str) -> None:
                     )
 
 
+def weights(checkpoint: str | Path | None) -> torch.Tensor:
+    assert checkpoint is not None
+    return torch.cat([tensor.flatten().double() for tensor in read_checkpoint(checkpoint)["state_dict"].values()])
+
+
 @pytest.fixture
 def recorded(workplace: Path, empty_database: Path) -> dict[str, Any]:
     """Unpack the files into the working directory, and return what version 0.1.0 answered about them."""
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(workplace, filter="data")
+        # Python 3.10.0 to 3.10.11, and 3.11.0 to 3.11.3, know no filters.
+        archive.extractall(workplace, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     document: dict[str, Any] = json.loads((workplace / "fixture.json").read_text())
     database = workplace / "mlflow.db"
     move_store(database, document["root"], str(workplace))
     if schema_version(database) != schema_version(empty_database):  # by another version of MLflow
         upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{database}"]
-        subprocess.run(upgrade, check=True, capture_output=True)
-    return document
+        upgraded = subprocess.run(upgrade, check=False, capture_output=True, text=True)
+        if "Can't locate revision" in upgraded.stderr:
+            pytest.skip("this MLflow is older than the one that version 0.1.0 was recorded with")
+        assert upgraded.returncode == 0, upgraded.stderr
+    return {**document, "first": weights("models/stopped/checkpoint-000001.pth.tar")}
 
 
 def answer(shufflenet: Invoke, *words: object) -> Any:
@@ -94,18 +110,32 @@ def digest(payload: dict[str, Any]) -> str:
         else:
             sha256.update(repr(value).encode())
 
-    update({key: payload[key] for key in ("state_dict", "optimizer_state_dict", "metrics", "best", "loss")})
+    # Without what version 0.1.0 did not compute.
+    metrics = {key: payload["metrics"][key] for key in ("val/loss", "val/top1", "val/top5", "validated_iters")}
+    update({**{key: payload[key] for key in ("state_dict", "optimizer_state_dict")}, "metrics": metrics})
+    update({key: payload[key] for key in ("best", "loss")})
     return sha256.hexdigest()
 
 
-def check_end(summary: dict[str, Any], recorded: dict[str, Any]) -> None:
-    """Check that a resumed run has ended as the undisturbed one did."""
+def check_end(summary: dict[str, Any], recorded: dict[str, Any], shufflenet: Invoke) -> None:
+    """Check that a resumed run has ended as the undisturbed one did.
+
+    The recorded bits are those of one kind of processor. Others show by their first iteration that they round
+    differently, by little; after a few more, such differences have grown to anything.
+    """
     assert summary["iters"] == 4
     assert summary["pending"] == 0
     assert MlflowClient().get_run(summary["run_id"]).info.status == "FINISHED"
     assert steps(MlflowClient(), summary["run_id"], "train/loss") == [1, 2, 3, 4]
     payload = read_checkpoint(summary["checkpoint"])
-    if on_the_same_machine(payload["environment"], recorded):
+    if not on_the_same_machine(payload["environment"], recorded):
+        return
+    config = {name: value for name, value in payload["config"].items() if name not in ("train_dir", "val_dir")}
+    words = (*command_of({**config, "save_interval": 1}), *DATA, "--no-log-models", "--save-dir", "again")
+    answer(shufflenet, "train", *words)
+    first, then = weights("again/checkpoint-000001.pth.tar"), recorded["first"]
+    torch.testing.assert_close(first, then, rtol=0.01, atol=0.005)
+    if torch.equal(first, then):
         assert digest(payload) == recorded["uninterrupted"]
 
 
@@ -123,6 +153,64 @@ def test_eval_answers_the_same(recorded: dict[str, Any], shufflenet: Invoke) -> 
     expected = recorded["eval"]
     assert {key: found[key] for key in ("top1", "n")} == {key: expected[key] for key in ("top1", "n")}
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)  # after one iteration it is large
+
+
+def pixels(folder: Path, preprocess: Preprocess) -> list[torch.Tensor]:
+    """Return what a network gets of each image; nothing of an unreadable one."""
+    dataset = ImageDataset(list_images(folder), eval_transform(preprocess), replace_bad=False)
+    items = [dataset[0, index].image_CHW for index in range(len(dataset))]
+    return [torch.empty(0) if item is None else item for item in items]
+
+
+def write_odd_pictures(folder: Path) -> None:
+    """Replace the first images of a folder by those that are read otherwise since."""
+    blue, green, red = (np.array(Image.open(folder / name / "000.png")) for name in ("blue", "green", "red"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(blue).save(folder / "blue" / "000.png", exif=exif)
+    alpha = np.random.default_rng(0).integers(0, 256, green.shape[:2], dtype=np.uint8)
+    Image.fromarray(np.dstack([green, alpha])).save(folder / "green" / "000.png")
+    Image.fromarray(red[:, :, 0].astype(np.float32) * 2).save(folder / "red" / "000.png", "TIFF")
+    Image.fromarray(red).resize((1600, 1200)).save(folder / "red" / "001.png", "JPEG", exif=exif)
+
+
+def test_pictures_are_read_as_they_were(recorded: dict[str, Any], shufflenet: Invoke) -> None:
+    """Pixels are those of Pillow's plain conversion, with nothing turned, laid over white, scaled or shrunk."""
+    odd, plain = Path("odd"), Path("plain")
+    shutil.copytree("images/val", odd)
+    write_odd_pictures(odd)
+    shutil.copytree(odd, plain)
+    for path in plain.glob("*/00[01].png"):
+        with Image.open(path) as image:
+            image.convert("RGB").save(path, "PNG", exif=b"")
+    found, expected = (answer(shufflenet, "eval", recorded["run_id"], "--val-dir", folder) for folder in (odd, plain))
+    assert found["loss"] == expected["loss"]
+    payload = read_checkpoint(get_latest_model(OFFLINE)[0])
+    preprocess = Preprocess.from_dict(payload["preprocess"])
+    as_then, as_now = (
+        [pixels(folder, value) for folder in (odd, plain)]
+        for value in (preprocess, replace(preprocess, reading=Reading()))
+    )
+    assert all(map(torch.equal, *as_then))
+    assert [torch.equal(*pair) for pair in zip(*as_now, strict=True)].count(False) == 4
+
+
+def test_the_run_resumes_as_it_began(recorded: dict[str, Any], shufflenet: Invoke) -> None:
+    """Without images of formats that it left out, and reading the others as before."""
+    with Image.open(IMAGE) as image:
+        image.save("images/train/red/left out.gif")
+        image.save("images/val/red/left out.jfif", "JPEG")
+    summary = answer(shufflenet, "train", "--resume", recorded["run_id"], *DATA, "--no-log-models")
+    Path("images/train/red/left out.gif").unlink()
+    Path("images/val/red/left out.jfif").unlink()
+    check_end(summary, recorded, shufflenet)
+    preprocess = read_checkpoint(summary["checkpoint"])["preprocess"]
+    assert [preprocess[name] for name in ("orientation", "transparency", "range", "decoding")] == [
+        "stored",
+        "dropped",
+        "clipped",
+        "full",
+    ]
 
 
 def test_predict_answers_the_same(recorded: dict[str, Any], shufflenet: Invoke) -> None:
@@ -145,13 +233,17 @@ def test_the_logged_model_answers_the_same(recorded: dict[str, Any]) -> None:
 def test_the_run_resumes(recorded: dict[str, Any], shufflenet: Invoke) -> None:
     summary = answer(shufflenet, "train", "--resume", recorded["run_id"], *DATA, "--no-log-models")
     assert summary["run_id"] == recorded["run_id"]
-    check_end(summary, recorded)
+    check_end(summary, recorded, shufflenet)
 
 
 def test_the_run_resumes_in_another_folder(recorded: dict[str, Any], shufflenet: Invoke) -> None:
     """Nothing but the store remains of the machine on which it was stopped."""
     shutil.rmtree("models")
-    check_end(answer(shufflenet, "train", "--resume", recorded["run_id"], *DATA, "--save-dir", "elsewhere"), recorded)
+    check_end(
+        answer(shufflenet, "train", "--resume", recorded["run_id"], *DATA, "--save-dir", "elsewhere"),
+        recorded,
+        shufflenet,
+    )
 
 
 def only_other_run(recorded: dict[str, Any]) -> str:
@@ -184,4 +276,4 @@ def test_the_offline_run_resumes(workplace: Path, recorded: dict[str, Any], shuf
     store = ("--tracking-uri", f"sqlite:///{workplace}/mlflow.db")
     summary = answer(shufflenet, "train", "--resume", OFFLINE, *DATA, *store, "--no-log-models")
     assert summary["run_id"] == only_other_run(recorded)
-    check_end(summary, recorded)
+    check_end(summary, recorded, shufflenet)

@@ -80,6 +80,11 @@ class Browser:
             time.sleep(0.2)
         return number
 
+    def scroll_to(self, text: str) -> None:
+        """Scroll to the first element that shows exactly this text."""
+        found = self.find(f"//*[normalize-space(text())={text!r}]")
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", found)
+
     def picture(self, path: Path) -> None:
         """Save what the window shows as a PNG."""
         self.driver.save_screenshot(str(path))

@@ -15,7 +15,8 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from shufflenet_mlflow.checkpoints import folders, writing
 from shufflenet_mlflow.tracking import prune, store
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
-from shufflenet_mlflow.tracking.journal import JOURNAL_NAME, Journal
+from shufflenet_mlflow.tracking.journal import Journal
+from shufflenet_mlflow.tracking.journal_file import JOURNAL_NAME
 from shufflenet_mlflow.tracking.store import TrackedStore
 
 CHECKPOINT = "*checkpoint-*.pth.tar*"

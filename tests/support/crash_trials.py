@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlflow import MlflowClient
 from shufflenet_mlflow import get_latest_model
 from shufflenet_mlflow.checkpoints import folders
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints, list_manifests
+from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG
 from shufflenet_mlflow.checkpoints.retention import Retention
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.runtime.progress import LoggingReporter
@@ -20,8 +22,11 @@ from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking import delivery
 from shufflenet_mlflow.tracking.artifacts import RunArtifacts
 from shufflenet_mlflow.tracking.client import connect
-from shufflenet_mlflow.tracking.journal import Journal, read_pending
-from shufflenet_mlflow.tracking.resolve import resolve
+from shufflenet_mlflow.tracking.connection import Connection
+from shufflenet_mlflow.tracking.journal import Journal
+from shufflenet_mlflow.tracking.journal_file import read_pending
+from shufflenet_mlflow.tracking.refused import REFUSED_NAME
+from shufflenet_mlflow.tracking.remote_checkpoints import RemoteCheckpoints
 from shufflenet_mlflow.tracking.session import TrackingSession
 from shufflenet_mlflow.tracking.store import TrackedMetrics, TrackedStore
 from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
@@ -91,7 +96,12 @@ class TrialRun:
             for iters in range(done + 1, done + iterations + 1):
                 metrics.log({"train/loss": 1 / iters}, iters)
                 path = checkpoints.save(
-                    {"state_dict": {"w": weights_at(iters)}, "epoch": iters // 5, "loss": 1 / iters},
+                    {
+                        "state_dict": {"w": weights_at(iters)},
+                        "epoch": iters // 5,
+                        "loss": 1 / iters,
+                        "process": os.getpid(),  # an iteration that is repeated has other bytes
+                    },
                     iters,
                     "",
                     val_top1=top1_at(iters),
@@ -116,19 +126,17 @@ class TrialRun:
         assert iters >= completed, f"completed {completed}, found {iters}"
         if path is not None:
             assert torch.equal(read_checkpoint(path)["state_dict"]["w"], weights_at(iters))
-        client = MlflowClient(self.uri)
-        tags = client.get_run(self.run_id).data.tags
-        for which in ("latest", "best"):
-            if f"checkpoint.{which}" in tags:
-                found = resolve(
-                    f"runs:/{self.run_id}@{which}", tracking_uri=self.uri, cache_dir=self.directory / "cache"
-                )
-                assert torch.equal(read_checkpoint(found.path)["state_dict"]["w"], weights_at(found.iters))
+        remote = RemoteCheckpoints(Connection(self.uri), self.run_id, self.directory / "cache")
+        for tag in (LATEST_TAG, BEST_TAG):
+            if tag in remote.tags:
+                manifest = remote.tagged(tag)
+                found = remote.fetch(manifest.path, manifest)  # no other takes its place
+                assert torch.equal(found.read()["state_dict"]["w"], weights_at(manifest.iters))
 
     def check_after_exit(self) -> None:
         """Check what a process that ended by itself left: everything was delivered once, and nothing else remains."""
         assert not read_pending(self.directory).entries
-        refused = self.directory / delivery.REFUSED_NAME
+        refused = self.directory / REFUSED_NAME
         assert not refused.exists(), refused.read_text()
         names = {entry.name for entry in self.directory.iterdir() if entry.is_file()}
         local = {path.name for path in list_checkpoints(self.directory)}
@@ -137,7 +145,8 @@ class TrialRun:
         artifacts = RunArtifacts(client, self.run_id)
         uploaded = {manifest.file_name: manifest for manifest in artifacts.manifests()}
         assert set(artifacts.sizes()) == set(uploaded) | {f"{name}.json" for name in uploaded}
-        assert uploaded == {manifest.file_name: manifest for manifest in list_manifests(self.directory)}
+        local_manifests = [manifest.as_local() for manifest in uploaded.values()]
+        assert sorted(local_manifests, key=str) == sorted(list_manifests(self.directory), key=str)
         for name, manifest in uploaded.items():
             data = Path(client.download_artifacts(self.run_id, f"checkpoints/{name}")).read_bytes()
             assert hashlib.sha256(data).hexdigest() == manifest.sha256

@@ -6,8 +6,8 @@ from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.data.preprocess import ToInput
 
 torch.set_default_dtype(torch.float64)
-single = ToInput.__call__
-ToInput.__call__ = lambda self, *images: single(self, *images).double()  # type: ignore[method-assign]
+single = ToInput.normalise
+ToInput.normalise = lambda self, x_NCHW: single(self, x_NCHW).double()  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     main()

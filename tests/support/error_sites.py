@@ -15,13 +15,14 @@ import shufflenet_mlflow
 import shufflenet_mlflow.cli
 from shufflenet_mlflow import errors
 from shufflenet_mlflow.errors import ShuffleNetError
+from shufflenet_mlflow.runtime.text import visible
 
 PACKAGE = Path(shufflenet_mlflow.__file__).parent
 CLI = Path(shufflenet_mlflow.cli.__file__).parent
 MAKERS = {
     *(name for name, found in vars(errors).items() if isinstance(found, type) and issubclass(found, ShuffleNetError)),
     *("BadParameter", "UsageError"),
-    "_require",  # of config.py: a rule for an option
+    "require_that",  # of config/rules.py: a rule for an option
 }
 """Names of functions and classes; a call of one makes an error."""
 
@@ -59,7 +60,7 @@ def _sites_in(path: Path) -> Iterator[Site]:
             name = inside
             if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
                 name = child.name
-            elif isinstance(child, ast.Call) and _makes_error(child, node) and inside != "_require":
+            elif isinstance(child, ast.Call) and _makes_error(child, node) and inside != "require_that":
                 yield Site(path.resolve(), child.lineno, child.end_lineno or child.lineno, _code_of(child, path))
             yield from visit(child, name)
 
@@ -76,7 +77,7 @@ def _makes_error(call: ast.Call, parent: ast.AST) -> bool:
 
 
 def _code_of(call: ast.Call, path: Path) -> str:
-    if isinstance(call.func, ast.Name) and call.func.id == "_require":
+    if isinstance(call.func, ast.Name) and call.func.id == "require_that":
         field = call.args[1]
         name = str(field.value) if isinstance(field, ast.Constant) else ast.unparse(field)
         return f"option-{name}".replace("_", "-")
@@ -131,12 +132,10 @@ def _same(path: Path, name: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Return the text without blanks and unprintable characters, which the command line changes."""
+    """Return the text as the command line prints it, without blanks."""
     from shufflenet_mlflow.tracking.redaction import redact
 
-    return "".join(
-        letter for letter in redact(text) if letter.isprintable() and letter not in " \N{REPLACEMENT CHARACTER}"
-    )
+    return visible("".join(redact(text).split()))
 
 
 @pytest.fixture(scope="module")

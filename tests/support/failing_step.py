@@ -7,7 +7,7 @@ from typing import Any
 from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.errors import DataError
 from shufflenet_mlflow.runtime.distributed import World
-from shufflenet_mlflow.training.loop import Trainer
+from shufflenet_mlflow.training.loop import TrainingLoop
 from shufflenet_mlflow.workflows import train
 from shufflenet_mlflow.workflows.training.run import TrackedRun
 
@@ -18,8 +18,8 @@ STEPS: dict[str, tuple[Any, str]] = {
     "data": (train, "list_data"),
     "state": (train, "prepare_state"),
     "run": (TrackedRun, "__enter__"),
-    "loop": (Trainer, "fetch"),
-    "mid-step": (Trainer, "step"),
+    "loop": (TrainingLoop, "fetch"),
+    "mid-step": (TrainingLoop, "step"),
     "end": (TrackedRun, "end"),
 }
 

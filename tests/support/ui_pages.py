@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from PIL import Image
 
 from tests.support.browser import Browser
 
@@ -40,7 +41,9 @@ def visit(browser: Browser, client: MlflowClient, runs: Sequence[Run], pictures:
         "train",
         "val",
     )
-    browser.count(".js-plotly-plot", 2)
+    browser.count(".js-plotly-plot", 1)  # best/val_top1 comes first; charts are drawn once they are in sight
+    browser.scroll_to("val")
+    browser.count(".js-plotly-plot", 3)
     take_picture("chart", 4)
 
     ids = json.dumps([run.info.run_id for run in runs])
@@ -65,6 +68,7 @@ def visit(browser: Browser, client: MlflowClient, runs: Sequence[Run], pictures:
     take_picture("run")
 
     browser.open(f"/#/experiments/{experiment}/runs/{first}/model-metrics?workflowType=machine_learning", "best")
+    browser.scroll_to("val")
     browser.count(".js-plotly-plot", 2)
     take_picture("metrics", 4)
 
@@ -92,18 +96,45 @@ def visit(browser: Browser, client: MlflowClient, runs: Sequence[Run], pictures:
     take_picture("model")
 
 
+def picture_of_page(page: Path, picture: Path) -> None:
+    """Save a page of `compare --out`, from the verdict to the curves."""
+    browser = Browser(page.absolute().as_uri(), width=1180)
+    try:
+        browser.wait_for("at the end", "%")
+        height = "document.querySelector('.readout').getBoundingClientRect().bottom + outerHeight - innerHeight + 2"
+        browser.driver.set_window_size(1180, round(browser.driver.execute_script(f"return {height}")))
+        time.sleep(1)
+        browser.picture(picture)
+    finally:
+        browser.close()
+
+
+def shrink(picture: Path) -> None:
+    """Save a picture again in a few colours, which screens have: a third of the bytes."""
+    with Image.open(picture) as image:
+        image.convert("RGB").quantize(96, dither=Image.Dither.NONE).save(picture, optimize=True)
+
+
 def main() -> None:
-    """Take pictures of the runs in the experiment `shufflenet`: `python -m tests.support.ui_pages URI FOLDER`."""
-    uri, folder = sys.argv[1], Path(sys.argv[2])
+    """Take pictures of an experiment's runs, and of a page of `compare --out`.
+
+    `python -m tests.support.ui_pages URI FOLDER EXPERIMENT [PAGE]`; those in `docs/` are `chart.png`, `metrics.png` as
+    `run.png`, `models.png`, `figure.png` as `evaluation.png`, and `page.png` as `compare.png`.
+    """
+    uri, folder, name = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     folder.mkdir(parents=True, exist_ok=True)
+    if sys.argv[4:]:
+        picture_of_page(Path(sys.argv[4]), folder / "page.png")
     client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("shufflenet")
-    assert experiment is not None, "no experiment shufflenet"
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None, f"no experiment {name}"
     browser = Browser(uri)
     try:
         visit(browser, client, client.search_runs([experiment.experiment_id], order_by=["start_time ASC"]), folder)
     finally:
         browser.close()
+    for picture in folder.glob("*.png"):
+        shrink(picture)
 
 
 if __name__ == "__main__":
