@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --editable
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo install test long lint docs check clean
+.PHONY: demo install test test-floors long soak bench-gpu lint docs check clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,9 +22,19 @@ demo: $(VENV)/.installed  ## train on the bundled digits, tracked in ./mlflow.db
 test: $(VENV)/.installed  ## the fast tests, two files at a time
 	$(PYTEST) -n 2 --dist loadfile
 
+test-floors:  ## the fast tests with the oldest dependencies that are allowed, in .venv-floors
+	PYTHON=$(PYTHON) .ci/floors
+
 long: $(VENV)/.installed  ## the tests that take minutes: servers, `mlflow run`, killed processes
 	$(PYTEST) -m 'long and not alone' -n 2 --dist loadfile
 	$(PYTEST) -m 'long and alone'
+
+soak: $(VENV)/.installed  ## an hour of kills, outages and full disks around several runs; SOAK='--minutes 5 --seed 7'
+	$(BIN)/python -m tests.support.soak $(SOAK)
+
+bench-gpu: $(VENV)/.installed  ## all that a GPU matters to, into gpu.json; BENCH='--quick' to try it, also without one
+	$(INSTALL) '.[$(EXTRAS),bench]'
+	$(BIN)/python benchmarks/gpu.py $(BENCH)
 
 lint: $(VENV)/.installed  ## style, formatting, who imports whom, types
 	$(BIN)/ruff check .
@@ -39,4 +49,4 @@ docs: $(VENV)/.installed  ## the site, into site/
 check: lint test docs long  ## everything
 
 clean:
-	rm -rf $(VENV) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-floors site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
