@@ -24,8 +24,8 @@ from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.runtime.locks import FileLock
 from shufflenet_mlflow.tracking import durable, durable_runs, durable_store
 from shufflenet_mlflow.tracking.durable_artifacts import DurableArtifacts
-from shufflenet_mlflow.tracking.durable_errors import FOLDER_VARIABLE, NoAnswerError
-from shufflenet_mlflow.tracking.durable_runs import RunJournal, folder_of
+from shufflenet_mlflow.tracking.durable_errors import NoAnswerError
+from shufflenet_mlflow.tracking.durable_runs import FOLDER_VARIABLE, RunJournal, folder_of
 from shufflenet_mlflow.tracking.durable_store import DurableStore
 from shufflenet_mlflow.tracking.journal import Journal
 from shufflenet_mlflow.tracking.journal_file import read_pending

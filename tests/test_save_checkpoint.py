@@ -219,7 +219,8 @@ def test_the_end_of_the_process_says_what_stays(background: bool, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     assert f"`shufflenet sync models/{'0' * 32}`" in done.stderr
-    assert done.stderr.count("training goes on") == 1
+    assert done.stderr.count("refused; training goes on") == 1
+    assert done.stderr.count("has not answered within") <= 1, "before that, if the machine is slow"
     assert "Traceback" not in done.stderr
     assert len(read_pending(tmp_path / "models" / ("0" * 32)).entries) == 2
 

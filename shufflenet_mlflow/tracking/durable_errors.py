@@ -4,9 +4,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, TEMPORARILY_UNAVAILABLE, ErrorCode
 
 from shufflenet_mlflow.errors import ShuffleNetError
-
-FOLDER_VARIABLE = "MLFLOW_DURABLE_DIR"
-"""Variable that names the folder of the journals."""
+from shufflenet_mlflow.tracking.durable_runs import FOLDER_VARIABLE
 
 
 class NoAnswerError(MlflowException):

@@ -22,7 +22,6 @@ from shufflenet_mlflow.runtime.progress import LoggingReporter
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.tracking.client import connect
 from shufflenet_mlflow.tracking.delivery import Deliverer, Delivery, tell_what_is_left
-from shufflenet_mlflow.tracking.durable_errors import FOLDER_VARIABLE
 from shufflenet_mlflow.tracking.journal import LOCK_NAME, Journal
 from shufflenet_mlflow.tracking.journal_file import JOURNAL_NAME, read_pending
 from shufflenet_mlflow.tracking.kinds import TRACKING_KINDS
@@ -35,6 +34,8 @@ from shufflenet_mlflow.tracking.uris import stored_uri
 
 logger = logging.getLogger(__name__)
 
+FOLDER_VARIABLE = "MLFLOW_DURABLE_DIR"
+"""Variable that names the folder of the journals."""
 DEFAULT_FOLDER = "mlflow-journal"
 PROCESS_FOLDER = "process-"
 
