@@ -26,8 +26,7 @@ test-floors:  ## the fast tests with the oldest dependencies that are allowed, i
 	PYTHON=$(PYTHON) .ci/floors
 
 long: $(VENV)/.installed  ## the tests that take minutes: servers, `mlflow run`, killed processes
-	$(PYTEST) -m 'long and not alone' -n 2 --dist loadfile
-	$(PYTEST) -m 'long and alone'
+	$(PYTEST) -m 'long and not alone' -n 2 --dist loadfile; together=$$?; $(PYTEST) -m 'long and alone' && exit $$together
 
 soak: $(VENV)/.installed  ## an hour of kills, outages and full disks around several runs; SOAK='--minutes 5 --seed 7'
 	$(BIN)/python -m tests.support.soak $(SOAK)
