@@ -21,23 +21,29 @@ from shufflenet_mlflow.config import EXCLUSIONS, RULES
 from tests.test_settings import commands
 
 DRIVER = """
-import json, os, sys, tempfile
+import json, os, sys
+from tempfile import TemporaryDirectory
 from click.testing import CliRunner
 from shufflenet_mlflow.cli import main
 
 for name in ("torch", "torchvision", "mlflow", "numpy", "cv2", "matplotlib"):
     sys.modules[name] = None  # importing it is an error
-outside = tempfile.mkdtemp()
-for line in sys.stdin:
-    words, variables, files = json.loads(line)
-    os.chdir(tempfile.mkdtemp())
+
+def answer(words, variables, files, outside):
     for name, text in files.items():
         open(os.path.join(outside, name), "w").write(text)
     words = [word.replace("{outside}", outside) for word in words]
     result = CliRunner(env={**variables, "SHUFFLENET_CACHE_DIR": outside + "/cache"}).invoke(main, words)
     left = os.listdir() + (["the cache folder"] if os.path.exists(outside + "/cache") else [])
     error = None if isinstance(result.exception, SystemExit) else repr(result.exception)
-    print(json.dumps([result.exit_code, result.stdout, result.stderr, left, error]))
+    return [result.exit_code, result.stdout, result.stderr, left, error]
+
+with TemporaryDirectory() as outside:
+    for line in sys.stdin:
+        with TemporaryDirectory() as folder:
+            os.chdir(folder)
+            print(json.dumps(answer(*json.loads(line), outside)))
+            os.chdir(outside)
 """
 
 DIGITS = "9" * 20
