@@ -21,7 +21,7 @@ from shufflenet_mlflow.runtime.text import visible
 
 from .errors import UsageError
 from .help import WithHelp
-from .option import DEBUG, ERROR_PRINTED
+from .option import DEBUG, ERROR_PRINTED, NEXT_STEP
 from .say import say
 from .settings import drop_standing, drop_weaker, note_sources, sources, warn_of_unknown_variables
 from .stopping import leave, let_signals_end, let_signals_raise
@@ -193,6 +193,10 @@ def _end(ctx: click.Context, error: ShuffleNetError) -> NoReturn:
         say(*redact(traceback.format_exc()).rstrip("\n").split("\n"), err=True)
     else:
         say(f"Error: {_one_line(redact(_with_sources(str(error))))}", err=True)
+    if NEXT_STEP in ctx.meta:
+        from .console import next_steps
+
+        next_steps(ctx.meta[NEXT_STEP])
     sys.exit(error.exit_status)
 
 

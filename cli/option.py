@@ -14,6 +14,8 @@ CONFIG = "shufflenet_mlflow.config"
 """Keys of a context's `meta`: whether to show tracebacks; `verbose` or `quiet`; the file of options."""
 ERROR_PRINTED = "shufflenet_mlflow.error_printed"
 """Key of a context's `meta`: the command's JSON document already holds the error that it ends with."""
+NEXT_STEP = "shufflenet_mlflow.next_step"
+"""Key of a context's `meta`: a command to print below the error."""
 
 PREFIX = "SHUFFLENET_"
 """Prefix of the environment variables that set options."""

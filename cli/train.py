@@ -3,7 +3,8 @@
 import os
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -20,12 +21,14 @@ from shufflenet_mlflow.config import (
     RECIPE_NAMES,
     SCHEDULES,
 )
+from shufflenet_mlflow.errors import BadImageError, CheckpointError
 from shufflenet_mlflow.evaluation.baseline import beside_majority
-from shufflenet_mlflow.runtime.signals import StopRequested, exit_status
+from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested, exit_status
 from shufflenet_mlflow.runtime.text import counted
 
 from .commands import TrainingCommand
 from .completing import NETWORK, REFERENCE, RUN, Folder, ImageSet, Reference
+from .option import NEXT_STEP
 from .options import (
     architecture_options,
     bad_image_option,
@@ -93,7 +96,10 @@ USUAL = (
     ),
     option("--num-classes", type=int, metavar="N", help="Width of the classifier.  [default: the number of classes]"),
     option(
-        "--input-size", type=int, metavar="PIXELS", help="Input size, a multiple of 32.  [default: 224; digits: 64]"
+        "--input-size",
+        type=int,
+        metavar="PIXELS",
+        help="Input size, a multiple of 32.  [default: 224, or that of --init-from; digits: 64]",
     ),
     option(
         "--init-from",
@@ -389,7 +395,8 @@ def train(as_json: bool, **values: Any) -> None:
         for name in ("new_run", "changed_data", "take_over", "requeue", "no_log_models", "no_system_metrics"):
             request_options[name] = bool(request_options[name])
         request = TrainRequest(options=given, **request_options)
-        summary = run_training(request, reporter=reporter, stop=stop)
+        with _saying_how_to_go_on(stop):
+            summary = run_training(request, reporter=reporter, stop=stop)
         if summary.is_leader and summary.run_id is not None:
             remember(request.tracking_uri, runs={summary.run_id: summary.run_name})
         if not summary.is_leader:
@@ -406,6 +413,19 @@ def train(as_json: bool, **values: Any) -> None:
         say("A traceback of torchrun's own (SignalException) may follow; this run ended as it should.", err=True)
     if stop.signum is not None:  # perhaps during the last uploads, after training
         sys.exit(exit_status(stop.signum))
+
+
+@contextmanager
+def _saying_how_to_go_on(stop: StopFlag) -> Iterator[None]:
+    """Have the command printed that goes on from the last checkpoint, after an error that may be gone by then."""
+    try:
+        yield
+    except (CheckpointError, BadImageError) as error:
+        if stop.resume_ref is not None:
+            elsewhere = " --save-dir OTHER" if error.code == "checkpoint-unwritable" else ""
+            command = f"shufflenet train --resume {quote(stop.resume_ref)}{elsewhere}"
+            click.get_current_context().meta[NEXT_STEP] = f"{command}    goes on with the run"
+        raise
 
 
 def _result_lines(summary: "TrainSummary") -> list[str]:

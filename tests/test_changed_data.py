@@ -15,11 +15,12 @@ from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.data import listing
 from shufflenet_mlflow.data.digits import cached_digits
 from shufflenet_mlflow.data.mean import write_mean_image
-from shufflenet_mlflow.errors import ResumeError
+from shufflenet_mlflow.errors import DataError, ResumeError
 from shufflenet_mlflow.models import shufflenet_v2_large
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.workflows.train import run_training
 from shufflenet_mlflow.workflows.training.request import TrainRequest
+from tests.support.command_line import Invoke
 from tests.support.training import Reporter, run, run_until
 
 
@@ -149,3 +150,22 @@ def test_the_bundled_digits(tmp_path: Path) -> None:
     first.write_bytes(second.read_bytes())
     with pytest.raises(ResumeError, match="--val-dir .* files changed in content in class '3'"):
         run_training(request, reporter=Reporter(), stop=StopFlag())
+
+
+def test_a_new_class_names_the_way_to_train_on_it(images: Path, mine: Path, shufflenet: Invoke) -> None:
+    begun = run(images, *folders(mine), "--save-dir", "models", "--total-iters", 2)
+    for part in ("train", "val"):
+        shutil.copytree(mine / part / "red", mine / part / "white")
+    words = ("--num-classes", 4), ("--changed-data",), ("--new-run", "--save-dir", "fork"), ()
+    for more in words:
+        with pytest.raises(
+            DataError, match=f"it also has 'white'; `shufflenet train --init-from runs:/{begun.run_id}`"
+        ):
+            run(images, "--resume", begun.run_id, *folders(mine), *more)
+    evaluated = shufflenet("eval", begun.run_id)
+    assert evaluated.exit_code == 1
+    assert "no longer holds the run's val images: class 'white' added" in evaluated.stderr
+    assert "Error: the run's folder" in evaluated.stderr
+    assert evaluated.stderr.rstrip().endswith("it also has 'white'; --val-dir names a folder with these classes")
+    grown = run(images, "--init-from", f"runs:/{begun.run_id}", *folders(mine), "--save-dir", "grown")
+    assert len(read_checkpoint(grown.result.checkpoint)["class_to_idx"]) == 4

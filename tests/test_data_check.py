@@ -90,6 +90,7 @@ def test_every_kind_of_flaw_is_named(pets: Path, shufflenet: Invoke) -> None:
     train, val = pets / "train", pets / "val"
     (train / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
     (train / "cat" / "notes.txt").write_text("notes")
+    (train / "list.csv").write_text("notes")
     Image.new("RGB", (64, 64), (9, 9, 9)).save(train / "cat" / "black.png")
     scene(1, 400).crop((0, 0, 400, 20)).save(train / "dog" / "long.png")
     shutil.copy(train / "cat" / "0000.png", train / "cat" / "again.png")
@@ -107,6 +108,7 @@ def test_every_kind_of_flaw_is_named(pets: Path, shufflenet: Invoke) -> None:
         **dict.fromkeys(("names-alike", "class-missing", "class-empty", "unreadable"), True),
         **dict.fromkeys(("same-in-parts", "similar-in-parts", "same-in-classes", "similar-in-classes"), True),
         **dict.fromkeys(("same-repeated", "similar-repeated", "constant", "tiny", "extreme", "other-files"), False),
+        "not-images": True,
     }
     assert names_of(found["unreadable"]) == [["train/cat/broken.jpg"]]
     assert found["unreadable"]["groups"][0][0]["reason"]

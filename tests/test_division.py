@@ -351,3 +351,18 @@ def test_validation_images_from_elsewhere_end_the_division(train: Callable[..., 
     fork |= {"resume": "fork", "save_dir": Path("again"), "total_iters": 9}
     config = read_checkpoint(train(None, **fork, val_fraction=0.3).result.checkpoint)["config"]
     assert (config["val_fraction"], config["val_dir"]) == (0.3, None)
+
+
+def test_copies_on_both_sides_of_a_division(train: Callable[..., Any], tmp_path: Path, shufflenet: Invoke) -> None:
+    photos = write_images(tmp_path / "photos", per_class=12)
+    for name in ("blue", "green", "red"):
+        for number in range(8):
+            shutil.copy(photos / name / "000.png", photos / name / f"copy{number}.png")
+    reporter = Reporter()
+    run_id = train(photos, reporter).run_id
+    assert any("among the training images, so the accuracy on them is too high" in text for text in reporter.warnings)
+    evaluated = shufflenet("eval", run_id).stderr
+    assert "of the run, so its accuracy on them is too high; `shufflenet data check DIR` names them" in evaluated
+    assert "training images" not in shufflenet("eval", run_id, "--split", "train").stderr
+    report = shufflenet("data", "check", photos)
+    assert "within one class; dividing the folder can part them" in report.stdout

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tests.support.effort import only_in_full_run
 from tests.support.images import write_images
 from tests.support.metrics import history, steps, values
 from tests.support.payloads import assert_equal_payloads
-from tests.support.training import Reporter, assert_same_end, run, run_until
+from tests.support.training import Reporter, assert_same_end, request, run, run_until
 
 
 @pytest.mark.parametrize(
@@ -312,6 +313,23 @@ def test_a_new_run_forks(images: Path, client: MlflowClient) -> None:
     save_checkpoint({"state_dict": {}}, 1, directory="mine")
     with pytest.raises(ResumeError, match="'mine' holds checkpoints of another run; name another folder"):
         run(images, "--resume", stopped.run_id, "--new-run", "--save-dir", "mine")
+
+
+def test_a_fork_does_not_claim_the_best_checkpoint_of_its_parent(images: Path, client: MlflowClient) -> None:
+    begun = run(images, "--save-dir", "models", "--total-iters", 6, "--val-interval", 3)
+    worse = ["--lr", 1e-9, "--total-iters", 8, "--val-interval", 8]
+    fork = run(images, "--resume", begun.run_id, "--new-run", "--save-dir", "fork", *worse)
+    assert begun.result.best is not None
+    assert fork.result.best == {"val_top1": fork.result.val_top1, "iters": 8}
+    assert values(client, fork.run_id, "best/val_top1") == [fork.result.val_top1]
+
+
+def test_weights_bring_the_size_of_their_images(images: Path) -> None:
+    begun = run(images, "--save-dir", "models", "--total-iters", 1, "--input-size", 64)
+    asked = request(images, "--init-from", f"runs:/{begun.run_id}", "--save-dir", "tuned", "--total-iters", 1)
+    without = replace(asked, options={name: value for name, value in asked.options.items() if name != "input_size"})
+    tuned = run_training(without, reporter=Reporter(), stop=StopFlag())
+    assert read_checkpoint(tuned.result.checkpoint)["config"]["input_size"] == 64
 
 
 def test_a_fork_that_is_stopped_at_once_can_be_resumed(images: Path) -> None:

@@ -249,7 +249,7 @@ def same_names(one: Iterable[str], other: Iterable[str]) -> bool:
 
 
 def with_same_classes(
-    expected: Mapping[str, int], listing: ImageListing, *, expected_in: str, option: str
+    expected: Mapping[str, int], listing: ImageListing, *, expected_in: str, option: str, way_out: str = ""
 ) -> ImageListing:
     """Return a listing with the expected names and labels of its classes.
 
@@ -258,6 +258,7 @@ def with_same_classes(
     Args:
         expected: class name -> label.
         expected_in: where the expected classes come from, for the message.
+        way_out: what to do about others, for the message.
 
     Raises:
         DataError: it does not have the expected classes; the differences are named.
@@ -276,6 +277,6 @@ def with_same_classes(
         differences.append(f"it also has {name_some(extra, shown_as=repr)}")
     raise DataError(
         f"{option} {str(listing.source)!r} does not have the classes of {expected_in}: "
-        f"{'; '.join(differences) or 'their order differs'}",
+        f"{'; '.join(differences) or 'their order differs'}{way_out and f'; {way_out}'}",
         code="classes-differ",
     )

@@ -81,6 +81,8 @@ class DataIdentity:
         if same_files and (not comparable or self.content_digest == listing.content_digest):
             return None
         now = _counts(listing)
+        if classes := _changed_classes(self.counts, now):
+            return classes
         moved = [
             f"{name!r} ({self.counts[name]} -> {now[name]} images)"
             for name in listing.classes
@@ -103,6 +105,12 @@ def _counts(listing: ImageListing) -> dict[str, int]:
     for label in listing.samples.labels.tolist():
         numbers[label] += 1
     return dict(zip(listing.classes, numbers, strict=True))
+
+
+def _changed_classes(before: Mapping[str, int], now: Mapping[str, int]) -> str:
+    """Say which classes are new and which are gone; empty text if none are, or if that is not known."""
+    changes = ((now.keys() - before.keys(), "added"), (before.keys() - now.keys(), "removed")) if before else ()
+    return ", ".join(f"class {name_some(sorted(names), shown_as=repr)} {what}" for names, what in changes if names)
 
 
 def _added_and_removed(before: Mapping[str, int], now: Mapping[str, int]) -> tuple[int, int]:

@@ -181,7 +181,7 @@ def _run(request: EvalRequest, context: JobContext) -> EvalSummary:
             context.reporter.note(f"run {run_id} is {status_in_words(source)}: `shufflenet runs mend {run_id}` ends it")
         images, summary = measure(request, as_its_run(loaded, source), context)
         if source is not None:
-            _warn_of_training_images(store, source.info.run_id, images.listing, context.reporter)
+            _warn_of_training_images(store, source.info.run_id, images, context.reporter)
         if client is None or where == "none":
             return summary
         evaluated = Evaluated(
@@ -238,7 +238,8 @@ def measure(request: EvalRequest, loaded: LoadedCheckpoint, context: JobContext)
         cache_dir=request.cache_dir,
         reporter=context.reporter,
     )
-    listing = _with_classes(loaded.network, images.listing, loaded.source, context.reporter)
+    option = "--val-dir" if request.val_dir is not None else "the run's folder"
+    listing = _with_classes(loaded.network, images.listing, loaded.source, context.reporter, option=option)
     images = replace(images, listing=listing)
     return images, _evaluate(request, loaded, listing, context, is_digits=images.directory is None)
 
@@ -364,9 +365,10 @@ def _evaluate(
     )
 
 
-def _warn_of_training_images(store: Connection, run_id: str, listing: ImageListing, reporter: Reporter) -> None:
-    """Say how many of the images the run was trained on, as far as digests show it."""
-    if not listing.is_small:
+def _warn_of_training_images(store: Connection, run_id: str, images: EvalImages, reporter: Reporter) -> None:
+    """Say how many of the images the run was trained on, as far as digests show it; all of its training images are."""
+    listing = images.listing
+    if images.part == "train" or not listing.is_small:
         return
     try:
         trained_on = training_digests(RunArtifacts(store.client, run_id))
@@ -374,25 +376,29 @@ def _warn_of_training_images(store: Connection, run_id: str, listing: ImageListi
         reporter.warn(f"{error}; whether the images were trained on is not known")
         return
     known = sum(digest in trained_on for digest in listing.image_digests)
+    others = "" if images.part is not None else f" --against {run_id[:SHORT_ID]}"  # a folder that holds both
     if known:
         reporter.warn(
             f"{known:,} of {counted(len(listing), 'image')} in {str(listing.source)!r} "
             f"{'is' if known == 1 else 'are'} among the training images of the run, so its accuracy on them is too "
-            f"high; `shufflenet data check DIR --against {run_id[:SHORT_ID]}` names them"
+            f"high; `shufflenet data check DIR{others}` names them"
         )
 
 
-def _with_classes(network: LoadedModel, listing: ImageListing, source: str, reporter: Reporter) -> ImageListing:
+def _with_classes(
+    network: LoadedModel, listing: ImageListing, source: str, reporter: Reporter, *, option: str = "--val-dir"
+) -> ImageListing:
     """Return the listing with the network's labels; report it if the checkpoint does not name its classes.
 
     Raises:
         DataError: the names differ, or there are more of them than the network tells apart.
     """
     if network.class_to_idx is not None:
-        listing = with_same_classes(network.class_to_idx, listing, expected_in=source, option="--val-dir")
+        way_out = "--val-dir names a folder with these classes"
+        listing = with_same_classes(network.class_to_idx, listing, expected_in=source, option=option, way_out=way_out)
     if len(listing.classes) > network.num_classes:
         raise DataError(
-            f"--val-dir {str(listing.source)!r} has {counted(len(listing.classes), 'class', 'classes')}, {source} "
+            f"{option} {str(listing.source)!r} has {counted(len(listing.classes), 'class', 'classes')}, {source} "
             f"tells {network.num_classes} apart; --val-dir names another folder",
             code="too-many-classes",
         )

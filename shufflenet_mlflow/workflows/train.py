@@ -23,6 +23,7 @@ from shufflenet_mlflow.workflows.training.config import Plan, check_continuation
 from shufflenet_mlflow.workflows.training.data import (
     Listed,
     check_headers,
+    check_same_classes,
     check_same_data,
     list_data,
     named_as_before,
@@ -114,6 +115,7 @@ def _train(
     # 4. Data, and with it the complete configuration.
     with world.sync_errors(), stop.at_once():
         data = named_as_before(attempt, list_data(choices, request.cache_dir, context.reporter, listed))
+        check_same_classes(attempt, data)
         plan = Plan(complete_config(choices, data, world), choices.spec, data)
         check_continuation(attempt, plan.config)
         changes = check_same_data(

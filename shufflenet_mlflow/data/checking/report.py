@@ -178,6 +178,7 @@ def _of_images(looks: Sequence[Look]) -> Iterable[Finding]:
 def _duplicates(looks: Sequence[Look], reference: Reference | None) -> Iterable[Finding]:
     """Yield groups of images that are there more than once; a group in two parts and two classes is found twice."""
     own = {id(look) for look in looks}
+    parted = "" if any(look.image.part for look in looks) else "; dividing the folder can part them"
     everything = [*looks, *(reference.looks if reference is not None else ())]
 
     def choose(groups: Iterable[Sequence[Look]], differ: Callable[[Sequence[Look]], bool]) -> tuple[Group, ...]:
@@ -199,7 +200,11 @@ def _duplicates(looks: Sequence[Look], reference: Reference | None) -> Iterable[
         for kind, differ, text in (
             ("in-parts", parts_differ, "in more than one part: figures on one of them are too good"),
             ("in-classes", classes_differ, "in more than one class: one of the labels is wrong"),
-            ("repeated", lambda group: not (parts_differ(group) or classes_differ(group)), "within one class"),
+            (
+                "repeated",
+                lambda group: not (parts_differ(group) or classes_differ(group)),
+                f"within one class{parted}",
+            ),
         ):
             if chosen := choose(groups, differ):
                 times = "repeated " if kind == "repeated" and prefix == "same" else ""
@@ -245,6 +250,9 @@ def _numbers(parts: Sequence[Part]) -> Iterable[Finding]:
         if few and part is parts[0]:
             text = f"{where}fewer than {FEWEST_IMAGES} images of {name_some(few, shown_as=repr)}"
             yield Finding("few-images", False, text)
-        if part.others:
-            text = f"{where}{by_suffix(part.others)} that no command takes for images of a class"
-            yield Finding("other-files", False, text)
+        foreign = [path for path in part.others if "/" in path]
+        if foreign:
+            text = f"{where}{by_suffix(foreign)} in class folders are not images: training refuses them"
+            yield Finding("not-images", True, f"{text}, unless they are skipped with --on-bad-image skip")
+        if loose := [path for path in part.others if "/" not in path]:
+            yield Finding("other-files", False, f"{where}{by_suffix(loose)} outside the class folders, left out")

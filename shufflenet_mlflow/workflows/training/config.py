@@ -266,9 +266,11 @@ def _choose_preprocess(
     stored = stored_preprocess(point) if point is not None else None
     usual = spec.preprocess.input_size
     usual = DIGITS_INPUT_SIZE if is_digits and usual == REFERENCE_SIZE else usual
-    if weights is not None and spec.fake_quantized and weights.description.preprocess is not None:
-        stored = weights.description.preprocess  # it stays the network that it is
-        usual = stored.input_size
+    described = weights.description.preprocess if weights is not None else None
+    if described is not None and not is_digits:
+        usual = described.input_size
+    if described is not None and spec.fake_quantized:
+        stored, usual = described, described.input_size  # it stays the network that it is
     return choose_preprocess(
         spec,
         options.get("input_size", usual),

@@ -3,6 +3,7 @@
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from shufflenet_mlflow.data.datasets import list_sides
@@ -78,7 +79,7 @@ def list_data(choices: Choices, cache_dir: Path | None, reporter: Reporter, list
 def warn_of_overlap(data: TrainData, reporter: Reporter) -> None:
     """Say how many validation images are training images too; only of sets whose content is read anyway."""
     train, val = data.train, data.val
-    if train.root == val.root or not (train.is_small and val.is_small):
+    if train.digest == val.digest or not (train.is_small and val.is_small):
         return
     trained_on = set(train.image_digests)
     known = sum(digest in trained_on for digest in val.image_digests)
@@ -108,6 +109,25 @@ def named_as_before(attempt: Attempt, data: TrainData) -> TrainData:
         val = with_same_classes(train.class_to_idx, val, expected_in="", option="")
         return replace(data, train=train, val=val, order=data.order.over(train.samples.labels))
     return data
+
+
+def check_same_classes(attempt: Attempt, data: TrainData) -> None:
+    """Compare the classes with those of the checkpoint, of which not even a fork may have others.
+
+    Raises:
+        DataError: they differ.
+    """
+    point = attempt.resume_point
+    if point is None:
+        return
+    ref = f"runs:/{point.run_id}" if point.run_id is not None else str(point.path)
+    with_same_classes(
+        point.payload["class_to_idx"],
+        data.train,
+        expected_in=f"the checkpoint {str(point.path)!r}",
+        option="--train-dir",
+        way_out=f"`shufflenet train --init-from {quote(ref)}` trains its weights on other classes, as a new run",
+    )
 
 
 def _as_before(digest: object, listing: ImageListing) -> ImageListing:
@@ -157,7 +177,6 @@ def check_same_data(
         What differs: name -> (then, now).
 
     Raises:
-        DataError: the classes differ.
         ResumeError: the training images, the validation images, or the mean images differ.
     """
     point = attempt.resume_point
@@ -173,12 +192,6 @@ def check_same_data(
                 code="mean-image-changed",
             )
         changes["mean_image_content"] = ("another", "this one")
-    with_same_classes(
-        point.payload["class_to_idx"],
-        data.train,
-        expected_in=f"the checkpoint {str(point.path)!r}",
-        option="--train-dir",
-    )
     stored = point.payload.get("data", {})
     unknown = []
     for part, listing in (("train", data.train), ("val", data.val)):

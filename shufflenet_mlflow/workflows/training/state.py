@@ -78,7 +78,7 @@ def prepare_state(plan: Plan, attempt: Attempt, context: JobContext) -> Prepared
             )
         state.load_state_dict(point.payload)
         if attempt.is_fork:
-            state.validations_since_best = 0
+            state.best, state.validations_since_best = None, 0  # the other run has that checkpoint
         drift = drift_since(point, plan, surroundings)
         _warn_of_drift(drift, reporter)
     if weights is not None:
