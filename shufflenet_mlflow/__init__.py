@@ -7,7 +7,10 @@ next to nothing, importing torch and MLflow does not.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from shufflenet_mlflow.runtime.logs import make_package_logger
 from shufflenet_mlflow.version import __version__
+
+make_package_logger()
 
 if TYPE_CHECKING:
     from shufflenet_mlflow.checkpoints.loading import LoadReport

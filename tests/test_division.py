@@ -154,7 +154,7 @@ def test_the_form_of_unicode_does_not_matter(form: Any) -> None:
             "do not divide so that class",
         ),
         (many(9, "ab"), Division(group_by="x*"), "matches none of the paths in DIR 'photos', such as 'a/00000.jpg'"),
-        (["train/a/1.jpg", "val/a/2.jpg"], RULE, "'train', 'val', which are no classes; give DIR 'photos/train'"),
+        (["train/a/1.jpg", "val/a/2.jpg"], RULE, "'train', 'val', which are not classes; give DIR 'photos/train'"),
     ],
 )
 def test_what_cannot_be_divided(names: list[str], rule: Division, says: str) -> None:

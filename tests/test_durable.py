@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from importlib import import_module
@@ -125,14 +126,19 @@ def test_a_file_that_another_one_is_in_the_way_of(
         tmp_path.joinpath(name).write_text(name)
     artifacts.log_artifact(str(tmp_path / "notes"))
     artifacts.log_artifact(str(tmp_path / "text"), "notes")
-    odd = tmp_path / "a\nb"
-    odd.write_text("")
-    with pytest.raises(MlflowException, match="holds characters that no artifact's name can have"):
-        artifacts.log_artifact(str(odd))
+    for name in ("a\nb", "a#b.txt", "a?b.txt", "a%41.txt"):
+        tmp_path.joinpath(name).write_text("")
+        with pytest.raises(MlflowException, match=f"MLflow cannot keep an artifact called {re.escape(repr(name))}"):
+            artifacts.log_artifact(str(tmp_path / name))
+    for name in ("50 % of all.txt", "ä b'\"&+;=@.txt", "a%zz.txt"):
+        tmp_path.joinpath(name).write_text("kept")
+        artifacts.log_artifact(str(tmp_path / name))
     dead.log_metric(run_id, Metric("loss", 0.5, 1000, 1))
     deliver(client, run_id)
     assert len(client.get_metric_history(run_id, "loss")) == 1
     assert [entry["kind"] for entry in read_refused(folder_of(run_id))] == ["file"]
+    stored = {item.path for item in client.list_artifacts(run_id)}
+    assert stored == {"notes", "50 % of all.txt", "ä b'\"&+;=@.txt", "a%zz.txt"}
 
 
 def test_what_is_sent_twice_is_there_once(dead: DurableStore, run_id: str, client: MlflowClient) -> None:
@@ -151,7 +157,7 @@ def test_what_is_sent_twice_is_there_once(dead: DurableStore, run_id: str, clien
 
 
 def test_files_wait_in_the_journal(dead: DurableStore, run_id: str, client: MlflowClient, tmp_path: Path) -> None:
-    source = tmp_path / "notes ü #1%20.txt"
+    source = tmp_path / "notes ü (1) 50 %.txt"
     uri = f"mlflow-artifacts:/0/{run_id}/artifacts"
     artifacts = DurableArtifacts(uri, dead.uri)
     source.write_text("first")

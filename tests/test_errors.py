@@ -1104,6 +1104,8 @@ def test_calls_that_no_command_makes(call: str, here: Path, recorder: Recorder) 
 
 
 ELSEWHERE: dict[str, str] = {
+    "logged-file-lost": "test_long_durable.py::test_a_file_that_never_arrives",
+    "manifest-of-another": "test_save_checkpoint.py::test_a_checkpoint_that_was_copied_to_the_name_of_another",
     "logged-file-refused": "test_durable.py::test_a_file_that_another_one_is_in_the_way_of",
     "save-folder-busy": "test_save_checkpoint.py::test_two_processes_do_not_save_in_one_run_s_folder",
     "study-without-runs": "test_tune.py::test_a_study_without_runs_is_named",

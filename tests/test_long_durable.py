@@ -11,7 +11,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
+from shufflenet_mlflow.tracking import durable_runs
 from shufflenet_mlflow.tracking.durable_store import DurableStore
+from shufflenet_mlflow.tracking.refused import read_refused
 from tests.support.command_line import Invoke
 from tests.support.durable import start, sync
 from tests.support.effort import repetitions
@@ -166,3 +168,20 @@ def test_a_command_behind_the_journal(
     for words in (("runs", "show", summary["run_id"]), ("checkpoints", "ls", f"runs:/{summary['run_id']}")):
         result = shufflenet(*words)
         assert result.exit_code == 0, result.output
+
+
+def test_a_file_that_never_arrives(server: Server, shufflenet: Invoke, tmp_path: Path) -> None:
+    """MLflow takes it under a name that it then cuts short; it is set aside, and what comes after it arrives."""
+    client = MlflowClient(server.uri)
+    run_id = client.create_run("0").info.run_id
+    path = tmp_path / "a#b.txt"
+    path.write_text("kept")
+    durable_runs.record_file(server.uri, run_id, path, "")  # as before such names were refused
+    DurableStore(server.uri).log_metric(run_id, Metric("after", 1.0, 1000, 1))
+    folder = durable_runs.folder_of(run_id)
+    durable_runs.finish_all()
+    result = shufflenet("sync", "mlflow-journal")
+    assert [entry["kind"] for entry in read_refused(folder)] == ["file"]
+    assert "although MLflow took it" in read_refused(folder)[0]["reason"]
+    assert "1 entry was refused by MLflow and kept in" in result.output
+    assert [point.value for point in client.get_metric_history(run_id, "after")] == [1.0]

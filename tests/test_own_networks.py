@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from shufflenet_mlflow import CheckpointWriter, create_model, read_checkpoint, save_checkpoint
+from shufflenet_mlflow import CheckpointWriter, create_model, load_checkpoint, read_checkpoint, save_checkpoint
 from shufflenet_mlflow.checkpoints.glance import Glance, glance
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint as read_file
 from shufflenet_mlflow.cli.tables import SHORT_ID
@@ -271,3 +271,77 @@ def test_a_glance_at_strange_files(tmp_path: Path) -> None:
     torch.save({"run_id": "x", "model": {"name": "y"}}, tmp_path / "b")
     torch.save([1], tmp_path / "c")
     assert {glance(tmp_path / name) for name in "abc"} == {Glance()}
+
+
+class Holder(nn.Module):
+    """A network with a part called `module`, as wrappers call what they wrap."""
+
+    def __init__(self, *, more: bool) -> None:
+        super().__init__()
+        self.module = nn.Linear(2, 2)
+        if more:
+            self.weight = nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel])
+def test_a_part_called_module_keeps_its_name(more: bool, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = Holder(more=more)
+    payload = saved({"model": wrap(model)})
+    again = Holder(more=more)
+    again.load_state_dict(payload["state_dict"])
+    assert torch.equal(again.module.weight, model.module.weight)
+    for other in (Holder(more=more), nn.DataParallel(Holder(more=more))):
+        load_checkpoint(other, payload)
+        assert torch.equal(list(other.state_dict().values())[-1], list(model.state_dict().values())[-1])
+    from_weights = saved({"state_dict": nn.DataParallel(model).state_dict()})
+    load_checkpoint(again, from_weights)
+
+
+def test_an_average_of_weights_is_loaded_as_one() -> None:
+    model = create_model(NAME, 3)
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    for state in ({"model": average}, {"state_dict": average.state_dict()}):
+        payload = saved(state)
+        again = AveragedModel(create_model(NAME, 3))
+        load_checkpoint(again, payload)
+        assert all(map(torch.equal, again.module.state_dict().values(), model.state_dict().values()))
+        assert again.n_averaged == 1
+        load_checkpoint(create_model(NAME, 3), payload)
+
+
+def test_what_a_module_keeps_beside_its_tensors() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.seen = nn.Linear(2, 2), {"images": 0}
+
+        def get_extra_state(self) -> dict[str, int]:
+            return self.seen
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            self.seen = state
+
+    model = Counting()
+    model.seen = {"images": 7}
+    again = Counting()
+    load_checkpoint(again, saved({"model": model}))
+    assert again.seen == {"images": 7}
+
+
+class Kind(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+def test_tensors_of_other_classes_are_refused_before_they_are_written(tmp_path: Path) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2).as_subclass(Kind))
+
+    for state in ({"model": Network()}, {"state_dict": {}, "seen": [torch.ones(2).as_subclass(Kind)]}):
+        with pytest.raises(CheckpointError, match=r"\['w'\]|\['seen'\]\[0\]") as refused:
+            save_checkpoint(state, 1, directory=tmp_path / "none")
+        assert "is a tests.test_own_networks.Kind, which is more than a tensor" in str(refused.value)
+    assert not (tmp_path / "none").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -531,3 +532,26 @@ def test_states_of_no_use_are_named(tmp_path: Path) -> None:
 def test_references_of_no_use_are_named(ref: Any) -> None:
     with pytest.raises(UnresolvedError, match="is neither text nor a path|holds a NUL character"):
         load_checkpoint(torch.nn.Linear(1, 1), ref)
+
+
+def test_an_entry_of_the_script_called_run_id_is_the_scripts_own() -> None:
+    for iters in (1, 1):
+        save_checkpoint({**state(), "run_id": "wandb-1"}, iters, directory="own")
+    assert read_checkpoint(Path("own", "checkpoint-000001.pth.tar"))["run_id"] == "wandb-1"
+
+
+def test_a_checkpoint_that_was_copied_to_the_name_of_another(caplog: pytest.LogCaptureFixture) -> None:
+    for iters in (1, 2, 3):
+        save_checkpoint(state(), iters, directory="own")
+    first, third = (Path("own", f"checkpoint-00000{number}.pth.tar") for number in (1, 3))
+    for suffix in ("", ".json"):
+        shutil.copy(f"{first}{suffix}", f"{third}{suffix}")
+    path, iters = get_latest_model("own")
+    assert (path, iters) == (Path("own", "checkpoint-000002.pth.tar"), 2)
+    assert "is another checkpoint: its manifest is that of 'checkpoint-000001.pth.tar', iteration 1" in caplog.text
+
+
+def test_errors_name_the_argument() -> None:
+    Path("file").write_text("")
+    with pytest.raises(CheckpointError, match=r"earlier checkpoints are intact; give another directory=$"):
+        save_checkpoint(state(), 1, directory="file/below")

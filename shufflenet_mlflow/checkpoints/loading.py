@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+from torch.optim.swa_utils import AveragedModel
 
 from shufflenet_mlflow.checkpoints.marks import mark_of
-from shufflenet_mlflow.checkpoints.plain import bare_key, bare_state_dict, is_plain_tensor
+from shufflenet_mlflow.checkpoints.plain import AVERAGE_COUNT, bare_key, bare_names, bare_state_dict, is_plain_tensor
 from shufflenet_mlflow.checkpoints.schema import EMA_STATE_DICT, STATE_DICT, is_own
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.errors import CheckpointError, MismatchError
@@ -85,7 +87,7 @@ def weights_of(payload: Mapping[str, Any], source: str, *, ema: bool = True) -> 
             raise CheckpointError(
                 f"{source}: its state dict has the key {key!r}, which is not text", code="state-dict-key"
             )
-        if not is_plain_tensor(value):
+        if not is_plain_tensor(value) and not key.endswith(_EXTRA_STATE_KEY_SUFFIX):
             raise CheckpointError(
                 f"{source}: {_shortened(key)!r} in its state dict is not a plain tensor of numbers",
                 code="state-dict-value",
@@ -97,7 +99,9 @@ def weights_of(payload: Mapping[str, Any], source: str, *, ema: bool = True) -> 
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
-    return [bare_key(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = bare_names(model.state_dict())
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [_layer_of(names.get(f"{name}.weight", f"{bare_key(name)}.weight")) for name in layers]
 
 
 def has_no_classes(model: nn.Module) -> bool:
@@ -138,6 +142,11 @@ def _layer_of(key: str) -> str:
     return key.rpartition(".")[0]
 
 
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Return a tensor's shape; None for what a module keeps beside its tensors."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
 def _compare(model: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, reset: set[str]) -> LoadReport:
     """Decide for every tensor of a network and of a checkpoint whether it can be loaded.
 
@@ -145,12 +154,12 @@ def _compare(model: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, rese
         reset: layers to leave unchanged.
     """
     shared = [key for key in model if key in weights]
-    fitting = [key for key in shared if model[key].shape == weights[key].shape]
+    fitting = [key for key in shared if _shape(model[key]) == _shape(weights[key])]
     return LoadReport(
         loaded=tuple(key for key in fitting if _layer_of(key) not in reset),
         missing=tuple(key for key in model if key not in weights),
         unexpected=tuple(key for key in weights if key not in model),
-        reshaped=tuple(key for key in shared if model[key].shape != weights[key].shape),
+        reshaped=tuple(key for key in shared if _shape(model[key]) != _shape(weights[key])),
         reset=tuple(key for key in fitting if _layer_of(key) in reset),
     )
 
@@ -199,7 +208,11 @@ def load_checkpoint(
     payload = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
     weights = weights_of(payload, source, ema=ema)
     state_dict = model.state_dict()
-    names = {bare_key(name): name for name in state_dict}
+    names = {bare: name for name, bare in bare_names(state_dict).items()}
+    if isinstance(model, AveragedModel):
+        names.pop(AVERAGE_COUNT, None)
+    if AVERAGE_COUNT not in names:
+        weights.pop(AVERAGE_COUNT, None)
     report = _compare(
         {key: state_dict[name] for key, name in names.items()},
         weights,
@@ -213,11 +226,13 @@ def load_checkpoint(
         faults = _without_tolerated(report, heads, unused, has_auxiliary=not is_registered)
     if not faults.is_complete:
         shapes = "".join(
-            f"; {key} is {tuple(weights[key].shape)} in the checkpoint, {tuple(state_dict[names[key]].shape)} here"
+            f"; {key} is {_shape(weights[key])} in the checkpoint, {_shape(state_dict[names[key]])} here"
             for key in faults.reshaped[:1]
         )
         raise MismatchError(f"{source} does not fit the network: {faults}{shapes}", report, code="tensors-mismatch")
     if not report.is_complete:
         logger.warning("%s was loaded in part: %s", source, report)
     model.load_state_dict({**state_dict, **{names[key]: weights[key] for key in report.loaded}})
+    if isinstance(model, AveragedModel):
+        model.n_averaged.clamp_(min=1)  # at 0, the next weights would take the place of the average
     return report

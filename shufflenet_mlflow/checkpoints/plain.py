@@ -1,17 +1,20 @@
 """Conversion of a state to what a checkpoint holds: plain containers, tensors on the CPU, bare parameter names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shufflenet_mlflow.checkpoints.names import LARGEST_COUNT
 from shufflenet_mlflow.errors import CheckpointError
 
 _WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DataParallel, DDP and torch.compile put before a parameter's name."""
+
+AVERAGE_COUNT = "n_averaged"
+"""Entry of PyTorch's AveragedModel beside the weights."""
 
 _DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -57,11 +60,34 @@ def _shown(value: Any) -> str:
     return kind if shape is None else f"{kind} of shape {tuple(shape)}"
 
 
+class OwnNames(dict[str, Any]):
+    """The state dict of a module that nothing wraps, whose names may begin as those of wrapped ones do."""
+
+
 def bare_key(key: str) -> str:
     """Return a parameter's name without the prefixes of DataParallel, DDP and torch.compile."""
     while key.startswith(_WRAPPERS):
         key = key.partition(".")[2]
+    return _without_compiler(key)
+
+
+def _without_compiler(key: str) -> str:
+    """Return a parameter's name without what torch.compile puts into it where it wraps a part of the network."""
     return key.replace("._orig_mod.", ".")
+
+
+def bare_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return the bare names of a state dict's entries, by name.
+
+    A prefix is a wrapper's if all entries have it, but for the counter of an average of weights; otherwise it is the
+    name of a part of the network.
+    """
+    names = {key: key for key in keys}
+    while (named := names.keys() - {AVERAGE_COUNT}) and any(
+        all(names[key].startswith(wrapper) for key in named) for wrapper in _WRAPPERS
+    ):
+        names |= {key: names[key].partition(".")[2] for key in named}
+    return {key: _without_compiler(name) for key, name in names.items()}
 
 
 def bare_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,10 +96,17 @@ def bare_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: two entries have the same bare name.
     """
-    bare = {bare_key(key): value for key, value in state_dict.items()}
-    if len(bare) != len(state_dict):
-        raise CheckpointError("two entries of the state dict differ only in their prefix", code="duplicate-bare-names")
-    return bare
+    is_own = isinstance(state_dict, OwnNames)
+    names = {key: _without_compiler(key) for key in state_dict} if is_own else bare_names(state_dict)
+    by_name: dict[str, str] = {}
+    for key, name in names.items():
+        if name in by_name:
+            raise CheckpointError(
+                f"two entries of the state dict differ only in their prefix, {by_name[name]!r} and {key!r}",
+                code="duplicate-bare-names",
+            )
+        by_name[name] = key
+    return {name: state_dict[key] for name, key in by_name.items()}
 
 
 def compact(tensor: Tensor) -> Tensor:
@@ -141,7 +174,7 @@ def _plain(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     if kind in _PLAIN:
         return value
     if isinstance(value, Tensor):
-        if value.is_meta:
+        if value.is_meta or _is_subclass(value):
             raise _NotPlainError
         return convert(value)
     if isinstance(value, Mapping):
@@ -158,6 +191,11 @@ def _plain(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     raise _NotPlainError
 
 
+def _is_subclass(tensor: Tensor) -> bool:
+    """Whether a tensor, or what a parameter holds, is of a class of its own, which no file is allowed to name."""
+    return type(tensor) not in (Tensor, nn.Parameter) or type(tensor.detach()) is not Tensor
+
+
 def _describe_not_plain(value: Any, where: str) -> str | None:
     """Return a message about the first thing in `value` that is not plain, or None if everything is."""
     if isinstance(value, Mapping):
@@ -172,6 +210,12 @@ def _describe_not_plain(value: Any, where: str) -> str | None:
         return next(filter(None, messages), None)
     if isinstance(value, Tensor) and value.is_meta:
         return f"{where} is a tensor on the device meta, which has no values"
+    if isinstance(value, Tensor) and _is_subclass(value):
+        kind = type(value.detach())
+        return (
+            f"{where} is a {kind.__module__}.{kind.__qualname__}, which is more than a tensor; a checkpoint takes "
+            "plain ones, as .as_subclass(torch.Tensor) makes them"
+        )
     if value is None or isinstance(value, (Tensor, bool, int, float, str, bytes)):
         return None
     if isinstance(value, np.generic) and value.dtype.kind in "biuf":

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from shufflenet_mlflow.checkpoints.claims import LARGEST_PICKLE, FalseClaimError, check_claims
 from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest, read_manifest
+from shufflenet_mlflow.checkpoints.names import parse_name
 from shufflenet_mlflow.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -110,10 +111,23 @@ def open_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None
     """
     path = Path(path)
     with _opened(path) as file, _io_errors(path):
-        manifest = manifest or read_manifest(path)
+        if manifest is None:
+            manifest = read_manifest(path)
+            _check_name(path, manifest)
         identity = _identity(file)
         payload = _verify(path, file, manifest)
         return VerifiedCheckpoint(path, manifest, identity, payload)
+
+
+def _check_name(path: Path, manifest: CheckpointManifest | None) -> None:
+    """Raise CorruptCheckpointError if a checkpoint and its manifest were copied to the name of another iteration."""
+    name = parse_name(path.name)
+    if manifest is not None and name is not None and name.iters != manifest.iters:
+        raise CorruptCheckpointError(
+            f"{str(path)!r} is another checkpoint: its manifest is that of {manifest.file_name!r}, iteration "
+            f"{manifest.iters:,}",
+            code="manifest-of-another",
+        )
 
 
 def verify_checkpoint(path: str | Path, manifest: CheckpointManifest | None = None) -> None:

@@ -67,7 +67,7 @@ def divide(listing: ImageListing, division: Division, *, option: str) -> Sides:
     name = f"{option} {str(listing.source)!r}"
     if {folder.lower() for folder in listing.classes} <= SPLIT_NAMES and "train" in listing.classes:
         raise DataError(
-            f"{name} holds the folders {name_some(listing.classes, shown_as=repr)}, which are no classes; give "
+            f"{name} holds the folders {name_some(listing.classes, shown_as=repr)}, which are not classes; give "
             f"{option} {str(listing.root / 'train')!r} and the folder of validation images",
             code="folder-of-splits",
         )

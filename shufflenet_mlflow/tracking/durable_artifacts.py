@@ -1,5 +1,6 @@
 """Artifacts behind a server at `durable+http://…`: files are copied into the run's journal, and uploaded from there."""
 
+import os
 import posixpath
 import re
 from pathlib import Path
@@ -11,6 +12,8 @@ from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepositor
 from shufflenet_mlflow.errors import ShuffleNetError
 from shufflenet_mlflow.tracking import durable_runs
 from shufflenet_mlflow.tracking.durable_errors import mlflow_error, unusable
+from shufflenet_mlflow.tracking.durable_runs import FOLDER_VARIABLE
+from shufflenet_mlflow.tracking.logged import is_artifact_name
 
 _OF_RUN = re.compile(r"/(?P<run_id>[0-9a-f]{32})/artifacts(/(?P<folder>.*))?$")
 
@@ -41,12 +44,24 @@ class DurableArtifacts(MlflowArtifactsRepository):
         verify_artifact_path(artifact_path)  # type: ignore[no-untyped-call]
         folder = posixpath.join(self._folder, artifact_path or "").strip("/")
         name = posixpath.join(folder, Path(local_file).name)
-        if not name.isprintable():
-            raise mlflow_error(f"{name!r} holds characters that no artifact's name can have", "INVALID_PARAMETER_VALUE")
+        if not is_artifact_name(name):
+            raise mlflow_error(
+                f"MLflow cannot keep an artifact called {name!r}: leave out '#', '?', what stands for another "
+                "character, such as '%20', and what cannot be printed",
+                "INVALID_PARAMETER_VALUE",
+            )
         try:
             durable_runs.record_file(self._uri, self._run_id, Path(local_file), folder)
         except ShuffleNetError as error:
             raise unusable(error) from None
+        except OSError as error:
+            if not os.access(local_file, os.R_OK):
+                raise  # MLflow's own error for a file that is not there
+            raise mlflow_error(
+                f"cannot keep a copy of {name!r} in {str(durable_runs.folder_of(self._run_id))!r}: {error.strerror}; "
+                f"make room there, or let {FOLDER_VARIABLE} name another folder",
+                None,
+            ) from error
         durable_runs.wait(self._uri, self._run_id)
 
     def list_artifacts(self, path: str | None = None) -> list[Any]:

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,17 @@ _UNWANTED = ("HTTP_400", "HTTP_405", "HTTP_413", "HTTP_414", "HTTP_415", "HTTP_4
 _ENDED = ("FINISHED", "FAILED", "KILLED")
 _STATUSES = ("RUNNING", "SCHEDULED", *_ENDED)
 _ID = re.compile(r"[0-9a-f]{16}")
+
+_LOST_IN_ADDRESS = re.compile(r"[#?]|%[0-9A-Fa-f]{2}")
+"""MLflow puts names into addresses as they are: a server understands another one, or stops reading there."""
+
+UPLOADS, PAUSE_SECONDS = 3, 1.0
+"""Uploads of a file that the server takes and does not have afterwards, until what comes after it may go on."""
+
+
+def is_artifact_name(path: str) -> bool:
+    """Whether a server keeps an artifact under this path."""
+    return path.isprintable() and _LOST_IN_ADDRESS.search(path) is None
 
 
 @dataclass(frozen=True)
@@ -242,6 +254,14 @@ class LoggedFile:
             size = os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)
+        for attempts_left in reversed(range(UPLOADS)):
+            self._upload(target, copy, artifact)
+            if self._has_arrived(target, size, is_last=attempts_left == 0):
+                break
+            time.sleep(PAUSE_SECONDS)
+        self.remove_copy(target.directory)
+
+    def _upload(self, target: RunTarget, copy: Path, artifact: str) -> None:
         try:
             with mlflow_errors(f"upload {artifact} of run {target.run_id}"):
                 target.artifacts.put(copy, artifact)
@@ -249,9 +269,20 @@ class LoggedFile:
             if error.mlflow_code in _UNWANTED or target.artifacts.is_blocked(artifact):
                 raise RefusedError(str(error), error.mlflow_code, code="logged-file-refused") from error
             raise
-        if is_server(target.client.tracking_uri):
+
+    def _has_arrived(self, target: RunTarget, size: int, *, is_last: bool) -> bool:
+        """Whether the file is there; one that the server takes again and again and does not have is given up."""
+        if not is_server(target.client.tracking_uri):
+            return True
+        try:
             target.artifacts.check_arrived(self.folder, {self.name: size})
-        self.remove_copy(target.directory)
+        except TrackingError as error:
+            if error.code != "artifact-not-arrived":
+                raise
+            if is_last:
+                raise RefusedError(f"{error}, although MLflow took it", code="logged-file-lost") from error
+            return False
+        return True
 
 
 def _is_within(folder: Path, directory: Path) -> bool:

@@ -142,7 +142,8 @@ def _best_of(trials: "list[Run]", plan: StudyPlan | None) -> "list[Run]":
 def _require_several(ids: Sequence[str]) -> None:
     if len(ids) < 2:
         raise ConfigError(
-            f"comparing {ids[0] if ids else 'none'} takes two runs or more; `shufflenet runs` lists them",
+            f"one run ({ids[0] if ids else 'none'}) is nothing to compare; name two or more, which `shufflenet runs` "
+            "lists",
             code="compare-needs-two-runs",
         )
     if repeated := sorted({run_id for run_id in ids if ids.count(run_id) > 1}):

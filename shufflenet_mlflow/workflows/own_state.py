@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from shufflenet_mlflow.checkpoints.marks import Mark, mark_of, unwrapped
-from shufflenet_mlflow.checkpoints.plain import bare_state_dict, too_deep
+from shufflenet_mlflow.checkpoints.plain import OwnNames, bare_state_dict, too_deep
 from shufflenet_mlflow.checkpoints.schema import EMA_STATE_DICT, STATE_DICT, check_class_names
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, ModelError
 from shufflenet_mlflow.runtime.text import counted
@@ -50,8 +50,10 @@ def complete_state(
     described = (_MODEL, _PREPROCESS, _CLASSES)
     entries = {key: value for key, value in state.items() if value is not None or key not in described}
     network = _take_network(entries, model)
+    own = [key for key in (STATE_DICT, EMA_STATE_DICT) if isinstance(entries.get(key), nn.Module)]
     try:
         entries = {key: _without_objects(value) for key, value in entries.items()}
+        entries |= {key: OwnNames(entries[key]) for key in own}
     except RecursionError:
         raise too_deep("state") from None
     names = class_to_idx if class_to_idx is not None else entries.get(_CLASSES)

@@ -7,7 +7,8 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from shufflenet_mlflow.checkpoints.manifest import CheckpointManifest
 from shufflenet_mlflow.checkpoints.names import checkpoint_name
 from shufflenet_mlflow.checkpoints.plain import plain_number, to_plain
-from shufflenet_mlflow.checkpoints.references import default_folder
+from shufflenet_mlflow.checkpoints.references import default_folder, is_run_id
 from shufflenet_mlflow.checkpoints.schema import is_own
 from shufflenet_mlflow.checkpoints.staging import StagingBuffer
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.checkpoints.writing import Monitor, PreparedCheckpoint, prepare_checkpoint, write_prepared
-from shufflenet_mlflow.errors import BusyError, CheckpointError, ConfigError, TrackingError
+from shufflenet_mlflow.errors import BusyError, CheckpointError, ConfigError, ShuffleNetError, TrackingError
 from shufflenet_mlflow.runtime.jobs import Jobs
 from shufflenet_mlflow.runtime.locks import FileLock
 from shufflenet_mlflow.tracking import courier
@@ -262,17 +263,19 @@ class CheckpointWriter:
 
     def _write_staged(self, prepared: PreparedCheckpoint, metrics: Mapping[str, float] | None) -> None:
         is_again = self._has(prepared)
-        try:
-            self._buffer.wait_until_copied()
-            manifest = write_prepared(prepared, self.directory).manifest
-        finally:
-            self._buffer.release()
-        self._bring(prepared, manifest, metrics, is_again=is_again)
+        with _in_words_of_scripts():
+            try:
+                self._buffer.wait_until_copied()
+                manifest = write_prepared(prepared, self.directory).manifest
+            finally:
+                self._buffer.release()
+            self._bring(prepared, manifest, metrics, is_again=is_again)
 
     def _write(self, prepared: PreparedCheckpoint, metrics: Mapping[str, float] | None, began: float) -> Path:
         is_again = self._has(prepared)
-        path, manifest = write_prepared(prepared, self.directory)
-        self._bring(prepared, manifest, metrics, is_again=is_again, began=began)
+        with _in_words_of_scripts():
+            path, manifest = write_prepared(prepared, self.directory)
+            self._bring(prepared, manifest, metrics, is_again=is_again, began=began)
         return path
 
     def _has(self, prepared: PreparedCheckpoint) -> bool:
@@ -305,6 +308,16 @@ class CheckpointWriter:
             kinds=MESSAGE_KINDS,
             began=began,
         )
+
+
+@contextmanager
+def _in_words_of_scripts() -> Iterator[None]:
+    """Have errors name the argument of `save_checkpoint`, not the option of the command line."""
+    try:
+        yield
+    except ShuffleNetError as error:
+        error.args = (str(error).replace("choose another folder with --save-dir", "give another directory="),)
+        raise
 
 
 def _claim(directory: Path) -> None:
@@ -343,7 +356,7 @@ def _owner_of(path: Path) -> str | None:
     except CheckpointError:
         return None
     run_id = payload.get("run_id") if is_own(payload) else None
-    return run_id if isinstance(run_id, str) else None
+    return run_id if isinstance(run_id, str) and is_run_id(run_id) else None  # scripts have entries of that name
 
 
 def _whole(iters: Any) -> Any:

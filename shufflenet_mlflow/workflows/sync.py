@@ -18,7 +18,7 @@ from shufflenet_mlflow.tracking.client import connect, prepare_environment
 from shufflenet_mlflow.tracking.commit import pending_checkpoints
 from shufflenet_mlflow.tracking.courier import let_go
 from shufflenet_mlflow.tracking.delivery import Deliverer
-from shufflenet_mlflow.tracking.durable_runs import folders_of_journals, remove_empty
+from shufflenet_mlflow.tracking.durable_runs import DEFAULT_FOLDER, folders_of_journals, remove_empty
 from shufflenet_mlflow.tracking.journal import Journal
 from shufflenet_mlflow.tracking.journal_file import JOURNAL_NAME, Entry, is_created, read_pending
 from shufflenet_mlflow.tracking.lease import Lease
@@ -145,6 +145,8 @@ def run_sync(
     """
     prepare_environment()
     if not os.path.isdir(directory):  # unlike Path.is_dir, never raises
+        if directory.name == DEFAULT_FOLDER:  # it is there while something waits in it
+            return SyncSummary(directory, None, "", 0, ())
         raise JournalError(
             f"{str(directory)!r} is not a folder; name the one that --save-dir named, models/RUN_ID, or mlflow-journal",
             code="sync-not-folder",

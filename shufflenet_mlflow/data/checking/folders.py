@@ -72,7 +72,7 @@ def list_parts(directory: Path, *, option: str, prefix: str = "") -> list[Part]:
         return _parts_of_table(directory, option, prefix)
     if not os.path.isdir(directory):
         raise DataError(
-            f"{option} {str(directory)!r} is not a folder; it names one with a folder per class, or with train and val "
+            f"{option} {str(directory)!r} is not a folder; DIR is one with a folder per class, or with train and val "
             "that have those, or a table of images (.csv, .parquet)",
             code="check-no-folder",
         )
