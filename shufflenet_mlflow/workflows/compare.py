@@ -142,8 +142,7 @@ def _best_of(trials: "list[Run]", plan: StudyPlan | None) -> "list[Run]":
 def _require_several(ids: Sequence[str]) -> None:
     if len(ids) < 2:
         raise ConfigError(
-            f"one run ({ids[0] if ids else 'none'}) is nothing to compare; name two or more, which `shufflenet runs` "
-            "lists",
+            f"a comparison needs two runs or more, not {ids[0] if ids else 'none'} alone; `shufflenet runs` lists them",
             code="compare-needs-two-runs",
         )
     if repeated := sorted({run_id for run_id in ids if ids.count(run_id) > 1}):
