@@ -191,7 +191,8 @@ def show_result(summary: "SearchSummary") -> None:
     _print_candidates(summary)
     say(f"search    {report.progress()}", f"folder    {summary.folder}")
     if report.front:
-        say(f"front     {report.front_in_words()}; `train --search` takes the folder or the run of each")
+        each = "; `train --search` takes the folder or the run of each" if report.is_complete else ""
+        say(f"front     {report.front_in_words()}{each}")
     if report.measured is not None:
         say(f"latency   {report.latency_in_words()}")
     if report.trust is not None:

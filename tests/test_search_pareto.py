@@ -19,13 +19,18 @@ from shufflenet_mlflow.errors import ConfigError
 from shufflenet_mlflow.models.paths import macs_table
 from shufflenet_mlflow.models.search_space import UNITS
 from shufflenet_mlflow.runtime.signals import StopFlag
+from shufflenet_mlflow.tracking import delivery
 from shufflenet_mlflow.workflows.search import SearchSummary
 from shufflenet_mlflow.workflows.searching import evolution, pareto
 from shufflenet_mlflow.workflows.searching.evolution import Scored, front, parents, point, propose
 from shufflenet_mlflow.workflows.searching.latency import LatencyTable, Timer
 from shufflenet_mlflow.workflows.searching.pareto import Point, best_first
+from shufflenet_mlflow.workflows.searching.report import SearchReport
 from shufflenet_mlflow.workflows.searching.request import SearchRequest
+from shufflenet_mlflow.workflows.sync import run_sync_of_all
 from tests.support.command_line import Invoke
+from tests.support.mlflow_server import Server
+from tests.support.network import free_port
 from tests.support.searches import plan, search, search_request
 from tests.support.training import Reporter, run
 
@@ -163,6 +168,19 @@ def test_the_better_of_two_parents_is_drawn() -> None:
     assert better < worse - 0.3
 
 
+def test_a_front_in_words() -> None:
+    of = plan(population=10, generations=1, pareto=True)
+    report = SearchReport(of, tuple(evolve(of)), 1000, 224)
+    first, last = report.front[0], report.front[-1]
+    assert report.front_in_words() == (
+        f"{len(report.front)} networks, from accuracy {first.score:.4f} at {first.macs / 1e6:.2f} M to accuracy "
+        f"{last.score:.4f} at {last.macs / 1e6:.2f} M"
+    )
+    alone = replace(report, candidates=(first,))
+    assert alone.front_in_words() == f"1 network, accuracy {first.score:.4f} at {first.macs / 1e6:.2f} M"
+    assert replace(report, candidates=()).best is None
+
+
 # ---------------------------------------------------------------- small searches
 
 
@@ -264,6 +282,7 @@ def test_a_stopped_search_goes_on(
         stopped = search(request_of(supernet, tmp_path, workers=workers), reporter=Reporter(interrupt), stop=stop)
     assert stopped.stopped_by == signal.SIGTERM
     assert len(stopped.report.candidates) == (done if phase == "searching" else 0)
+    assert {(one["folder"], one["run_id"]) for one in stopped.to_dict()["front"]} <= {(None, None)}
     again = search(request_of(supernet, tmp_path, workers=workers))
     whole, folder = undisturbed
     assert listed(tmp_path) == listed(folder / "search")
@@ -293,6 +312,24 @@ def test_a_front_of_latency(supernet: Path, tmp_path: Path, client: MlflowClient
     assert first.info.run_name.endswith(f"{document['front'][0]['latency_ms']:.3f} ms")
     assert ">front<" in (tmp_path / "s" / "accuracy_over_latency.svg").read_text()
     assert ">front<" not in (tmp_path / "s" / "accuracy_over_macs.svg").read_text()
+
+
+@pytest.mark.long
+def test_a_search_without_a_server(
+    supernet: Path, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "GIVE_UP_SECONDS", 0.0)
+    summary = search(request_of(supernet, tmp_path, tracking_uri=f"http://127.0.0.1:{free_port()}"))
+    assert summary.report.is_complete
+    front = summary.to_dict()["front"]
+    assert [one["run_id"] for one in front] == [None] * len(front)
+    sent = run_sync_of_all(tmp_path, dry_run=False, tracking_uri=server.uri, reporter=Reporter(), stop=StopFlag())
+    assert (sent.all_sent, len(sent.all_pending)) == (summary.pending, 0)
+    again = search(request_of(supernet, tmp_path, tracking_uri=server.uri))
+    client = MlflowClient(server.uri)
+    runs = client.search_runs([run.experiment_id for run in client.search_experiments()])
+    assert {run.info.run_id for run in runs} == {again.run_id, *(one["run_id"] for one in again.to_dict()["front"])}
+    assert {run.info.status for run in runs} == {"FINISHED"}
 
 
 # ---------------------------------------------------------------- the command

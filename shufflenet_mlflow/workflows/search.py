@@ -73,7 +73,8 @@ class SearchSummary:
         """Return the document of `search --json`."""
         document = self.report.to_dict()
         for entry, run_id in zip(document["front"] or (), self.front_run_ids, strict=True):
-            entry |= {"run_id": run_id, "folder": str(self.front_folder(entry["place"]))}
+            folder = self.front_folder(entry["place"])
+            entry |= {"run_id": run_id, "folder": str(folder) if folder.exists() else None}
         return {
             "run_id": self.run_id,
             **document,

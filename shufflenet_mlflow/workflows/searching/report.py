@@ -99,9 +99,9 @@ class SearchReport:
 
     def front_in_words(self) -> str:
         """Return the ends of the front in words."""
-        ends = self.front[0], self.front[-1]
-        low, high = (f"accuracy {one.score:.4f} at {self.cost_in_words(one)}" for one in ends)
-        return f"{counted(len(self.front), 'network')}, from {low} to {high}"
+        ends = [self.front[0], *self.front[1:][-1:]]
+        span = " to ".join(f"accuracy {one.score:.4f} at {self.cost_in_words(one)}" for one in ends)
+        return f"{counted(len(self.front), 'network')}, {'from ' if len(ends) > 1 else ''}{span}"
 
     def latencies(self) -> dict[str, list[str]]:
         """Return predicted and measured latency of the best candidates by their choices; empty without a table."""
