@@ -20,6 +20,7 @@ from .options import (
     common_options,
     config_option,
     device_option,
+    flag,
     json_option,
     option,
     options,
@@ -33,7 +34,7 @@ from .streams import OutputError
 if TYPE_CHECKING:
     from shufflenet_mlflow.workflows.search import SearchSummary
 
-OF_PLAN = (*PUBLISHED, "macs_limit", "latency_limit", "mutations", "crossovers", "score_images")
+OF_PLAN = (*PUBLISHED, "macs_limit", "latency_limit", "pareto", "mutations", "crossovers", "score_images")
 """Options that say what a search does; the others say where."""
 
 
@@ -53,6 +54,11 @@ OF_PLAN = (*PUBLISHED, "macs_limit", "latency_limit", "mutations", "crossovers",
         metavar="MS",
         help="In its place, the longest latency on this machine, milliseconds for one image, by a table that is "
         "measured unit by unit before the search begins.  [default: none]",
+    ),
+    flag(
+        "--pareto",
+        help="Search the front of accuracy and cost within the limit, instead of the highest accuracy: against "
+        "latency with --latency-limit, otherwise against multiply-accumulates.",
     ),
     option("--population", type=int, metavar="N", help="Candidates of a generation.  [default: 50]"),
     option("--generations", type=int, metavar="N", help="Generations after the first, random one.  [default: 20]"),
@@ -150,6 +156,7 @@ def search(ref: str, as_json: bool, **values: Any) -> None:
       shufflenet train --model shufflenet_oneshot_supernet --train-dir photos
       shufflenet search 01234567
       shufflenet search 01234567 --macs-limit 300e6 --save-dir models/small
+      shufflenet search 01234567 --pareto --macs-limit 600e6 --save-dir models/front
     """
     from .stopping import say_how_a_study_goes_on, stop_flag
 
@@ -179,14 +186,31 @@ def search(ref: str, as_json: bool, **values: Any) -> None:
 
 
 def show_result(summary: "SearchSummary") -> None:
-    """Print the best candidates and where they are."""
-    from shufflenet_mlflow.workflows.searching.report import train_command
+    """Print the best candidates, or the front, and where they are."""
+    report = summary.report
+    _print_candidates(summary)
+    say(f"search    {report.progress()}", f"folder    {summary.folder}")
+    if report.front:
+        each = "; `train --search` takes the folder or the run of each" if report.is_complete else ""
+        say(f"front     {report.front_in_words()}{each}")
+    if report.measured is not None:
+        say(f"latency   {report.latency_in_words()}")
+    if report.trust is not None:
+        say(f"trust     {report.trust.in_words(report.plan.seed)}")
+    say(f"run ID    {summary.run_id or 'none yet: MLflow did not answer'}")
+    if summary.pending:
+        say(f"not in MLflow yet: {counted(summary.pending, 'entry', 'entries')}, kept in {summary.folder}")
+    if report.best is not None:
+        say(f"train it  {_how_to_train(summary)}")
+
+
+def _print_candidates(summary: "SearchSummary") -> None:
     from shufflenet_mlflow.workflows.searching.request import SHOWN
 
-    from .tables import print_table
+    from .tables import cell, print_table
 
     report = summary.report
-    latencies = report.latencies()
+    latencies, is_front = report.latencies(), bool(report.front)
     rows = [
         [
             str(rank),
@@ -194,23 +218,25 @@ def show_result(summary: "SearchSummary") -> None:
             f"{one.macs / 1e6:,.2f}",
             *latencies[one.listed],
             str(one.generation),
+            *([cell(summary.front_run_ids[rank - 1])] if is_front else []),
             one.listed,
         ]
-        for rank, one in enumerate(report.top(SHOWN), 1)
+        for rank, one in enumerate(report.chosen(SHOWN), 1)
     ]
     if rows:
         of_latency = [] if report.latency is None else ["table, ms", "measured, ms"]
-        print_table(["rank", "score", "MACs, M", *of_latency, "generation", "choices"], rows)
-    say(f"search    {report.progress()}", f"folder    {summary.folder}")
-    if report.measured is not None:
-        say(f"latency   {report.measured.in_words()}")
-    if report.trust is not None:
-        say(f"trust     {report.trust.in_words(report.plan.seed)}")
-    say(f"run ID    {summary.run_id or 'none yet: MLflow did not answer'}")
-    if summary.pending:
-        say(f"not in MLflow yet: {counted(summary.pending, 'entry', 'entries')}, kept in {summary.folder}")
-    if report.best is not None:
-        say(f"train it  {train_command(report.best)}")
+        titles = ["score", "MACs, M", *of_latency, "generation", *(["run_id"] if is_front else []), "choices"]
+        print_table(["front" if is_front else "rank", *titles], rows, spare=["generation"] if is_front else [])
+
+
+def _how_to_train(summary: "SearchSummary") -> str:
+    """Return the command that trains the best network; of a front, the most accurate by its folder."""
+    from shufflenet_mlflow.workflows.searching.report import train_command
+
+    report = summary.report
+    if report.front and report.is_complete:
+        return f"shufflenet train --search {quote(str(summary.front_folder(len(report.front))))}"
+    return train_command(report.best) if report.best is not None else ""
 
 
 def _next_steps(summary: "SearchSummary", ref: str) -> None:
@@ -222,9 +248,10 @@ def _next_steps(summary: "SearchSummary", ref: str) -> None:
     if summary.pending:
         steps.append(f"shufflenet sync {quote(str(summary.folder))}    sends what MLflow does not have")
     if summary.report.is_complete:
-        steps.append(
-            f"shufflenet eval {quote(str(best_folder(summary.folder, 1)))}    the best, with inherited weights"
-        )
+        place = len(summary.report.front)
+        folder = summary.front_folder(place) if place else best_folder(summary.folder, 1)
+        which = "the most accurate" if place else "the best"
+        steps.append(f"shufflenet eval {quote(str(folder))}    {which}, with inherited weights")
     else:
         steps.append(f"shufflenet search {quote(ref)}    with the same options goes on")
     next_steps(*steps)

@@ -92,7 +92,8 @@ USUAL = (
         "--search",
         metavar="RUN",
         type=RUN,
-        help="Train what a search has found: its run, its folder, or an architecture.json.  [default: none]",
+        help="Train what a search has found: its run, its folder, those of one of its networks, or an "
+        "architecture.json.  [default: none]",
     ),
     option("--num-classes", type=int, metavar="N", help="Width of the classifier.  [default: the number of classes]"),
     option(

@@ -1162,6 +1162,7 @@ ELSEWHERE: dict[str, str] = {
     "study-params-invalid": "nobody: needs a tag of a trial's run that someone has edited",
     "parent-not-created": "test_long_tune.py::test_a_study_without_a_server",
     "tune-package-missing": "nobody: needs an installation without the extra `tune`",
+    "pareto-package-missing": "test_search_pareto.py::test_without_pymoo",
     "cmaes-package-missing": "nobody: needs an installation without the extra `tune`",
     "directory-nul": "test_save_checkpoint.py::test_arguments_of_no_use_are_named",
     "directory-type": "test_save_checkpoint.py::test_arguments_of_no_use_are_named",

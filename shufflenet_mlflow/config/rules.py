@@ -177,7 +177,7 @@ RULES: dict[str, Rule] = {
     "rungs": _between(1, 10),
     "reduction": _between(2, 100),
     "generation": _between(1, 10_000),
-    "asynchronous": Rule("true or false", lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("asynchronous", "pareto"), Rule("true or false", lambda value: isinstance(value, bool))),
     "max_parallel": _between(1, 64),
     "sampler": _one_of(("tpe", "random", "grid", "cmaes")),
     "direction": _one_of(("maximize", "minimize")),
@@ -238,6 +238,7 @@ EXCLUSIONS = (
     Exclusion("search", "scales", "search-and-scales"),
     Exclusion("asynchronous", "generation", "asynchronous-and-generation"),
     Exclusion("macs_limit", "latency_limit", "macs-limit-and-latency-limit"),
+    Exclusion("pareto", "top", "pareto-and-top"),
     Exclusion("val_dir", "val_fraction", "val-dir-and-val-fraction"),
     Exclusion("val_dir", "group_by", "val-dir-and-group-by"),
 )

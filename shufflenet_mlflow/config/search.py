@@ -35,7 +35,7 @@ class SearchPlan:
     generations: int
     """Generations after the first, which is random."""
     top: int
-    """Parents of a generation: the best candidates so far."""
+    """Parents of a generation: the best candidates so far; for a front, as many as a generation has."""
     mutations: int
     """Candidates of a generation that are changed copies of a parent."""
     crossovers: int
@@ -56,6 +56,8 @@ class SearchPlan:
     score_digest: str = ""
     latency_limit: float | None = None
     """The longest latency of a candidate, milliseconds, by the table in the search's folder."""
+    pareto: bool = False
+    """Whether a front is searched, of accuracy and cost; otherwise the highest accuracy."""
     device: str = "cpu"
     """Kind of the device that computes: scores differ between kinds."""
 
@@ -99,6 +101,9 @@ def completed(options: Mapping[str, Any]) -> dict[str, Any]:
     check_options(given)
     values = {**PUBLISHED, **{name: given[name] for name in PUBLISHED if name in given}}
     check_batch_to_train(values["batch_size"])
+    values["pareto"] = bool(given.get("pareto"))
+    if values["pareto"]:
+        values["top"] = values["population"]
     for name in ("mutations", "crossovers"):
         values[name] = given.get(name, values["population"] // 2)
     changed = values["mutations"] + values["crossovers"]

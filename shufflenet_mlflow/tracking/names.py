@@ -49,6 +49,7 @@ ARCHITECTURE_FILE = "architecture.json"
 CANDIDATES_FILE = "candidates.jsonl"
 TRUST_FILE = "trust.jsonl"
 LATENCY_FILE = "latency.json"
+PARETO_FILE = "pareto.json"
 
 DECISIONS_FILE = "decisions.jsonl"
 STUDY_SUMMARY_FILE = "study.json"

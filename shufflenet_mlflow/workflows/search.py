@@ -28,15 +28,16 @@ from shufflenet_mlflow.tracking.client import prepare_environment
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.journal import Journal
 from shufflenet_mlflow.tracking.journal_file import read_pending
-from shufflenet_mlflow.tracking.names import ARCHITECTURE_FILE, SEARCH_SUPERNET_TAG, SEARCH_TAG
+from shufflenet_mlflow.tracking.names import ARCHITECTURE_FILE, PARETO_FILE, SEARCH_SUPERNET_TAG, SEARCH_TAG
 from shufflenet_mlflow.tracking.resolve import resolve, run_of
 from shufflenet_mlflow.workflows.delivering import deliver_folders
 from shufflenet_mlflow.workflows.eval_images import list_images_of_supernet
 from shufflenet_mlflow.workflows.loading import source_of, usable_config
 from shufflenet_mlflow.workflows.searching.brief_training import BriefTraining
-from shufflenet_mlflow.workflows.searching.evolution import Scored, propose, ranked
+from shufflenet_mlflow.workflows.searching.evolution import Scored, propose
 from shufflenet_mlflow.workflows.searching.images import SearchImages, identity, pixels_file
 from shufflenet_mlflow.workflows.searching.latency import NS, LatencyTable, Measured, Timer, kept_table
+from shufflenet_mlflow.workflows.searching.pareto import pymoo
 from shufflenet_mlflow.workflows.searching.record import Record
 from shufflenet_mlflow.workflows.searching.report import SearchReport
 from shufflenet_mlflow.workflows.searching.request import SHOWN, SearchRequest, best_folder
@@ -61,12 +62,22 @@ class SearchSummary:
     """The signal that ended the command."""
     pending: int = 0
     """Entries of the search's runs that have not reached MLflow."""
+    front_run_ids: tuple[str | None, ...] = ()
+    """The runs of the front's networks; None for one that MLflow has not created yet."""
+
+    def front_folder(self, place: int) -> Path:
+        """Return the folder of the network with this place in the front, from 1 on."""
+        return best_folder(self.folder, place, of_front=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document of `search --json`."""
+        document = self.report.to_dict()
+        for entry, run_id in zip(document["front"] or (), self.front_run_ids, strict=True):
+            folder = self.front_folder(entry["place"])
+            entry |= {"run_id": run_id, "folder": str(folder) if folder.exists() else None}
         return {
             "run_id": self.run_id,
-            **self.report.to_dict(),
+            **document,
             "save_dir": str(self.folder),
             "pending": self.pending,
         }
@@ -149,6 +160,8 @@ def run_search(request: SearchRequest, *, reporter: Reporter, stop: StopFlag) ->
     context, store = JobContext.alone(reporter, stop), Connection(request.tracking_uri)
     with stop.at_once():
         options = completed(request.options)
+        if options["pareto"]:
+            pymoo()
         supernet = Supernet.load(request.ref, store, request.cache_dir, reporter)
         held = _images_of(request, supernet, options, reporter)
         plan, table = _plan(request, supernet, options, held, reporter)
@@ -247,9 +260,18 @@ class _Search:
         except StopRequested as request:
             stopped_by, report = request.signum, self._report(record, is_complete=False)
         if stopped_by is None:
-            text = to_json(report.architecture(report.top(1)[0]))
-            write_atomically(self.folder / ARCHITECTURE_FILE, lambda file: file.write(text.encode()))
+            self._complete(report)
         return self._summary(report, stopped_by)
+
+    def _complete(self, report: SearchReport) -> None:
+        """Write down what the search has found; the last file says that it is complete."""
+        assert report.best is not None  # noqa: S101 - a search without candidates is not complete
+        found = {ARCHITECTURE_FILE: report.architecture(report.best)}
+        if report.front:
+            found = {PARETO_FILE: report.pareto(), **found}
+        for name, content in found.items():
+            text = to_json(content).encode()
+            write_atomically(self.folder / name, lambda file, text=text: file.write(text))  # type: ignore[misc]
 
     def _timer(self) -> Timer:
         return Timer(self.supernet.network.num_classes, self.supernet.input_size, self.request.device)
@@ -273,10 +295,12 @@ class _Search:
 
     def _summary(self, report: SearchReport, stopped_by: int | None = None) -> SearchSummary:
         """Deliver what still waits, and return the search as it stands."""
-        context, folders = self.context, self._folders()
+        context, folders = self.context, self._folders(report)
         pending = deliver_folders(folders, self.request.tracking_uri, context.reporter, context.stop)
         run_id = read_pending(self.folder).run_id
-        return SearchSummary(report, self.folder, run_id, stopped_by or context.stop.signum, pending)
+        of_front = (best_folder(self.folder, place, of_front=True) for place, _ in enumerate(report.front, 1))
+        front = tuple(read_pending(folder).run_id if folder.exists() else None for folder in of_front)
+        return SearchSummary(report, self.folder, run_id, stopped_by or context.stop.signum, pending, front)
 
     def _is_complete(self) -> bool:
         """Whether everything has been done and written down; the last file to appear says so."""
@@ -314,7 +338,7 @@ class _Search:
             with scores_by(scorer, self._workers(), stop) as scores:
                 self._score_all(record, run, scores, scorer)
             self._compare(scorer)
-            self._measure(record)
+            self._measure(self._report(record, is_complete=False))
             report = self._report(record, is_complete=True)
             run.tell(report)
             self._write_best(report, run, scorer)
@@ -348,11 +372,11 @@ class _Search:
                 f"within {plan.limit}"
             )
 
-    def _measure(self, record: Record) -> None:
-        """Measure the best networks as wholes, once."""
+    def _measure(self, report: SearchReport) -> None:
+        """Measure the networks that the search is for as wholes, once."""
         if self.latency is None or Measured.read(self.folder) is not None:
             return
-        best = {scored.listed: scored.choices for scored in ranked(record.scored)[:SHOWN]}
+        best = {scored.listed: scored.choices for scored in report.chosen(SHOWN)}
         Measured.of(self.latency, best, self._timer(), self.context).write(self.folder)
 
     def _compare(self, scorer: Scorer) -> None:
@@ -399,7 +423,7 @@ class _Search:
             self.supernet.constants,
             lambda scored: scorer.network(scored.choices).cpu().state_dict(),
         )
-        for rank, scored in enumerate(report.top(SHOWN), 1):
+        for rank, scored in enumerate(report.chosen(SHOWN), 1):
             self.context.stop.check()
             best.write(rank, scored)
 
@@ -411,7 +435,8 @@ class _Search:
             write_atomically(self.folder / name, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
         run.tell_end(report, figures)
 
-    def _folders(self) -> list[Path]:
+    def _folders(self, report: SearchReport) -> list[Path]:
         """Return the folders of the runs, the search's first."""
-        below = (best_folder(self.folder, rank) for rank in range(1, SHOWN + 1))
+        of_front = self.plan.pareto
+        below = (best_folder(self.folder, rank, of_front=of_front) for rank, _ in enumerate(report.chosen(SHOWN), 1))
         return [self.folder, *(folder for folder in below if folder.exists())]

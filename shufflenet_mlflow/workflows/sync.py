@@ -31,7 +31,7 @@ from shufflenet_mlflow.tracking.store import lost_checkpoints
 from shufflenet_mlflow.tracking.trust import remember_store, uri_of_journal
 from shufflenet_mlflow.tracking.uris import server_behind
 from shufflenet_mlflow.workflows.message_kinds import MESSAGE_KINDS
-from shufflenet_mlflow.workflows.searching.request import BEST_FOLDER
+from shufflenet_mlflow.workflows.searching.request import BEST_FOLDER, FRONT_FOLDER
 from shufflenet_mlflow.workflows.tuning.request import TRIAL_FOLDER
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def run_sync_of_all(directory: Path, *, dry_run: bool, reporter: Reporter, **giv
     A run below that is still being logged to is left out, with a warning.
     """
     summary = run_sync(directory, dry_run=dry_run, reporter=reporter, **given)
-    below = (directory.glob(f"{name}*/{JOURNAL_NAME}") for name in (TRIAL_FOLDER, BEST_FOLDER))
+    below = (directory.glob(f"{name}*/{JOURNAL_NAME}") for name in (TRIAL_FOLDER, BEST_FOLDER, FRONT_FOLDER))
     trials = sorted(path.parent for paths in below for path in paths)
     journals = []
     for folder in folders_of_journals(directory):

@@ -1,13 +1,15 @@
-"""The candidates of a search, generation by generation: evolution as in arXiv:1904.00420, algorithm 1.
+"""The candidates of a search, generation by generation: evolution as in arXiv:1904.00420, algorithm 1, or NSGA-II.
 
-A generation's candidates follow from the scores of those before it. Each is drawn by a generator of its own, seeded
-with the search's seed, the generation and the candidate's place in it, so that neither the order in which candidates
-are scored nor an interruption has a part in it. None exceeds the limit, and none comes twice.
+The two differ in who a generation's parents are, and in how one of them is drawn. Candidates follow from the scores of
+the generations before theirs. Each is drawn by a generator of its own, seeded with the search's seed, the generation
+and the candidate's place in it, so that neither the order in which candidates are scored nor an interruption has a part
+in it. None exceeds the limit, and none comes twice.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from shufflenet_mlflow.config.search import SearchPlan
 from shufflenet_mlflow.data.sampler import derive_seed
 from shufflenet_mlflow.models.paths import CostTable, MacsTable, uniform_choices
 from shufflenet_mlflow.models.search_space import BRANCHES, UNITS
+from shufflenet_mlflow.workflows.searching import pareto
 
 SEARCH_STREAM = -3
 """Tells the seeds of candidates from all others."""
@@ -70,6 +73,38 @@ def ranked(candidates: Iterable[Scored]) -> list[Scored]:
     return sorted(candidates, key=lambda candidate: (-candidate.correct, candidate.place))
 
 
+def point(candidate: Scored, latency: CostTable | None) -> pareto.Point:
+    """Return a candidate's mistakes, and its cost.
+
+    Args:
+        latency: nanoseconds; None where multiply-accumulates are the cost.
+    """
+    cost = candidate.macs if latency is None else latency.of(candidate.choices)
+    return candidate.images - candidate.correct, cost
+
+
+def front(candidates: Sequence[Scored], latency: CostTable | None) -> list[Scored]:
+    """Return the candidates to which no other one is superior, in accuracy or cost; the cheapest first."""
+    return [candidates[number] for number in pareto.front([point(one, latency) for one in candidates])]
+
+
+def parents(plan: SearchPlan, before: Sequence[Scored], latency: CostTable | None = None) -> list[Scored]:
+    """Return a generation's parents, the best first.
+
+    Args:
+        before: all candidates of the generations before it.
+        latency: nanoseconds; None where multiply-accumulates are the cost.
+    """
+    if not plan.pareto:
+        return ranked(before)[: plan.top]
+    population: list[Scored] = []
+    for _, new in groupby(before, key=lambda candidate: candidate.generation):
+        pool = [*sorted(population, key=lambda candidate: candidate.place), *new]
+        order = pareto.best_first([point(candidate, latency) for candidate in pool])
+        population = [pool[number] for number in order[: plan.top]]
+    return population
+
+
 def within(plan: SearchPlan, macs: MacsTable, latency: CostTable | None, choices_PU: Tensor) -> Tensor:
     """Return bool (P): which of P networks are within the limit.
 
@@ -97,11 +132,11 @@ def propose(
         latency: nanoseconds; None where multiply-accumulates are limited.
     """
     seen = {candidate.choices for candidate in before}
-    parents = [candidate.choices for candidate in ranked(before)[: plan.top]]
+    chosen = [candidate.choices for candidate in parents(plan, before, latency)]
     found = []
     for index in range(plan.population):
         generator = torch.Generator().manual_seed(derive_seed(plan.seed, SEARCH_STREAM, generation, index))
-        choices = _draw(plan, index, parents, seen, generator, partial(within, plan, table, latency))
+        choices = _draw(plan, index, chosen, seen, generator, partial(within, plan, table, latency))
         if choices is not None:
             seen.add(choices)
             found.append(Candidate(generation, index, choices, table.macs(choices)))
@@ -121,11 +156,12 @@ def _draw(
     def is_legal(choices: Choices) -> bool:
         return choices not in seen and bool(are_within(torch.tensor([choices])))
 
+    parent = partial(_one_of, parents, generator, 2 if plan.pareto else 1)
     make: Callable[[], Tensor] | None = None
     if parents and index < plan.mutations:
-        make = lambda: _mutated(parents, plan.mutation_probability, generator)  # noqa: E731
+        make = lambda: _mutated(parent, plan.mutation_probability, generator)  # noqa: E731
     elif parents and index < plan.mutations + plan.crossovers:
-        make = lambda: _crossed(parents, generator)  # noqa: E731
+        make = lambda: _crossed(parent, generator)  # noqa: E731
     for _ in range(TRIES if make is not None else 0):
         choices = tuple(make().tolist())  # type: ignore[misc]  # there is one
         if is_legal(choices):
@@ -138,18 +174,19 @@ def _draw(
     return None
 
 
-def _one_of(parents: list[Choices], generator: torch.Generator) -> Tensor:
-    return torch.tensor(parents[int(torch.randint(len(parents), (), generator=generator))])
+def _one_of(parents: list[Choices], generator: torch.Generator, draws: int) -> Tensor:
+    """Return the choices, int64 (20), of the best of so many random parents."""
+    return torch.tensor(parents[int(torch.randint(len(parents), (draws,), generator=generator).min())])
 
 
-def _mutated(parents: list[Choices], probability: float, generator: torch.Generator) -> Tensor:
+def _mutated(parent: Callable[[], Tensor], probability: float, generator: torch.Generator) -> Tensor:
     """Return a parent's choices, int64 (20), each drawn anew with this probability."""
-    parent_U = _one_of(parents, generator)
+    parent_U = parent()
     is_drawn_U = torch.rand(UNITS, generator=generator) < probability
     return torch.where(is_drawn_U, torch.randint(BRANCHES, (UNITS,), generator=generator), parent_U)
 
 
-def _crossed(parents: list[Choices], generator: torch.Generator) -> Tensor:
+def _crossed(parent: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
     """Return choices, int64 (20), each of one of two parents."""
-    first_U, second_U = _one_of(parents, generator), _one_of(parents, generator)
+    first_U, second_U = parent(), parent()
     return torch.where(torch.rand(UNITS, generator=generator) < 0.5, first_U, second_U)

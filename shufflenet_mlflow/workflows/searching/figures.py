@@ -23,7 +23,7 @@ def figures_of(report: SearchReport, shown: int) -> dict[str, str]:
     """Return file name -> figure.
 
     Args:
-        shown: how many of the best candidates the figure of branches counts.
+        shown: how many of the best candidates the figure of branches counts, where no front is searched.
     """
     drawings: dict[str, Callable[[], Figure]] = {
         "accuracy_over_macs.svg": lambda: _accuracy_over_cost(report),
@@ -60,8 +60,12 @@ def _accuracy_over_cost(report: SearchReport, latency: LatencyTable | None = Non
         s=14,
     )
     figure.colorbar(points, ax=axes, label="generation")
-    best = report.best
-    if best is not None:
+    best, front = report.best, report.front if latency is report.latency else []
+    if front:
+        costs, scores = [cost(scored) for scored in front], [scored.score for scored in front]
+        axes.step(costs, scores, where="post", color=_RED, linewidth=1, marker="o", markersize=4, label="front")
+        axes.legend(loc="lower right")
+    elif best is not None:
         axes.scatter([cost(best)], [best.score], s=90, facecolors="none", edgecolors=_RED, label="best")
         axes.legend(loc="lower right")
     label = "multiply-accumulates, M" if latency is None else "latency by the table, ms"
@@ -91,7 +95,7 @@ def _generations(report: SearchReport) -> Figure:
 
 
 def _choices(report: SearchReport, shown: int) -> Figure:
-    best = report.top(shown)
+    best = report.chosen(shown)
     figure = new_figure(8.5, 4.2)
     axes = figure.subplots()
     by_unit, bottoms = shares(best, BRANCHES), [0.0] * sum(STAGE_UNITS)
@@ -104,7 +108,8 @@ def _choices(report: SearchReport, shown: int) -> Figure:
     ends = [sum(STAGE_UNITS[:stage]) + 0.5 for stage in range(1, len(STAGE_UNITS))]
     axes.vlines(ends, 0, 1, color="#1b1f24", linewidth=1)
     axes.set_xticks(range(1, len(by_unit) + 1))
-    axes.set(xlabel="unit (lines part the stages)", ylabel=f"share of the best {len(best)}", ylim=(0, 1))
+    whose = "front's" if report.front else "best"
+    axes.set(xlabel="unit (lines part the stages)", ylabel=f"share of the {whose} {len(best)}", ylim=(0, 1))
     axes.set_title("Which branch stands where")
     axes.legend(ncols=BRANCHES, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     return figure

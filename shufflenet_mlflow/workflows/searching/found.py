@@ -10,14 +10,15 @@ from shufflenet_mlflow.tracking.names import ARCHITECTURE_FILE, SEARCH_BEST_TAG
 from shufflenet_mlflow.tracking.run_ids import complete, read_run
 from shufflenet_mlflow.workflows.searching.report import choices_of_tag
 
-FORMS = "the run of a search or of one of its best candidates, a folder of one, or its architecture.json"
+FORMS = "the run of a search or of one of its networks, a folder of one, or its architecture.json"
 
 
 def found_network(search: str, store: Connection) -> dict[str, str]:
     """Return the options of training that name the network that a search has found.
 
     Args:
-        search: a run ID, a search's folder or that of one of its best candidates, or an `architecture.json`.
+        search: a run ID, a search's folder or that of one of its best candidates or of its front, or an
+            `architecture.json`.
 
     Raises:
         UnresolvedError: it is none of these, or the search has not found anything yet.

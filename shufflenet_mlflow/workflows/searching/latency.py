@@ -217,9 +217,13 @@ class Measured:
         ]
         return {"networks": networks, "mean_error": self.error, "bias": self.bias}
 
-    def in_words(self) -> str:
-        """Return the table's error in words."""
+    def in_words(self, which: str = "the best") -> str:
+        """Return the table's error in words.
+
+        Args:
+            which: the networks that were measured.
+        """
         return (
-            f"as wholes, the best {len(self.networks)} take {abs(self.bias):.0%} "
+            f"as wholes, {which} ({len(self.networks)}) take {abs(self.bias):.0%} "
             f"{'less' if self.bias < 0 else 'more'} time than the table says; its mean error is {self.error:.0%}"
         )

@@ -9,6 +9,8 @@ from shufflenet_mlflow.config import DEFAULT_SAVE_ROOT
 
 BEST_FOLDER = "best-"
 """The folder of one of the best candidates below that of its search: this, and its rank."""
+FRONT_FOLDER = "front-"
+"""The folder of a candidate of the front: this, and its place, from the cheapest on."""
 SHOWN = 10
 """So many of the best candidates have a run, and a checkpoint with the weights they inherit."""
 
@@ -46,6 +48,6 @@ class SearchRequest:
         return self.save_dir if self.save_dir is not None else Path(DEFAULT_SAVE_ROOT) / f"search-{supernet[:12]}"
 
 
-def best_folder(folder: Path, rank: int) -> Path:
-    """Return the folder of the candidate with this rank, from 1 on."""
-    return folder / f"{BEST_FOLDER}{rank:02}"
+def best_folder(folder: Path, rank: int, *, of_front: bool = False) -> Path:
+    """Return the folder of the candidate with this rank, from 1 on; of a front, with this place in it."""
+    return folder / f"{FRONT_FOLDER if of_front else BEST_FOLDER}{rank:02}"

@@ -23,6 +23,7 @@ from shufflenet_mlflow.tracking.names import (
     LATENCY_FILE,
     NETWORK_TAG,
     PARENT_RUN_TAG,
+    PARETO_FILE,
     SEARCH_BEST_TAG,
     SEARCH_SECTION,
     SEARCH_STATE_TAG,
@@ -132,6 +133,8 @@ class SearchRun:
             self._session.record(
                 TextArtifact.of_json(ARCHITECTURE_FILE, report.architecture(best)), MetricPoints(values, 0, now_ms())
             )
+        if report.front:
+            self._session.record(TextArtifact.of_json(PARETO_FILE, report.pareto()))
         self._session.record(TextArtifact(CANDIDATES_FILE, report.lines()))
         if report.measured is not None:
             self._session.record(
@@ -161,7 +164,7 @@ def _note_owner(journal: Journal, run: str, uri: str) -> None:
 
 @dataclass(frozen=True)
 class BestCandidates:
-    """Writes the folders of the best candidates: each with a checkpoint, and with what its run has yet to be told.
+    """Writes the folders of the best candidates, or of the front: each with checkpoint and journal.
 
     Args:
         constants: entries of every checkpoint: network, preprocessing, classes, configuration.
@@ -185,7 +188,7 @@ class BestCandidates:
         Raises:
             CheckpointError: its checkpoint cannot be written.
         """
-        folder = best_folder(self.folder, rank)
+        folder = best_folder(self.folder, rank, of_front=self.report.plan.pareto)
         if folder.exists():
             return
         with new_folder(folder) as aside:
@@ -195,24 +198,32 @@ class BestCandidates:
             architecture = self.report.architecture(scored)
             (aside / ARCHITECTURE_FILE).write_text(to_json(architecture))
             values = {f"{SEARCH_SECTION}score": scored.score, f"{SEARCH_SECTION}macs": float(scored.macs)}
+            if self.report.latency is not None:
+                values[f"{SEARCH_SECTION}latency_ms"] = self.report.latency.ms(scored.choices)
             self._keep(
                 aside,
                 self._create(rank, scored),
                 Params.of({name: architecture[name] for name in ("model", "choices", "input_size", "num_classes")}),
                 TextArtifact.of_json(ARCHITECTURE_FILE, architecture),
-                _note(rank, scored),
+                _note(self._called(rank), scored),
                 Checkpoint.of(manifest, metrics=values),
                 Finish("FINISHED", now_ms(), self.iters),
             )
 
+    def _called(self, rank: int) -> str:
+        return f"{'front' if self.report.plan.pareto else 'rank'} {rank}"
+
     def _create(self, rank: int, scored: Scored) -> Message:
         tags = {
             PARENT_RUN_TAG: self.parent,
-            SEARCH_TAG: f"rank {rank}",
+            SEARCH_TAG: self._called(rank),
             SEARCH_BEST_TAG: best_tag(scored),
             NETWORK_TAG: str(self.report.architecture(scored)["model"]),
         }
-        name = f"rank {rank}: {scored.score:.4f}, {scored.macs / 1e6:,.2f} M"
+        cost = f"{scored.macs / 1e6:,.2f} M"
+        if self.report.plan.pareto:
+            cost = self.report.cost_in_words(scored)
+        name = f"{self._called(rank)}: {scored.score:.4f}, {cost}"
         return new_run(experiment=self.request.experiment, name=name, tags=tags)
 
     def _keep(self, folder: Path, *messages: Message) -> None:
@@ -225,8 +236,8 @@ class BestCandidates:
             journal.close()
 
 
-def _note(rank: int, scored: Scored) -> Note:
+def _note(called: str, scored: Scored) -> Note:
     return Note.of(
-        f"**Rank {rank}** of a search: {in_words(scored)}, with weights of the supernet",
+        f"**{called.capitalize()}** of a search: {in_words(scored)}, with weights of the supernet",
         indented(train_command(scored)),
     )
