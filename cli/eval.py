@@ -164,7 +164,15 @@ def _next_steps(summary: "EvalSummary") -> list[str]:
             given.setdefault("model", summary.model)
         named = "".join(f" --{name.replace('_', '-')} {quote(str(value))}" for name, value in given.items())
         return [f"shufflenet predict {quote(str(summary.checkpoint))} IMAGE{named}"]
-    steps = [f"shufflenet compare {summary.logged_to[:SHORT_ID]} RUN    evaluated on the same images"]
+    if summary.export is not None:
+        file = quote(str(summary.checkpoint))
+        return [
+            f"shufflenet compare {file}    what it gets wrong and its checkpoint does not",
+            f"shufflenet bench --deploy {file}    its size and latency",
+        ]
+    steps = [
+        f"shufflenet compare {summary.logged_to[:SHORT_ID]} RUN    another run, evaluated on the same images"
+    ]
     if summary.run_id is not None:
         promoted = f"{summary.run_id[:SHORT_ID]}@{summary.iters}"
         steps.append(f"shufflenet checkpoints promote {promoted} --name NAME")

@@ -75,6 +75,12 @@ class WithHelp(click.Command):
             better = click.NoSuchOption(error.option_name, ctx=ctx)
             better.possibilities = similar(error.option_name, known, prefix="--")  # type: ignore[misc]
             raise better from error
+        except click.UsageError as error:
+            folders = any("--train-dir" in parameter.opts for parameter in self.params)
+            if folders and error.message.startswith("Got unexpected extra argument"):
+                hint = "folders of images are named with --train-dir and --val-dir"
+                raise click.UsageError(f"{error.message.rstrip('.')}: {hint}", ctx) from error
+            raise
 
 
 def _show_all(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:

@@ -210,7 +210,8 @@ def test_a_checkpoint_of_the_release(form: str, tmp_path: Path, shufflenet: Invo
     """The file names neither network nor classes, and belongs to no run."""
     model = create_model("shufflenet_v2_x0_5", 4)
     torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, "old.pth.tar")
-    words = ["export", "old.pth.tar", "--format", form, "--input-size", 32, "--output", tmp_path / "out"]
+    target = tmp_path / f"out{files.SUFFIXES.get(form, '')}"
+    words = ["export", "old.pth.tar", "--format", form, "--input-size", 32, "--output", target]
     result = shufflenet(*words)
     assert result.exit_code == 2
     assert "it fits --model" in result.output
@@ -218,7 +219,7 @@ def test_a_checkpoint_of_the_release(form: str, tmp_path: Path, shufflenet: Invo
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert (document["classes"], document["tolerance"]) == (["0", "1", "2", "3"], 1e-4)
-    assert (tmp_path / "out").exists()
+    assert target.exists()
     result = shufflenet("checkpoints", "promote", "old.pth.tar", "--name", "old")
     assert result.exit_code == 1
     assert "belongs to no run" in result.output
@@ -239,6 +240,13 @@ def test_output_that_cannot_be_written(tmp_path: Path, shufflenet: Invoke) -> No
     result = shufflenet(*words, "--format", "mlflow", "--output", tmp_path / "there")
     assert result.exit_code == 1
     assert "exists already" in result.output
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    for form in ("pt2", "onnx", "openvino"):
+        result = shufflenet(*words, "--format", form, "--output", notes)
+        assert result.exit_code == 1
+        assert f"must end in {files.SUFFIXES[form]}" in result.output
+    assert notes.read_text() == "mine"
 
 
 # ---------------------------------------------------------------- the model that MLflow runs

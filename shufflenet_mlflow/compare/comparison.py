@@ -239,7 +239,7 @@ def _curves(client: "MlflowClient", runs: Sequence[RunColumn]) -> Iterator[Curve
                 history = client.get_metric_history(run.run_id, metric)
             points = sorted(history, key=lambda point: point.step)
             points = [*points[: -1 : max(1, -(-len(points) // _POINTS))], *points[-1:]]
-            if len(points) < 2:
+            if not points:
                 continue
             steps = tuple(point.step for point in points)
             per_epoch = _iterations_per_epoch(run)

@@ -47,7 +47,7 @@ def confusion_figure(report: Report) -> Figure:
     fractions_CC = counts_CC / np.maximum(1, counts_CC.sum(1, keepdims=True))
     image = axes.imshow(fractions_CC, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=axes, label="fraction of the true class", shrink=0.8)
-    axes.set(xlabel="predicted", ylabel="true", title=f"Confusion matrix\n{_in_short(report)}")
+    axes.set(xlabel="predicted", ylabel="true", title="\n".join(("Confusion matrix", *_in_short(report))))
     if len(classes) <= MOST_NAMES:
         axes.set_xticks(range(len(classes)), [_short(name) for name in classes], rotation=90)
         axes.set_yticks(range(len(classes)), [_short(name) for name in classes])
@@ -70,7 +70,7 @@ def classes_figure(report: Report) -> Figure:
     right = [f"{round((row.accuracy or 0.0) * row.images)} of {row.images}" for row in shown]
     axes.bar_label(bars, right, padding=3, fontsize=7, color=_INK)
     axes.invert_yaxis()
-    title = f"Accuracy by class ({len(shown)} of {len(rows)})\n{_in_short(report)}"
+    title = f"Accuracy by class ({len(shown)} of {len(rows)})\n{', '.join(_in_short(report))}"
     axes.set(xlim=(0, 1.16), xlabel="accuracy, and how many images of each class are right")
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_title(title, fontsize=10)
@@ -78,8 +78,9 @@ def classes_figure(report: Report) -> Figure:
     return figure
 
 
-def _in_short(report: Report) -> str:
-    return f"accuracy {beside_majority(report.accuracy, report.majority)}, mean class {report.mean_class_accuracy:.4f}"
+def _in_short(report: Report) -> tuple[str, str]:
+    mean = f"mean class {report.mean_class_accuracy:.4f}"
+    return f"accuracy {beside_majority(report.accuracy, report.majority)}", mean
 
 
 def calibration_figure(report: Report) -> Figure:

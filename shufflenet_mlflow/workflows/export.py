@@ -113,7 +113,6 @@ def run_export(request: ExportRequest, *, reporter: Reporter) -> ExportSummary:
             f"--int8 is missing: {loaded.source} was trained with --qat, and computes as int8 does", code="int8-missing"
         )
     target = request.output or Path(loaded.path.name.removesuffix(".pth.tar") + _suffix(request))
-    _check_suffix(request, target)
     if not target.parent.is_dir():
         raise ExportError(
             f"cannot write {str(target)!r}: its folder does not exist; create it, or change --output",
@@ -121,6 +120,7 @@ def run_export(request: ExportRequest, *, reporter: Reporter) -> ExportSummary:
         )
     if target.is_dir() and request.format != MLFLOW_FORMAT:
         raise ExportError(f"{str(target)!r} is a folder; --output names a file", code="output-is-folder")
+    _check_suffix(request, target)
     if request.format != MLFLOW_FORMAT:
         return _export_file(request, loaded, target, reporter)
     if target.exists():
@@ -142,10 +142,11 @@ def _suffix(request: ExportRequest) -> str:
 
 
 def _check_suffix(request: ExportRequest, target: Path) -> None:
-    """Raise ExportError for a file that OpenVINO could not read under its name."""
-    if request.format == "openvino" and target.suffix.lower() != SUFFIXES["openvino"]:
+    """Raise ExportError for a file whose name does not say its format, or is that of a file of another kind."""
+    suffix = SUFFIXES.get(request.format, "")
+    if target.suffix.lower() != suffix and suffix:
         raise ExportError(
-            f"--output (={target}) must end in {SUFFIXES['openvino']}; OpenVINO finds the weights beside it, in .bin",
+            f"--output (={target}) must end in {suffix}, by which `eval`, `compare` and others know the format",
             code="output-suffix",
         )
 
