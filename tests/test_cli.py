@@ -22,6 +22,7 @@ from shufflenet_mlflow.cli import main
 from shufflenet_mlflow.cli.tables import print_json
 from shufflenet_mlflow.errors import ConfigError
 from shufflenet_mlflow.tracking.redaction import redact
+from shufflenet_mlflow.version import __version__
 from tests.support.command_line import Invoke, small_options
 from tests.support.effort import only_in_full_run
 from tests.support.images import write_images
@@ -480,7 +481,7 @@ def test_every_command_has_help(words: list[str], shufflenet: Invoke) -> None:
 
 
 def test_version(shufflenet: Invoke) -> None:
-    assert shufflenet("--version").output == "shufflenet, version 0.1.0\n"
+    assert shufflenet("--version").output == f"shufflenet, version {__version__}\n"
 
 
 def test_every_option_has_help_text() -> None:
