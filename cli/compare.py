@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shufflenet_mlflow.checkpoints.references import is_exported
+from shufflenet_mlflow.evaluation.significance import SIGNIFICANT
 from shufflenet_mlflow.runtime.text import counted
 
 from .commands import Command
@@ -163,7 +164,7 @@ def _next_steps(comparison: "Comparison") -> list[str]:
         listed = " and ".join(run.short_id for run in comparison.runs)
         steps.append(f"shufflenet eval RUN    for {listed}: is the difference more than chance?")
     accuracies = [row for row in comparison.results if row.metric == "best/val_top1" and row.best]
-    if accuracies:
+    if accuracies and not any(test.p_value >= SIGNIFICANT for test in comparison.tests):
         best = comparison.runs[accuracies[0].best[0]]
         steps.append(f"shufflenet checkpoints promote {best.short_id}@best --name NAME")
     return steps

@@ -139,6 +139,7 @@ def _result_lines(summary: "EvalSummary") -> list[str]:
     if summary.run_id:
         lines.append(f"run ID      {summary.run_id}")
     lines += [
+        *([f"data        {summary.data}"] if summary.data else []),
         f"images      {result.n}{skipped}  ({summary.images_per_second:.0f} per second)",
         f"top1        {beside_majority(result.top1, result.majority)}",
         f"mean class  {result.mean_class_accuracy:.4f}",
@@ -170,9 +171,7 @@ def _next_steps(summary: "EvalSummary") -> list[str]:
             f"shufflenet compare {file}    what it gets wrong and its checkpoint does not",
             f"shufflenet bench --deploy {file}    its size and latency",
         ]
-    steps = [
-        f"shufflenet compare {summary.logged_to[:SHORT_ID]} RUN    another run, evaluated on the same images"
-    ]
+    steps = [f"shufflenet compare {summary.logged_to[:SHORT_ID]} RUN    another run, evaluated on the same images"]
     if summary.run_id is not None:
         promoted = f"{summary.run_id[:SHORT_ID]}@{summary.iters}"
         steps.append(f"shufflenet checkpoints promote {promoted} --name NAME")

@@ -12,6 +12,7 @@ from shufflenet_mlflow.tracking.names import STUDY_TAG, SYSTEM_SECTION
 
 from .commands import Group
 from .completing import RUN
+from .option import similar
 from .options import common_options, config_option, json_option, option, options, run_argument, tracking_uri_option
 from .recent import remember
 from .say import say
@@ -53,13 +54,13 @@ SPARE = ("started", "minutes", "status", "val/top1")
 def runs(ctx: click.Context, /, as_json: bool, ascending: bool, **values: Any) -> None:
     """List runs, show one of them, or mend their status.
 
-    Columns are run_id, name, status, started, minutes, and every metric, option of training and tags.NAME.
+    Columns are run_id, name, status, started, minutes, data, and every metric, option of training and tags.NAME.
 
     \b
     Examples:
       shufflenet runs --sort best/val_top1
-      shufflenet runs --filter "metrics.`val/top1` > 0.9 and params.seed = '1'"
-      shufflenet runs --columns run_id,lr,batch_size,best/val_top1 --json
+      shufflenet runs --filter 'metrics.`val/top1` > 0.9 and params.seed = "1"'
+      shufflenet runs --columns run_id,data,lr,batch_size,best/val_top1 --json
       shufflenet runs show 01234567
       shufflenet runs mend 01234567
     """
@@ -98,6 +99,9 @@ def runs(ctx: click.Context, /, as_json: bool, ascending: bool, **values: Any) -
         return
     titles = [column.title for column in table.columns]
     print_table(titles, [[cell(value) for value in row] for row in table.rows_in_words()], spare=SPARE)
+    for title in table.unknown(values["sort"]):
+        meant = similar(title, table.names())
+        say(f"no run here has {title!r}" + (f"; did you mean {' or '.join(meant)}?" if meant else ""), err=True)
     if table.has_more:
         say(f"the first {len(table.runs)}; --limit shows more", err=True)
     if abandoned := table.abandoned():
@@ -133,7 +137,8 @@ def show(run: str, tracking_uri: str | None, as_json: bool) -> None:
     run_id = details.run.info.run_id
     if details.is_abandoned:
         next_steps(_mending(run_id))
-    next_steps(f"shufflenet checkpoints ls {run_id}")
+    if details.latest is not None:
+        next_steps(f"shufflenet checkpoints ls {run_id}")
 
 
 @runs.command()

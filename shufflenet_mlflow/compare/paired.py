@@ -82,10 +82,11 @@ class PairedTest:
     def verdict(self) -> str:
         """Return the result in words."""
         difference = (len(self.only_second) - len(self.only_first)) / max(1, self.images)
-        if self.p_value >= SIGNIFICANT:
-            return f"the difference of {difference:+.4f} in accuracy may be chance (p = {self.p_value:.3g})"
-        better = "second" if difference > 0 else "first"
-        return f"the {better} is better by {abs(difference):.4f} in accuracy (p = {self.p_value:.3g})"
+        if not difference:
+            return f"both have the same accuracy (p = {self.p_value:.3g})"
+        better = f"the {'second' if difference > 0 else 'first'} is better by {abs(difference):.4f} in accuracy"
+        chance = ", which may be chance" if self.p_value >= SIGNIFICANT else ""
+        return f"{better}{chance} (p = {self.p_value:.3g})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return one entry of `compare --json`."""

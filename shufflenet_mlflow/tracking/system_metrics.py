@@ -52,6 +52,10 @@ class SystemMetrics:
 
     def _work(self, monitors: list[Any]) -> None:
         pause, iters = _interval(), self._iters()
+        with contextlib.suppress(Exception):  # which the loop reports
+            for monitor in monitors:
+                monitor.collect_metrics()  # a processor's load counts from the look before
+                monitor.clear_metrics()
         while not self._ended.wait(pause):
             try:
                 for monitor in monitors:

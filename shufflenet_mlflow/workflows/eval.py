@@ -82,6 +82,8 @@ class EvalSummary:
     """Error that kept the result from being logged."""
     export: ExportedFile | None = None
     """The exported file in the place of a checkpoint."""
+    data: str = ""
+    """Name and digest of the images, and where they are."""
 
     @property
     def top1(self) -> float:
@@ -180,6 +182,8 @@ def _run(request: EvalRequest, context: JobContext) -> EvalSummary:
             run_id = source.info.run_id
             context.reporter.note(f"run {run_id} is {status_in_words(source)}: `shufflenet runs mend {run_id}` ends it")
         images, summary = measure(request, as_its_run(loaded, source), context)
+        digest = images.listing.content_digest[:SHORT_ID]
+        summary = replace(summary, data=f"{images.names[0]}: {images.listing.source} (digest {digest})")
         if source is not None:
             _warn_of_training_images(store, source.info.run_id, images, context.reporter)
         if client is None or where == "none":

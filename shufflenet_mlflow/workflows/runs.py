@@ -1,6 +1,7 @@
 """`shufflenet runs`: a table of runs, and one run in full with the command that repeats it."""
 
 import json
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointManifest
 from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.config.rules import MOST_ROWS
+from shufflenet_mlflow.data.datasets import data_name
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.text import name_some
@@ -45,12 +47,12 @@ from shufflenet_mlflow.workflows.options import run_id_of
 if TYPE_CHECKING:
     from shufflenet_mlflow.tracking.client import MlflowClient, Run
 
-DEFAULT_COLUMNS = ("run_id", "name", "status", "started", "minutes", "model", "val/top1", "best/val_top1")
+DEFAULT_COLUMNS = ("run_id", "name", "status", "started", "minutes", "model", "data", "val/top1", "best/val_top1")
 
 _ATTRIBUTES = {"run_id": "run_id", "name": "run_name", "status": "status", "started": "start_time"}
 """Column -> MLflow's name for it, which runs can be sorted by."""
 
-_COMPUTED = ("minutes",)
+_COMPUTED = ("minutes", "data")
 _KINDS = ("metrics", "params", "tags")
 _PARAMS = {*FIELDS, "epochs"}
 
@@ -93,6 +95,9 @@ class Column:
             return None if end is None else round((end - info.start_time) / 60_000, 1)
         if self.key == "started":
             return _time(info.start_time)
+        if self.key == "data":
+            trained_on = run.data.params.get("train_dir")
+            return None if trained_on is None else data_name(trained_on)
         return {"run_id": info.run_id, "name": info.run_name, "status": info.status}[self.key]
 
     def order(self, *, ascending: bool) -> str:
@@ -133,6 +138,17 @@ class RunTable:
             ]
             for run in self.runs
         ]
+
+    def unknown(self, sort: str | None) -> list[str]:
+        """Return the columns, and the one to sort by, of which no run has a value, such as mistyped ones."""
+        columns = (*self.columns, *([Column.parse(sort)] if sort else ()))
+        asked = [column for column in columns if column.kind != "attribute"]
+        return list(dict.fromkeys(one.title for one in asked if all(one.of(run) is None for run in self.runs)))
+
+    def names(self) -> set[str]:
+        """Return the names of columns of which some run has a value."""
+        values = (name for run in self.runs for named in (run.data.metrics, run.data.params) for name in named)
+        return {*_ATTRIBUTES, *_COMPUTED, *values}
 
     def abandoned(self) -> list[str]:
         """Return the IDs of running runs whose writer does not seem to be at work."""
@@ -275,8 +291,9 @@ class RunDetails:
         if pins:
             lines.append(f"pip install {' '.join(pins)}")
         if self.reproduce is not None:
-            lines.append(shlex.join(("shufflenet", "train", *self.reproduce)))
-        return lines
+            return [*lines, shlex.join(("shufflenet", "train", *self.reproduce))]
+        command = tags.get(COMMAND_TAG, "")
+        return [*lines, command] if _BEGINS.match(command) else []  # a parent; no others are without options
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document of `runs show --json`."""
@@ -319,6 +336,8 @@ class RunDetails:
         ]
 
 
+_BEGINS = re.compile(r"shufflenet (tune|search|train .*--repeat)\b")
+"""Commands that make a parent run, and make the same one again."""
 _PINNED = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow")
 
 

@@ -250,8 +250,11 @@ def image_folders(options: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def absolute_path(path: Any) -> str | None:
-    """Return the path as it is understood from any folder."""
-    return None if path is None else str(Path(path).absolute())
+    """Return the path as it is understood from any folder, without `..` unless a link makes that another one."""
+    if path is None:
+        return None
+    short = os.path.abspath(path)
+    return short if os.path.realpath(short) == os.path.realpath(path) else str(Path(path).absolute())
 
 
 def _absolute_reference(ref: str | None) -> str | None:

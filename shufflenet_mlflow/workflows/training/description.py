@@ -3,12 +3,13 @@
 import hashlib
 import json
 import platform
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from shufflenet_mlflow.config import DEFAULTS, RunConfig
+from shufflenet_mlflow.config import DEFAULTS, RunConfig, command_of
 from shufflenet_mlflow.data.datasets import data_name
 from shufflenet_mlflow.data.identity import DataIdentity
 from shufflenet_mlflow.data.listing import ImageListing
@@ -133,8 +134,17 @@ def describe_in_words(plan: Plan, result: str) -> Note:
         f"{counted(len(data.val), 'validation image')} of "
         f"{counted(len(data.train.classes), 'class', 'classes')}, {config.input_size} px",
         f"**Result:** {result}",
-        indented(command_line()),
+        indented(_command(config)),
     )
+
+
+def _command(config: RunConfig) -> str:
+    """Return the command that trained this run; one that does the same if it was resumed, or begun by `mlflow run`."""
+    typed = command_line()
+    if "--resume" not in typed and " ''" not in typed:
+        return typed
+    chosen = {name: value for name, value in config.to_dict().items() if DEFAULTS.get(name) != value}
+    return redact(shlex.join(("shufflenet", "train", *command_of(chosen))))
 
 
 def result_in_words(result: TrainResult, best: Mapping[str, Any] | None, total_iters: int) -> str:
@@ -146,7 +156,7 @@ def result_in_words(result: TrainResult, best: Mapping[str, Any] | None, total_i
         parts.append(f"best {best['val_top1']:.4f} at iteration {best['iters']:,}")
     end = "; stopped by a signal" if result.stopped_by is not None else ""
     if result.pause_reason:
-        end = f"; paused: {result.pause_reason}"
+        end = f"; stopped at {result.pause_reason}"
     if result.stop_reason:
         end = f"; ended by a callback: {result.stop_reason}"
     if result.ended_by_patience:
