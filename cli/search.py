@@ -156,7 +156,7 @@ def search(ref: str, as_json: bool, **values: Any) -> None:
       shufflenet train --model shufflenet_oneshot_supernet --train-dir photos
       shufflenet search 01234567
       shufflenet search 01234567 --macs-limit 300e6 --save-dir models/small
-      shufflenet search 01234567 --pareto --macs-limit 600e6 --save-dir models/front
+      shufflenet search 01234567 --pareto --macs-limit 600e6 --save-dir front
     """
     from .stopping import say_how_a_study_goes_on, stop_flag
 
