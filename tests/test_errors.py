@@ -1105,6 +1105,8 @@ def test_calls_that_no_command_makes(call: str, here: Path, recorder: Recorder) 
 
 
 ELSEWHERE: dict[str, str] = {
+    "network-not-exported": "test_registered.py::test_a_network_that_fixes_the_size_of_its_batches",
+    "registered-lazy": "test_registered.py::test_packages_that_are_wrong",
     "logged-file-lost": "test_long_durable.py::test_a_file_that_never_arrives",
     "manifest-of-another": "test_save_checkpoint.py::test_a_checkpoint_that_was_copied_to_the_name_of_another",
     "logged-file-refused": "test_durable.py::test_a_file_that_another_one_is_in_the_way_of",

@@ -155,6 +155,7 @@ def test_pretrained_weights_come_from_the_package(own_nets: Path) -> None:
         ("bare", "returns a TinyNet; it must return a module and its preprocessing, such as"),
         ("strange_input", "there is no mode 'rgb'"),
         ("headless", "no layer of wrong has a weight with num_classes rows"),
+        ("lazy", "has lazy layers, whose shapes only the first images would decide; give them their sizes"),
         ("NUMBER", "is a int, not a function"),
         ("nothing", "cannot be imported: AttributeError"),
         ("no_such_module:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
@@ -224,3 +225,27 @@ def test_arguments_must_be_plain(own_nets: Path) -> None:
         create_model("shufflenet_v2_x0_5", 3, width=3)
     with pytest.raises(ConfigError):
         create_model("tiny", 3, preprocess="nothing")
+
+
+def test_a_network_that_fixes_the_size_of_its_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shufflenet: Invoke
+) -> None:
+    install(tmp_path, monkeypatch, {"fixed": "fixed_batch"})
+    save_checkpoint({"model": create_model("fixed", 3)}, 1, directory="saved")
+    for form in ("pt2", "onnx"):
+        result = shufflenet("export", "saved", "--format", form)
+        assert result.exit_code == 1
+        assert "Error: fixed cannot be exported: its code fixes the number of images, as len(x) does" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_another_version_of_the_package_is_named(
+    own_nets: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    payload = read_checkpoint(save_checkpoint({"model": create_model("tiny", 3)}, 1, directory="saved"))
+    model_from_payload(payload, "x")
+    assert "was that of" not in caplog.text
+    metadata = own_nets / "own_nets-1.0.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("Version: 1.0", "Version: 2.0"))
+    model_from_payload(payload, "x")
+    assert "'tiny' was that of own-nets 1.0 when its checkpoint was written, and is that of own-nets 2.0" in caplog.text

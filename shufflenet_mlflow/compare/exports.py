@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shufflenet_mlflow.checkpoints.names import local_name
+from shufflenet_mlflow.checkpoints.names import local_name, parse_name
 from shufflenet_mlflow.compare.comparison import all_evaluations, test_of
 from shufflenet_mlflow.compare.paired import PairedTest
 from shufflenet_mlflow.errors import UnresolvedError
@@ -63,9 +63,11 @@ def compare_export(client: "MlflowClient", run: "Run", export: Mapping[str, Any]
     both = [digest for digest in of_file if digest in of_checkpoint]
     if not both:
         images = ", ".join(sorted({one.data for one in of_file.values()}))
+        name = parse_name(checkpoint)
+        iters = name.iters if name is not None else "latest"
         raise UnresolvedError(
             f"run {run_id} has no evaluation of {checkpoint} on the images of {images}, which {file!r} was evaluated "
-            f"on; `shufflenet eval runs:/{run_id} --val-dir DIR` makes one",
+            f"on; `shufflenet eval {run_id}@{iters} --val-dir DIR` makes one",
             code="checkpoint-not-evaluated",
         )
     tests = (test_of(client, of_checkpoint[digest], of_file[digest]) for digest in both)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shufflenet_mlflow.data.preprocess import ToInput, eval_transform
 from shufflenet_mlflow.errors import ExportError
+from shufflenet_mlflow.models.entry_points import Registration
 from shufflenet_mlflow.models.loaded import LoadedModel
 
 Export = Callable[[LoadedModel], torch.export.ExportedProgram]
@@ -73,10 +74,18 @@ def export_program(network: LoadedModel) -> torch.export.ExportedProgram:
     """Return the network in evaluation mode as a program for batches of any size."""
     keep_device_guard()
     module = PixelsToLogits(network)
-    with torch.no_grad():
-        return torch.export.export(
-            module, (example_pixels(network),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
-        )
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                module, (example_pixels(network),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+            )
+    except Exception as error:
+        if not isinstance(network.spec.network, Registration):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if "onstraints violated" in str(error):
+            reason = "its code fixes the number of images, as len(x) does; x.shape[0] leaves it open"
+        raise ExportError(f"{network.spec.name} cannot be exported: {reason}", code="network-not-exported") from error
 
 
 class Exporter:

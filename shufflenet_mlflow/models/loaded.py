@@ -4,9 +4,11 @@ This project's checkpoints describe their network, input and classes. Those of t
 the user names the network, and the width of the classifier follows from the weights.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ from shufflenet_mlflow.data.preprocess import Preprocess
 from shufflenet_mlflow.data.reading import Reading
 from shufflenet_mlflow.errors import CheckpointError, ConfigError, MismatchError, ModelError
 from shufflenet_mlflow.models.catalog import VARIANTS, check_network, find_network
+from shufflenet_mlflow.models.entry_points import Registration
 from shufflenet_mlflow.models.spec import INT8, QUANTIZATION, SPEC_ARGUMENTS, ModelSpec, fitting_models
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,23 @@ def _spec_from(model: Mapping[str, Any], source: str) -> ModelSpec:
         ) from error
 
 
+@cache
+def _warn_of_other_package(name: str, then: str, now: str) -> None:
+    logger.warning(
+        "the network %r was that of %s when its checkpoint was written, and is that of %s here; it may compute "
+        "something else",
+        name,
+        then,
+        now,
+    )
+
+
 def _require_known(name: str, package: object, source: str) -> None:
-    """Raise CheckpointError if the package that registered the network is not installed here."""
+    """Raise CheckpointError if the package that registered the network is not installed here; warn of another one."""
     try:
-        find_network(name)
+        found = find_network(name)
+        if isinstance(found, Registration) and isinstance(package, str) and package != found.package:
+            _warn_of_other_package(name, package, found.package)
     except ModelError as error:
         if error.code != "model-unknown" or not isinstance(package, str):
             raise CheckpointError(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from shufflenet_mlflow.checkpoints.marks import Mark
 from shufflenet_mlflow.data.preprocess import Preprocess, preprocess_from
@@ -76,6 +77,11 @@ def build_registered(
             f"{registration} returns {_shown(built)}; it must return a module and its preprocessing, such as "
             "(module, 'rgb_256')",
             code="registered-returns",
+        )
+    if any(map(is_lazy, (*built[0].parameters(), *built[0].buffers()))):
+        raise ModelError(
+            f"{registration} has lazy layers, whose shapes only the first images would decide; give them their sizes",
+            code="registered-lazy",
         )
     try:
         return built[0], preprocess_from(built[1], "its preprocessing")

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MARK_SECONDS = 3.0
+"""Seconds that a run's status may take ahead of the entries before it: a process that was told to end has few."""
+
 
 class TrackingSession:
     """Delivers messages to a run. As a context manager it ends the run, and waits until everything has arrived.
@@ -169,7 +172,7 @@ class TrackingSession:
         if self.run_id is None or self.delivery.reason:
             return  # MLflow does not answer
         try:
-            with impatient(), mlflow_errors(f"end run {self.run_id}"):
+            with impatient(MARK_SECONDS), mlflow_errors(f"end run {self.run_id}"):
                 self._client.set_terminated(self.run_id, status, self.ended or now_ms())
         except TrackingError as error:
             logger.warning("%s", error)

@@ -15,6 +15,7 @@ from shufflenet_mlflow.data.identity import DataIdentity
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.evaluation.baseline import beside_majority
 from shufflenet_mlflow.models.cost import model_cost
+from shufflenet_mlflow.models.entry_points import Registration
 from shufflenet_mlflow.runtime.devices import processor
 from shufflenet_mlflow.runtime.distributed import World
 from shufflenet_mlflow.runtime.text import counted
@@ -53,8 +54,11 @@ OF_PIXELS = ("torchvision", "opencv-python-headless", "simplejpeg")
 PROCESSOR = "processor"
 """Key of the kind of the processor, which checkpoints of earlier versions lack."""
 
+NETWORK_PACKAGE = "network's package"
+"""Key of the package that registers the network."""
+
 NEEDED_FOR_EQUALITY = (
-    *("shufflenet-mlflow", "torch", *OF_PIXELS),
+    *("shufflenet-mlflow", "torch", *OF_PIXELS, NETWORK_PACKAGE),
     *("device", PROCESSOR, "instructions", "threads", "processes"),
 )
 """Entries of the environment that results depend on, up to rounding."""
@@ -189,6 +193,7 @@ def environment(plan: Plan, device: torch.device, world: World) -> dict[str, Any
     return {
         "python": platform.python_version(),
         **installed_versions(("shufflenet-mlflow", "torch", *OF_PIXELS)),
+        **({NETWORK_PACKAGE: plan.spec.network.package} if isinstance(plan.spec.network, Registration) else {}),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         PROCESSOR: processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
