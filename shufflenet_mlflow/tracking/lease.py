@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -22,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.checkpoints.manifest import LATEST_TAG
-from shufflenet_mlflow.errors import CheckpointError, LostLeaseError, TrackingError
+from shufflenet_mlflow.errors import LostLeaseError, TrackingError
 from shufflenet_mlflow.tracking.client import mlflow_errors
 from shufflenet_mlflow.tracking.messages import now_ms
 from shufflenet_mlflow.tracking.names import WRITER_TAG
@@ -359,15 +357,11 @@ class Lease:
 
 def lost_lease(run_id: str, writer: Writer, directory: Path) -> LostLeaseError:
     """Return the error of a process, or of a folder, whose run has another writer."""
-    kept = "nothing was trained here"
-    with suppress(CheckpointError):
-        if list_checkpoints(directory):
-            kept = (
-                f"what was trained here is kept in {str(directory)!r}: `shufflenet train --resume "
-                f"{quote(str(directory))} --new-run --save-dir OTHER` goes on with it as a run of its own"
-            )
     return LostLeaseError(
-        f"run {run_id} has been taken over by {writer}; nothing more is sent to it, and {kept}", code="run-taken-over"
+        f"run {run_id} has been taken over by {writer}; nothing more is sent to it, and what was trained here, if "
+        f"anything, is kept in {str(directory)!r}: `shufflenet train --resume {quote(str(directory))} --new-run "
+        "--save-dir OTHER` goes on with it as a run of its own",
+        code="run-taken-over",
     )
 
 
