@@ -17,7 +17,7 @@ from torch import Tensor
 from shufflenet_mlflow.config import format_numbers
 from shufflenet_mlflow.config.search import SearchPlan
 from shufflenet_mlflow.data.sampler import derive_seed
-from shufflenet_mlflow.models.paths import CostTable, MacsTable, uniform_choices
+from shufflenet_mlflow.models.paths import CostTable, MacsTable, uniform_genes
 from shufflenet_mlflow.models.search_space import BRANCHES, UNITS
 from shufflenet_mlflow.workflows.searching import pareto
 
@@ -167,7 +167,7 @@ def _draw(
         if is_legal(choices):
             return choices
     for _ in range(RANDOM_TRIES // TRIES):
-        drawn_TU = uniform_choices(TRIES, generator)
+        drawn_TU = uniform_genes(TRIES, generator)
         for choices in map(tuple, drawn_TU[are_within(drawn_TU)].tolist()):
             if choices not in seen:
                 return choices

@@ -17,7 +17,7 @@ from shufflenet_mlflow.config import format_numbers
 from shufflenet_mlflow.config.search import SearchPlan
 from shufflenet_mlflow.data.sampler import derive_seed
 from shufflenet_mlflow.errors import ConfigError, SearchError
-from shufflenet_mlflow.models.paths import CostTable, MacsTable, uniform_choices
+from shufflenet_mlflow.models.paths import CostTable, MacsTable, uniform_genes
 from shufflenet_mlflow.runtime.text import counted
 from shufflenet_mlflow.tracking.names import TRUST_FILE
 from shufflenet_mlflow.workflows.searching.evolution import Candidate, Choices, within
@@ -148,13 +148,13 @@ def random_networks(
     for index in range(count):
         generator = torch.Generator().manual_seed(derive_seed(plan.seed, TRUST_STREAM, index))
         seen = {one.choices for one in found}
-        drawn_TU = uniform_choices(TRIES // 100, generator)
+        drawn_TU = uniform_genes(TRIES // 100, generator)
         for _ in range(100):
             legal = drawn_TU[within(plan, table, latency, drawn_TU)].tolist()
             new = next((tuple(choices) for choices in legal if tuple(choices) not in seen), None)
             if new is not None:
                 break
-            drawn_TU = uniform_choices(TRIES // 100, generator)
+            drawn_TU = uniform_genes(TRIES // 100, generator)
         else:
             raise SearchError(
                 f"fewer than --trust (={count}) networks within {plan.limit} were found; raise "
