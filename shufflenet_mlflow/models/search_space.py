@@ -14,7 +14,7 @@ BRANCHES = 4
 """Kernels of 3, 5 and 7, and the Xception branch."""
 
 WIDTHS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
-"""Scales that a channel search chooses from (arXiv:1904.00420, 3.4); the list of the release ends at 1.6."""
+"""Scales that a channel search chooses from (arXiv:1904.00420); the list of the release ends at 1.6."""
 
 SUPERNET = "shufflenet_oneshot_supernet"
 """Name of the network whose paths are the networks of this space with scales of 1."""
