@@ -166,7 +166,7 @@ def test_time_that_other_processes_take_is_not_counted(monkeypatch: pytest.Monke
 
 
 def test_measured_latencies_beside_those_of_the_table(tmp_path: Path) -> None:
-    measured = Measured((("0", 2.0, 2.5), ("1", 4.0, 3.2)))
+    measured = Measured((((0,) * 20, 2.0, 2.5), ((1,) * 20, 4.0, 3.2)))
     assert measured.bias == pytest.approx((1.25 + 0.8) / 2 - 1)
     assert measured.error == pytest.approx((0.2 + 0.25) / 2)
     assert Measured.read(tmp_path) is None

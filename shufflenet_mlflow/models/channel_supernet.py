@@ -1,4 +1,4 @@
-"""The supernet of a channel search: every branch of every unit, in every width (arXiv:1904.00420, channel number search).
+"""The supernet of a channel search (arXiv:1904.00420): every branch of every unit, in every width.
 
 A path has a width for each unit, too, one of `WIDTHS`. The widths of a branch share its weights: a narrower one takes
 the first channels of the widest. Each weight is kept in blocks, so that an iteration of training changes only those

@@ -3,8 +3,10 @@
 No torch is imported here, so that the command line can report wrong choices and scales at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from shufflenet_mlflow.config import format_numbers
 from shufflenet_mlflow.errors import ModelError
 
 STAGE_UNITS = (4, 4, 8, 4)
@@ -108,3 +110,21 @@ def network_of(genes: Sequence[int]) -> tuple[tuple[int, ...], tuple[float, ...]
     """Return the choices of a network, and its scales if a channel search has drawn it."""
     choices, widths = tuple(genes[:UNITS]), genes[UNITS:]
     return choices, tuple(WIDTHS[width] for width in widths) if widths else None
+
+
+def options_of(genes: Sequence[int]) -> dict[str, str]:
+    """Return the options of training that name a network: `choices`, and `scales` if a channel search has drawn it."""
+    choices, scales = network_of(genes)
+    options = {"choices": format_numbers(choices)}
+    return options if scales is None else {**options, "scales": format_numbers(scales)}
+
+
+def genes_in(entry: Mapping[str, Any]) -> Genes:
+    """Return the genes that such options stand for; other entries are ignored.
+
+    Raises:
+        KeyError, ValueError, AttributeError: there are no choices, or they are no text of numbers.
+        ModelError: as `genes_of`.
+    """
+    scales = [float(scale) for scale in entry["scales"].split(",")] if "scales" in entry else None
+    return genes_of([int(choice) for choice in entry["choices"].split(",")], scales)
