@@ -1,6 +1,7 @@
 """Searches for branches and widths: candidates, and small searches from begin to end."""
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -31,7 +32,8 @@ from shufflenet_mlflow.workflows.searching.request import best_folder
 from shufflenet_mlflow.workflows.searching.scoring import Scorer
 from shufflenet_mlflow.workflows.searching.trust import Compared, TrustRecord, random_networks
 from tests.support.command_line import Invoke, small_options
-from tests.support.searches import killed_after, plan, search, search_in_child, search_request
+from tests.support.forked import fork
+from tests.support.searches import plan, search, search_in_child, search_request
 from tests.support.training import Reporter, run
 
 TABLE = macs_table(widths=True)
@@ -197,8 +199,14 @@ def test_a_killed_search_goes_on(
     undisturbed: tuple[SearchSummary, Path], channel_supernet: Path, tmp_path: Path
 ) -> None:
     request = search_request(channel_supernet, tmp_path)
-    for seconds in (6.0, 9.0):
-        killed_after(request, seconds)
+
+    def die(name: str, count: int) -> None:
+        if (name, count) == ("searching", 4):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = fork(lambda _report: search(request, reporter=Reporter(die)))
+    assert child.wait()[0] == signal.SIGKILL
+    assert listed(tmp_path).count(b"\n") == 4
     document = json.loads(search_in_child(request).expect_success()[-1])
     assert document["is_complete"]
     assert listed(tmp_path) == listed(undisturbed[1] / "search")
