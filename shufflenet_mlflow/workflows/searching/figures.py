@@ -128,7 +128,7 @@ def _shares(
     axes.set_xticks(range(1, UNITS + 1))
     whose = "front's" if report.front else "best"
     axes.set(xlabel="unit (lines part the stages)", ylabel=f"share of the {whose} {len(networks)}", ylim=(0, 1))
-    axes.legend(ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
+    axes.legend(ncols=min(len(names), 5), loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     return figure
 
 
