@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
-from shufflenet_mlflow.models.search_space import SUPERNETS
+from shufflenet_mlflow.models.search_space import SUPERNET, SUPERNETS
 from shufflenet_mlflow.training import loop
 from shufflenet_mlflow.workflows.searching import scoring
 from shufflenet_mlflow.workflows.searching.request import SearchRequest
