@@ -146,10 +146,10 @@ OF_PLAN = (*PUBLISHED, "macs_limit", "latency_limit", "pareto", "mutations", "cr
 def search(ref: str, as_json: bool, **values: Any) -> None:
     """Search the best network on a supernet, within a limit of multiply-accumulates.
 
-    REF is a checkpoint of shufflenet_oneshot_supernet, trained with --channel-search or without; a run ID alone means
-    the latest. Candidates evolve from generation to generation; each is scored with the supernet's weights and BN
-    statistics of its own, on images that the supernet's training held out. Every score is written down: after any
-    interruption the same command goes on, and ends with the same candidates and scores.
+    REF is a checkpoint of shufflenet_oneshot_supernet, or of one with widths; a run ID alone means the latest.
+    Candidates evolve from generation to generation; each is scored with the supernet's weights and BN statistics of its
+    own, on images that the supernet's training held out. Every score is written down: after any interruption the same
+    command goes on, and ends with the same candidates and scores.
 
     \b
     Examples:
