@@ -146,10 +146,10 @@ OF_PLAN = (*PUBLISHED, "macs_limit", "latency_limit", "pareto", "mutations", "cr
 def search(ref: str, as_json: bool, **values: Any) -> None:
     """Search the best network on a supernet, within a limit of multiply-accumulates.
 
-    REF is a checkpoint of shufflenet_oneshot_supernet; a run ID alone means the latest. Candidates evolve from
-    generation to generation; each is scored with the supernet's weights and BN statistics of its own, on images that
-    the supernet's training held out. Every score is written down: after any interruption the same command goes on, and
-    ends with the same candidates and scores.
+    REF is a checkpoint of shufflenet_oneshot_supernet, or of one with widths; a run ID alone means the latest.
+    Candidates evolve from generation to generation; each is scored with the supernet's weights and BN statistics of its
+    own, on images that the supernet's training held out. Every score is written down: after any interruption the same
+    command goes on, and ends with the same candidates and scores.
 
     \b
     Examples:
@@ -216,16 +216,23 @@ def _print_candidates(summary: "SearchSummary") -> None:
             str(rank),
             f"{one.score:.4f}",
             f"{one.macs / 1e6:,.2f}",
-            *latencies[one.listed],
+            *latencies[one.genes],
             str(one.generation),
             *([cell(summary.front_run_ids[rank - 1])] if is_front else []),
-            one.listed,
+            *one.options.values(),
         ]
         for rank, one in enumerate(report.chosen(SHOWN), 1)
     ]
     if rows:
         of_latency = [] if report.latency is None else ["table, ms", "measured, ms"]
-        titles = ["score", "MACs, M", *of_latency, "generation", *(["run_id"] if is_front else []), "choices"]
+        titles = [
+            "score",
+            "MACs, M",
+            *of_latency,
+            "generation",
+            *(["run_id"] if is_front else []),
+            *report.candidates[0].options,
+        ]
         print_table(["front" if is_front else "rank", *titles], rows, spare=["generation"] if is_front else [])
 
 

@@ -23,6 +23,7 @@ from shufflenet_mlflow.config import (
 )
 from shufflenet_mlflow.errors import BadImageError, CheckpointError
 from shufflenet_mlflow.evaluation.baseline import beside_majority
+from shufflenet_mlflow.models.search_space import CHANNEL_SUPERNET
 from shufflenet_mlflow.runtime.signals import StopFlag, StopRequested, exit_status
 from shufflenet_mlflow.runtime.text import counted
 
@@ -88,6 +89,7 @@ USUAL = (
         help="Network; `shufflenet models` lists them.  [default: shufflenet_v2_x0_5]",
     ),
     architecture_options,
+    flag("--channel-search", help="With --model shufflenet_oneshot_supernet: search the widths of units, too."),
     option(
         "--search",
         metavar="RUN",
@@ -365,11 +367,14 @@ def train(as_json: bool, **values: Any) -> None:
       shufflenet train --repeat 5 --job baseline
       shufflenet train --resume 0123456789ab
     """
-    if values.pop("repeat") is not None:
+    if values.pop("channel_search"):
+        values["model"] = CHANNEL_SUPERNET
+    if values["repeat"] is not None:
         from .repeats import train_repeatedly
 
-        train_repeatedly(click.get_current_context().params, as_json=as_json)
+        train_repeatedly(values, as_json=as_json)
         return
+    del values["repeat"]
     request_options = {name: values.pop(name) for name in REQUEST_OPTIONS}
     given = {name: value for name, value in values.items() if value is not None}
 

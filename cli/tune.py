@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SPECS = re.compile(r"\s+(?=[\w-]+=)")
 """Between two of several KEY=SPEC in one text, as `mlflow run` passes them."""
 OF_RUNS = (
+    "channel_search",
     "search",
     "resume",
     "new_run",

@@ -24,6 +24,7 @@ from sqlalchemy.engine import Engine
 
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
 from shufflenet_mlflow.cli import main
+from shufflenet_mlflow.models.search_space import CHANNEL_SUPERNET
 from shufflenet_mlflow.tracking import lease
 from tests.support.command_line import Invoke, small_options
 from tests.support.images import write_images
@@ -178,3 +179,11 @@ def supernet(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_datab
     folder = tmp_path_factory.mktemp("supernet")
     shutil.copy(empty_database, folder / "mlflow.db")
     return train_supernet(images, folder)
+
+
+@pytest.fixture(scope="module")
+def channel_supernet(images: Path, tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
+    """Return the last checkpoint of the supernet of a channel search."""
+    folder = tmp_path_factory.mktemp("channel-supernet")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    return train_supernet(images, folder, CHANNEL_SUPERNET)

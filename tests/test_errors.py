@@ -429,6 +429,7 @@ MISTAKES = [
     wrong(
         "train --model shufflenet_oneshot_supernet --compile", "--compile", "shufflenet_oneshot_supernet", "leave it"
     ),
+    wrong("train --channel-search", "--channel-search needs --model shufflenet_oneshot_supernet"),
     wrong("train --search models --model shufflenet_v2_x0_5", "--search", "--model", "give one of them"),
     wrong("train --search models --choices 1", "--search", "--choices", "give one of them"),
     wrong("train --search models --scales 1", "--search", "--scales", "give one of them"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shufflenet_mlflow.checkpoints.folders import list_checkpoints
 from shufflenet_mlflow.checkpoints.verification import read_checkpoint
-from shufflenet_mlflow.models.search_space import SUPERNET
+from shufflenet_mlflow.models.search_space import SUPERNET, SUPERNETS
 from shufflenet_mlflow.training import loop
 from shufflenet_mlflow.workflows.searching import scoring
 from shufflenet_mlflow.workflows.searching.request import SearchRequest
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 LIST = "candidates.jsonl"
 KILLS = repetitions(full=5, ci=2)
 ITERATIONS = repetitions(full=60, ci=24)
-OPTIONS = ("--model", SUPERNET, "--total-iters", ITERATIONS, "--val-interval", 12, "--save-interval", 8)
+OPTIONS = ("--total-iters", ITERATIONS, "--val-interval", 12, "--save-interval", 8)
 TEN_BY_FIVE = {"population": 10, "generations": 4, "top": 3, "bn_images": 24}
 TEN_BY_FIVE_FRONT = {**TEN_BY_FIVE, "pareto": True, "top": None}
 
@@ -69,9 +69,10 @@ def expect_killed(child: Child) -> None:
     assert status == signal.SIGKILL, "\n".join(lines)
 
 
-def test_a_supernet_that_is_killed(images: Path, client: MlflowClient) -> None:
+@pytest.mark.parametrize("name", SUPERNETS)
+def test_a_supernet_that_is_killed(name: str, images: Path, client: MlflowClient) -> None:
     def train(folder: str) -> Any:
-        return run(images, *OPTIONS, "--save-dir", folder)
+        return run(images, "--model", name, *OPTIONS, "--save-dir", folder)
 
     whole = train("whole")
     generator = random.Random(1)

@@ -44,7 +44,7 @@ def fill(model: nn.Module) -> None:
 
 
 GIANTS = ("shufflenet_v2_large", "shufflenet_v2_exlarge")
-UNPUBLISHED = {"shufflenet_oneshot_supernet"}
+UNPUBLISHED = {"shufflenet_oneshot_supernet", "shufflenet_oneshot_channel_supernet"}
 """Networks that nobody else has figures of."""
 PLAIN = [name for name in list_models() if not name.startswith("torchvision/") and name not in UNPUBLISHED]
 WITHOUT_GIANTS = [name for name in list_models() if name not in GIANTS]

@@ -164,6 +164,7 @@ BROKEN: dict[str, tuple[str, ...]] = {
     "--param": ("lr", "lr=", "lr=0.1,x", "lr=1:0.5", "epochs=1,2", "momentun=0.5,0.9", "recipe=old,paper", "lr=0:1"),
     "--patience": ("-1", DIGITS),
     "--population": ("0", "10001", DIGITS),
+    "--channel-search": ("perhaps", "true"),  # the default network has no paths
     "--pretrained": ("perhaps", "true"),  # the default network has none
     "--recipe": ("old",),
     "--reduction": ("1", "101", DIGITS),
@@ -236,7 +237,7 @@ WITHOUT_RULE = {
 STATUS_1 = {"--if-better", "--tracking-uri", "--search", "--resume", "--init-from", "--qat", "--teacher"}
 """A reference that is not understood, and an address that is none, end with status 1."""
 
-VALUE_NOT_SHOWN = {"--choices", "--scales", "--columns", "--sort", "--pretrained", "--param"}
+VALUE_NOT_SHOWN = {"--choices", "--scales", "--columns", "--sort", "--pretrained", "--param", "--channel-search"}
 """The message names the wrong number or column among several."""
 
 
@@ -493,6 +494,11 @@ PAIRS = [
     Case(["tune", "--study", "x", "--asynchronous"], ("--asynchronous", "without --param")),
     Case(["data", "split", "x", "y", "--manifest"], ("--manifest", "'y'")),
     Case(["train", "--pretrained"], ("shufflenet_v2_x0_5", "--init-from")),
+    Case(
+        ["train", "--channel-search", *ONESHOT],
+        ("--channel-search needs", "_supernet, not shufflenet_oneshot"),
+    ),
+    Case(["train", "--search", "x", "--channel-search"], ("--channel-search needs --model",)),
     Case(["train", "--pretrained", "--model", "shufflenet_v2_x1_0"], ("shufflenet_v2_x1_0", "--init-from")),
     Case(["train", "--mean-image", "mean.npy"], ("--mean-image 'mean.npy'", "shufflenet_v2_large")),
     *(

@@ -416,7 +416,7 @@ class Failing(Scorer):
 )
 def test_workers_that_fail(first: int, error: type[Exception], message: str) -> None:
     scorer = Failing(Path(), Path(), None, "cpu")  # type: ignore[arg-type]
-    candidate = replace(some(1)[0], choices=(first, *[0] * 19))
+    candidate = replace(some(1)[0], genes=(first, *[0] * 19))
     with workers.scores_by(scorer, 2, workflow.StopFlag()) as scores, pytest.raises(error, match=message):
         list(scores.of([candidate, candidate]))
 

@@ -14,7 +14,7 @@ import torch
 from mlflow import MlflowClient
 
 from shufflenet_mlflow.errors import ConfigError, SearchError
-from shufflenet_mlflow.models.paths import macs_table, uniform_choices
+from shufflenet_mlflow.models.paths import macs_table, uniform_genes
 from shufflenet_mlflow.models.search_space import UNITS
 from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.signals import StopFlag
@@ -58,7 +58,7 @@ def test_candidates_are_within_the_limit_of_latency(table: LatencyTable) -> None
     candidates = propose(of, macs_table(), 0, [], table)
     assert len(candidates) == 30
     assert all(table.ms(one.choices) <= 1.75 for one in candidates)
-    drawn = uniform_choices(200, torch.Generator().manual_seed(0))
+    drawn = uniform_genes(200, torch.Generator().manual_seed(0))
     assert not all(table.ms(one) <= 1.75 for one in drawn.tolist())
     assert all(one.macs == macs_table().macs(one.choices) for one in candidates)
 
@@ -166,7 +166,7 @@ def test_time_that_other_processes_take_is_not_counted(monkeypatch: pytest.Monke
 
 
 def test_measured_latencies_beside_those_of_the_table(tmp_path: Path) -> None:
-    measured = Measured((("0", 2.0, 2.5), ("1", 4.0, 3.2)))
+    measured = Measured((((0,) * 20, 2.0, 2.5), ((1,) * 20, 4.0, 3.2)))
     assert measured.bias == pytest.approx((1.25 + 0.8) / 2 - 1)
     assert measured.error == pytest.approx((0.2 + 0.25) / 2)
     assert Measured.read(tmp_path) is None

@@ -87,7 +87,7 @@ def test_trained_accuracies_are_those_of_an_ordinary_training(
     kept = ("lr", "momentum", "weight_decay", "label_smooth", "batch_size", "augment", "input_size")
     options = [word for name in kept for word in (f"--{name.replace('_', '-')}", config[name])]
     for one in trust.compared[:2]:
-        choices = ",".join(map(str, one.choices))
+        choices = ",".join(map(str, one.genes))
         trained = run(
             tmp_path,
             *("--model", "shufflenet_oneshot", "--choices", choices, *options, "--total-iters", 3, "--threads", 1),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from shufflenet_mlflow.models.cost import model_cost
 from shufflenet_mlflow.models.fuse_bn import fuse_bn
 from shufflenet_mlflow.models.oneshot import ShuffleNetOneShot
 from shufflenet_mlflow.models.oneshot_supernet import OneShotSupernet, inherit_path
-from shufflenet_mlflow.models.paths import draw_path, macs_table, scaled_limit, uniform_choices
-from shufflenet_mlflow.models.search_space import NETWORK, SEARCHED_CHOICES, SUPERNET
+from shufflenet_mlflow.models.paths import draw_path, macs_table, scaled_limit, uniform_genes
+from shufflenet_mlflow.models.search_space import CHANNEL_SUPERNET, NETWORK, SEARCHED_CHOICES, SUPERNET, SUPERNETS
 from shufflenet_mlflow.training.state import TrainingState
 from tests.support.command_line import Invoke, small_options
 from tests.support.effort import repetitions
@@ -33,11 +34,12 @@ from tests.support.payloads import assert_equal_payloads
 from tests.support.processes import finish, start, torchrun
 from tests.support.training import run, run_until
 
-OPTIONS = ("--model", SUPERNET, "--total-iters", 6, "--val-interval", 2, "--save-interval", 3, "--micro-batch-size", 4)
+SHORT = ("--total-iters", 6, "--val-interval", 2, "--save-interval", 3, "--micro-batch-size", 4)
+OPTIONS = ("--model", SUPERNET, *SHORT)
 
 
 def random_paths(count: int, seed: int = 0) -> list[list[int]]:
-    return uniform_choices(count, torch.Generator().manual_seed(seed)).tolist()
+    return uniform_genes(count, torch.Generator().manual_seed(seed)).tolist()
 
 
 # ---------------------------------------------------------------- multiply-accumulates
@@ -63,12 +65,12 @@ def test_the_table_equals_the_counter(count: int, classes: int, size: int) -> No
 
 
 def test_the_share_of_networks_below_the_limit() -> None:
-    macs = macs_table().of_many(uniform_choices(200_000, torch.Generator().manual_seed(0)))
+    macs = macs_table().of_many(uniform_genes(200_000, torch.Generator().manual_seed(0)))
     assert (macs <= 330_000_000).double().mean().item() == pytest.approx(0.59, abs=0.005)
 
 
 def test_a_limit_means_the_same_networks_at_every_size() -> None:
-    paths = uniform_choices(2000, torch.Generator().manual_seed(1))
+    paths = uniform_genes(2000, torch.Generator().manual_seed(1))
     below = macs_table().of_many(paths) <= 330_000_000
     assert scaled_limit(1000, 224) == 330_000_000
     for classes, size in ((10, 32), (100, 96), (1000, 448)):
@@ -99,10 +101,16 @@ def test_no_global_generator_has_a_part_in_it() -> None:
     assert draw_path(3, 4) == path
 
 
-def on_path(name: str, path: tuple[int, ...]) -> bool:
-    room, _, rest = name.partition(".")
-    number, _, choice = rest.partition(".")
-    return room != "features" or choice.startswith(f"{path[int(number)]}.")
+def on_path(name: str, path: tuple[int, ...], names: Iterable[str]) -> bool:
+    room, *rest = name.split(".")
+    if room != "features":
+        return True
+    number, choice = map(int, rest[:2])
+    if choice != path[number] or "blocks" not in rest:
+        return choice == path[number]
+    blocks = sum(other.startswith(name.rpartition(".")[0] + ".") for other in names)
+    assert blocks in (10, 19)  # of ten widths; each but the first has one block, or two where both sides vary
+    return int(rest[-1]) <= path[20 + number] * (blocks // 9)
 
 
 class Watch(Callback):
@@ -116,11 +124,13 @@ class Watch(Callback):
         self.before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
 
     def on_step(self, trainer: Trainer) -> None:
-        path = draw_path(trainer.config.seed, trainer.iters - 1)
+        assert isinstance(trainer.model, OneShotSupernet)
+        path = draw_path(trainer.config.seed, trainer.iters - 1, widths=trainer.model.has_widths)
         for name, weight in trainer.model.named_parameters():
             is_equal = torch.equal(weight, self.before[name])
-            if on_path(name, path):
-                self.changed += not is_equal
+            if on_path(name, path, self.before):
+                self.changed += 1
+                assert not is_equal, f"{name} is on the path of iteration {trainer.iters}"
             else:
                 assert is_equal, f"{name} is off the path of iteration {trainer.iters}"
                 self.seen += bool(trainer.optimizer.state.get(weight))
@@ -140,23 +150,26 @@ class Noise:
         return self.images[index], index % 4
 
 
+@pytest.mark.parametrize("name", SUPERNETS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_an_iteration_changes_its_path_only(optimizer: str) -> None:
+def test_an_iteration_changes_its_path_only(optimizer: str, name: str) -> None:
     """Weights off the path that have a momentum, and would decay, stay as they are, bit for bit."""
     config = TrainConfig(
         total_iters=5, batch_size=8, val_interval=10, lr=0.1, weight_decay=0.1, optimizer=optimizer, label_smooth=0.1
     )
     watch = Watch()
-    Trainer(create_model(SUPERNET, 4), Noise(16), Noise(4), config, callbacks=[watch], progress=False).run()
+    Trainer(create_model(name, 4), Noise(16), Noise(4), config, callbacks=[watch], progress=False).run()
     assert watch.seen > 200
     assert watch.changed > 200
 
 
-def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(images: Path) -> None:
-    whole = run(images, *OPTIONS, "--save-dir", "whole")
-    run_until(images, "training", 2, *OPTIONS, "--save-dir", "parts")
+@pytest.mark.parametrize("name", SUPERNETS)
+def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(name: str, images: Path) -> None:
+    options = ("--model", name, *SHORT)
+    whole = run(images, *options, "--save-dir", "whole")
+    run_until(images, "training", 2, *options, "--save-dir", "parts")
     torch.manual_seed(12345)
-    parts = run(images, *OPTIONS, "--save-dir", "parts")
+    parts = run(images, *options, "--save-dir", "parts")
     assert whole.result.checkpoint
     assert parts.result.checkpoint
     kept = ("state_dict", "optimizer_state_dict", "metrics", "best", "meter_state")
@@ -166,15 +179,17 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(images: Path
 
 def test_a_path_from_the_processs_generator_is_noticed(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control of the test above."""
-    monkeypatch.setattr(oneshot_supernet, "draw_path", lambda *_: tuple(np.random.randint(4, size=20).tolist()))
+    monkeypatch.setattr(oneshot_supernet, "draw_path", lambda *_, **__: tuple(np.random.randint(4, size=20).tolist()))
     with pytest.raises(AssertionError):
-        test_an_interrupted_training_goes_on_as_if_nothing_had_happened(images)
+        test_an_interrupted_training_goes_on_as_if_nothing_had_happened(SUPERNET, images)
 
 
-def test_validating_changes_nothing(images: Path) -> None:
+@pytest.mark.parametrize("name", SUPERNETS)
+def test_validating_changes_nothing(name: str, images: Path) -> None:
     """How often it is validated, each time with BN statistics of its own, is not seen in what is trained."""
-    often = run(images, *OPTIONS, "--save-dir", "often")
-    once = run(images, *OPTIONS, "--save-dir", "once", "--val-interval", 6)
+    options = ("--model", name, *SHORT)
+    often = run(images, *options, "--save-dir", "often")
+    once = run(images, *options, "--save-dir", "once", "--val-interval", 6)
     first, second = (read_checkpoint(summary.result.checkpoint) for summary in (often, once))  # type: ignore[arg-type]
     assert_equal_payloads(first["state_dict"], second["state_dict"])
     assert_equal_payloads(first["optimizer_state_dict"], second["optimizer_state_dict"])
@@ -192,25 +207,29 @@ def test_validations_have_bn_statistics_of_the_path(images: Path, monkeypatch: p
 
 
 @pytest.mark.long
-def test_several_processes_take_the_same_paths(images: Path, client: MlflowClient, tmp_path: Path) -> None:
-    alone = run(images, *OPTIONS, "--save-dir", "alone")
-    words = [*small_options(images), *OPTIONS, "--save-dir", "m", "--json"]
+@pytest.mark.parametrize("options", [OPTIONS, ("--model", CHANNEL_SUPERNET, *SHORT)])
+def test_several_processes_take_the_same_paths(
+    options: Sequence[object], images: Path, client: MlflowClient, tmp_path: Path
+) -> None:
+    alone = run(images, *options, "--save-dir", "alone")
+    words = [*small_options(images), *options, "--save-dir", "m", "--json"]
     two = finish(start(tmp_path / "two", "train", *words, under=torchrun(2)))
     for name in ("train/loss", "val/loss", "val/top1"):
         assert steps(client, two["run_id"], name) == steps(client, alone.run_id, name)
         assert values(client, two["run_id"], name) == pytest.approx(values(client, alone.run_id, name), rel=1e-4)
     # And from the middle on, bit for bit.
     checkpoint = tmp_path / "two" / "m" / "checkpoint-000003.pth.tar"
-    again = [*small_options(images), *OPTIONS, "--save-dir", "n", "--json", "--resume", checkpoint, "--new-run"]
+    again = [*small_options(images), *options, "--save-dir", "n", "--json", "--resume", checkpoint, "--new-run"]
     resumed = finish(start(tmp_path / "two", "train", *again, under=torchrun(2)))
     ends = [read_checkpoint(Path(tmp_path / "two" / found["checkpoint"])) for found in (two, resumed)]
     assert_equal_payloads(ends[0]["state_dict"], ends[1]["state_dict"])
     assert_equal_payloads(ends[0]["optimizer_state_dict"], ends[1]["optimizer_state_dict"])
 
 
-def test_it_is_not_compiled(images: Path) -> None:
-    with pytest.raises(ConfigError, match="--compile: each iteration of .* takes another path"):
-        run(images, *OPTIONS, "--compile")
+@pytest.mark.parametrize("name", SUPERNETS)
+def test_it_is_not_compiled(name: str, images: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--compile: each iteration of {name} takes another path"):
+        run(images, "--model", name, "--compile")
 
 
 # ---------------------------------------------------------------- the networks on it

@@ -12,7 +12,7 @@ from shufflenet_mlflow.config import MOST_CLASSES, parse_numbers
 from shufflenet_mlflow.data.modes import MODES
 from shufflenet_mlflow.errors import ConfigError, ModelError
 from shufflenet_mlflow.models.entry_points import Registration, find_registration, is_name, registrations
-from shufflenet_mlflow.models.search_space import SUPERNET, check_choices, check_scales
+from shufflenet_mlflow.models.search_space import CHANNEL_SUPERNET, SUPERNET, SUPERNETS, check_choices, check_scales
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +26,7 @@ FAMILIES = {
     "v2_plus": "shufflenet_v2_plus",
     "oneshot": "oneshot",
     "oneshot_supernet": "oneshot_supernet",
+    "channel_supernet": "channel_supernet",
     "detnas": "detnas",
     "large": "shufflenet_v2_large",
     "exlarge": "shufflenet_v2_exlarge",
@@ -83,6 +84,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("shufflenet_v2_plus_large", "v2_plus", 6_768_220, 360_050_704, 22.9, 6.7),
         Variant("shufflenet_oneshot", "oneshot", 3_432_579, 327_857_920, 25.1, 8.0, options=("choices", "scales")),
         Variant(SUPERNET, "oneshot_supernet", 8_388_176, 322_918_720, math.nan, math.nan),
+        Variant(CHANNEL_SUPERNET, "channel_supernet", 15_777_040, 322_918_720, math.nan, math.nan),
         Variant("detnas_voc_retinanet_300m", "detnas", 3_479_480, 360_625_984, 25.4, 8.1),
         Variant("detnas_voc_fpn_300m", "detnas", 3_651_128, 349_524_544, 25.9, 8.3),
         Variant("detnas_coco_retinanet_300m", "detnas", 3_725_320, 324_342_464, 26.0, 8.4),
@@ -148,7 +150,8 @@ def check_network(options: Mapping[str, Any], *, may_be_inherited: bool = False)
     """Check the options that describe a network, as far as no checkpoint is needed.
 
     Args:
-        options: `model`, `choices`, `scales`, `pretrained`, `mean_image`, `compile`; None means not given.
+        options: `model`, `choices`, `scales`, `channel_search`, `pretrained`, `mean_image`, `compile`; None means not
+            given.
         may_be_inherited: without `model`, a checkpoint may name the network that takes the choices.
 
     Returns:
@@ -164,6 +167,11 @@ def check_network(options: Mapping[str, Any], *, may_be_inherited: bool = False)
     if options.get("scales") is not None:
         arguments["scales"] = parse_numbers(options["scales"], "scales", float)
     model = options.get("model")
+    if options.get("channel_search") and model not in SUPERNETS:
+        raise ConfigError(
+            f"--channel-search needs --model {SUPERNET}" + (f", not {model}" if model else ""),
+            code="channel-search-model",
+        )
     if model is not None:
         variant = find_network(model)
         check_arguments(variant, arguments)
@@ -171,7 +179,7 @@ def check_network(options: Mapping[str, Any], *, may_be_inherited: bool = False)
             check_published(model)
         if options.get("mean_image") is not None:
             _check_takes_mean_image(variant, options["mean_image"])
-        if options.get("compile") and model == SUPERNET:
+        if options.get("compile") and model in SUPERNETS:
             raise ConfigError(
                 f"--compile: each iteration of {model} takes another path, and would be compiled anew; leave it out",
                 code="compile-supernet",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from shufflenet_mlflow.models.registered import random_state_kept
+from shufflenet_mlflow.models.search_space import NETWORK, SEARCHED_CHOICES
 from shufflenet_mlflow.models.spec import ModelSpec
 
 
@@ -44,6 +45,8 @@ def _count(name: str, num_classes: int, input_size: int, options: str) -> Cost:
     spec = ModelSpec(name, given.pop("choices", None), given.pop("scales", None), given)
     model = spec.on_meta(num_classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    if spec.is_supernet:  # it costs what the network of its path does
+        model = ModelSpec(NETWORK, SEARCHED_CHOICES).on_meta(num_classes)
     if spec.traits is None:
         return Cost(parameters, _count_layers(model, input_size))
     try:

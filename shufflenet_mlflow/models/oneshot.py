@@ -26,6 +26,7 @@ from shufflenet_mlflow.models.search_space import (
     check_choices,
     check_scales,
     complete,
+    inner_width,
 )
 
 FIRST_WIDTH = 16
@@ -38,7 +39,7 @@ def unit(spec: UnitSpec, choice: int, scale: float = 1.0) -> ShuffleUnit:
     return ShuffleUnit(
         spec.in_channels,
         spec.out_channels,
-        mid_channels=int(spec.out_channels // 2 * scale),
+        mid_channels=inner_width(spec.out_channels, scale),
         kernel=KERNELS[choice],
         stride=spec.stride,
         xception=choice == XCEPTION,

@@ -22,7 +22,7 @@ from shufflenet_mlflow.models.catalog import (
 from shufflenet_mlflow.models.entry_points import Registration
 from shufflenet_mlflow.models.fake_quantize import fake_quantize
 from shufflenet_mlflow.models.registered import Traits, build_on_meta, plain_arguments, traits_of
-from shufflenet_mlflow.models.search_space import SUPERNET, complete
+from shufflenet_mlflow.models.search_space import CHANNEL_SUPERNET, SUPERNETS, complete
 
 QUANTIZATION, INT8 = "quantization", "int8"
 """Key, in the entry `model` of a checkpoint, of how its network rounds, and the value for fake quantisation."""
@@ -97,7 +97,12 @@ class ModelSpec:
     @property
     def is_supernet(self) -> bool:
         """Whether it stands for many networks, of which each iteration of training takes one."""
-        return self.name == SUPERNET
+        return self.name in SUPERNETS
+
+    @property
+    def has_widths(self) -> bool:
+        """Whether these networks have widths of their own."""
+        return self.name == CHANNEL_SUPERNET
 
     @property
     def traits(self) -> Traits | None:

@@ -49,7 +49,7 @@ RECIPES: dict[str, Recipe] = {
     "v2": _V2,
     "v2_plus": replace(_V2, total_iters=450_000),
     "oneshot": _V2,
-    "oneshot_supernet": replace(_V2, total_iters=150_000),
+    **dict.fromkeys(("oneshot_supernet", "channel_supernet"), replace(_V2, total_iters=150_000)),
     "detnas": _V2,
     "large": _LARGE,
     "exlarge": replace(_LARGE, augment="release"),  # no recipe was published: Large's, without its lighting noise

@@ -12,7 +12,7 @@ from shufflenet_mlflow.data.holding_out import HeldOut, hold_out
 from shufflenet_mlflow.data.identity import DataIdentity
 from shufflenet_mlflow.data.listing import ImageListing
 from shufflenet_mlflow.errors import ConfigError
-from shufflenet_mlflow.models.search_space import SUPERNET
+from shufflenet_mlflow.models.search_space import SUPERNETS
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.tracking.names import CONFIG_TAG
 from shufflenet_mlflow.workflows.loading import LoadedCheckpoint
@@ -95,7 +95,7 @@ def list_images_of(
         has_own_val = trained["val_dir"] is not None and part != "test"
         listing = _side(whole, part, trained, option=option, is_whole=has_own_val)
         named = _part(whole, part, is_whole=has_own_val)
-    if part == "train" and trained.get("model") == SUPERNET:
+    if part == "train" and trained.get("model") in SUPERNETS:
         listing = _held_out(listing, trained, option).train
     listing = listing.without_columns()
     before = DataIdentity.from_payload(_data_of(loaded), part)

@@ -15,7 +15,7 @@ from shufflenet_mlflow.data.identity import DataIdentity
 from shufflenet_mlflow.errors import ConfigError, SearchError
 from shufflenet_mlflow.models.loaded import LoadedModel, model_from_payload
 from shufflenet_mlflow.models.paths import MacsTable, macs_table, scaled_limit
-from shufflenet_mlflow.models.search_space import NETWORK, SUPERNET
+from shufflenet_mlflow.models.search_space import NETWORK, SUPERNET, network_of
 from shufflenet_mlflow.models.spec import ModelSpec
 from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.devices import choose_device, usable_cores
@@ -131,8 +131,8 @@ class Supernet:
 
     def constants(self, scored: Scored) -> dict[str, Any]:
         """Return the entries, besides the weights, of the checkpoint of a network on it."""
-        spec = ModelSpec.of(NETWORK, scored.choices)
-        named = {"model": NETWORK, "choices": scored.listed, "scales": format_numbers(spec.scales or ())}
+        spec = ModelSpec.of(NETWORK, *network_of(scored.genes))
+        named = {"model": NETWORK, **scored.options, "scales": format_numbers(spec.scales or ())}
         return {
             "model": spec.to_entry(self.network.num_classes),
             "preprocess": self.network.preprocess.to_dict(),
@@ -198,7 +198,7 @@ def _plan(
         ConfigError: no network is within the limit.
     """
     classes, size = supernet.network.num_classes, supernet.input_size
-    table = macs_table(classes, size)
+    table = macs_table(classes, size, widths=supernet.network.spec.has_widths)
     latency_limit, limit = request.options.get("latency_limit"), request.options.get("macs_limit")
     if latency_limit is None:
         limit = scaled_limit(classes, size) if limit is None else int(limit)
@@ -274,7 +274,8 @@ class _Search:
             write_atomically(self.folder / name, lambda file, text=text: file.write(text))  # type: ignore[misc]
 
     def _timer(self) -> Timer:
-        return Timer(self.supernet.network.num_classes, self.supernet.input_size, self.request.device)
+        network = self.supernet.network
+        return Timer(network.num_classes, self.supernet.input_size, self.request.device, self.table.has_widths)
 
     def _latency(self) -> LatencyTable | None:
         """Return the table of latencies, if they are limited.
@@ -376,7 +377,7 @@ class _Search:
         """Measure the networks that the search is for as wholes, once."""
         if self.latency is None or Measured.read(self.folder) is not None:
             return
-        best = {scored.listed: scored.choices for scored in report.chosen(SHOWN)}
+        best = [scored.genes for scored in report.chosen(SHOWN)]
         Measured.of(self.latency, best, self._timer(), self.context).write(self.folder)
 
     def _compare(self, scorer: Scorer) -> None:
@@ -408,7 +409,7 @@ class _Search:
             for network, correct in zip(new, trained.of(new), strict=True):
                 [without] = inherited.of([network])
                 done.append(
-                    Compared(network.index, epochs, network.choices, network.macs, without, correct, scorer.images)
+                    Compared(network.index, epochs, network.genes, network.macs, without, correct, scorer.images)
                 )
                 phase.advance()
 
@@ -421,7 +422,7 @@ class _Search:
             self.store.uri,
             self.supernet.iters,
             self.supernet.constants,
-            lambda scored: scorer.network(scored.choices).cpu().state_dict(),
+            lambda scored: scorer.network(scored.genes).cpu().state_dict(),
         )
         for rank, scored in enumerate(report.chosen(SHOWN), 1):
             self.context.stop.check()

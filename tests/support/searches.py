@@ -24,9 +24,9 @@ def plan(**options: Any) -> SearchPlan:
     return SearchPlan(**{**values, **{name: options[name] for name in options}})
 
 
-def train_supernet(images: Path, folder: Path) -> Path:
+def train_supernet(images: Path, folder: Path, name: str = SUPERNET) -> Path:
     """Train a supernet for six iterations, and return its last checkpoint."""
-    options = ("--model", SUPERNET, "--total-iters", 6, "--save-interval", 3, "--val-interval", 6)
+    options = ("--model", name, "--total-iters", 6, "--save-interval", 3, "--val-interval", 6)
     summary = run(
         images, *options, "--save-dir", folder / "supernet", "--tracking-uri", f"sqlite:///{folder}/mlflow.db"
     )

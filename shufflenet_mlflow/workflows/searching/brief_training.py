@@ -2,7 +2,7 @@
 
 It has the options of the supernet's training, its training images and its batches, and the held-out images for
 validation. A CPU computes with one thread, and all networks see the same batches, so that the result follows from the
-choices alone, whichever process trains.
+network alone, whichever process trains.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,7 @@ from shufflenet_mlflow.data.holding_out import HeldOut
 from shufflenet_mlflow.data.preprocess import Preprocess
 from shufflenet_mlflow.data.sampler import BalancedOrder, MicroBatches, SampleOrder
 from shufflenet_mlflow.errors import NonFiniteLossError
-from shufflenet_mlflow.models.catalog import create_model
-from shufflenet_mlflow.models.search_space import NETWORK
+from shufflenet_mlflow.models.search_space import NETWORK, Genes, network_of
 from shufflenet_mlflow.models.spec import ModelSpec
 from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.devices import choose_device, move_model
@@ -27,7 +26,6 @@ from shufflenet_mlflow.training.data import TrainData
 from shufflenet_mlflow.training.keeping import NoMetrics, NoStore
 from shufflenet_mlflow.training.loop import TrainingLoop
 from shufflenet_mlflow.training.state import TrainingState
-from shufflenet_mlflow.workflows.searching.evolution import Choices
 
 _PLAIN = {
     **dict.fromkeys(("init_from", "teacher", "qat", "micro_batch_size")),
@@ -60,7 +58,7 @@ class BriefTraining:
     decoders: int
     """Processes that decode images; 0 in a process that must not have any."""
 
-    def correct(self, choices: Choices) -> int:
+    def correct(self, genes: Genes) -> int:
         """Return how many of the held-out images a trained network classifies correctly; 0 if training diverges.
 
         Raises:
@@ -68,9 +66,10 @@ class BriefTraining:
             StopRequested: a signal has arrived.
         """
         order = self._order()
-        config, device = self._config(choices, order), choose_device(self.device)
+        spec, device = ModelSpec.of(NETWORK, *network_of(genes)), choose_device(self.device)
+        config = self._config(spec, order)
         torch.manual_seed(config.seed)
-        model = move_model(create_model(NETWORK, config.num_classes, choices=choices), device)
+        model = move_model(spec.build(config.num_classes), device)
         loop = TrainingLoop(
             config=config,
             data=TrainData(
@@ -101,8 +100,7 @@ class BriefTraining:
             return BalancedOrder(count, size, self.seed, labels=self.held.train.samples.labels)
         return SampleOrder(count, size, self.seed)
 
-    def _config(self, choices: Choices, order: SampleOrder) -> RunConfig:
-        spec = ModelSpec.of(NETWORK, choices)
+    def _config(self, spec: ModelSpec, order: SampleOrder) -> RunConfig:
         total_iters = self.epochs * order.iters_per_epoch
         own = {
             "model": NETWORK,

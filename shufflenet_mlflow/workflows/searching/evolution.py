@@ -14,11 +14,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from shufflenet_mlflow.config import format_numbers
 from shufflenet_mlflow.config.search import SearchPlan
 from shufflenet_mlflow.data.sampler import derive_seed
-from shufflenet_mlflow.models.paths import CostTable, MacsTable, uniform_choices
-from shufflenet_mlflow.models.search_space import BRANCHES, UNITS
+from shufflenet_mlflow.models.paths import CostTable, MacsTable, uniform_genes
+from shufflenet_mlflow.models.search_space import UNITS, Genes, options_of
 from shufflenet_mlflow.workflows.searching import pareto
 
 SEARCH_STREAM = -3
@@ -27,8 +26,6 @@ TRIES = 500
 """Draws from parents until one is new and within the limit; then the candidate is a random one."""
 RANDOM_TRIES = 100_000
 """Random draws until one is new and within the limit; then the generation has one candidate less."""
-
-Choices = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,13 @@ class Candidate:
     """0 is the random one."""
     index: int
     """Place in the generation."""
-    choices: Choices
+    genes: Genes
     macs: int
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The branch of each unit."""
+        return self.genes[:UNITS]
 
     @property
     def place(self) -> tuple[int, int]:
@@ -48,9 +50,14 @@ class Candidate:
         return self.generation, self.index
 
     @property
+    def options(self) -> dict[str, str]:
+        """The options of training that name it."""
+        return options_of(self.genes)
+
+    @property
     def listed(self) -> str:
-        """The choices as `--choices` takes them."""
-        return format_numbers(self.choices)
+        """Its options in words."""
+        return " with scales ".join(self.options.values())
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def point(candidate: Scored, latency: CostTable | None) -> pareto.Point:
     Args:
         latency: nanoseconds; None where multiply-accumulates are the cost.
     """
-    cost = candidate.macs if latency is None else latency.of(candidate.choices)
+    cost = candidate.macs if latency is None else latency.of(candidate.genes)
     return candidate.images - candidate.correct, cost
 
 
@@ -105,17 +112,17 @@ def parents(plan: SearchPlan, before: Sequence[Scored], latency: CostTable | Non
     return population
 
 
-def within(plan: SearchPlan, macs: MacsTable, latency: CostTable | None, choices_PU: Tensor) -> Tensor:
+def within(plan: SearchPlan, macs: MacsTable, latency: CostTable | None, genes_PG: Tensor) -> Tensor:
     """Return bool (P): which of P networks are within the limit.
 
     Args:
         latency: nanoseconds; None where multiply-accumulates are limited.
-        choices_PU: int64 (P, 20).
+        genes_PG: int64 (P, 20 or 40).
     """
     if latency is not None and plan.latency_limit is not None:
-        return latency.of_many(choices_PU) <= round(plan.latency_limit * 1e6)
+        return latency.of_many(genes_PG) <= round(plan.latency_limit * 1e6)
     assert plan.macs_limit is not None  # noqa: S101 - there is one of the two
-    return macs.of_many(choices_PU) <= plan.macs_limit
+    return macs.of_many(genes_PG) <= plan.macs_limit
 
 
 def propose(
@@ -131,30 +138,32 @@ def propose(
         before: all candidates of the generations before it.
         latency: nanoseconds; None where multiply-accumulates are limited.
     """
-    seen = {candidate.choices for candidate in before}
-    chosen = [candidate.choices for candidate in parents(plan, before, latency)]
+    seen = {candidate.genes for candidate in before}
+    chosen = [candidate.genes for candidate in parents(plan, before, latency)]
     found = []
     for index in range(plan.population):
         generator = torch.Generator().manual_seed(derive_seed(plan.seed, SEARCH_STREAM, generation, index))
-        choices = _draw(plan, index, chosen, seen, generator, partial(within, plan, table, latency))
-        if choices is not None:
-            seen.add(choices)
-            found.append(Candidate(generation, index, choices, table.macs(choices)))
+        draw = partial(uniform_genes, generator=generator, widths=table.has_widths)
+        genes = _draw(plan, index, chosen, seen, generator, draw, partial(within, plan, table, latency))
+        if genes is not None:
+            seen.add(genes)
+            found.append(Candidate(generation, index, genes, table.macs(genes)))
     return found
 
 
 def _draw(
     plan: SearchPlan,
     index: int,
-    parents: list[Choices],
-    seen: set[Choices],
+    parents: list[Genes],
+    seen: set[Genes],
     generator: torch.Generator,
+    draw: Callable[[int], Tensor],
     are_within: Callable[[Tensor], Tensor],
-) -> Choices | None:
+) -> Genes | None:
     """Return a candidate that is new and within the limit; None if none was found."""
 
-    def is_legal(choices: Choices) -> bool:
-        return choices not in seen and bool(are_within(torch.tensor([choices])))
+    def is_legal(genes: Genes) -> bool:
+        return genes not in seen and bool(are_within(torch.tensor([genes])))
 
     parent = partial(_one_of, parents, generator, 2 if plan.pareto else 1)
     make: Callable[[], Tensor] | None = None
@@ -163,30 +172,31 @@ def _draw(
     elif parents and index < plan.mutations + plan.crossovers:
         make = lambda: _crossed(parent, generator)  # noqa: E731
     for _ in range(TRIES if make is not None else 0):
-        choices = tuple(make().tolist())  # type: ignore[misc]  # there is one
-        if is_legal(choices):
-            return choices
+        genes = tuple(make().tolist())  # type: ignore[misc]  # there is one
+        if is_legal(genes):
+            return genes
     for _ in range(RANDOM_TRIES // TRIES):
-        drawn_TU = uniform_choices(TRIES, generator)
-        for choices in map(tuple, drawn_TU[are_within(drawn_TU)].tolist()):
-            if choices not in seen:
-                return choices
+        drawn_TG = draw(TRIES)
+        for genes in map(tuple, drawn_TG[are_within(drawn_TG)].tolist()):
+            if genes not in seen:
+                return genes
     return None
 
 
-def _one_of(parents: list[Choices], generator: torch.Generator, draws: int) -> Tensor:
-    """Return the choices, int64 (20), of the best of so many random parents."""
+def _one_of(parents: list[Genes], generator: torch.Generator, draws: int) -> Tensor:
+    """Return the genes, int64 (G), of the best of so many random parents."""
     return torch.tensor(parents[int(torch.randint(len(parents), (draws,), generator=generator).min())])
 
 
 def _mutated(parent: Callable[[], Tensor], probability: float, generator: torch.Generator) -> Tensor:
-    """Return a parent's choices, int64 (20), each drawn anew with this probability."""
-    parent_U = parent()
-    is_drawn_U = torch.rand(UNITS, generator=generator) < probability
-    return torch.where(is_drawn_U, torch.randint(BRANCHES, (UNITS,), generator=generator), parent_U)
+    """Return a parent's genes, int64 (G), each drawn anew with this probability."""
+    parent_G = parent()
+    is_drawn_G = torch.rand(len(parent_G), generator=generator) < probability
+    [drawn_G] = uniform_genes(1, generator, widths=len(parent_G) > UNITS)
+    return torch.where(is_drawn_G, drawn_G, parent_G)
 
 
 def _crossed(parent: Callable[[], Tensor], generator: torch.Generator) -> Tensor:
-    """Return choices, int64 (20), each of one of two parents."""
-    first_U, second_U = parent(), parent()
-    return torch.where(torch.rand(UNITS, generator=generator) < 0.5, first_U, second_U)
+    """Return genes, int64 (G), each of one of two parents."""
+    first_G, second_G = parent(), parent()
+    return torch.where(torch.rand(len(first_G), generator=generator) < 0.5, first_G, second_G)

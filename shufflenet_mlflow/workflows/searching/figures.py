@@ -1,13 +1,15 @@
 """Figures of a search, as SVG: accuracy over cost, progress by generation, which branch stands where."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import matplotlib
+import numpy as np
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from shufflenet_mlflow.evaluation.plots import new_figure, write_figure
-from shufflenet_mlflow.models.search_space import BRANCHES, STAGE_UNITS
+from shufflenet_mlflow.models.search_space import STAGE_UNITS, UNITS, WIDTHS
 from shufflenet_mlflow.runtime.text import counted
 from shufflenet_mlflow.workflows.searching.evolution import Scored
 from shufflenet_mlflow.workflows.searching.latency import LatencyTable
@@ -30,6 +32,8 @@ def figures_of(report: SearchReport, shown: int) -> dict[str, str]:
         "generations.svg": lambda: _generations(report),
         "choices.svg": lambda: _choices(report, shown),
     }
+    if report.best is not None and len(report.best.genes) > UNITS:
+        drawings["widths.svg"] = lambda: _widths(report, shown)
     if (latency := report.latency) is not None:
         drawings["accuracy_over_latency.svg"] = lambda: _accuracy_over_cost(report, latency)
     if (trust := report.trust) is not None:
@@ -46,7 +50,7 @@ def _svg(figure: Figure) -> str:
 
 def _accuracy_over_cost(report: SearchReport, latency: LatencyTable | None = None) -> Figure:
     def cost(scored: Scored) -> float:
-        return scored.macs / 1e6 if latency is None else latency.ms(scored.choices)
+        return scored.macs / 1e6 if latency is None else latency.ms(scored.genes)
 
     limit = report.plan.macs_limit
     limit_shown = (limit and limit / 1e6) if latency is None else report.plan.latency_limit
@@ -95,23 +99,36 @@ def _generations(report: SearchReport) -> Figure:
 
 
 def _choices(report: SearchReport, shown: int) -> Figure:
-    best = report.chosen(shown)
+    figure = _shares(report, [one.choices for one in report.chosen(shown)], BRANCH_NAMES, _COLOURS)
+    figure.axes[0].set_title("Which branch stands where")
+    return figure
+
+
+def _widths(report: SearchReport, shown: int) -> Figure:
+    colours = [to_hex(matplotlib.colormaps["viridis"](share)) for share in np.linspace(0, 1, len(WIDTHS))]
+    networks = [one.genes[UNITS:] for one in report.chosen(shown)]
+    figure = _shares(report, networks, [str(scale) for scale in WIDTHS], colours)
+    figure.axes[0].set_title("Which width stands where, over half of the unit's output")
+    return figure
+
+
+def _shares(
+    report: SearchReport, networks: Sequence[Sequence[int]], names: Sequence[str], colours: Sequence[str]
+) -> Figure:
+    """Draw which share of networks has each option in each unit."""
     figure = new_figure(8.5, 4.2)
     axes = figure.subplots()
-    by_unit, bottoms = shares(best, BRANCHES), [0.0] * sum(STAGE_UNITS)
-    for branch in range(BRANCHES):
-        heights = [unit[branch] for unit in by_unit]
-        axes.bar(
-            range(1, len(heights) + 1), heights, bottom=bottoms, color=_COLOURS[branch], label=BRANCH_NAMES[branch]
-        )
+    by_unit, bottoms = shares(networks, len(names)), [0.0] * UNITS
+    for option, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        heights = [unit[option] for unit in by_unit]
+        axes.bar(range(1, UNITS + 1), heights, bottom=bottoms, color=colour, label=name)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     ends = [sum(STAGE_UNITS[:stage]) + 0.5 for stage in range(1, len(STAGE_UNITS))]
     axes.vlines(ends, 0, 1, color="#1b1f24", linewidth=1)
-    axes.set_xticks(range(1, len(by_unit) + 1))
+    axes.set_xticks(range(1, UNITS + 1))
     whose = "front's" if report.front else "best"
-    axes.set(xlabel="unit (lines part the stages)", ylabel=f"share of the {whose} {len(best)}", ylim=(0, 1))
-    axes.set_title("Which branch stands where")
-    axes.legend(ncols=BRANCHES, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
+    axes.set(xlabel="unit (lines part the stages)", ylabel=f"share of the {whose} {len(networks)}", ylim=(0, 1))
+    axes.legend(ncols=min(len(names), 5), loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     return figure
 
 

@@ -8,7 +8,7 @@ from shufflenet_mlflow.models.search_space import NETWORK
 from shufflenet_mlflow.tracking.connection import Connection
 from shufflenet_mlflow.tracking.names import ARCHITECTURE_FILE, SEARCH_BEST_TAG
 from shufflenet_mlflow.tracking.run_ids import complete, read_run
-from shufflenet_mlflow.workflows.searching.report import choices_of_tag
+from shufflenet_mlflow.workflows.searching.report import options_of_tag
 
 FORMS = "the run of a search or of one of its networks, a folder of one, or its architecture.json"
 
@@ -33,11 +33,11 @@ def found_network(search: str, store: Connection) -> dict[str, str]:
         text = read_run(store, run_id).data.tags.get(SEARCH_BEST_TAG, "")
     else:
         raise UnresolvedError(f"--search (={search}) must be {FORMS}", code="search-reference")
-    choices = choices_of_tag(text)
-    if choices is None:
+    options = options_of_tag(text)
+    if options is None:
         raise UnresolvedError(
             f"--search (={search}) holds no network that a search has found; it must be {FORMS}, once the search has "
             "scored its first candidate or, for a folder, is complete",
             code="search-nothing-found",
         )
-    return {"model": NETWORK, "choices": choices}
+    return {"model": NETWORK, **options}

@@ -10,27 +10,36 @@ caches; `Measured` says how far they are from networks as wholes.
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shufflenet_mlflow.errors import SearchError
+from shufflenet_mlflow.errors import ModelError, SearchError
 from shufflenet_mlflow.models.catalog import create_model
 from shufflenet_mlflow.models.fuse_bn import fuse_bn
 from shufflenet_mlflow.models.oneshot import ShuffleNetOneShot
 from shufflenet_mlflow.models.paths import CostTable
-from shufflenet_mlflow.models.search_space import BRANCHES, NETWORK, UNITS
+from shufflenet_mlflow.models.search_space import (
+    BRANCHES,
+    NETWORK,
+    UNITS,
+    WIDTHS,
+    Genes,
+    genes_in,
+    network_of,
+    options_of,
+)
 from shufflenet_mlflow.runtime.context import JobContext
 from shufflenet_mlflow.runtime.devices import choose_device, finish, move_model, processor
 from shufflenet_mlflow.runtime.files import write_atomically
 from shufflenet_mlflow.runtime.serialization import to_json
 from shufflenet_mlflow.runtime.threads import threads_used
 from shufflenet_mlflow.tracking.names import LATENCY_FILE
-from shufflenet_mlflow.workflows.searching.evolution import Choices
 from shufflenet_mlflow.workflows.searching.workers import THREADS
 
 MEASURED_FILE = "latency-of-the-best.json"
@@ -45,9 +54,9 @@ NS = 1_000_000
 class LatencyTable(CostTable):
     """The latency of every network for one image, nanoseconds."""
 
-    def ms(self, choices: Sequence[int]) -> float:
+    def ms(self, genes: Sequence[int]) -> float:
         """Return a network's latency, milliseconds."""
-        return self.of(choices) / NS
+        return self.of(genes) / NS
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class Timer:
     num_classes: int
     input_size: int
     device: str
+    widths: bool = False
+    """Whether units have widths, too."""
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -66,11 +77,16 @@ class Timer:
         sizes = {"num_classes": self.num_classes, "input_size": self.input_size, "batch_size": 1}
         return {**sizes, "device": kind.type, "processor": name, "threads": THREADS}
 
-    def network(self, choices: Choices) -> ShuffleNetOneShot:
+    @property
+    def options(self) -> int:
+        """Number of what a unit can be."""
+        return BRANCHES * (len(WIDTHS) if self.widths else 1)
+
+    def network(self, genes: Genes) -> ShuffleNetOneShot:
         """Return a network with random weights, as it is measured."""
-        model = move_model(
-            fuse_bn(create_model(NETWORK, self.num_classes, choices=choices)), choose_device(self.device)
-        )
+        choices, scales = network_of(genes)
+        model = fuse_bn(create_model(NETWORK, self.num_classes, choices=choices, scales=scales))
+        model = move_model(model, choose_device(self.device))
         assert isinstance(model, ShuffleNetOneShot)  # noqa: S101 - that is its name
         return model.eval()
 
@@ -79,12 +95,13 @@ class Timer:
         return torch.zeros(1, 3, self.input_size, self.input_size, device=choose_device(self.device))
 
     def table(self, context: JobContext) -> LatencyTable:
-        """Measure every branch of every unit.
+        """Measure every branch of every unit, in every width.
 
         Raises:
             StopRequested: a signal has arrived.
         """
-        networks = [self.network((branch,) * UNITS) for branch in range(BRANCHES)]
+        kinds = product(range(BRANCHES), *([range(len(WIDTHS))] if self.widths else []))
+        networks = [self.network(tuple(gene for gene in kind for _ in range(UNITS))) for kind in kinds]
         parts: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
         with torch.inference_mode():
             one = networks[0]
@@ -95,16 +112,16 @@ class Timer:
                 x_NCHW = one.features[number](x_NCHW)
             parts.append((_last_layers(one), x_NCHW))
         first, *units, last = self._medians(parts, context)
-        rows = tuple(tuple(units[BRANCHES * number : BRANCHES * (number + 1)]) for number in range(UNITS))
+        rows = tuple(tuple(units[self.options * number : self.options * (number + 1)]) for number in range(UNITS))
         return LatencyTable(first + last, rows)
 
-    def whole(self, choices: Sequence[Choices], context: JobContext) -> list[int]:
+    def whole(self, networks: Sequence[Genes], context: JobContext) -> list[int]:
         """Measure networks as wholes; nanoseconds.
 
         Raises:
             StopRequested: a signal has arrived.
         """
-        return self._medians([(self.network(one), self.image()) for one in choices], context)
+        return self._medians([(self.network(one), self.image()) for one in networks], context)
 
     def _clock(self) -> Callable[[], int]:
         """Return what tells the time, nanoseconds; where the thread's own is too coarse, it is the wall clock."""
@@ -154,7 +171,7 @@ def kept_table(folder: Path, timer: Timer, context: JobContext) -> LatencyTable:
         units = tuple(tuple(int(cost) for cost in unit) for unit in stored["units"])
         own = ("num_classes", "input_size", "device")
         differs = [name for name in own if stored[name] != timer.conditions[name]]
-        if differs or stored["format"] != FORMAT or [len(unit) for unit in units] != [BRANCHES] * UNITS:
+        if differs or stored["format"] != FORMAT or [len(unit) for unit in units] != [timer.options] * UNITS:
             raise ValueError(f"it is of another {', '.join(differs) or 'format'}")
         if stored["processor"] != timer.conditions["processor"]:
             context.reporter.note(f"latencies are those of {stored['processor']}, where the search began")
@@ -171,28 +188,22 @@ def kept_table(folder: Path, timer: Timer, context: JobContext) -> LatencyTable:
 class Measured:
     """Latencies of networks as the table predicts and as they were measured, milliseconds."""
 
-    networks: tuple[tuple[str, float, float], ...]
-    """Choices, predicted, measured; the best network first."""
+    networks: tuple[tuple[Genes, float, float], ...]
+    """Network, predicted, measured; the best network first."""
 
     @classmethod
-    def of(cls, table: LatencyTable, choices: Mapping[str, Choices], timer: Timer, context: JobContext) -> "Measured":
-        """Measure networks.
-
-        Args:
-            choices: by their listed form.
-        """
-        found = timer.whole([*choices.values()], context)
-        return cls(
-            tuple((name, table.ms(one), ns / NS) for (name, one), ns in zip(choices.items(), found, strict=True))
-        )
+    def of(cls, table: LatencyTable, networks: Sequence[Genes], timer: Timer, context: JobContext) -> "Measured":
+        """Measure networks."""
+        found = timer.whole(networks, context)
+        return cls(tuple((one, table.ms(one), ns / NS) for one, ns in zip(networks, found, strict=True)))
 
     @classmethod
     def read(cls, folder: Path) -> "Measured | None":
         """Return what has been measured in a search's folder; None if nothing has, or it cannot be read."""
         try:
             networks = json.loads((folder / MEASURED_FILE).read_bytes())["networks"]
-            return cls(tuple((str(one["choices"]), one["predicted_ms"], one["measured_ms"]) for one in networks))
-        except (OSError, ValueError, TypeError, KeyError):
+            return cls(tuple((genes_in(one), one["predicted_ms"], one["measured_ms"]) for one in networks))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ModelError):
             return None
 
     def write(self, folder: Path) -> None:
@@ -212,8 +223,8 @@ class Measured:
     def to_dict(self) -> dict[str, Any]:
         """Return what `search --json` says of it."""
         networks = [
-            {"choices": choices, "predicted_ms": predicted, "measured_ms": measured}
-            for choices, predicted, measured in self.networks
+            {**options_of(genes), "predicted_ms": predicted, "measured_ms": measured}
+            for genes, predicted, measured in self.networks
         ]
         return {"networks": networks, "mean_error": self.error, "bias": self.bias}
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from shufflenet_mlflow.config import option
 from shufflenet_mlflow.config.search import SearchPlan
-from shufflenet_mlflow.errors import ConfigError, SearchError
+from shufflenet_mlflow.errors import ConfigError, ModelError, SearchError
+from shufflenet_mlflow.models.search_space import genes_in
 from shufflenet_mlflow.runtime.files import open_regular, write_atomically
 from shufflenet_mlflow.tracking.names import CANDIDATES_FILE
 from shufflenet_mlflow.workflows.searching.evolution import Candidate, Scored
@@ -50,7 +51,7 @@ class Record:
     def _read(self) -> list[Scored]:
         try:
             return [scored_of(json.loads(line)) for line in complete_lines(self._path)]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, ModelError) as error:
             raise SearchError(
                 f"{str(self._path)!r} is damaged ({type(error).__name__}: {error}); remove the folder "
                 f"{str(self.folder)!r}, which begins the search anew",
@@ -66,7 +67,7 @@ class Record:
         if number >= len(self.scored):
             return False
         known = self.scored[number]
-        if (known.place, known.choices) != (candidate.place, candidate.choices):
+        if (known.place, known.genes) != (candidate.place, candidate.genes):
             raise SearchError(
                 f"{str(self._path)!r} has another candidate in line {number + 1} than this version of the package "
                 f"draws; remove the folder {str(self.folder)!r}, or go on with the version that began the search",
@@ -143,7 +144,7 @@ def line_of(scored: Scored) -> dict[str, Any]:
     return {
         "generation": scored.generation,
         "index": scored.index,
-        "choices": scored.listed,
+        **scored.options,
         "macs": scored.macs,
         "correct": scored.correct,
         "images": scored.images,
@@ -153,9 +154,8 @@ def line_of(scored: Scored) -> dict[str, Any]:
 
 def scored_of(line: Any) -> Scored:
     """Return the candidate that a line of the record describes; the inverse of `line_of`."""
-    choices = tuple(map(int, line["choices"].split(",")))
     numbers = [int(line[name]) for name in ("macs", "correct", "images")]
-    return Scored(int(line["generation"]), int(line["index"]), choices, *numbers)
+    return Scored(int(line["generation"]), int(line["index"]), genes_in(line), *numbers)
 
 
 def _differs(folder: Path, before: SearchPlan, now: SearchPlan) -> ConfigError:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from shufflenet_mlflow.config import option
 from shufflenet_mlflow.config.search import SearchPlan
-from shufflenet_mlflow.models.search_space import NETWORK
+from shufflenet_mlflow.errors import ModelError
+from shufflenet_mlflow.models.search_space import NETWORK, Genes, genes_in, options_of
 from shufflenet_mlflow.runtime.text import counted
 from shufflenet_mlflow.tracking.note import Note, indented
 from shufflenet_mlflow.workflows.searching.evolution import Scored, front, ranked
@@ -33,6 +35,11 @@ class SearchReport:
     """The cost of candidates, and what limits it; None where it is multiply-accumulates."""
     measured: Measured | None = None
     """The latencies of the best ones as wholes, once they have been measured."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes of input and output."""
+        return {"input_size": self.input_size, "num_classes": self.num_classes}
 
     @property
     def best(self) -> Scored | None:
@@ -71,7 +78,7 @@ class SearchReport:
             {
                 "place": place,
                 **_entry(one),
-                **({} if self.latency is None else {"latency_ms": self.latency.ms(one.choices)}),
+                **({} if self.latency is None else {"latency_ms": self.latency.ms(one.genes)}),
                 "generation": one.generation,
             }
             for place, one in enumerate(self.front, 1)
@@ -95,7 +102,7 @@ class SearchReport:
 
     def cost_in_words(self, scored: Scored) -> str:
         """Return what decides beside accuracy, and is limited."""
-        return _millions(scored) if self.latency is None else f"{self.latency.ms(scored.choices):.3f} ms"
+        return _millions(scored) if self.latency is None else f"{self.latency.ms(scored.genes):.3f} ms"
 
     def front_in_words(self) -> str:
         """Return the ends of the front in words."""
@@ -103,13 +110,13 @@ class SearchReport:
         span = " to ".join(f"accuracy {one.score:.4f} at {self.cost_in_words(one)}" for one in ends)
         return f"{counted(len(self.front), 'network')}, {'from ' if len(ends) > 1 else ''}{span}"
 
-    def latencies(self) -> dict[str, list[str]]:
-        """Return predicted and measured latency of the best candidates by their choices; empty without a table."""
-        found = {} if self.measured is None else {choices: ms for choices, _, ms in self.measured.networks}
+    def latencies(self) -> dict[Genes, list[str]]:
+        """Return predicted and measured latency of candidates; empty lists without a table."""
+        found = {} if self.measured is None else {genes: ms for genes, _, ms in self.measured.networks}
         return {
-            one.listed: []
+            one.genes: []
             if self.latency is None
-            else [f"{self.latency.ms(one.choices):.3f}", f"{found[one.listed]:.3f}" if one.listed in found else "-"]
+            else [f"{self.latency.ms(one.genes):.3f}", f"{found[one.genes]:.3f}" if one.genes in found else "-"]
             for one in self.candidates
         }
 
@@ -173,7 +180,7 @@ class SearchReport:
 
 
 def _entry(scored: Scored) -> dict[str, Any]:
-    return {"choices": scored.listed, "macs": scored.macs, "score": scored.score}
+    return {**scored.options, "macs": scored.macs, "score": scored.score}
 
 
 def in_words(scored: Scored) -> str:
@@ -188,7 +195,8 @@ def _millions(scored: Scored) -> str:
 
 def train_command(scored: Scored) -> str:
     """Return the command that trains a candidate from the beginning."""
-    return shlex.join(["shufflenet", "train", "--model", NETWORK, "--choices", scored.listed])
+    named = (word for name, value in scored.options.items() for word in (option(name), value))
+    return shlex.join(["shufflenet", "train", "--model", NETWORK, *named])
 
 
 def best_tag(scored: Scored) -> str:
@@ -196,19 +204,17 @@ def best_tag(scored: Scored) -> str:
     return json.dumps(_entry(scored))
 
 
-def choices_of_tag(text: str) -> str | None:
-    """Return the choices in such a tag, or in `architecture.json`; None if it holds none."""
+def options_of_tag(text: str) -> dict[str, str] | None:
+    """Return the options of training in such a tag, or in `architecture.json`; None if it names no network."""
     try:
-        choices = json.loads(text)["choices"]
-    except (ValueError, TypeError, KeyError):
+        return options_of(genes_in(json.loads(text)))
+    except (ValueError, TypeError, KeyError, AttributeError, ModelError):
         return None
-    return choices if isinstance(choices, str) else None
 
 
-def shares(candidates: Sequence[Scored], branches: int) -> list[list[float]]:
-    """Return for each unit the share of the candidates that take each branch."""
-    units = len(candidates[0].choices)
+def shares(networks: Sequence[Sequence[int]], options: int) -> list[list[float]]:
+    """Return for each place the share of the networks that have each option there."""
     return [
-        [sum(scored.choices[unit] == branch for scored in candidates) / len(candidates) for branch in range(branches)]
-        for unit in range(units)
+        [sum(taken == option for taken in place) / len(networks) for option in range(options)]
+        for place in zip(*networks, strict=True)
     ]

@@ -108,8 +108,7 @@ class SearchRun:
     def describe(self, report: SearchReport) -> None:
         """Send what the search does."""
         plan = {f"search.{name}": value for name, value in report.plan.to_dict().items()}
-        sizes = {"input_size": report.input_size, "num_classes": report.num_classes}
-        self._session.record(Params.of({**plan, **sizes}))
+        self._session.record(Params.of({**plan, **report.sizes}))
 
     def tell(self, report: SearchReport) -> None:
         """Send how far the search has come; what has been sent before is not sent again."""
@@ -199,11 +198,11 @@ class BestCandidates:
             (aside / ARCHITECTURE_FILE).write_text(to_json(architecture))
             values = {f"{SEARCH_SECTION}score": scored.score, f"{SEARCH_SECTION}macs": float(scored.macs)}
             if self.report.latency is not None:
-                values[f"{SEARCH_SECTION}latency_ms"] = self.report.latency.ms(scored.choices)
+                values[f"{SEARCH_SECTION}latency_ms"] = self.report.latency.ms(scored.genes)
             self._keep(
                 aside,
                 self._create(rank, scored),
-                Params.of({name: architecture[name] for name in ("model", "choices", "input_size", "num_classes")}),
+                Params.of({"model": architecture["model"], **scored.options, **self.report.sizes}),
                 TextArtifact.of_json(ARCHITECTURE_FILE, architecture),
                 _note(self._called(rank), scored),
                 Checkpoint.of(manifest, metrics=values),

@@ -20,10 +20,9 @@ from shufflenet_mlflow.models.fuse_bn import fuse_bn
 from shufflenet_mlflow.models.loaded import model_from_payload
 from shufflenet_mlflow.models.oneshot import ShuffleNetOneShot
 from shufflenet_mlflow.models.oneshot_supernet import OneShotSupernet, inherit_path
-from shufflenet_mlflow.models.search_space import NETWORK
+from shufflenet_mlflow.models.search_space import NETWORK, Genes, network_of
 from shufflenet_mlflow.runtime.devices import choose_device, move_model, repeat_exactly
 from shufflenet_mlflow.training.batchnorm import reestimate_bn
-from shufflenet_mlflow.workflows.searching.evolution import Choices
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,14 @@ class Scorer:
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("checkpoint", "pixels", "preprocess", "device")}
 
-    def network(self, choices: Choices) -> ShuffleNetOneShot:
+    def network(self, genes: Genes) -> ShuffleNetOneShot:
         """Return a candidate with inherited weights and BN statistics of its own, on the device."""
         supernet = self._supernet
-        network = create_model(NETWORK, int(supernet.num_classes), choices=choices)  # type: ignore[arg-type]
+        choices, scales = network_of(genes)
+        classes = int(supernet.num_classes)  # type: ignore[arg-type]  # a plain number
+        network = create_model(NETWORK, classes, choices=choices, scales=scales)
         assert isinstance(network, ShuffleNetOneShot)  # noqa: S101 - that is its name
-        inherit_path(network, supernet, choices)
+        inherit_path(network, supernet, genes)
         move_model(network, self._device)
         reestimate_bn([network], self._bn_inputs())
         return network.eval()
@@ -77,10 +78,10 @@ class Scorer:
         """Number of images that candidates are scored on."""
         return sum(map(len, self._images["labels"]))
 
-    def correct(self, choices: Choices) -> int:
+    def correct(self, genes: Genes) -> int:
         """Return how many of the held-out images a candidate classifies correctly."""
         to_input, images = ToInput(self.preprocess, self._device), self._images
-        network = fuse_bn(self.network(choices))
+        network = fuse_bn(self.network(genes))
         correct = 0
         with torch.inference_mode():
             for batch_NCHW, labels_N in zip(images["scoring"], images["labels"], strict=True):

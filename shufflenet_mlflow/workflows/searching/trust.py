@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from shufflenet_mlflow.config import format_numbers
 from shufflenet_mlflow.config.search import SearchPlan
 from shufflenet_mlflow.data.sampler import derive_seed
-from shufflenet_mlflow.errors import ConfigError, SearchError
-from shufflenet_mlflow.models.paths import CostTable, MacsTable, uniform_choices
+from shufflenet_mlflow.errors import ConfigError, ModelError, SearchError
+from shufflenet_mlflow.models.paths import CostTable, MacsTable, uniform_genes
+from shufflenet_mlflow.models.search_space import Genes, genes_in, options_of
 from shufflenet_mlflow.runtime.text import counted
 from shufflenet_mlflow.tracking.names import TRUST_FILE
-from shufflenet_mlflow.workflows.searching.evolution import Candidate, Choices, within
+from shufflenet_mlflow.workflows.searching.evolution import Candidate, within
 from shufflenet_mlflow.workflows.searching.record import append_line, complete_lines
 
 TRUST_STREAM = -4
@@ -38,7 +38,7 @@ class Compared:
     index: int
     epochs: int
     """Length of its training."""
-    choices: Choices
+    genes: Genes
     macs: int
     inherited: int
     """Images that it classifies correctly with the supernet's weights."""
@@ -49,14 +49,14 @@ class Compared:
     @property
     def line(self) -> dict[str, Any]:
         """Return its line of the record."""
-        return {**asdict(self), "choices": format_numbers(self.choices)}
+        values = asdict(self)
+        return {"index": self.index, "epochs": self.epochs, **options_of(values.pop("genes")), **values}
 
     @classmethod
     def of(cls, line: Any) -> "Compared":
         """Build from `line`."""
-        choices = tuple(map(int, line["choices"].split(",")))
         names = ("index", "epochs", "macs", "inherited", "trained", "images")
-        return cls(**{name: int(line[name]) for name in names}, choices=choices)
+        return cls(**{name: int(line[name]) for name in names}, genes=genes_in(line))
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,13 @@ def random_networks(
     found: list[Candidate] = []
     for index in range(count):
         generator = torch.Generator().manual_seed(derive_seed(plan.seed, TRUST_STREAM, index))
-        seen = {one.choices for one in found}
-        drawn_TU = uniform_choices(TRIES // 100, generator)
+        seen = {one.genes for one in found}
         for _ in range(100):
-            legal = drawn_TU[within(plan, table, latency, drawn_TU)].tolist()
-            new = next((tuple(choices) for choices in legal if tuple(choices) not in seen), None)
+            drawn_TG = uniform_genes(TRIES // 100, generator, widths=table.has_widths)
+            legal = map(tuple, drawn_TG[within(plan, table, latency, drawn_TG)].tolist())
+            new = next((genes for genes in legal if genes not in seen), None)
             if new is not None:
                 break
-            drawn_TU = uniform_choices(TRIES // 100, generator)
         else:
             raise SearchError(
                 f"fewer than --trust (={count}) networks within {plan.limit} were found; raise "
@@ -177,7 +176,7 @@ class TrustRecord:
         self._path = folder / TRUST_FILE
         try:
             self.compared = [Compared.of(json.loads(line)) for line in complete_lines(self._path)]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, ModelError) as error:
             raise SearchError(
                 f"{str(self._path)!r} is damaged ({type(error).__name__}: {error}); remove it, and the same command "
                 "trains anew",
@@ -194,7 +193,7 @@ class TrustRecord:
     def require_same(self, networks: Sequence[Candidate]) -> None:
         """Raise SearchError if the networks of the record are not these."""
         for one, network in zip(self.compared, networks, strict=False):
-            if one.choices != network.choices:
+            if one.genes != network.genes:
                 raise SearchError(
                     f"{str(self._path)!r} has other networks than this version of the package draws; remove it, or go "
                     "on with the version that began it",

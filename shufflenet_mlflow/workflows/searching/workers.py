@@ -13,9 +13,10 @@ import torch
 
 from shufflenet_mlflow.data.workers import start_worker
 from shufflenet_mlflow.errors import SearchError, ShuffleNetError
+from shufflenet_mlflow.models.search_space import Genes
 from shufflenet_mlflow.runtime.signals import StopFlag
 from shufflenet_mlflow.runtime.threads import threads_used
-from shufflenet_mlflow.workflows.searching.evolution import Candidate, Choices
+from shufflenet_mlflow.workflows.searching.evolution import Candidate
 
 THREADS = 1
 """Threads that a process computes with on a CPU: scores must not depend on the machine's number of cores."""
@@ -26,7 +27,7 @@ LOOK_SECONDS = 0.2
 class Scoring(Protocol):
     """Scores one network; it can be sent to another process."""
 
-    def correct(self, choices: Choices) -> int:
+    def correct(self, genes: Genes) -> int:
         """Return how many images the network classifies correctly."""
 
 
@@ -46,7 +47,7 @@ class HereOnly:
     def of(self, candidates: Sequence[Candidate]) -> Iterator[int]:
         for candidate in candidates:
             with threads_used(THREADS), self._stop.at_once():
-                correct = self._scorer.correct(candidate.choices)
+                correct = self._scorer.correct(candidate.genes)
             yield correct
 
 
@@ -75,16 +76,16 @@ class Several:
                 for connection in self._processes:
                     if waiting and connection not in at_work:
                         at_work[connection], candidate = waiting.popleft()
-                        self._send(connection, candidate.choices)
+                        self._send(connection, candidate.genes)
                 for ready in wait([*at_work], LOOK_SECONDS):
                     assert isinstance(ready, Connection)  # noqa: S101 - there is nothing else to wait for
                     done[at_work.pop(ready)] = self._receive(ready)
                 self._stop.check()
             yield done.pop(number)
 
-    def _send(self, connection: Connection, choices: Choices) -> None:
+    def _send(self, connection: Connection, genes: Genes) -> None:
         try:
-            connection.send(choices)
+            connection.send(genes)
         except OSError as error:
             raise self._died(connection) from error
 
@@ -135,9 +136,9 @@ def _work(scorer: Scoring, connection: Connection, parent: int, dies_with_parent
     torch.set_num_threads(THREADS)
     with suppress(EOFError, OSError):
         while True:
-            choices = connection.recv()
+            genes = connection.recv()
             try:
-                answer: object = scorer.correct(choices)
+                answer: object = scorer.correct(genes)
             except ShuffleNetError as error:
                 answer = error
             except Exception as error:  # noqa: BLE001 - the main process reports it
