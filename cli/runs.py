@@ -204,7 +204,7 @@ def log_bench(run: str, file: Path, tracking_uri: str | None, as_json: bool) -> 
 
 
 def _mending(*run_ids: str) -> str:
-    return f"shufflenet runs mend {' '.join(run_ids)}    ends what is RUNNING without a writer"
+    return f"shufflenet runs mend {' '.join(run_ids)}    ends runs whose process is gone"
 
 
 def _counted(data: dict[str, Any], noun: str, plural: str | None = None) -> str:

@@ -110,7 +110,7 @@ NAMED_RECIPES: dict[str, NamedRecipe] = {
         in_short_runs={"augment": "shift"},
     ),
     QAT_RECIPE: NamedRecipe(
-        "for --qat, which has it by default: small steps from weights that are good",
+        "for --qat, which has it by default: small steps, from trained weights",
         {"epochs": 5, "schedule": "cosine"},
         lr_share=0.003,
     ),
