@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import click
 
 from shufflenet_mlflow.checkpoints.references import is_exported
-from shufflenet_mlflow.evaluation.significance import SIGNIFICANT
 from shufflenet_mlflow.runtime.text import counted
 
 from .commands import Command
@@ -159,6 +158,8 @@ def _show_groups(compared: "GroupComparison") -> None:
 
 
 def _next_steps(comparison: "Comparison") -> list[str]:
+    from shufflenet_mlflow.evaluation.significance import SIGNIFICANT
+
     steps = []
     if not comparison.tests:
         listed = " and ".join(run.short_id for run in comparison.runs)

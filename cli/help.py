@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from .errors import UsageError
 from .option import Option, similar
 from .say import say
 
@@ -79,7 +80,7 @@ class WithHelp(click.Command):
             folders = any("--train-dir" in parameter.opts for parameter in self.params)
             if folders and error.message.startswith("Got unexpected extra argument"):
                 hint = "folders of images are named with --train-dir and --val-dir"
-                raise click.UsageError(f"{error.message.rstrip('.')}: {hint}", ctx) from error
+                raise UsageError(f"{error.message.rstrip('.')}: {hint}", ctx, code="argument-unexpected") from error
             raise
 
 

@@ -158,7 +158,7 @@ def test_not_finite_values_are_null_in_the_record(tmp_path: Path) -> None:
         ({"state_dict": {}, "args": object()}, r"state\['args'\] holds a builtins.object"),
         ({"state_dict": {}, "x": {"y": [1, {2}]}}, r"state\['x'\]\['y'\]\[1\] holds a builtins.set"),
         ({"state_dict": {}, "x": {(1, 2): 3}}, r"state\['x'\] has the key \(1, 2\)"),
-        ({"state_dict": {"w": 1, "module.w": 2}}, "differ only in their prefix"),
+        ({"state_dict": {"a.w": 1, "a._orig_mod.w": 2}}, "differ only in their prefix, 'a.w' and"),
         ({"state_dict": {}, "loss": torch.ones(2)}, r"loss is a Tensor of shape \(2,\); give a number"),
         ({"state_dict": {}, "epoch": "3"}, "epoch is a str; give a number"),
     ],

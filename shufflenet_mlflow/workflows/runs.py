@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from shufflenet_mlflow.checkpoints.manifest import BEST_TAG, LATEST_TAG, CheckpointManifest
 from shufflenet_mlflow.config import FIELDS, command_of
 from shufflenet_mlflow.config.rules import MOST_ROWS
-from shufflenet_mlflow.data.datasets import data_name
 from shufflenet_mlflow.errors import ConfigError, UnresolvedError
 from shufflenet_mlflow.runtime.progress import Reporter
 from shufflenet_mlflow.runtime.text import name_some
@@ -96,6 +95,8 @@ class Column:
         if self.key == "started":
             return _time(info.start_time)
         if self.key == "data":
+            from shufflenet_mlflow.data.datasets import data_name  # which imports numpy, as MLflow has by now
+
             trained_on = run.data.params.get("train_dir")
             return None if trained_on is None else data_name(trained_on)
         return {"run_id": info.run_id, "name": info.run_name, "status": info.status}[self.key]
