@@ -34,7 +34,7 @@ from tests.support.command_line import Invoke
 from tests.support.images import write_images
 from tests.support.mlflow_server import Server
 from tests.support.network import free_port
-from tests.support.searches import plan, search, search_request
+from tests.support.searches import listed, plan, search, search_in_own_store, search_request
 from tests.support.training import Reporter, run
 
 TABLE = macs_table()
@@ -184,13 +184,7 @@ def undisturbed(
 ) -> tuple[SearchSummary, Path]:
     """Return a search that nothing has disturbed, and its folder, which tests leave as it is."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    shutil.copy(empty_database, folder / "mlflow.db")
-    request = search_request(supernet, folder / "search", tracking_uri=f"sqlite:///{folder}/mlflow.db")
-    return search(request), folder
-
-
-def listed(folder: Path) -> bytes:
-    return (folder / "candidates.jsonl").read_bytes()
+    return search_in_own_store(search_request, supernet, folder, empty_database), folder
 
 
 def test_a_small_search(undisturbed: tuple[SearchSummary, Path], supernet: Path) -> None:

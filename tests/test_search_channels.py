@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,7 +32,7 @@ from shufflenet_mlflow.workflows.searching.scoring import Scorer
 from shufflenet_mlflow.workflows.searching.trust import Compared, TrustRecord, random_networks
 from tests.support.command_line import Invoke, small_options
 from tests.support.forked import fork
-from tests.support.searches import plan, search, search_in_child, search_request
+from tests.support.searches import listed, plan, search, search_in_child, search_in_own_store, search_request
 from tests.support.training import Reporter, run
 
 TABLE = macs_table(widths=True)
@@ -121,13 +120,7 @@ def undisturbed(
 ) -> tuple[SearchSummary, Path]:
     """Return a search that nothing has disturbed, and its folder, which tests leave as it is."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    shutil.copy(empty_database, folder / "mlflow.db")
-    request = search_request(channel_supernet, folder / "search", tracking_uri=f"sqlite:///{folder}/mlflow.db")
-    return search(request), folder
-
-
-def listed(folder: Path) -> bytes:
-    return (folder / "candidates.jsonl").read_bytes()
+    return search_in_own_store(search_request, channel_supernet, folder, empty_database), folder
 
 
 def test_a_small_search(undisturbed: tuple[SearchSummary, Path]) -> None:

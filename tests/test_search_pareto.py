@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from shufflenet_mlflow.workflows.sync import run_sync_of_all
 from tests.support.command_line import Invoke
 from tests.support.mlflow_server import Server
 from tests.support.network import free_port
-from tests.support.searches import plan, search, search_request
+from tests.support.searches import listed, plan, search, search_in_own_store, search_request
 from tests.support.training import Reporter, run
 
 pytest.importorskip("pymoo")
@@ -195,13 +194,7 @@ def undisturbed(
 ) -> tuple[SearchSummary, Path]:
     """Return a search that nothing has disturbed, and its folder, which tests leave as it is."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    shutil.copy(empty_database, folder / "mlflow.db")
-    request = request_of(supernet, folder / "search", tracking_uri=f"sqlite:///{folder}/mlflow.db")
-    return search(request), folder
-
-
-def listed(folder: Path) -> bytes:
-    return (folder / "candidates.jsonl").read_bytes()
+    return search_in_own_store(request_of, supernet, folder, empty_database), folder
 
 
 def test_a_small_search(undisturbed: tuple[SearchSummary, Path]) -> None:

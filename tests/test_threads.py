@@ -37,7 +37,7 @@ def test_no_more_threads_than_have_work(
     monkeypatch.setattr(threads, "usable_cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert default_threads(work * MACS_PER_THREAD) == expected
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # PyTorch has read it, and whoever set it knows better
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # PyTorch has read it, and the user who set it knows better
     torch.set_num_threads(3)
     assert default_threads(work * MACS_PER_THREAD) == 3
 

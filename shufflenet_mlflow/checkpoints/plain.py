@@ -79,8 +79,8 @@ def _without_compiler(key: str) -> str:
 def bare_names(keys: Iterable[str]) -> dict[str, str]:
     """Return the bare names of a state dict's entries, by name.
 
-    A prefix is a wrapper's if all entries have it, but for the counter of an average of weights; otherwise it is the
-    name of a part of the network.
+    A prefix is a wrapper's if every entry has it, apart from the counter of an AveragedModel; otherwise it is the name
+    of a part of the network.
     """
     names = {key: key for key in keys}
     while (named := names.keys() - {AVERAGE_COUNT}) and any(

@@ -1,8 +1,10 @@
 """Small searches on the test images, in this process or in one that is killed."""
 
 import json
+import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,16 @@ def killed_after(request: SearchRequest, seconds: float) -> list[str] | None:
     killer.cancel()
     assert status in (0, signal.SIGKILL), "\n".join(lines)
     return lines if status == 0 else None
+
+
+def listed(folder: Path) -> bytes:
+    """Return the list of a search's candidates and scores, byte by byte."""
+    return (folder / "candidates.jsonl").read_bytes()
+
+
+def search_in_own_store(
+    make_request: Callable[..., SearchRequest], supernet: Path, folder: Path, database: Path
+) -> SearchSummary:
+    """Search in `folder`/search, tracked in a store of its own in `folder`, a copy of the empty `database`."""
+    shutil.copy(database, folder / "mlflow.db")
+    return search(make_request(supernet, folder / "search", tracking_uri=f"sqlite:///{folder}/mlflow.db"))

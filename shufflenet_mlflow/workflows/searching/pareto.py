@@ -16,7 +16,7 @@ Point = tuple[int, int]
 
 
 class Pieces(NamedTuple):
-    """What is used of pymoo."""
+    """The two functions of pymoo that a search uses."""
 
     sort: Callable[..., Any]
     """Takes float (N, 2), with `return_rank` set; returns fronts, and int (N): each point's front, from 0 on."""

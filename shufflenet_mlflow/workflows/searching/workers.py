@@ -104,8 +104,8 @@ class Several:
         process = self._processes[connection]
         process.join(1)
         return SearchError(
-            f"a process that scores candidates died (exit status {process.exitcode}), perhaps for want of memory; the "
-            "same command goes on, with fewer --workers",
+            f"a process that scores candidates died (exit status {process.exitcode}), perhaps because memory ran "
+            "out; the same command goes on, with fewer --workers",
             code="search-worker-died",
         )
 
